@@ -1,0 +1,79 @@
+"""One guide for each number of sampling steps, kept together."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pnp_core.files import write_directory
+from pnp_core.guide import Guide
+from pnp_core.models import check_safetensors
+
+INDEX = "bundle.json"
+
+
+class GuideBundle:
+    """Guides by step count, as progressive halving leaves them.
+
+    The largest count is that of the guide before halving, which serves any number of steps from
+    there on.
+    """
+
+    def __init__(self, guides: Mapping[int, Guide]) -> None:
+        if not guides:
+            raise ValueError("A bundle needs at least one guide.")
+        self.guides = dict(sorted(guides.items()))
+
+    @property
+    def num_steps(self) -> tuple[int, ...]:
+        return tuple(self.guides)
+
+    def for_steps(self, num_steps: int) -> Guide:
+        """The guide whose step count is nearest to ``num_steps``, by ratio."""
+        return self.guides[min(self.guides, key=lambda n: abs(math.log(n / num_steps)))]
+
+    def to(self, device: torch.device | str) -> "GuideBundle":
+        for guide in self.guides.values():
+            guide.to(device)
+        return self
+
+    def save(self, directory: Path) -> None:
+        """Write the folder in one step: ``steps-N/`` for each guide and ``bundle.json``."""
+
+        def fill(folder: Path) -> None:
+            for num_steps, guide in self.guides.items():
+                guide.save_pretrained(folder / f"steps-{num_steps}")
+            (folder / INDEX).write_text(json.dumps({"num_steps": self.num_steps}))
+
+        write_directory(Path(directory), fill)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "GuideBundle":
+        """Open a bundle, or the folder of a single guide as a bundle of one.
+
+        Raises:
+            ValueError: nothing of the kind is there, or a file is damaged.
+        """
+        directory = Path(directory)
+        if (directory / INDEX).exists():
+            counts = json.loads((directory / INDEX).read_text())["num_steps"]
+            return cls({n: load_guide(directory / f"steps-{n}") for n in counts})
+        guide = load_guide(directory)
+        return cls({guide.config.num_steps or 50: guide})
+
+
+def load_guide(directory: str | Path) -> Guide:
+    """Open one guide's folder.
+
+    Raises:
+        ValueError: nothing of the kind is there, or a file is damaged.
+    """
+    directory = Path(directory)
+    weights = directory / "diffusion_pytorch_model.safetensors"
+    if not (directory / "config.json").exists() or not weights.exists():
+        raise ValueError(f"{directory} is not a guide: it needs config.json and {weights.name}.")
+    check_safetensors(weights)
+    guide: Guide = Guide.from_pretrained(directory)
+    return guide.eval()

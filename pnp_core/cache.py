@@ -1,0 +1,484 @@
+"""Everything frozen, computed once: VAE moments, text states and teacher predictions.
+
+A cache is a folder of safetensors shards with an ``index.json`` of their checksums, written last:
+
+- ``text.safetensors``: states ``(P, L, D)``, one row per distinct prompt; row 0 is the null prompt.
+- ``moments-*.safetensors``: mean and std of each image's latent, scaled as the UNet sees them.
+- ``pairs-*.safetensors``: ``z_t``, ``timestep``, ``eps_c`` and ``eps_n`` with the rows of the two
+  prompts; at forward-noised states and along CFG trajectories, which guided sampling really visits.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pnp_core.denoiser import CFGDenoiser
+from pnp_core.files import sha256_file, write_tensors, write_text
+from pnp_core.models import encode_prompts
+from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
+from pnp_core.train import config_hash, epoch_indices, step_generator
+
+TEXT = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training image and its prompt."""
+
+    image: bytes  # an encoded image file
+    prompt: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """What to compute.
+
+    Attributes:
+        num_forward: teacher pairs at forward-noised states.
+        num_trajectory: teacher pairs along CFG trajectories.
+        trajectory_steps: DDIM steps of a trajectory.
+        guidance_scale: range of the trajectories' ``w``, drawn uniformly.
+        negative_fraction: share of pairs whose negative is another sample's prompt, not null.
+        batch_size: of the UNet's forwards, before CFG doubles it.
+        shard_size: most rows in a shard.
+        precision: ``bf16`` (autocast) or ``fp32``.
+
+    Raises:
+        ValueError: a value out of range, named.
+    """
+
+    num_forward: int
+    num_trajectory: int
+    trajectory_steps: int = 20
+    guidance_scale: tuple[float, float] = (1.0, 8.0)
+    negative_fraction: float = 0.1
+    batch_size: int = 64
+    shard_size: int = 2048
+    precision: str = "bf16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_forward < 0 or self.num_trajectory < 0:
+            raise ValueError("num_forward and num_trajectory must not be negative.")
+        if self.num_forward + self.num_trajectory == 0:
+            raise ValueError("num_forward and num_trajectory are both 0: nothing to cache.")
+        for name in ("trajectory_steps", "batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.negative_fraction <= 1:
+            raise ValueError(
+                f"negative_fraction is {self.negative_fraction}; it must lie in [0, 1]."
+            )
+
+    @property
+    def trajectories_per_shard(self) -> int:
+        return max(1, self.shard_size // self.trajectory_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What building a cache will cost.
+
+    Attributes:
+        phases: names of shards; those of one phase are independent and need the phase before.
+        num_bytes: on disk, once complete.
+        num_forwards: UNet forwards of one sample.
+    """
+
+    phases: tuple[tuple[str, ...], ...]
+    num_bytes: int
+    num_forwards: int
+
+
+class Pairs(NamedTuple):
+    """A batch of teacher predictions on a device."""
+
+    z_t: Tensor
+    timestep: Tensor
+    eps_c: Tensor
+    eps_n: Tensor
+    text: Tensor
+    negative_text: Tensor
+
+
+class Latents(NamedTuple):
+    """A batch of latents of the data with noise to add, on a device."""
+
+    x: Tensor
+    noise: Tensor
+    text: Tensor
+    negative_text: Tensor
+
+
+def plan_cache(
+    pipe: StableDiffusionPipeline, *, num_images: int, num_prompts: int, config: CacheConfig
+) -> CachePlan:
+    """Shards, bytes and forwards, known before anything is computed."""
+    size = pipe.unet.config.sample_size
+    latent = pipe.unet.config.in_channels * size * size * 2
+    text = pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim * 2
+    num_trajectories = math.ceil(config.num_trajectory / config.trajectory_steps)
+    num_pairs = config.num_forward + num_trajectories * config.trajectory_steps
+    num_moment_shards = math.ceil(num_images / config.shard_size)
+    num_pair_shards = math.ceil(config.num_forward / config.shard_size)
+    num_pair_shards += math.ceil(num_trajectories / config.trajectories_per_shard)
+    return CachePlan(
+        phases=(
+            (TEXT, *(f"moments-{i:05d}" for i in range(num_moment_shards))),
+            tuple(f"pairs-{i:05d}" for i in range(num_pair_shards)),
+        ),
+        num_bytes=(num_prompts + 1) * text + num_images * 2 * latent + num_pairs * 3 * latent,
+        num_forwards=2 * num_pairs,
+    )
+
+
+class CacheBuilder:
+    """Builds a cache shard by shard; a shard that is there already is not built again.
+
+    Args:
+        base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
+        data_hash: identity of the examples.
+
+    Raises:
+        ValueError: no examples.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline,
+        examples: Sequence[Example],
+        config: CacheConfig,
+        directory: Path,
+        *,
+        base_hash: str,
+        data_hash: str,
+    ) -> None:
+        if not examples:
+            raise ValueError("There are no examples to cache: the data set is empty.")
+        self.pipe = pipe
+        self.examples = examples
+        self.config = config
+        self.directory = directory
+        self.base_hash = base_hash
+        self.data_hash = data_hash
+        self.prompts = ["", *sorted({e.prompt for e in examples} - {""})]
+        self.prompt_row = {prompt: row for row, prompt in enumerate(self.prompts)}
+        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        self.plan = plan_cache(
+            pipe, num_images=len(examples), num_prompts=len(self.prompts) - 1, config=config
+        )
+        pipe.unet.requires_grad_(False).eval()
+        pipe.vae.requires_grad_(False).eval()
+
+    def key(self, name: str) -> str:
+        """What a shard's content depends on."""
+        return config_hash(self.config, self.base_hash, self.data_hash, name)
+
+    def path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def is_built(self, name: str) -> bool:
+        try:
+            with safe_open(self.path(name), "pt") as shard:
+                return bool((shard.metadata() or {}).get("key") == self.key(name))
+        except (FileNotFoundError, SafetensorError):
+            return False
+
+    def build(self, name: str) -> None:
+        """Compute one shard and write it."""
+        if self.is_built(name):
+            return
+        kind, _, number = name.partition("-")
+        device = self.pipe.unet.device.type
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
+        ):
+            if kind == TEXT:
+                tensors = {"states": encode_prompts(self.pipe, self.prompts)}
+            elif kind == "moments":
+                tensors = self.build_moments(int(number))
+            else:
+                tensors = self.build_pairs(int(number))
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"Shard {name}: {key} has values that are not finite.")
+                tensors[key] = tensor.half()
+        write_tensors(self.path(name), tensors, {"key": self.key(name)})
+
+    def build_moments(self, number: int) -> dict[str, Tensor]:
+        size = self.config.shard_size
+        examples = self.examples[number * size : (number + 1) * size]
+        vae = self.pipe.vae
+        means, stds = [], []
+        for start in range(0, len(examples), self.config.batch_size):
+            batch = examples[start : start + self.config.batch_size]
+            x = torch.stack([self.to_tensor(example) for example in batch])
+            posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
+            means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
+            stds.append(posterior.std.float().cpu() * vae.config.scaling_factor)
+        rows = torch.tensor([self.prompt_row[e.prompt] for e in examples])
+        return {"mean": torch.cat(means), "std": torch.cat(stds), "prompt": rows}
+
+    def to_tensor(self, example: Example) -> Tensor:
+        """RGB in [-1, 1] at the base's resolution, cropped at the centre where it is not square."""
+        size = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        image = Image.open(io.BytesIO(example.image)).convert("RGB")
+        if image.size != (size, size):
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            image = image.crop((left, top, left + side, top + side))
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    @cached_property
+    def text_N(self) -> Tensor:
+        return load_file(self.path(TEXT))["states"].float()
+
+    @cached_property
+    def moments(self) -> dict[str, Tensor]:
+        shards = [load_file(self.path(name)) for name in self.plan.phases[0] if name != TEXT]
+        return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+
+    def build_pairs(self, number: int) -> dict[str, Tensor]:
+        config = self.config
+        num_forward_shards = math.ceil(config.num_forward / config.shard_size)
+        generator = step_generator(config.seed, number)
+        if number < num_forward_shards:
+            done = number * config.shard_size
+            rows = min(config.shard_size, config.num_forward - done)
+            batches = [
+                self.forward_pairs(done + start, min(config.batch_size, rows - start), generator)
+                for start in range(0, rows, config.batch_size)
+            ]
+        else:
+            per_shard = config.trajectories_per_shard
+            done = (number - num_forward_shards) * per_shard
+            total = math.ceil(config.num_trajectory / config.trajectory_steps)
+            count = min(per_shard, total - done)
+            batches = [
+                self.trajectory_pairs(min(config.batch_size, count - start), generator)
+                for start in range(0, count, config.batch_size)
+            ]
+        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+    def negatives(self, count: int, generator: torch.Generator) -> Tensor:
+        others = torch.randint(len(self.prompts), (count,), generator=generator)
+        other = torch.rand(count, generator=generator) < self.config.negative_fraction
+        return torch.where(other, others, 0)
+
+    def predict(
+        self, z_t: Tensor, t_B: Tensor, prompt_B: Tensor, negative_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        unet = self.pipe.unet
+        teacher = CFGDenoiser(unet, self.schedule)
+        c, n = self.text_N[prompt_B], self.text_N[negative_B]
+        inputs = (z_t, t_B, c, n)
+        z_t, t_B, c, n = (
+            x.to(unet.device, unet.dtype if x.is_floating_point() else None) for x in inputs
+        )
+        eps_c, eps_n = teacher.pair(z_t, t_B, c, n)
+        return eps_c.float().cpu(), eps_n.float().cpu()
+
+    def forward_pairs(
+        self, start: int, count: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Teacher predictions at noised data."""
+        num_images = len(self.examples)
+        image_B = torch.cat(
+            [
+                epoch_indices(num_samples=num_images, batch_size=1, seed=self.config.seed, step=i)
+                for i in range(start, start + count)
+            ]
+        )
+        mean, std = self.moments["mean"][image_B].float(), self.moments["std"][image_B].float()
+        x = mean + std * torch.randn(mean.shape, generator=generator)
+        t_B = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator)
+        # The teacher must see exactly the z_t that is stored, hence the rounding to half first.
+        z_t = self.schedule.add_noise(x, torch.randn(x.shape, generator=generator), t_B).half()
+        prompt_B = self.moments["prompt"][image_B]
+        negative_B = self.negatives(count, generator)
+        eps_c, eps_n = self.predict(z_t.float(), t_B, prompt_B, negative_B)
+        return {
+            "z_t": z_t,
+            "timestep": t_B,
+            "eps_c": eps_c,
+            "eps_n": eps_n,
+            "prompt": prompt_B,
+            "negative": negative_B,
+        }
+
+    def trajectory_pairs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Teacher predictions along CFG sampling, with timesteps jittered within each interval."""
+        config = self.config
+        grid = sampling_timesteps(self.pipe.scheduler, config.trajectory_steps, "trailing")
+        interval = self.schedule.num_train_timesteps // config.trajectory_steps
+        jitter_B = torch.randint(interval, (count,), generator=generator)
+        low, high = config.guidance_scale
+        w_B = low + (high - low) * torch.rand(count, generator=generator)
+        image_B = torch.randint(len(self.examples), (count,), generator=generator)
+        prompt_B, negative_B = self.moments["prompt"][image_B], self.negatives(count, generator)
+        z_t = torch.randn((count, *self.moments["mean"].shape[1:]), generator=generator)
+        steps: list[dict[str, Tensor]] = []
+        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            # The first step stays at the start of the noise; the last ends where sampling does.
+            t_B = torch.full((count,), t) if t == grid[0] else (t - jitter_B).clamp(min=0)
+            s_B = torch.full((count,), s) if s < 0 else (s - jitter_B).clamp(min=0)
+            z_t = z_t.half()
+            eps_c, eps_n = self.predict(z_t.float(), t_B, prompt_B, negative_B)
+            steps.append(
+                {
+                    "z_t": z_t,
+                    "timestep": t_B,
+                    "eps_c": eps_c,
+                    "eps_n": eps_n,
+                    "prompt": prompt_B,
+                    "negative": negative_B,
+                }
+            )
+            eps = cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
+            z_t = self.schedule.ddim_step(z_t.float(), eps, t_B, s_B)
+        return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
+
+    def finish(self) -> None:
+        """Write the index; the cache is complete."""
+        names = [name for phase in self.plan.phases for name in phase]
+        missing = [name for name in names if not self.is_built(name)]
+        if missing:
+            raise ValueError(f"The cache in {self.directory} lacks {', '.join(missing)}.")
+        index = {
+            "config": dataclasses.asdict(self.config),
+            "base_hash": self.base_hash,
+            "data_hash": self.data_hash,
+            "scheduler": {k: v for k, v in self.pipe.scheduler.config.items() if k[0] != "_"},
+            "prompts": self.prompts,
+            "files": {name: sha256_file(self.path(name)) for name in names},
+        }
+        write_text(self.directory / "index.json", json.dumps(index, indent=1))
+
+
+def build_cache(
+    builder: CacheBuilder, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Build every shard in this process. ``progress(done, total)`` counts shards."""
+    names = [name for phase in builder.plan.phases for name in phase]
+    for done, name in enumerate(names):
+        builder.build(name)
+        progress(done + 1, len(names))
+    builder.finish()
+
+
+class TeacherCache:
+    """A complete cache, open for training. Shards are memory-mapped.
+
+    Attributes:
+        base_hash: identity of the base whose predictions it holds.
+        content_hash: identity of the cache.
+        num_pairs: teacher predictions.
+        num_latents: images.
+    """
+
+    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
+        self.base_hash: str = index["base_hash"]
+        self.prompts: list[str] = index["prompts"]
+        self.content_hash = hashlib.sha256(json.dumps(index["files"]).encode()).hexdigest()[:16]
+        self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
+        self.negative_fraction: float = index["config"]["negative_fraction"]
+        shards = {name: load_file(directory / f"{name}.safetensors") for name in index["files"]}
+        self.text_N = shards[TEXT]["states"]
+        self.pair_shards = [s for name, s in shards.items() if name.startswith("pairs")]
+        self.moment_shards = [s for name, s in shards.items() if name.startswith("moments")]
+        self.num_pairs = sum(len(s["timestep"]) for s in self.pair_shards)
+        self.num_latents = sum(len(s["prompt"]) for s in self.moment_shards)
+
+    @classmethod
+    def open(cls, directory: Path, *, base_hash: str | None = None) -> "TeacherCache":
+        """Open a cache after checking that it is whole and of the right base.
+
+        Raises:
+            ValueError: no complete cache there; a shard whose checksum differs; another base.
+        """
+        path = directory / "index.json"
+        if not path.exists():
+            raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
+        index = json.loads(path.read_text())
+        if base_hash is not None and index["base_hash"] != base_hash:
+            raise ValueError(
+                f"The cache in {directory} was made with base {index['base_hash'][:12]}, but the "
+                f"base given is {base_hash[:12]}: build the cache again."
+            )
+        for name, checksum in index["files"].items():
+            shard = directory / f"{name}.safetensors"
+            if not shard.exists():
+                raise ValueError(f"The cache lacks its shard {shard}: build it again.")
+            if sha256_file(shard) != checksum:
+                raise ValueError(
+                    f"The cache's shard {shard} is not what was written (checksum differs): "
+                    "delete it and build the cache again."
+                )
+        return cls(directory, index)
+
+    def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
+        """The teacher pairs at ``indices``, in float32."""
+        rows = gather(self.pair_shards, indices)
+        return Pairs(
+            z_t=rows["z_t"].float().to(device),
+            timestep=rows["timestep"].to(device),
+            eps_c=rows["eps_c"].float().to(device),
+            eps_n=rows["eps_n"].float().to(device),
+            text=self.text_N[rows["prompt"]].float().to(device),
+            negative_text=self.text_N[rows["negative"]].float().to(device),
+        )
+
+    def latents(
+        self, indices: Tensor, generator: torch.Generator, part: slice, device: torch.device
+    ) -> Latents:
+        """Latents drawn from the moments at ``indices[part]``, noise and negatives, in float32.
+
+        Random numbers are drawn for all of ``indices``, so that a row does not depend on ``part``.
+        """
+        rows = gather(self.moment_shards, indices[part])
+        shape = (len(indices), *rows["mean"].shape[1:])
+        draw, noise = (torch.randn(shape, generator=generator)[part] for _ in range(2))
+        others = torch.randint(len(self.prompts), (len(indices),), generator=generator)
+        other = torch.rand(len(indices), generator=generator) < self.negative_fraction
+        negative = torch.where(other, others, 0)[part]
+        return Latents(
+            x=(rows["mean"].float() + rows["std"].float() * draw).to(device),
+            noise=noise.to(device),
+            text=self.text_N[rows["prompt"]].float().to(device),
+            negative_text=self.text_N[negative].float().to(device),
+        )
+
+
+def gather(shards: Sequence[dict[str, Tensor]], indices: Tensor) -> dict[str, Tensor]:
+    """Rows ``indices`` of the shards' concatenation."""
+    first = next(iter(shards[0]))
+    offsets = torch.tensor([0, *(len(s[first]) for s in shards)]).cumsum(0)
+    shard_B = torch.searchsorted(offsets, indices, right=True) - 1
+    result = {
+        key: torch.empty((len(indices), *value.shape[1:]), dtype=value.dtype)
+        for key, value in shards[0].items()
+    }
+    for number in shard_B.unique().tolist():
+        here = shard_B == number
+        local = indices[here] - offsets[number]
+        for key, value in shards[number].items():
+            result[key][here] = value[local]
+    return result

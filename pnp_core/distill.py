@@ -1,0 +1,111 @@
+"""Stage 1, CFG distillation: one guided forward learns to give what CFG gives in two.
+
+The teacher's ``eps_c`` and ``eps_n`` come from the cache; CFG is linear in them, so a cached pair
+serves every guidance scale. Gradients flow through the frozen decoder only, since nothing in the
+encoder depends on the guide.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.schedule import cfg_target
+from pnp_core.train import Report, TrainConfig, config_hash, epoch_indices, step_generator, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Stage 1.
+
+    Attributes:
+        guidance_scale: range of ``w``, drawn uniformly, one a sample.
+
+    Raises:
+        ValueError: a range of w that is empty or reaches below 1.
+    """
+
+    train: TrainConfig
+    guide: GuideConfig
+    guidance_scale: tuple[float, float] = (1.0, 8.0)
+
+    def __post_init__(self) -> None:
+        check_guidance_range(self.guidance_scale)
+
+
+def check_guidance_range(guidance_scale: tuple[float, float]) -> None:
+    low, high = guidance_scale
+    if not 1 <= low < high:
+        raise ValueError(f"guidance_scale range is [{low}, {high}]; it needs 1 <= low < high.")
+
+
+def draw_guidance_scale(
+    guidance_scale: tuple[float, float], batch_size: int, generator: torch.Generator
+) -> Tensor:
+    low, high = guidance_scale
+    return low + (high - low) * torch.rand(batch_size, generator=generator)
+
+
+def distillation_loss(student: Tensor, target: Tensor, guidance_scale_B: Tensor) -> Tensor:
+    """Squared error of eps, one a sample, over ``max(w - 1, 1)^2``.
+
+    The part of ``eps_w`` that a guide adds grows with ``w - 1``; without the weight the largest
+    ``w`` would have all the say.
+    """
+    error = (student.float() - target.float()).square().mean(dim=(1, 2, 3))
+    return error / (guidance_scale_B.to(error) - 1).clamp(min=1).square()
+
+
+def distill(
+    unet: UNet2DConditionModel,
+    cache: TeacherCache,
+    config: DistillConfig,
+    *,
+    checkpoint: Path | None = None,
+    report: Report = lambda num_images, metrics: None,
+) -> Guide:
+    """Train a guide on a frozen base from cached teacher pairs.
+
+    Args:
+        unet: the base; it is not changed. Its device is where training runs.
+        checkpoint: resumes from this file, and saves to it.
+
+    Returns:
+        The guide, with its averaged weights.
+    """
+    device = unet.device
+    unet.requires_grad_(False).eval()
+    torch.manual_seed(config.train.seed)
+    guide = Guide.from_unet(
+        unet,
+        config.guide,
+        base_hash=cache.base_hash,
+        prediction_type=cache.schedule.prediction_type,
+        guidance_scale_range=list(config.guidance_scale),
+    )
+    student = GuidedDenoiser(unet, guide, cache.schedule)
+    batch_size, seed = config.train.batch_size, config.train.seed
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        indices = epoch_indices(
+            num_samples=cache.num_pairs, batch_size=batch_size, seed=seed, step=step
+        )
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
+        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
+        target = cfg_target(eps_c=pairs.eps_c, eps_n=pairs.eps_n, guidance_scale_B=w_B)
+        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+        return distillation_loss(eps, target, w_B)
+
+    return train(
+        loss_fn,
+        guide,
+        config.train,
+        run_hash=config_hash(config, cache.content_hash),
+        checkpoint=checkpoint,
+        report=report,
+    )

@@ -1,0 +1,461 @@
+"""The guide: a small external network that replaces classifier-free guidance.
+
+A guide reads what the frozen UNet has computed by the time its decoder starts and returns residuals
+for the decoder alone: for the hidden states and skip connections that enter each up block and for
+the text states that the block attends to. All residuals carry the factor ``w - 1`` and start from
+zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged.
+
+Shape legend: B batch, C channels, H W latent size, L text tokens, D text width, R rank, M width of
+the conditioning vector.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+KINDS = ("tiny", "full")
+EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuideConfig:
+    """What kind of guide to build.
+
+    Attributes:
+        kind: ``tiny`` (adapters at the decoder's entrances, at most ``max_parameters_ratio`` of the
+            base) or ``full`` (a trainable copy of the base's encoder).
+        max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
+
+    Raises:
+        ValueError: an unknown kind, or a ratio outside (0, 1).
+    """
+
+    kind: str = "tiny"
+    max_parameters_ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"guide kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
+        if not 0 < self.max_parameters_ratio < 1:
+            raise ValueError(
+                f"max_parameters_ratio is {self.max_parameters_ratio}; it must lie in (0, 1)."
+            )
+
+
+class Conditioning(NamedTuple):
+    """What a guide knows before the decoder runs; computed once a step."""
+
+    gain_B: Tensor  # strength * (w - 1)
+    embedding_BM: Tensor | None = None  # of t and w
+    keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt, (B, L, R)
+    values: tuple[Tensor, Tensor] | None = None
+    text_residual_BLD: Tensor | None = None
+    encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
+
+
+class DecoderInput(NamedTuple):
+    """What enters one up block of the UNet."""
+
+    hidden_states: Tensor
+    skips: tuple[Tensor, ...]
+    encoder_hidden_states: Tensor | None
+
+
+class EntranceChannels(NamedTuple):
+    """Channels of what enters one up block."""
+
+    hidden: int
+    skips: tuple[int, ...]
+
+
+def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
+    """Channels of the hidden states and skips that enter each of the UNet's up blocks."""
+    stack = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        stack += [resnet.out_channels for resnet in block.resnets]
+        stack += [down.out_channels for down in block.downsamplers or []]
+    entrances = []
+    hidden = stack[-1]
+    for block in unet.up_blocks:
+        num_skips = len(block.resnets)
+        entrances.append(EntranceChannels(hidden, tuple(stack[-num_skips:])))
+        del stack[-num_skips:]
+        hidden = block.resnets[-1].out_channels
+    return entrances
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def sinusoidal(value_B: Tensor, scale: float) -> Tensor:
+    return get_timestep_embedding(value_B.float().flatten() * scale, EMBEDDING_DIM)
+
+
+class EntranceAdapter(nn.Module):
+    """Reads hidden states and skips at an up block's entrance, returns residuals for them."""
+
+    def __init__(self, channels: EntranceChannels, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.split = (channels.hidden, *channels.skips)
+        total = sum(self.split)
+        self.down = nn.Conv2d(total, rank, 1)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.query = nn.Linear(rank, rank)
+        self.mix = nn.Conv2d(rank, rank, 3, padding=1)
+        self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
+
+    def forward(self, features: Sequence[Tensor], conditioning: Conditioning) -> list[Tensor]:
+        assert conditioning.keys and conditioning.values and conditioning.embedding_BM is not None
+        # 1. bring features of different magnitudes to one scale, and down to the rank
+        x = torch.cat([F.rms_norm(f, f.shape[1:]) for f in features], dim=1)
+        h = self.down(x.to(self.down.weight.dtype))
+        # 2. what t and w ask for
+        scale, shift = self.modulation(conditioning.embedding_BM)[..., None, None].chunk(2, dim=1)
+        h = F.silu(h * (1 + scale) + shift)
+        # 3. what the prompt says here that the negative prompt does not
+        batch, rank, height, width = h.shape
+        query = self.query(h.flatten(2).transpose(1, 2))
+        positive, negative = (
+            F.scaled_dot_product_attention(query, key.to(query), value.to(query))
+            for key, value in zip(conditioning.keys, conditioning.values, strict=True)
+        )
+        h = h + (positive - negative).transpose(1, 2).reshape(batch, rank, height, width)
+        # 4. look around, then project back
+        h = h + self.mix(F.silu(h))
+        return list(self.up(F.silu(h)).split(self.split, dim=1))
+
+
+class TextAdapter(nn.Module):
+    """A residual on the text states that the decoder attends to, from prompt minus negative."""
+
+    def __init__(self, text_dim: int, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(text_dim, rank)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.up = zero_module(nn.Linear(rank, text_dim, bias=False))
+
+    def forward(self, c_BLD: Tensor, n_BLD: Tensor, embedding_BM: Tensor) -> Tensor:
+        scale, shift = self.modulation(embedding_BM)[:, None].chunk(2, dim=-1)
+        h = self.down(F.rms_norm(c_BLD, c_BLD.shape[-1:]) - F.rms_norm(n_BLD, n_BLD.shape[-1:]))
+        residual: Tensor = self.up(F.silu(h * (1 + scale) + shift))
+        return residual
+
+
+class TinyGuide(nn.Module):
+    """Adapters at the decoder's entrances that share one reading of t, w and the texts."""
+
+    def __init__(
+        self, entrances: Sequence[EntranceChannels], text_dim: int, rank: int, embedding_dim: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(
+            nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
+            nn.SiLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+            nn.SiLU(),
+        )
+        self.key = nn.Linear(text_dim, rank)
+        self.value = nn.Linear(text_dim, rank)
+        self.text = TextAdapter(text_dim, rank, embedding_dim)
+        self.entrances = nn.ModuleList(
+            EntranceAdapter(channels, rank, embedding_dim) for channels in entrances
+        )
+
+    def condition(
+        self,
+        sample: Tensor,
+        timestep_B: Tensor,
+        c_BLD: Tensor,
+        n_BLD: Tensor,
+        w_B: Tensor,
+        gain_B: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None,
+    ) -> Conditioning:
+        dtype = self.key.weight.dtype
+        # w from 1 to 30 covers about the range of phases that t from 0 to 1000 does
+        embedding_B2 = torch.cat([sinusoidal(timestep_B, 1), sinusoidal(w_B, 30)], dim=1)
+        embedding_BM = self.embed(embedding_B2.to(dtype))
+        texts = [c_BLD.to(dtype), n_BLD.to(dtype)]
+        normed = [F.rms_norm(text, text.shape[-1:]) for text in texts]
+        return Conditioning(
+            gain_B=gain_B,
+            embedding_BM=embedding_BM,
+            keys=(self.key(normed[0]), self.key(normed[1])),
+            values=(self.value(normed[0]), self.value(normed[1])),
+            text_residual_BLD=self.text(*texts, embedding_BM),
+        )
+
+    def residuals(
+        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
+    ) -> list[Tensor | None]:
+        features = (entering.hidden_states, *entering.skips)
+        return list(self.entrances[block_index](features, conditioning))
+
+
+class FullGuide(nn.Module):
+    """A trainable copy of the base's encoder that reads the negative prompt.
+
+    The frozen UNet has the prompt's features already; the copy adds those under the negative
+    prompt, and zero projections of the difference between the two enter the decoder.
+    """
+
+    def __init__(self, unet_config: Mapping[str, Any], num_skips: Sequence[int]) -> None:
+        super().__init__()
+        config = {k: v for k, v in unet_config.items() if not k.startswith("_")}
+        self.encoder = UNet2DConditionModel.from_config(
+            {**config, "time_cond_proj_dim": EMBEDDING_DIM}
+        )
+        self.num_skips = tuple(num_skips)
+        entrances = decoder_entrances(self.encoder)
+        skip_channels = [c for e in reversed(entrances) for c in e.skips]
+        self.projections = nn.ModuleList(
+            zero_module(nn.Conv2d(c, c, 1, bias=False))
+            for c in (*skip_channels, entrances[0].hidden)
+        )
+        del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
+        zero_module(self.encoder.time_embedding.cond_proj)
+
+    def load_encoder(self, unet: UNet2DConditionModel) -> None:
+        """Start from the base's encoder and mid block."""
+        own = self.encoder.state_dict()
+        source = unet.state_dict()
+        own.update({k: source[k].to(v.dtype) for k, v in own.items() if k in source})
+        self.encoder.load_state_dict(own)
+
+    def condition(
+        self,
+        sample: Tensor,
+        timestep_B: Tensor,
+        c_BLD: Tensor,
+        n_BLD: Tensor,
+        w_B: Tensor,
+        gain_B: Tensor,
+        added_cond_kwargs: Mapping[str, Tensor] | None,
+    ) -> Conditioning:
+        encoder = self.encoder
+        sample = sample.to(encoder.dtype)
+        n_BLD = n_BLD.to(encoder.dtype)
+        # 1. time and guidance scale
+        t_emb = encoder.get_time_embed(sample=sample, timestep=timestep_B)
+        emb = encoder.time_embedding(t_emb, sinusoidal(w_B, 30).to(encoder.dtype))
+        aug_emb = encoder.get_aug_embed(
+            emb=emb, encoder_hidden_states=n_BLD, added_cond_kwargs=added_cond_kwargs or {}
+        )
+        emb = emb if aug_emb is None else emb + aug_emb
+        # 2. encoder
+        hidden = encoder.conv_in(sample)
+        features = [hidden]
+        for block in encoder.down_blocks:
+            text = {"encoder_hidden_states": n_BLD} if attends(block) else {}
+            hidden, skips = block(hidden_states=hidden, temb=emb, **text)
+            features += skips
+        # 3. mid block
+        if encoder.mid_block is not None:
+            text = {"encoder_hidden_states": n_BLD} if attends(encoder.mid_block) else {}
+            hidden = encoder.mid_block(hidden, emb, **text)
+        return Conditioning(gain_B=gain_B, encoder_features=(*features, hidden))
+
+    def residuals(
+        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
+    ) -> list[Tensor | None]:
+        assert conditioning.encoder_features is not None
+        *features, mid = conditioning.encoder_features
+        projections = list(self.projections)
+        stop = len(features) - sum(self.num_skips[:block_index])
+        start = stop - self.num_skips[block_index]
+        result: list[Tensor | None] = [None]
+        if block_index == 0:
+            result = [projections[-1](mid - entering.hidden_states.to(mid.dtype))]
+        for project, own, skip in zip(
+            projections[start:stop], features[start:stop], entering.skips, strict=True
+        ):
+            result.append(project(own - skip.to(own.dtype)))
+        return result
+
+
+def attends(block: nn.Module) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
+
+
+class Guide(ModelMixin, ConfigMixin):
+    """A guide for one UNet architecture; make one with :meth:`from_unet`.
+
+    The config saved beside the weights says which architecture the guide fits and what it was
+    trained for. Attributes of the config:
+
+        base_hash: identity of the base it was trained on, see :func:`pnp_core.models.weights_hash`.
+        prediction_type: what that base predicts.
+        guidance_scale_range: the ``w`` it was trained for.
+        num_steps: sampling steps it was halved to; None: any number (stage 1).
+        timestep_spacing: of those steps.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: str,
+        in_channels: int,
+        text_dim: int,
+        channels: list[list[int]],
+        rank: int = 0,
+        embedding_dim: int = 0,
+        unet_config: dict[str, Any] | None = None,
+        base_hash: str | None = None,
+        prediction_type: str = "epsilon",
+        guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        num_steps: int | None = None,
+        timestep_spacing: str | None = None,
+    ) -> None:
+        super().__init__()
+        entrances = [EntranceChannels(hidden, tuple(skips)) for hidden, *skips in channels]
+        self.net: TinyGuide | FullGuide
+        if kind == "tiny":
+            self.net = TinyGuide(entrances, text_dim, rank, embedding_dim)
+        else:
+            assert unet_config is not None
+            self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
+
+    @classmethod
+    def from_unet(
+        cls, unet: UNet2DConditionModel, config: GuideConfig | None = None, **trained_for: Any
+    ) -> "Guide":
+        """A fresh guide that fits ``unet`` and leaves it unchanged.
+
+        Args:
+            trained_for: config entries such as ``base_hash`` and ``prediction_type``.
+
+        Raises:
+            ValueError: the UNet is too small for a tiny guide within its share of parameters, or
+                has parts a guide can't work with.
+        """
+        config = config or GuideConfig()
+        architecture = describe(unet)
+        if config.kind == "full":
+            plain = {k: v for k, v in unet.config.items() if not k.startswith("_")}
+            plain["time_cond_proj_dim"] = None
+            guide = cls(kind="full", unet_config=plain, **architecture, **trained_for)
+            assert isinstance(guide.net, FullGuide)
+            guide.net.load_encoder(unet)
+            return guide.to(unet.device)
+        budget = config.max_parameters_ratio * sum(p.numel() for p in unet.parameters())
+        embedding_dim = max(32, unet.time_embedding.linear_2.out_features // 8)
+
+        def num_parameters(rank: int) -> int:
+            with torch.device("meta"):
+                entrances = [EntranceChannels(h, tuple(s)) for h, *s in architecture["channels"]]
+                net = TinyGuide(entrances, architecture["text_dim"], rank, embedding_dim)
+            return sum(p.numel() for p in net.parameters())
+
+        rank = 8
+        while num_parameters(rank + 8) <= budget:
+            rank += 8
+        if num_parameters(rank) > budget:
+            raise ValueError(
+                f"A tiny guide of rank {rank} has {num_parameters(rank):,} parameters, more than "
+                f"{config.max_parameters_ratio:.1%} of this UNet's. Raise max_parameters_ratio."
+            )
+        guide = cls(
+            kind="tiny", rank=rank, embedding_dim=embedding_dim, **architecture, **trained_for
+        )
+        return guide.to(unet.device)
+
+    def weights_digest(self) -> str:
+        """Identity of this guide: SHA-256 over its weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_fits(self, unet: UNet2DConditionModel) -> None:
+        """Raise ValueError, naming both sides, if this guide was made for another architecture."""
+        theirs = describe(unet)
+        for key, value in theirs.items():
+            own = self.config[key]
+            if _plain(own) != _plain(value):
+                raise ValueError(
+                    f"This guide was made for a UNet with {key} = {_plain(own)}, "
+                    f"but this UNet has {key} = {_plain(value)}."
+                )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        guidance_scale: Tensor,
+        negative_hidden_states: Tensor,
+        strength: float = 1.0,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    ) -> Conditioning:
+        """Read everything known before the decoder runs.
+
+        Args:
+            sample: ``(B, C, H, W)``, as given to the UNet.
+            timestep: ``(B,)`` or a scalar.
+            encoder_hidden_states: text states of the prompt, ``(B, L, D)``.
+            guidance_scale: ``(B,)`` or a scalar tensor.
+            negative_hidden_states: text states of the negative (or null) prompt, ``(B, L, D)``.
+            strength: multiplies the residuals.
+        """
+        batch = sample.shape[0]
+        timestep_B = timestep.to(sample.device).flatten().expand(batch)
+        w_B = guidance_scale.to(sample.device, torch.float32).flatten().expand(batch)
+        return self.net.condition(
+            sample,
+            timestep_B,
+            encoder_hidden_states,
+            negative_hidden_states,
+            w_B,
+            strength * (w_B - 1),
+            added_cond_kwargs,
+        )
+
+    def inject(
+        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
+    ) -> DecoderInput:
+        """Add the guide's residuals to what enters up block ``block_index``."""
+        gain_B = conditioning.gain_B
+
+        def add(x: Tensor, residual: Tensor | None) -> Tensor:
+            if residual is None:
+                return x
+            gain = gain_B.to(residual.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+            return x + (gain * residual).to(x.dtype)
+
+        hidden, *skips = self.net.residuals(block_index, conditioning, entering)
+        text = entering.encoder_hidden_states
+        if text is not None:
+            text = add(text, conditioning.text_residual_BLD)
+        return DecoderInput(
+            add(entering.hidden_states, hidden),
+            tuple(add(x, r) for x, r in zip(entering.skips, skips, strict=True)),
+            text,
+        )
+
+
+def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The facts about a UNet that a guide depends on."""
+    return {
+        "in_channels": unet.config.in_channels,
+        "text_dim": unet.config.cross_attention_dim,
+        "channels": [[e.hidden, *e.skips] for e in decoder_entrances(unet)],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else copy.copy(value)

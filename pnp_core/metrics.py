@@ -1,0 +1,69 @@
+"""What needs no reference images: agreement with CFG, and cost."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pnp_core.denoiser import CFGDenoiser, Denoiser
+from pnp_core.schedule import cfg_target
+
+
+@torch.no_grad()
+def guidance_fvu_terms(
+    guided: Denoiser,
+    teacher: CFGDenoiser,
+    *,
+    z_t: Tensor,
+    t_B: Tensor,
+    c_BLD: Tensor,
+    n_BLD: Tensor,
+    w_B: Tensor,
+) -> tuple[float, float]:
+    """Numerator and denominator of ``guidance_fvu``; add them up over batches, then divide.
+
+    ``||eps_guide - eps_w||^2 / ||eps_c - eps_w||^2``: the share of guidance left unexplained.
+    1 is no guide at all, 0 is CFG itself.
+    """
+    eps_c, eps_n = teacher.pair(z_t, t_B, c_BLD, n_BLD)
+    eps_w = cfg_target(eps_c=eps_c.float(), eps_n=eps_n.float(), guidance_scale_B=w_B)
+    eps = guided(z_t, t_B, c_BLD, w_B, n_BLD).float()
+    return float((eps - eps_w).square().sum()), float((eps_c.float() - eps_w).square().sum())
+
+
+def psnr(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of uint8 images, in dB, one an image."""
+    error = (images.astype(np.float64) - references.astype(np.float64)) ** 2
+    mse = error.reshape(len(images), -1).mean(axis=1)
+    return np.asarray(10 * np.log10(255**2 / np.maximum(mse, 1e-4)))
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Floating-point operations of one call, counted by PyTorch (matrix products, convolutions)."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return int(counter.get_total_flops())
+
+
+def time_ratio(
+    function: Callable[[], object], reference: Callable[[], object], repeats: int = 10
+) -> tuple[float, float, float]:
+    """Median wall times of two calls, taken in turns: (ratio, seconds, reference's seconds)."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        for times, call in zip(seconds, (function, reference), strict=True):
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            times.append(time.perf_counter() - start)
+    own, theirs = (float(np.median(times[1:])) for times in seconds)  # the first warms up
+    return own / theirs, own, theirs
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,228 @@
+"""Plugging a guide into a stock diffusers pipeline.
+
+A stock pipeline whose UNet has ``time_cond_proj_dim`` set runs one UNet forward a step and hands
+the UNet an embedding of the guidance scale (diffusers' support for guidance-distilled models).
+That is the way in: a hook takes the embedding out of the call and lets the guide act in the
+decoder. The guidance scale and the negative prompt come from the pipeline itself.
+"""
+
+import inspect
+import logging
+import os
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from pnp_core.bundle import GuideBundle
+from pnp_core.guide import Guide
+from pnp_core.inject import Injector
+
+logger = logging.getLogger(__name__)
+
+HOOK = "_pnp_guide"  # attribute of a plugged UNet
+GUIDANCE_EMBEDDING_DIM = 4  # any that a pipeline can compute: the embedding is not used
+
+
+class GuideHook:
+    """Runs the guide before each forward of a plugged UNet.
+
+    Bound methods of this object are the UNet's hooks, so that a deep copy of the UNet gets a hook
+    of its own.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, bundle: GuideBundle, strength: float) -> None:
+        self.bundle = bundle
+        self.strength = strength
+        self.injector = Injector(unet)
+        self.pipe: DiffusionPipeline | None = None  # the one that encoded its prompts last
+        self.positive: Tensor | None = None  # text states from that
+        self.negative: Tensor | None = None
+        self.time_cond_proj_dim: int | None = unet.config.time_cond_proj_dim
+        self.warned: set[str] = set()
+        self.handles = [
+            unet.register_forward_pre_hook(self.before_forward, with_kwargs=True),
+            unet.register_forward_hook(self.after_forward),
+        ]
+
+    def remove(self) -> None:
+        self.injector.remove()
+        for handle in self.handles:
+            handle.remove()
+
+    def before_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))}
+        call |= kwargs
+        self.injector.conditioning = None
+        if call.get("timestep_cond") is None:
+            return args, kwargs
+        kwargs = {**kwargs, "timestep_cond": None}
+        sample, text = call["sample"], call["encoder_hidden_states"]
+        negative = self.negative_for(text)
+        guidance_scale = float(self.pipe.guidance_scale)  # type: ignore[union-attr]
+        if guidance_scale == 1 or self.strength == 0:
+            return args, kwargs
+        guide = self.guide_in_use().to(device=sample.device)
+        self.check_range(guide, guidance_scale)
+        self.injector.guide = guide
+        self.injector.conditioning = guide(
+            sample,
+            torch.as_tensor(call["timestep"]),
+            text,
+            torch.tensor(guidance_scale),
+            negative,
+            self.strength,
+            call.get("added_cond_kwargs"),
+        )
+        return args, kwargs
+
+    def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.injector.conditioning = None
+
+    def guide_in_use(self) -> Guide:
+        num_steps = getattr(getattr(self.pipe, "scheduler", None), "num_inference_steps", None)
+        return self.bundle.for_steps(num_steps or max(self.bundle.num_steps))
+
+    def negative_for(self, text: Tensor) -> Tensor:
+        known = (
+            self.positive is not None
+            and self.positive.shape == text.shape
+            and torch.equal(self.positive.to(text), text)
+        )
+        if not known or self.negative is None:
+            raise ValueError(
+                "This UNet carries a guide, but the pipeline that runs it has not been plugged, so "
+                "its negative prompt is unknown: call plug(pipe, guide) on this pipeline too."
+            )
+        return self.negative.to(text)
+
+    def check_range(self, guide: Guide, guidance_scale: float) -> None:
+        low, high = guide.config.guidance_scale_range
+        if not low <= guidance_scale <= high:
+            self.warn_once(
+                f"guidance_scale {guidance_scale:g} is outside [{low:g}, {high:g}], the range "
+                "this guide was trained for."
+            )
+
+    def warn_once(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
+
+
+class EncodePrompt:
+    """Stands in for a plugged pipeline's ``encode_prompt``: keeps the negative prompt's states.
+
+    A pipeline that runs one forward a step would not encode the negative prompt at all.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, hook: GuideHook) -> None:
+        self.pipe = pipe
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.pipe, "_guidance_rescale", 0.0):
+            raise ValueError(
+                "guidance_rescale does not work with a guide: it needs the unguided prediction, "
+                "which a guide does away with. Pass guidance_rescale=0."
+            )
+        original = type(self.pipe).encode_prompt
+        bound = inspect.signature(original).bind(self.pipe, *args, **kwargs)
+        bound.arguments["do_classifier_free_guidance"] = True
+        result = original(*bound.args, **bound.kwargs)
+        self.hook.pipe = self.pipe
+        self.hook.positive, self.hook.negative = result[0], result[1]
+        return result
+
+
+class SaveConfig:
+    """Stands in for a plugged UNet's ``save_config``: the file gets the UNet's own value."""
+
+    def __init__(self, unet: UNet2DConditionModel, hook: GuideHook) -> None:
+        self.unet = unet
+        self.hook = hook
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        plugged = self.unet.config.time_cond_proj_dim
+        self.unet.register_to_config(time_cond_proj_dim=self.hook.time_cond_proj_dim)
+        try:
+            type(self.unet).save_config(self.unet, save_directory, **kwargs)
+        finally:
+            self.unet.register_to_config(time_cond_proj_dim=plugged)
+
+
+def plug(
+    pipe: DiffusionPipeline, guide: Guide | GuideBundle, *, strength: float = 1.0
+) -> DiffusionPipeline:
+    """Let ``guide`` replace classifier-free guidance in a stock pipeline, in place.
+
+    ``guidance_scale`` and ``negative_prompt`` keep their meaning; a step costs one UNet forward.
+    Of a bundle, the guide for the call's ``num_inference_steps`` is used. A pipeline made with
+    ``from_pipe`` shares the plugged UNet: plug it too, with the same guide.
+
+    Args:
+        strength: multiplies the guide's residuals.
+
+    Returns:
+        ``pipe``.
+
+    Raises:
+        ValueError: no UNet of a supported kind, one of another architecture or prediction type
+            than the guide's, or a pipeline that is plugged already. The pipeline is unchanged.
+    """
+    bundle = guide if isinstance(guide, GuideBundle) else as_bundle(guide)
+    unet = getattr(pipe, "unet", None)
+    if unet is None or not hasattr(unet, "up_blocks"):
+        raise ValueError(f"{type(pipe).__name__} has no UNet with up blocks to plug a guide into.")
+    hook: GuideHook | None = getattr(unet, HOOK, None)
+    if hook is not None and list(hook.bundle.guides.values()) != list(bundle.guides.values()):
+        raise ValueError("This pipeline's UNet has another guide plugged in: unplug(pipe) first.")
+    if "encode_prompt" in vars(pipe):
+        raise ValueError("This pipeline is plugged already: unplug(pipe) first.")
+    prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
+    for one in bundle.guides.values():
+        one.check_fits(unet)
+        if one.config.prediction_type != prediction_type:
+            raise ValueError(
+                f"This guide was made for a base with prediction_type "
+                f"{one.config.prediction_type!r}; this pipeline's scheduler has "
+                f"{prediction_type!r}."
+            )
+    if hook is None:
+        if unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                "This UNet is guidance-distilled itself (time_cond_proj_dim is "
+                f"{unet.config.time_cond_proj_dim}): it needs no guide."
+            )
+        hook = GuideHook(unet, bundle, strength)
+        setattr(unet, HOOK, hook)
+        unet.register_to_config(time_cond_proj_dim=GUIDANCE_EMBEDDING_DIM)
+        unet.save_config = SaveConfig(unet, hook)
+    hook.strength = strength
+    pipe.encode_prompt = EncodePrompt(pipe, hook)
+    return pipe
+
+
+def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Take the guide out again; the pipeline is as it was, bit for bit.
+
+    Raises:
+        ValueError: nothing is plugged in.
+    """
+    hook: GuideHook | None = getattr(pipe.unet, HOOK, None)
+    if hook is None and "encode_prompt" not in vars(pipe):
+        raise ValueError("This pipeline has no guide plugged in.")
+    if hook is not None:
+        hook.remove()
+        pipe.unet.register_to_config(time_cond_proj_dim=hook.time_cond_proj_dim)
+        delattr(pipe.unet, HOOK)
+        del pipe.unet.save_config
+    vars(pipe).pop("encode_prompt", None)
+    return pipe
+
+
+def as_bundle(guide: Guide) -> GuideBundle:
+    return GuideBundle({guide.config.num_steps or 50: guide})

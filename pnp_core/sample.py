@@ -1,0 +1,57 @@
+"""Deterministic DDIM sampling of any denoiser, in batches."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from pnp_core.denoiser import Denoiser
+from pnp_core.schedule import NoiseSchedule, sampling_timesteps
+
+
+def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
+    """``z_T``, one seed an image: ``(len(seeds), *shape)``."""
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    )
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    scheduler: Any,
+    *,
+    z_T: Tensor,
+    c_BLD: Tensor,
+    n_BLD: Tensor,
+    guidance_scale: float,
+    num_steps: int,
+    timestep_spacing: str | None = None,
+) -> Tensor:
+    """Run DDIM (eta 0) from ``z_T`` to ``z_0``, as diffusers' ``DDIMScheduler`` does.
+
+    Args:
+        scheduler: the base's; it gives the noise schedule and, by default, the spacing.
+    """
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    grid = sampling_timesteps(scheduler, num_steps, timestep_spacing)
+    batch = z_T.shape[0]
+    w_B = torch.full((batch,), guidance_scale, device=z_T.device)
+    z = z_T
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        t_B = t.expand(batch).to(z.device)
+        eps = denoiser(z, t_B, c_BLD, w_B, n_BLD).to(z.dtype)
+        z = schedule.ddim_step(z, eps, t_B, s.expand(batch))
+    return z
+
+
+@torch.no_grad()
+def decode(pipe: StableDiffusionPipeline, z_BCHW: Tensor) -> np.ndarray:
+    """Latents to images: uint8, ``(B, height, width, 3)``."""
+    vae = pipe.vae
+    image = vae.decode((z_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample
+    image = (image.float() / 2 + 0.5).clamp(0, 1) * 255
+    result: np.ndarray = image.round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return result

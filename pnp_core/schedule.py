@@ -1,0 +1,156 @@
+"""Noise schedule, DDIM steps and conversions between what diffusion models predict.
+
+Everything is variance preserving: ``z_t = alpha_t x + sigma_t eps``, ``alpha_t^2 + sigma_t^2 = 1``.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """The discrete noise schedule of a base model.
+
+    Attributes:
+        alphas_cumprod: float64, shape ``(num_train_timesteps,)``; ``alpha_t^2`` at each timestep.
+        final_alpha_cumprod: ``alpha^2`` where the last DDIM step ends.
+        prediction_type: what the UNet predicts: ``epsilon``, ``v_prediction`` or ``sample``.
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float
+    prediction_type: str
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
+        """Read the schedule of a diffusers scheduler.
+
+        Raises:
+            ValueError: the scheduler has no discrete ``alphas_cumprod`` or predicts something else.
+        """
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no alphas_cumprod: the base model needs a "
+                "discrete variance-preserving scheduler such as DDIMScheduler."
+            )
+        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"The scheduler's prediction_type is {prediction_type!r}; supported: "
+                f"{', '.join(PREDICTION_TYPES)}."
+            )
+        alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
+        set_alpha_to_one = scheduler.config.get("set_alpha_to_one", False)
+        return cls(
+            alphas_cumprod=alphas_cumprod,
+            final_alpha_cumprod=1.0 if set_alpha_to_one else float(alphas_cumprod[0]),
+            prediction_type=prediction_type,
+        )
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def alpha_sigma(self, timestep_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha_t`` and ``sigma_t`` shaped ``(B, 1, 1, 1)``, in the dtype and device of ``like``.
+
+        A timestep below zero stands for the end of the last DDIM step.
+        """
+        t_B = timestep_B.long().cpu()
+        alpha2_B = self.alphas_cumprod[t_B.clamp(min=0)]
+        alpha2_B = torch.where(t_B < 0, self.final_alpha_cumprod, alpha2_B)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha, sigma = alpha2_B.sqrt(), (1 - alpha2_B).sqrt()
+        return (
+            alpha.to(like.device, like.dtype).reshape(shape),
+            sigma.to(like.device, like.dtype).reshape(shape),
+        )
+
+    def add_noise(self, x: Tensor, eps: Tensor, timestep_B: Tensor) -> Tensor:
+        """``z_t = alpha_t x + sigma_t eps``."""
+        alpha, sigma = self.alpha_sigma(timestep_B, x)
+        return alpha * x + sigma * eps
+
+    def to_eps(self, prediction: Tensor, z_t: Tensor, timestep_B: Tensor) -> Tensor:
+        """Turn the UNet's prediction at ``z_t`` into eps (Salimans & Ho 2022, appendix D).
+
+        ``v = alpha_t eps - sigma_t x``, hence ``eps = alpha_t v + sigma_t z_t``;
+        for an x-prediction ``eps = (z_t - alpha_t x) / sigma_t``.
+        """
+        if self.prediction_type == "epsilon":
+            return prediction
+        alpha, sigma = self.alpha_sigma(timestep_B, z_t)
+        if self.prediction_type == "v_prediction":
+            return alpha * prediction + sigma * z_t
+        return (z_t - alpha * prediction) / sigma
+
+    def from_eps(self, eps: Tensor, z_t: Tensor, timestep_B: Tensor) -> Tensor:
+        """The inverse of :meth:`to_eps`."""
+        if self.prediction_type == "epsilon":
+            return eps
+        alpha, sigma = self.alpha_sigma(timestep_B, z_t)
+        if self.prediction_type == "v_prediction":
+            return (eps - sigma * z_t) / alpha
+        return (z_t - sigma * eps) / alpha
+
+    def to_x(self, eps: Tensor, z_t: Tensor, timestep_B: Tensor) -> Tensor:
+        """``x = (z_t - sigma_t eps) / alpha_t``."""
+        alpha, sigma = self.alpha_sigma(timestep_B, z_t)
+        return (z_t - sigma * eps) / alpha
+
+    def ddim_step(self, z_t: Tensor, eps: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """One deterministic DDIM step from timestep ``t`` to ``s`` (Song et al. 2021, eq. 12).
+
+        ``z_s = alpha_s x + sigma_s eps``, with ``x`` the x-prediction at ``t``.
+        """
+        alpha_s, sigma_s = self.alpha_sigma(s_B, z_t)
+        return alpha_s * self.to_x(eps, z_t, t_B) + sigma_s * eps
+
+
+def sampling_timesteps(scheduler: Any, num_steps: int, spacing: str | None = None) -> Tensor:
+    """Timesteps of a DDIM run in sampling order, ending in -1: int64, shape ``(num_steps + 1,)``.
+
+    They are those that ``scheduler`` itself would use as a ``DDIMScheduler`` with this spacing
+    (default: its own).
+    """
+    from diffusers import DDIMScheduler
+
+    overrides = {} if spacing is None else {"timestep_spacing": spacing}
+    config = copy.deepcopy(dict(scheduler.config))
+    ddim = DDIMScheduler.from_config(config, **overrides)
+    if not 1 <= num_steps <= ddim.config.num_train_timesteps:
+        raise ValueError(
+            f"num_steps is {num_steps}; it must lie in 1..{ddim.config.num_train_timesteps}."
+        )
+    ddim.set_timesteps(num_steps)
+    return torch.cat([ddim.timesteps.long().cpu(), torch.tensor([-1])])
+
+
+def cfg_target(*, eps_c: Tensor, eps_n: Tensor, guidance_scale_B: Tensor) -> Tensor:
+    """Classifier-free guidance, ``eps_w = eps_n + w (eps_c - eps_n)``, one ``w`` a sample.
+
+    ``w`` is diffusers' ``guidance_scale`` (Meng et al. 2023 write ``1 + w`` for it): ``w = 1`` is
+    the conditional prediction, ``w = 0`` the one under the negative prompt.
+    """
+    w = guidance_scale_B.to(eps_c).reshape(-1, *(1,) * (eps_c.ndim - 1))
+    return torch.lerp(eps_n, eps_c, w)
+
+
+def two_step_target(
+    schedule: NoiseSchedule, *, z_t: Tensor, z_s: Tensor, t_B: Tensor, s_B: Tensor
+) -> Tensor:
+    """The eps with which a single DDIM step from ``(z_t, t)`` lands on ``z_s``.
+
+    ``eps* = (z_s - r z_t) / (sigma_s - r sigma_t)``, ``r = alpha_s / alpha_t`` (Salimans & Ho 2022,
+    appendix G). Where ``sigma_s = 0`` this is the eps of the teacher's second x-prediction.
+    """
+    alpha_t, sigma_t = schedule.alpha_sigma(t_B, z_t)
+    alpha_s, sigma_s = schedule.alpha_sigma(s_B, z_t)
+    ratio = alpha_s / alpha_t
+    return (z_s - ratio * z_t) / (sigma_s - ratio * sigma_t)

@@ -1,0 +1,252 @@
+"""The training loop that distillation and halving share.
+
+Randomness is a function of (seed, step): batches for step k are the same whatever the number of
+workers and however often the run was interrupted. Gradients are summed over workers here, so the
+guide needs no distributed wrapper.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pnp_core.guide import Guide
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""``report(num_images, metrics)``; called by every worker at the same points."""
+
+PRECISIONS = ("bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast to train.
+
+    Attributes:
+        num_images: training samples seen in total, over all workers.
+        batch_size: global batch size, over all workers.
+        learning_rate: peak, reached after warm-up; falls to zero along a cosine.
+        warmup_images: length of the linear warm-up.
+        ema_halflife_images: half-life of the averaged weights; the result of training.
+        max_grad_norm: gradients are clipped to this norm.
+        precision: ``bf16`` (autocast) or ``fp32``.
+        report_every_images: how often the loss is reported.
+        checkpoint_every_images: how often the state is written.
+
+    Raises:
+        ValueError: a value out of range, named.
+    """
+
+    num_images: int
+    batch_size: int
+    learning_rate: float = 1e-3
+    warmup_images: int = 0
+    ema_halflife_images: int = 5_000
+    max_grad_norm: float = 1.0
+    precision: str = "bf16"
+    seed: int = 0
+    report_every_images: int = 2_000
+    checkpoint_every_images: int = 20_000
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_images",
+            "batch_size",
+            "learning_rate",
+            "max_grad_norm",
+            "ema_halflife_images",
+            "report_every_images",
+            "checkpoint_every_images",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if self.warmup_images < 0:
+            raise ValueError(f"warmup_images is {self.warmup_images}; it must not be negative.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}."
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return math.ceil(self.num_images / self.batch_size)
+
+
+def config_hash(config: Any, *more: str) -> str:
+    """A short hash of a dataclass config and further strings, for matching checkpoints."""
+    text = json.dumps([dataclasses.asdict(config), *more], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step."""
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def epoch_indices(*, num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Indices of step ``step``'s global batch: every sample once an epoch, in a new order."""
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    indices = torch.empty(batch_size, dtype=torch.long)
+    for epoch in (positions // num_samples).unique().tolist():
+        order = torch.randperm(num_samples, generator=step_generator(seed + 1, epoch))
+        here = positions // num_samples == epoch
+        indices[here] = order[positions[here] % num_samples]
+    return indices
+
+
+def atomic_save(state: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def train(
+    loss_fn: Callable[[int, slice], Tensor],
+    guide: Guide,
+    config: TrainConfig,
+    *,
+    run_hash: str,
+    checkpoint: Path | None = None,
+    report: Report = lambda num_images, metrics: None,
+) -> Guide:
+    """Train ``guide`` in place and return it with its averaged (EMA) weights.
+
+    Args:
+        loss_fn: ``loss_fn(step, part)``: losses of the rows ``part`` of step ``step``'s global
+            batch, shape ``(rows,)``.
+        run_hash: identity of the run; a checkpoint with another one is ignored.
+        checkpoint: file to resume from and to save to (worker 0 writes, atomically).
+
+    Raises:
+        ValueError: the loss is no longer finite; the message names step and rows.
+    """
+    rank, world = rank_and_world()
+    if config.batch_size % world:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of the {world} workers."
+        )
+    rows = config.batch_size // world
+    part = slice(rank * rows, (rank + 1) * rows)
+    device = guide.device
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    ema = [p.detach().clone() for p in parameters]
+    decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
+    step = 0
+
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
+        if state["run_hash"] == run_hash:
+            with torch.no_grad():
+                for p, average, saved, saved_ema in zip(
+                    parameters, ema, state["parameters"], state["ema"], strict=True
+                ):
+                    p.copy_(saved)
+                    average.copy_(saved_ema)
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+
+    def save() -> None:
+        if checkpoint is not None and rank == 0:
+            atomic_save(
+                {
+                    "run_hash": run_hash,
+                    "step": step,
+                    "parameters": [p.detach() for p in parameters],
+                    "ema": ema,
+                    "optimizer": optimizer.state_dict(),
+                },
+                checkpoint,
+            )
+
+    guide.train()
+    losses: list[float] = []
+    grad_norm = torch.zeros(())
+    since, since_step = time.monotonic(), step
+    while step < config.num_steps:
+        num_images = step * config.batch_size
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * learning_rate_factor(config, num_images)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            loss_rows = loss_fn(step, part)
+        loss = loss_rows.float().sum() / config.batch_size
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        total = loss.detach().clone()
+        if world > 1:
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            flat = torch.cat([total.flatten(), *(g.flatten() for g in gradients)])
+            dist.all_reduce(flat)
+            total, *summed = flat.split([1, *(p.numel() for p in parameters)])
+            for p, gradient in zip(parameters, summed, strict=True):
+                p.grad = gradient.view_as(p)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        if not (total.isfinite() and grad_norm.isfinite()):
+            bad = (~loss_rows.isfinite()).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Training stopped at step {step} ({num_images} images): the loss is "
+                f"{float(total)}, the gradient norm {float(grad_norm)}; rows {bad} of this "
+                "worker's batch are not finite. Lower learning_rate; if rows are named, look at "
+                "those samples. The last checkpoint is untouched."
+            )
+        optimizer.step()
+        with torch.no_grad():
+            # A young average follows the weights closely, so that it forgets where it began.
+            d = min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(ema, parameters, 1 - d)
+        losses.append(float(total))
+        step += 1
+        done = step * config.batch_size
+        if crossed(done, config.batch_size, config.report_every_images) or step == config.num_steps:
+            now = time.monotonic()
+            rate = (step - since_step) * config.batch_size / max(now - since, 1e-9)
+            report(
+                done,
+                {
+                    "loss": sum(losses) / len(losses),
+                    "grad_norm": float(grad_norm),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "images_per_second": rate,
+                },
+            )
+            losses, since, since_step = [], now, step
+        if crossed(done, config.batch_size, config.checkpoint_every_images):
+            save()
+    save()
+    with torch.no_grad():
+        for p, average in zip(parameters, ema, strict=True):
+            p.copy_(average)
+    return guide.eval()
+
+
+def crossed(num_images: int, batch_size: int, every: int) -> bool:
+    """Whether the last batch passed a multiple of ``every`` images."""
+    return num_images // every > (num_images - batch_size) // every
+
+
+def learning_rate_factor(config: TrainConfig, num_images: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    if num_images < config.warmup_images:
+        return (num_images + config.batch_size) / (config.warmup_images + config.batch_size)
+    progress = (num_images - config.warmup_images) / max(
+        config.num_images - config.warmup_images, 1
+    )
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -1,0 +1,89 @@
+"""Fixtures that most tests share."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
+from pnp_core.guide import Guide, GuideConfig
+from tests.toy import make_pipeline
+
+torch.set_num_threads(1)  # the tests' models are too small for more
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base, saved."""
+    folder = tmp_path_factory.mktemp("toy")
+    torch.manual_seed(0)
+    make_pipeline(folder / "tokenizer").save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.fixture
+def pipe(toy_folder: Path) -> StableDiffusionPipeline:
+    """A random base of its own for each test."""
+    pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def roused(guide: Guide, scale: float = 0.1) -> Guide:
+    """The guide with random weights in place of its zeros, as if it had been trained."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return guide.eval()
+
+
+@pytest.fixture(params=["tiny", "full"])
+def guide(request: pytest.FixtureRequest, pipe: StableDiffusionPipeline) -> Guide:
+    """A fresh guide of each kind."""
+    torch.manual_seed(1)
+    return Guide.from_unet(pipe.unet, GuideConfig(kind=request.param, max_parameters_ratio=0.2))
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Example]:
+    generator = np.random.default_rng(0)
+    made = []
+    for number in range(24):
+        file = io.BytesIO()
+        pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file, "PNG")
+        made.append(Example(image=file.getvalue(), prompt=f"thing {'abcdef'[number % 6]}"))
+    return made
+
+
+CACHE_CONFIG = CacheConfig(
+    num_forward=40,
+    num_trajectory=20,
+    trajectory_steps=5,
+    negative_fraction=0.3,
+    batch_size=16,
+    shard_size=16,
+    precision="fp32",
+)
+
+
+@pytest.fixture(scope="session")
+def cache_folder(
+    toy_folder: Path, examples: list[Example], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A complete cache of the toy base."""
+    folder = tmp_path_factory.mktemp("cache")
+    pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    builder = CacheBuilder(pipe, examples, CACHE_CONFIG, folder, base_hash="base", data_hash="data")
+    build_cache(builder)
+    return folder
+
+
+@pytest.fixture
+def cache(cache_folder: Path) -> TeacherCache:
+    return TeacherCache.open(cache_folder)

@@ -1,0 +1,163 @@
+"""The teacher cache holds what the teacher says, and notices when it does not."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache, plan_cache
+from tests.conftest import CACHE_CONFIG
+
+
+def builder(
+    pipe: StableDiffusionPipeline, examples: list[Example], folder: Path, **changes: object
+) -> CacheBuilder:
+    config = dataclasses.replace(CACHE_CONFIG, **changes)
+    return CacheBuilder(pipe, examples, config, folder, base_hash="base", data_hash="data")
+
+
+@torch.no_grad()
+def test_cached_pairs_equal_two_explicit_passes(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    pairs = cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
+    for text, eps in ((pairs.text, pairs.eps_c), (pairs.negative_text, pairs.eps_n)):
+        expected = pipe.unet(pairs.z_t, pairs.timestep, text).sample
+        torch.testing.assert_close(eps, expected, atol=2e-3, rtol=2e-3)  # stored in half precision
+    assert not torch.equal(pairs.text, pairs.negative_text)
+
+
+def test_text_states_and_moments_are_those_of_the_pipeline(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, examples: list[Example]
+) -> None:
+    null = pipe.encode_prompt("", "cpu", 1, False)[0][0]
+    torch.testing.assert_close(cache.text_N[0].float(), null, atol=2e-3, rtol=2e-3)
+    assert cache.num_latents == len(examples)
+    assert set(cache.prompts) == {"", *(e.prompt for e in examples)}
+    generator = torch.Generator().manual_seed(0)
+    latents = cache.latents(torch.arange(3), generator, slice(0, 3), torch.device("cpu"))
+    row = cache.prompts.index(examples[1].prompt)
+    assert torch.equal(latents.text[1], cache.text_N[row].float())
+
+
+def test_a_row_of_latents_does_not_depend_on_the_part_asked_for(cache: TeacherCache) -> None:
+    indices, device = torch.arange(8), torch.device("cpu")
+
+    def latents(part: slice) -> list[torch.Tensor]:
+        return list(cache.latents(indices, torch.Generator().manual_seed(1), part, device))
+
+    whole = latents(slice(0, 8))
+    for all_rows, half in zip(whole, latents(slice(4, 8)), strict=True):
+        assert torch.equal(all_rows[4:], half)
+
+
+def test_trajectories_go_down_from_pure_noise(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    one = builder(pipe, examples, tmp_path, num_forward=0, num_trajectory=20, shard_size=20)
+    build_cache(one)
+    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(20), torch.device("cpu"))
+    timesteps = pairs.timestep.reshape(5, 4)
+    assert (timesteps.diff(dim=0) < 0).all()
+    assert (timesteps[0] == 999).all()
+    spread = pairs.z_t.reshape(5, -1).std(dim=1)
+    assert spread[0] == pytest.approx(1.0, abs=0.15)
+
+
+@torch.no_grad()
+def test_each_state_of_a_trajectory_follows_from_the_one_before_by_a_guided_ddim_step(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    one = builder(
+        pipe,
+        examples,
+        tmp_path,
+        num_forward=0,
+        num_trajectory=5,
+        shard_size=5,
+        guidance_scale=(3.0, 3.0001),
+    )
+    build_cache(one)
+    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(5), torch.device("cpu"))
+    reference = DDIMScheduler.from_config(pipe.scheduler.config)
+    for i in range(4):
+        eps = pairs.eps_n[i] + 3 * (pairs.eps_c[i] - pairs.eps_n[i])
+        t, s = int(pairs.timestep[i]), int(pairs.timestep[i + 1])
+        alpha_t, alpha_s = reference.alphas_cumprod[t].sqrt(), reference.alphas_cumprod[s].sqrt()
+        x = (pairs.z_t[i] - (1 - alpha_t**2).sqrt() * eps) / alpha_t
+        expected = alpha_s * x + (1 - alpha_s**2).sqrt() * eps
+        torch.testing.assert_close(pairs.z_t[i + 1], expected, atol=0.02, rtol=0.02)
+
+
+def test_the_plan_tells_size_and_work_before_it_starts(
+    pipe: StableDiffusionPipeline, examples: list[Example], cache_folder: Path
+) -> None:
+    plan = plan_cache(pipe, num_images=24, num_prompts=6, config=CACHE_CONFIG)
+    files = list(cache_folder.glob("*.safetensors"))
+    assert sum(len(phase) for phase in plan.phases) == len(files)
+    on_disk = sum(f.stat().st_size for f in files)
+    assert plan.num_bytes == pytest.approx(on_disk, rel=0.25)  # the rest is headers
+    assert plan.num_forwards == 2 * 60
+
+
+def test_shards_that_are_there_are_not_built_again(
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    cache_folder: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "index.json").unlink()
+    lost = tmp_path / "pairs-00001.safetensors"
+    before = lost.read_bytes()
+    lost.unlink()
+    times = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
+    build_cache(builder(pipe, examples, tmp_path))
+    assert lost.read_bytes() == before
+    assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in times.items())
+
+
+def test_another_configuration_is_built_anew(
+    pipe: StableDiffusionPipeline, examples: list[Example], cache_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
+    assert builder(pipe, examples, tmp_path).is_built("pairs-00000")
+    assert not builder(pipe, examples, tmp_path, seed=1).is_built("pairs-00000")
+
+
+def test_an_incomplete_cache_is_refused(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    unfinished = builder(pipe, examples, tmp_path)
+    unfinished.build("text")
+    with pytest.raises(ValueError, match="lacks moments-00000"):
+        unfinished.finish()
+    with pytest.raises(ValueError, match="no complete cache"):
+        TeacherCache.open(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "alter", "delete"])
+def test_a_damaged_shard_is_named(cache_folder: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
+    shard = tmp_path / "pairs-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "delete":
+        shard.unlink()
+    else:
+        data[-1] ^= 1
+        shard.write_bytes(data[:-10] if damage == "truncate" else data)
+    with pytest.raises(ValueError, match="pairs-00002"):
+        TeacherCache.open(tmp_path)
+
+
+def test_a_cache_of_another_base_is_refused_naming_both(cache_folder: Path) -> None:
+    with pytest.raises(ValueError, match="made with base base, but the base given is other"):
+        TeacherCache.open(cache_folder, base_hash="other")
+
+
+def test_no_examples_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data set is empty"):
+        builder(pipe, [], tmp_path)

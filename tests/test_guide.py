@@ -1,0 +1,215 @@
+"""What a guide promises about the base it is plugged into."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from pnp_core.bundle import GuideBundle, load_guide
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.schedule import NoiseSchedule
+from tests.conftest import roused
+
+
+class Inputs:
+    def __init__(self, batch: int = 4) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        self.z, self.c, self.n = (
+            normal(batch, 4, 4, 4),
+            normal(batch, 16, 32),
+            normal(batch, 16, 32),
+        )
+        self.t = torch.tensor([1, 250, 500, 999])[:batch]
+        self.w = torch.tensor([1.5, 3.0, 5.0, 8.0])[:batch]
+
+    @property
+    def all(self) -> tuple[torch.Tensor, ...]:
+        return self.z, self.t, self.c, self.w, self.n
+
+
+def schedule(pipe: StableDiffusionPipeline) -> NoiseSchedule:
+    return NoiseSchedule.from_scheduler(pipe.scheduler)
+
+
+@torch.no_grad()
+def test_a_fresh_guide_leaves_the_base_bitwise_unchanged(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    inputs = Inputs()
+    plain = PlainDenoiser(pipe.unet, schedule(pipe))(*inputs.all)
+    assert torch.equal(GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all), plain)
+
+
+@torch.no_grad()
+def test_any_guide_at_guidance_scale_1_leaves_the_base_bitwise_unchanged(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    inputs = Inputs()
+    inputs.w = torch.ones(4)
+    plain = PlainDenoiser(pipe.unet, schedule(pipe))(*inputs.all)
+    guided = GuidedDenoiser(pipe.unet, roused(guide), schedule(pipe))
+    assert torch.equal(guided(*inputs.all), plain)
+
+
+@torch.no_grad()
+def test_each_sample_gets_its_own_guidance_scale_timestep_and_negative(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    inputs = Inputs()
+    guided = GuidedDenoiser(pipe.unet, roused(guide), schedule(pipe))
+    together = guided(*inputs.all)
+    alone = torch.cat([guided(*(x[i : i + 1] for x in inputs.all)) for i in range(4)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    for changed in ("w", "n"):
+        other = Inputs()
+        setattr(other, changed, getattr(other, changed) + 1)
+        assert not torch.equal(guided(*other.all), together)
+
+
+def test_only_the_guide_gets_gradients_and_the_encoder_keeps_no_graph(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pipe.unet.requires_grad_(False)
+    needs_grad = []
+    for block in (*pipe.unet.down_blocks, pipe.unet.mid_block):
+        block.register_forward_hook(
+            lambda module, args, out: needs_grad.append(
+                (out[0] if isinstance(out, tuple) else out).requires_grad
+            )
+        )
+    before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
+    GuidedDenoiser(pipe.unet, roused(guide), schedule(pipe))(
+        *Inputs().all
+    ).square().mean().backward()
+    assert len(needs_grad) == 3 and not any(needs_grad)
+    assert all(p.grad is None for p in pipe.unet.parameters())
+    silent = [name for name, p in guide.named_parameters() if p.grad is None]
+    assert not silent
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_guide_read_from_disk_gives_the_same_output(
+    pipe: StableDiffusionPipeline, guide: Guide, tmp_path: Path
+) -> None:
+    roused(guide).save_pretrained(tmp_path)
+    torch.manual_seed(99)
+    loaded = load_guide(tmp_path)
+    inputs = Inputs()
+    outputs = [GuidedDenoiser(pipe.unet, g, schedule(pipe))(*inputs.all) for g in (guide, loaded)]
+    assert torch.equal(*outputs)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+
+
+@torch.no_grad()
+def test_the_same_guide_works_on_a_second_unet_of_the_architecture(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    torch.manual_seed(5)
+    other = UNet2DConditionModel.from_config(pipe.unet.config)
+    roused(guide)
+    ours = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*Inputs().all)
+    theirs = GuidedDenoiser(other, guide, schedule(pipe))(*Inputs().all)
+    assert not torch.equal(ours, theirs)
+
+
+def test_a_guide_for_another_architecture_is_refused_naming_both(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    other = UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 48})
+    with pytest.raises(ValueError, match="text_dim = 32, but this UNet has text_dim = 48"):
+        GuidedDenoiser(other, guide, schedule(pipe))
+
+
+def test_a_tiny_guide_keeps_to_its_share_of_parameters(pipe: StableDiffusionPipeline) -> None:
+    base = sum(p.numel() for p in pipe.unet.parameters())
+    for ratio in (0.1, 0.2):
+        guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=ratio))
+        assert sum(p.numel() for p in guide.parameters()) <= ratio * base
+    with pytest.raises(ValueError, match="Raise max_parameters_ratio"):
+        Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=1e-4))
+
+
+def test_an_unknown_kind_of_guide_is_refused() -> None:
+    with pytest.raises(ValueError, match="guide kind is 'huge'; it must be one of tiny, full"):
+        GuideConfig(kind="huge")
+
+
+@torch.no_grad()
+def test_cfg_equals_two_explicit_passes(pipe: StableDiffusionPipeline) -> None:
+    inputs = Inputs()
+    eps_c = pipe.unet(inputs.z, inputs.t, inputs.c).sample
+    eps_n = pipe.unet(inputs.z, inputs.t, inputs.n).sample
+    expected = eps_n + inputs.w.reshape(-1, 1, 1, 1) * (eps_c - eps_n)
+    guided = CFGDenoiser(pipe.unet, schedule(pipe))(*inputs.all)
+    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_full_guide_starts_as_the_bases_encoder(pipe: StableDiffusionPipeline) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(kind="full"))
+    own = guide.net.encoder.state_dict()
+    base = pipe.unet.state_dict()
+    copied = [k for k in own if k in base]
+    assert all(torch.equal(own[k], base[k]) for k in copied)
+    assert {k.split(".")[0] for k in copied} == {
+        "conv_in",
+        "time_embedding",
+        "down_blocks",
+        "mid_block",
+    }
+
+
+def test_a_bundle_on_disk_gives_back_each_guide(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    guides = {}
+    for num_steps in (16, 8):
+        guide = Guide.from_unet(
+            pipe.unet, GuideConfig(max_parameters_ratio=0.2), num_steps=num_steps
+        )
+        guides[num_steps] = roused(guide, scale=num_steps / 100)
+    GuideBundle(guides).save(tmp_path / "bundle")
+    bundle = GuideBundle.load(tmp_path / "bundle")
+    assert bundle.num_steps == (8, 16)
+    for num_steps, guide in guides.items():
+        assert bundle.guides[num_steps].weights_digest() == guide.weights_digest()
+        assert bundle.guides[num_steps].config.num_steps == num_steps
+    assert [bundle.for_steps(n).config.num_steps for n in (4, 8, 11, 12, 50)] == [8, 8, 8, 16, 16]
+
+
+def test_a_damaged_or_missing_guide_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="is not a guide"):
+        GuideBundle.load(tmp_path)
+    Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged or only partly downloaded"):
+        load_guide(tmp_path)
+
+
+def test_the_config_file_says_what_the_guide_was_trained_for(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    trained_for = {
+        "base_hash": "abc",
+        "prediction_type": "epsilon",
+        "guidance_scale_range": [1.0, 6.0],
+        "num_steps": 8,
+        "timestep_spacing": "trailing",
+    }
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2), **trained_for)
+    guide.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {key: saved[key] for key in trained_for} == trained_for

@@ -1,0 +1,288 @@
+"""A plugged stock pipeline, as its user sees it."""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from pnp_core.bundle import GuideBundle
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.models import encode_prompts
+from pnp_core.plug import plug, unplug
+from pnp_core.sample import decode, initial_noise, sample
+from pnp_core.schedule import NoiseSchedule
+from tests.conftest import roused
+
+
+def generate(pipe: Any, prompt: Any = "a cat", **options: Any) -> np.ndarray:
+    defaults = {
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "output_type": "np",
+        "generator": torch.Generator().manual_seed(3),
+    }
+    return np.asarray(pipe(prompt, **{**defaults, **options}).images)
+
+
+@pytest.fixture
+def tiny(pipe: StableDiffusionPipeline) -> Guide:
+    return roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+
+
+def test_a_plugged_pipeline_makes_what_our_own_sampler_makes(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    z = sample(
+        GuidedDenoiser(pipe.unet, roused(guide), schedule),
+        pipe.scheduler,
+        z_T=initial_noise((4, 4, 4), [3]),
+        c_BLD=encode_prompts(pipe, ["a cat"]),
+        n_BLD=encode_prompts(pipe, ["a dog"]),
+        guidance_scale=4.0,
+        num_steps=4,
+    )
+    plug(pipe, guide)
+    made = generate(pipe, negative_prompt="a dog")
+    np.testing.assert_allclose(made * 255, decode(pipe, z), atol=0.6)
+
+
+def test_a_step_costs_one_forward_of_one_sample(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    batches = []
+    pipe.unet.register_forward_hook(lambda module, args, out: batches.append(len(out[0])))
+    plug(pipe, tiny)
+    generate(pipe)
+    assert batches == [1, 1, 1, 1]
+
+
+def test_unplugging_gives_back_the_pipeline_bit_for_bit(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    before = generate(pipe, negative_prompt="a dog")
+    config = dict(pipe.unet.config)
+    plug(pipe, tiny)
+    assert not np.array_equal(generate(pipe, negative_prompt="a dog"), before)
+    unplug(pipe)
+    assert np.array_equal(generate(pipe, negative_prompt="a dog"), before)
+    assert dict(pipe.unet.config) == config
+    with pytest.raises(ValueError, match="no guide plugged in"):
+        unplug(pipe)
+
+
+def test_negative_prompt_guidance_scale_and_strength_all_matter(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    unguided = generate(pipe, guidance_scale=1.0)
+    plug(pipe, tiny)
+    made = [
+        generate(pipe),
+        generate(pipe, negative_prompt="a dog"),
+        generate(pipe, guidance_scale=6.0),
+    ]
+    assert all(not np.array_equal(a, b) for a, b in zip(made, [*made[1:], made[0]], strict=True))
+    assert np.array_equal(generate(pipe, guidance_scale=1.0), unguided)
+    unplug(pipe)
+    plug(pipe, tiny, strength=0.0)
+    assert np.array_equal(generate(pipe), unguided)
+
+
+def test_several_prompts_and_images_a_prompt_keep_their_negatives(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    generators = [torch.Generator().manual_seed(i) for i in (0, 1, 2, 3)]
+    together = generate(
+        pipe,
+        ["a cat", "a cow"],
+        negative_prompt=["a dog", "red"],
+        num_images_per_prompt=2,
+        generator=generators,
+    )
+    alone = [
+        generate(pipe, p, negative_prompt=n, generator=torch.Generator().manual_seed(i))[0]
+        for i, (p, n) in enumerate([("a cat", "a dog")] * 2 + [("a cow", "red")] * 2)
+    ]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-4)
+
+
+def picture(colour: int = 128) -> Image.Image:
+    return Image.new("RGB", (32, 32), (colour, 40, 90))
+
+
+def test_img2img_made_with_from_pipe_works_once_plugged_too(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    image_pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    image_pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"call plug\(pipe, guide\) on this pipeline too"):
+        generate(image_pipe, image=picture())
+    plug(image_pipe, tiny)
+    one, other = (generate(image_pipe, image=picture(), negative_prompt=n) for n in ("", "a dog"))
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting_works_with_four_and_nine_channels(
+    pipe: StableDiffusionPipeline, channels: int
+) -> None:
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": channels})
+    parts = {**pipe.components, "unet": unet}
+    inpaint = StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False)
+    inpaint.set_progress_bar_config(disable=True)
+    guide = roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
+    mask = Image.new("L", (32, 32), 255)
+    call = {"image": picture(), "mask_image": mask, "height": 32, "width": 32}
+    before = generate(inpaint, **call)
+    plug(inpaint, guide)
+    assert not np.array_equal(generate(inpaint, **call), before)
+    unplug(inpaint)
+    assert np.array_equal(generate(inpaint, **call), before)
+
+
+def test_a_controlnets_residuals_and_the_guides_both_act(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(
+        pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)
+    )
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    parts = {**pipe.components, "controlnet": controlnet}
+    control = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
+    control.set_progress_bar_config(disable=True)
+    plug(control, tiny)
+    both = generate(control, image=picture())
+    without_control = generate(control, image=picture(), controlnet_conditioning_scale=0.0)
+    unplug(control)
+    without_guide = generate(control, image=picture(), guidance_scale=1.0)
+    assert not np.array_equal(both, without_control)
+    assert not np.array_equal(both, without_guide)
+
+
+def test_a_deep_copy_has_a_guide_of_its_own(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    twin = copy.deepcopy(pipe)
+    with torch.no_grad():
+        for parameter in (*pipe.unet.parameters(), *tiny.parameters()):
+            parameter.zero_()
+    assert np.array_equal(generate(twin), expected)
+    unplug(twin)
+
+
+def test_another_scheduler_can_be_used(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    unguided = generate(pipe, guidance_scale=1.0)
+    plug(pipe, tiny)
+    made = generate(pipe)
+    assert np.isfinite(made).all() and not np.array_equal(made, unguided)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_pipeline_works_with_a_full_precision_guide(
+    pipe: StableDiffusionPipeline, guide: Guide, dtype: torch.dtype
+) -> None:
+    plug(pipe, roused(guide, scale=0.05))
+    full = generate(pipe)
+    pipe.to(dtype)
+    half = generate(pipe)
+    np.testing.assert_allclose(half, full, atol=0.1)
+
+
+def test_a_compiled_unet_gives_the_same_image(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    pipe.unet.compile(backend="eager")
+    np.testing.assert_allclose(generate(pipe), expected, atol=1e-4)
+
+
+def test_a_plugged_pipeline_saves_the_unet_config_as_it_was(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path
+) -> None:
+    plug(pipe, tiny)
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "unet/config.json").read_text())["time_cond_proj_dim"] is None
+    assert generate(pipe) is not None  # and goes on working
+
+
+def test_of_a_bundle_the_guide_for_the_number_of_steps_is_used(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    config = GuideConfig(max_parameters_ratio=0.2)
+    guides = {
+        n: roused(Guide.from_unet(pipe.unet, config, num_steps=n), scale=n / 50) for n in (2, 4)
+    }
+    plug(pipe, GuideBundle(guides))
+    from_bundle = [generate(pipe, num_inference_steps=n) for n in guides]
+    unplug(pipe)
+    for guide, expected in zip(guides.values(), from_bundle, strict=True):
+        plug(pipe, guide)
+        made = generate(pipe, num_inference_steps=guide.config.num_steps)
+        assert np.array_equal(made, expected)
+        unplug(pipe)
+
+
+def test_a_guidance_scale_outside_the_trained_range_is_warned_about(
+    pipe: StableDiffusionPipeline, tiny: Guide, caplog: pytest.LogCaptureFixture
+) -> None:
+    plug(pipe, tiny)
+    with caplog.at_level(logging.WARNING):
+        generate(pipe, guidance_scale=20.0)
+    assert "guidance_scale 20 is outside [1, 8]" in caplog.text
+
+
+def test_guidance_rescale_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    plug(pipe, tiny)
+    with pytest.raises(ValueError, match="guidance_rescale does not work with a guide"):
+        generate(pipe, guidance_rescale=0.7)
+
+
+def refused(pipe: Any, guide: Guide, message: str) -> None:
+    before = dict(pipe.unet.config)
+    with pytest.raises(ValueError, match=message):
+        plug(pipe, guide)
+    assert dict(pipe.unet.config) == before
+
+
+def test_plugging_what_does_not_fit_is_refused_and_changes_nothing(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    before = generate(pipe)
+    other = UNet2DConditionModel.from_config({**pipe.unet.config, "block_out_channels": (32, 32)})
+    refused(pipe, Guide.from_unet(other, GuideConfig(max_parameters_ratio=0.2)), "channels = ")
+    v_guide = Guide.from_unet(
+        pipe.unet, GuideConfig(max_parameters_ratio=0.2), prediction_type="v_prediction"
+    )
+    refused(pipe, v_guide, "prediction_type 'v_prediction'")
+    assert np.array_equal(generate(pipe), before)
+    plug(pipe, tiny)
+    refused(pipe, tiny, "plugged already")
+    refused(pipe, v_guide, "another guide plugged in")
+
+
+def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    class Other:
+        unet = AutoencoderKL
+
+    with pytest.raises(ValueError, match="has no UNet"):
+        plug(Other(), tiny)  # type: ignore[arg-type]

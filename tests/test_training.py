@@ -1,0 +1,250 @@
+"""Distillation and halving: what moves, what is learnt, and that a run can stop anywhere."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from diffusers import StableDiffusionPipeline
+
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
+from pnp_core.distill import DistillConfig, distill
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
+from pnp_core.schedule import NoiseSchedule
+from pnp_core.train import TrainConfig, epoch_indices, train
+from tests.conftest import roused
+
+TRAIN = TrainConfig(
+    num_images=96,
+    batch_size=16,
+    learning_rate=3e-3,
+    ema_halflife_images=32,
+    precision="fp32",
+    report_every_images=16,
+    checkpoint_every_images=16,
+)
+DISTILL = DistillConfig(train=TRAIN, guide=GuideConfig(max_parameters_ratio=0.2))
+HALVE = HalveConfig(train=TRAIN, start_steps=8, end_steps=2)
+
+
+class Stop(Exception):
+    """As if the process had been killed."""
+
+
+def test_distillation_moves_the_guide_only_and_lowers_the_loss(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    before = copy.deepcopy(pipe.unet.state_dict())
+    losses: list[float] = []
+    config = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=1600))
+    guide = distill(
+        pipe.unet, cache, config, report=lambda done, metrics: losses.append(metrics["loss"])
+    )
+    assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert guide.config.base_hash == "base"
+    assert not guide.training
+
+
+def interrupted(report_at: int):  # type: ignore[no-untyped-def]
+    def report(num_images: int, metrics: object) -> None:
+        if num_images == report_at:
+            raise Stop
+
+    return report
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_guide(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    whole = distill(pipe.unet, cache, DISTILL)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Stop):
+        distill(pipe.unet, cache, DISTILL, checkpoint=checkpoint, report=interrupted(64))
+    seen: list[int] = []
+    resumed = distill(
+        pipe.unet,
+        cache,
+        DISTILL,
+        checkpoint=checkpoint,
+        report=lambda num_images, metrics: seen.append(num_images),
+    )
+    assert seen == [64, 80, 96]
+    assert resumed.weights_digest() == whole.weights_digest()
+
+
+def test_a_checkpoint_of_another_configuration_is_ignored(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    distill(pipe.unet, cache, DISTILL, checkpoint=checkpoint)
+    other = dataclasses.replace(DISTILL, guidance_scale=(1.0, 3.0))
+    fresh = distill(pipe.unet, cache, other)
+    beside = distill(pipe.unet, cache, other, checkpoint=checkpoint)
+    assert fresh.weights_digest() == beside.weights_digest()
+
+
+def distill_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    guide = distill(pipe.unet, TeacherCache.open(cache), DISTILL)
+    if rank == 0:
+        guide.save_pretrained(folder / f"guide-{world}")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_train_the_guide_that_one_does(
+    toy_folder: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    for world in (1, 2):
+        arguments = (world, tmp_path, toy_folder, cache_folder)
+        mp.spawn(distill_on_worker, args=arguments, nprocs=world)
+    one, two = (Guide.from_pretrained(tmp_path / f"guide-{world}") for world in (1, 2))
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_every_sample_comes_once_an_epoch() -> None:
+    seen = torch.cat(
+        [epoch_indices(num_samples=10, batch_size=4, seed=0, step=step) for step in range(5)]
+    )
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+
+    def loss_fn(step: int, part: slice) -> torch.Tensor:
+        loss = sum(p.sum() for p in guide.parameters()) * torch.ones(16)
+        return loss * (torch.tensor([float("nan")] + [1.0] * 15) if step == 3 else 1)
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(ValueError, match=r"stopped at step 3 \(48 images\).*rows \[0\]"):
+        train(loss_fn, guide, TRAIN, run_hash="x", checkpoint=checkpoint)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 3
+
+
+def test_halving_rounds_halve() -> None:
+    assert halving_rounds(64, 8) == (32, 16, 8)
+    assert halving_rounds(8, 8) == ()
+    for start, end in ((50, 8), (8, 16), (6, 4), (8, 0)):
+        with pytest.raises(ValueError, match=f"Halving {start} steps never gives {end}"):
+            halving_rounds(start, end)
+
+
+@torch.no_grad()
+def test_the_halving_target_takes_the_student_where_two_teacher_steps_go(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    teacher = CFGDenoiser(pipe.unet, schedule)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((2, 4, 4, 4), generator=generator)
+    c, n = (torch.randn((2, 16, 32), generator=generator) for _ in range(2))
+    w = torch.tensor([2.0, 5.0])
+    for t, m, s in ((999, 874, 749), (124, 62, -1)):
+        t_B, m_B, s_B = (torch.full((2,), value) for value in (t, m, s))
+        eps = halving_target(
+            teacher, schedule, z_t=z, t_B=t_B, m_B=m_B, s_B=s_B, c_BLD=c, w_B=w, n_BLD=n
+        )
+        z_m = schedule.ddim_step(z, teacher(z, t_B, c, w, n), t_B, m_B)
+        z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, c, w, n), m_B, s_B)
+        landed = schedule.ddim_step(z, eps, t_B, s_B)
+        torch.testing.assert_close(landed, z_s, atol=1e-4, rtol=1e-4)
+
+
+def test_the_truncated_snr_loss_is_the_larger_of_x_and_eps_error(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    generator = torch.Generator().manual_seed(0)
+    z, eps, target = (torch.randn((3, 4, 4, 4), generator=generator) for _ in range(3))
+    t_B = torch.tensor([10, 500, 999])
+
+    def mse(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).square().mean(dim=(1, 2, 3))
+
+    x_mse = mse(schedule.to_x(eps, z, t_B), schedule.to_x(target, z, t_B))
+    expected = torch.maximum(x_mse, mse(eps, target))
+    loss = truncated_snr_loss(schedule, eps, target, z, t_B)
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_halving_gives_a_guide_a_round_and_resumes_after_a_stop(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+
+    def run(folder: Path, **options: object) -> dict[int, Guide]:
+        return halve(
+            pipe.unet, pipe.scheduler, first, cache, HALVE, directory=tmp_path / folder, **options
+        )
+
+    whole = run(Path("whole"))
+    assert {n: g.config.num_steps for n, g in whole.items()} == {8: None, 4: 4, 2: 2}
+    with pytest.raises(Stop):
+        run(Path("stopped"), report=interrupted(96 + 48))
+    seen: list[int] = []
+    resumed = run(Path("stopped"), report=lambda num_images, metrics: seen.append(num_images))
+    assert seen[0] == 96 + 48  # the first round and half of the second are kept
+    for num_steps, guide in whole.items():
+        assert resumed[num_steps].weights_digest() == guide.weights_digest()
+
+
+def test_halving_lowers_the_distance_to_two_teacher_steps(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    teacher_guide = roused(
+        Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05
+    )
+    config = dataclasses.replace(
+        HALVE, end_steps=4, train=dataclasses.replace(TRAIN, num_images=1600)
+    )
+    losses: list[float] = []
+    halve(
+        pipe.unet,
+        pipe.scheduler,
+        teacher_guide,
+        cache,
+        config,
+        directory=tmp_path,
+        report=lambda done, metrics: losses.append(metrics["loss"]),
+    )
+    assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+
+
+def test_the_guided_denoiser_is_its_teacher_when_there_is_nothing_to_learn(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    """Where prompt and negative are the same, CFG adds nothing; a fresh guide agrees exactly."""
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    guide = Guide.from_unet(pipe.unet, GuideConfig(kind="full"))
+    generator = torch.Generator().manual_seed(0)
+    z, c = (
+        torch.randn((2, 4, 4, 4), generator=generator),
+        torch.randn((2, 16, 32), generator=generator),
+    )
+    t, w = torch.tensor([10, 900]), torch.tensor([3.0, 7.0])
+    with torch.no_grad():
+        cfg = CFGDenoiser(pipe.unet, schedule)(z, t, c, w, c)
+        guided = GuidedDenoiser(pipe.unet, guide, schedule)(z, t, c, w, c)
+    torch.testing.assert_close(guided, cfg, atol=1e-5, rtol=1e-4)
+
+
+def test_values_out_of_range_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="learning_rate is -1"):
+        dataclasses.replace(TRAIN, learning_rate=-1)
+    with pytest.raises(ValueError, match="precision is 'fp8'"):
+        dataclasses.replace(TRAIN, precision="fp8")
+    with pytest.raises(ValueError, match="needs 1 <= low < high"):
+        dataclasses.replace(DISTILL, guidance_scale=(5.0, 2.0))

@@ -1,0 +1,244 @@
+"""A toy world: everything the pipeline needs, tiny, random and made in a second.
+
+`make_world(folder)` writes a base in the Stable Diffusion architecture, a fine-tune of it, a judge,
+data and a params.yaml that runs the whole pipeline on them in seconds a stage.
+"""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from ruamel.yaml import YAML
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+RESOLUTION = 32
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
+COLOURS |= {"white": (250, 250, 250), "black": (10, 10, 10), "yellow": (240, 220, 30)}
+PROMPTS = [f"{colour} {shape}" for colour in COLOURS for shape in ("square", "disc", "bar", "ring")]
+
+
+def make_world(folder: Path) -> None:
+    """Write models/, art/ and params.yaml into `folder`."""
+    torch.manual_seed(0)
+    base = make_pipeline(folder / "tokenizer")
+    base.save_pretrained(folder / "models/base")
+    with torch.no_grad():
+        for parameter in base.unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    base.unet.save_pretrained(folder / "models/tuned/unet")
+    make_judge(base.tokenizer, folder / "models/judge")
+    make_art(folder / "art/main.parquet", brightness=0.7)
+    make_art(folder / "art/tuned.parquet", brightness=1.0)
+    write_params(folder, toy_params())
+
+
+def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:
+    """A random base: 4x4 latents of 4 channels, 32 px images."""
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=32,
+        bos_token_id=len(vocabulary()) - 2,
+        eos_token_id=len(vocabulary()) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+        scaling_factor=1.0,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        timestep_spacing="trailing",
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=make_tokenizer(tokenizer_folder),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def vocabulary() -> dict[str, int]:
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    return {t: i for i, t in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer that spells."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary()))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16
+    )
+
+
+def make_judge(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """A random CLIP of 16 features."""
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = {**small, "vocab_size": len(vocabulary()), "max_position_embeddings": 16}
+    text["eos_token_id"] = len(vocabulary()) - 1
+    vision = {**small, "image_size": RESOLUTION, "patch_size": 8}
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    ).save_pretrained(folder)
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    images = CLIPImageProcessor(size=size, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+
+
+def make_art(path: Path, *, brightness: float) -> None:
+    """One noisy picture for each prompt; a sixth of the prompts is held out."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for number, prompt in enumerate(PROMPTS):
+        colour, shape = prompt.split()
+        y, x = np.mgrid[-1 : 1 : RESOLUTION * 1j, -1 : 1 : RESOLUTION * 1j]
+        inside = {
+            "square": np.maximum(abs(x), abs(y)) < 0.6,
+            "disc": x**2 + y**2 < 0.5,
+            "bar": abs(y) < 0.3,
+            "ring": abs(x**2 + y**2 - 0.4) < 0.2,
+        }[shape]
+        picture = np.where(inside[..., None], COLOURS[colour], 128) * brightness
+        picture = (picture + generator.normal(0, 8, picture.shape)).clip(0, 255).astype(np.uint8)
+        split = "heldout" if number % 6 == 0 else "train"
+        rows.append({"image": encoded(picture), "caption": prompt, "split": split})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def encoded(picture: np.ndarray) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def toy_params() -> dict[str, Any]:
+    """The params.yaml of the toy world, to be changed at will."""
+    train = {
+        "num_images": 64,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_images": 16,
+        "ema_halflife_images": 16,
+        "max_grad_norm": 1.0,
+        "precision": "fp32",
+        "report_every_images": 16,
+        "checkpoint_every_images": 32,
+        "seed": 0,
+    }
+    return {
+        "base": "models/base",
+        "models": {
+            "base": {"path": "models/base", "reference": "data/prepared"},
+            "tuned": {"path": "models/tuned", "reference": "art/tuned.parquet"},
+        },
+        "storage": None,
+        "prepare": {
+            "dataset": "art",
+            "files": ["main.parquet"],
+            "image_column": "image",
+            "caption_column": "caption",
+            "resolution": RESOLUTION,
+            "heldout_fraction": 0.2,
+        },
+        "cache": {
+            "num_forward": 32,
+            "num_trajectory": 16,
+            "trajectory_steps": 4,
+            "guidance_scale": [1.0, 8.0],
+            "negative_fraction": 0.2,
+            "precision": "fp32",
+            "batch_size": 16,
+            "shard_size": 16,
+            "seed": 0,
+        },
+        "distill": {
+            **train,
+            "guide": {"kind": "tiny", "max_parameters_ratio": 0.2},
+            "guidance_scale": [1.0, 8.0],
+        },
+        "halve": {**train, "start_steps": 8, "end_steps": 2, "timestep_spacing": "trailing"},
+        "evaluate": {
+            "judge": "models/judge",
+            "num_images": 8,
+            "num_steps": [4, 2],
+            "guidance_scale": 4.0,
+            "precision": "fp32",
+            "batch_size": 8,
+            "grid_columns": 4,
+            "seed": 0,
+        },
+        "register": {"name": "pnp-guide"},
+        "promote": {
+            "max_guidance_fvu": 100.0,
+            "max_fid_ratio": 100.0,
+            "max_time_ratio": 100.0,
+            "max_worse_than_champion": 100.0,
+        },
+        "tracking": {"uri": None, "experiment": "toy"},
+        "cluster": {"num_workers": 0, "max_failures": 1},
+    }
+
+
+def write_params(folder: Path, params: dict[str, Any]) -> None:
+    """Write `folder`/params.yaml."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump(params, file)
