@@ -254,7 +254,9 @@ class CacheBuilder:
     @cached_property
     def moments(self) -> dict[str, Tensor]:
         shards = [load_file(self.path(name)) for name in self.plan.phases[0] if name != TEXT]
-        return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+        # Autocast on a CPU can't concatenate half precision.
+        with torch.autocast("cpu", enabled=False):
+            return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
     def build_pairs(self, number: int) -> dict[str, Tensor]:
         config = self.config
@@ -276,7 +278,8 @@ class CacheBuilder:
                 self.trajectory_pairs(min(config.batch_size, count - start), generator)
                 for start in range(0, count, config.batch_size)
             ]
-        return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+        with torch.autocast("cpu", enabled=False):
+            return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
     def negatives(self, count: int, generator: torch.Generator) -> Tensor:
         others = torch.randint(len(self.prompts), (count,), generator=generator)
@@ -354,7 +357,8 @@ class CacheBuilder:
             )
             eps = cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
             z_t = self.schedule.ddim_step(z_t.float(), eps, t_B, s_B)
-        return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
+        with torch.autocast("cpu", enabled=False):
+            return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
 
     def finish(self) -> None:
         """Write the index; the cache is complete."""

@@ -61,6 +61,25 @@ def distillation_loss(student: Tensor, target: Tensor, guidance_scale_B: Tensor)
     return error / (guidance_scale_B.to(error) - 1).clamp(min=1).square()
 
 
+def guidance_power(cache: TeacherCache, num_pairs: int = 1024) -> float:
+    """Mean square of ``eps_c - eps_n`` over the cache's first pairs.
+
+    Over it, a loss of 1 is no guide at all, whatever the base.
+
+    Raises:
+        ValueError: they are all zero.
+    """
+    indices = torch.arange(min(num_pairs, cache.num_pairs))
+    pairs = cache.pairs(indices, torch.device("cpu"))
+    power = float((pairs.eps_c - pairs.eps_n).square().mean())
+    if power == 0:
+        raise ValueError(
+            "The teacher predicts the same with and without the prompt: there is no guidance to "
+            "distil. Was the base trained with its text, and are there prompts in the data?"
+        )
+    return power
+
+
 def distill(
     unet: UNet2DConditionModel,
     cache: TeacherCache,
@@ -70,6 +89,8 @@ def distill(
     report: Report = lambda num_images, metrics: None,
 ) -> Guide:
     """Train a guide on a frozen base from cached teacher pairs.
+
+    The loss is in units of the guidance itself: 1 is no guide, 0 is CFG.
 
     Args:
         unet: the base; it is not changed. Its device is where training runs.
@@ -90,6 +111,7 @@ def distill(
     )
     student = GuidedDenoiser(unet, guide, cache.schedule)
     batch_size, seed = config.train.batch_size, config.train.seed
+    power = guidance_power(cache)
 
     def loss_fn(step: int, part: slice) -> Tensor:
         indices = epoch_indices(
@@ -99,7 +121,7 @@ def distill(
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = cfg_target(eps_c=pairs.eps_c, eps_n=pairs.eps_n, guidance_scale_B=w_B)
         eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
-        return distillation_loss(eps, target, w_B)
+        return distillation_loss(eps, target, w_B) / power
 
     return train(
         loss_fn,

@@ -56,7 +56,7 @@ class Conditioning(NamedTuple):
 
     gain_B: Tensor  # strength * (w - 1)
     embedding_BM: Tensor | None = None  # of t and w
-    keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt, (B, L, R)
+    keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt
     values: tuple[Tensor, Tensor] | None = None
     text_residual_BLD: Tensor | None = None
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
@@ -106,13 +106,16 @@ def sinusoidal(value_B: Tensor, scale: float) -> Tensor:
 class EntranceAdapter(nn.Module):
     """Reads hidden states and skips at an up block's entrance, returns residuals for them."""
 
-    def __init__(self, channels: EntranceChannels, rank: int, embedding_dim: int) -> None:
+    def __init__(
+        self, channels: EntranceChannels, rank: int, attention_dim: int, embedding_dim: int
+    ) -> None:
         super().__init__()
         self.split = (channels.hidden, *channels.skips)
         total = sum(self.split)
         self.down = nn.Conv2d(total, rank, 1)
         self.modulation = nn.Linear(embedding_dim, 2 * rank)
-        self.query = nn.Linear(rank, rank)
+        self.query = nn.Linear(rank, attention_dim)
+        self.attended = nn.Linear(attention_dim, rank, bias=False)
         self.mix = nn.Conv2d(rank, rank, 3, padding=1)
         self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
 
@@ -125,16 +128,22 @@ class EntranceAdapter(nn.Module):
         scale, shift = self.modulation(conditioning.embedding_BM)[..., None, None].chunk(2, dim=1)
         h = F.silu(h * (1 + scale) + shift)
         # 3. what the prompt says here that the negative prompt does not
-        batch, rank, height, width = h.shape
-        query = self.query(h.flatten(2).transpose(1, 2))
+        query = heads(self.query(h.flatten(2).transpose(1, 2)))
         positive, negative = (
             F.scaled_dot_product_attention(query, key.to(query), value.to(query))
             for key, value in zip(conditioning.keys, conditioning.values, strict=True)
         )
-        h = h + (positive - negative).transpose(1, 2).reshape(batch, rank, height, width)
+        attended = self.attended((positive - negative).transpose(1, 2).flatten(2))
+        h = h + attended.transpose(1, 2).reshape(h.shape)
         # 4. look around, then project back
         h = h + self.mix(F.silu(h))
         return list(self.up(F.silu(h)).split(self.split, dim=1))
+
+
+def heads(x_BNA: Tensor) -> Tensor:
+    """``(B, N, A)`` to ``(B, heads, N, A / heads)``, with heads of at least 16 channels."""
+    num_heads = max(1, x_BNA.shape[-1] // 32)
+    return x_BNA.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class TextAdapter(nn.Module):
@@ -153,24 +162,37 @@ class TextAdapter(nn.Module):
         return residual
 
 
+class TinyShape(NamedTuple):
+    """Widths of a tiny guide."""
+
+    ranks: list[int]  # one an entrance
+    attention_dim: int
+    embedding_dim: int
+
+
 class TinyGuide(nn.Module):
     """Adapters at the decoder's entrances that share one reading of t, w and the texts."""
 
     def __init__(
-        self, entrances: Sequence[EntranceChannels], text_dim: int, rank: int, embedding_dim: int
+        self,
+        entrances: Sequence[EntranceChannels],
+        shape: TinyShape,
+        text_dim: int,
     ) -> None:
         super().__init__()
+        ranks, attention_dim, embedding_dim = shape
         self.embed = nn.Sequential(
             nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
             nn.SiLU(),
             nn.Linear(embedding_dim, embedding_dim),
             nn.SiLU(),
         )
-        self.key = nn.Linear(text_dim, rank)
-        self.value = nn.Linear(text_dim, rank)
-        self.text = TextAdapter(text_dim, rank, embedding_dim)
+        self.key = nn.Linear(text_dim, attention_dim)
+        self.value = nn.Linear(text_dim, attention_dim)
+        self.text = TextAdapter(text_dim, attention_dim, embedding_dim)
         self.entrances = nn.ModuleList(
-            EntranceAdapter(channels, rank, embedding_dim) for channels in entrances
+            EntranceAdapter(channels, rank, attention_dim, embedding_dim)
+            for channels, rank in zip(entrances, ranks, strict=True)
         )
 
     def condition(
@@ -192,8 +214,8 @@ class TinyGuide(nn.Module):
         return Conditioning(
             gain_B=gain_B,
             embedding_BM=embedding_BM,
-            keys=(self.key(normed[0]), self.key(normed[1])),
-            values=(self.value(normed[0]), self.value(normed[1])),
+            keys=(heads(self.key(normed[0])), heads(self.key(normed[1]))),
+            values=(heads(self.value(normed[0])), heads(self.value(normed[1]))),
             text_residual_BLD=self.text(*texts, embedding_BM),
         )
 
@@ -202,6 +224,30 @@ class TinyGuide(nn.Module):
     ) -> list[Tensor | None]:
         features = (entering.hidden_states, *entering.skips)
         return list(self.entrances[block_index](features, conditioning))
+
+
+def tiny_shape(
+    entrances: Sequence[EntranceChannels], *, text_dim: int, embedding_dim: int, max_parameters: int
+) -> TinyShape | None:
+    """The widest tiny guide within a number of parameters; None if there is none.
+
+    Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
+    grow with the share of parameters.
+    """
+    best = None
+    widest = max(max(e.skips) for e in entrances)
+    for rank in range(4, widest):
+        ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
+        # from 32 on, sizes that GPUs like
+        ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
+        attention_dim = rank if rank < 32 else rank // 64 * 32 + 32
+        shape = TinyShape(ranks, attention_dim, embedding_dim)
+        with torch.device("meta"):
+            net = TinyGuide(entrances, shape, text_dim)
+        if sum(p.numel() for p in net.parameters()) > max_parameters:
+            break
+        best = shape
+    return best
 
 
 class FullGuide(nn.Module):
@@ -311,7 +357,8 @@ class Guide(ModelMixin, ConfigMixin):
         in_channels: int,
         text_dim: int,
         channels: list[list[int]],
-        rank: int = 0,
+        ranks: list[int] | None = None,
+        attention_dim: int = 0,
         embedding_dim: int = 0,
         unet_config: dict[str, Any] | None = None,
         base_hash: str | None = None,
@@ -324,7 +371,9 @@ class Guide(ModelMixin, ConfigMixin):
         entrances = [EntranceChannels(hidden, tuple(skips)) for hidden, *skips in channels]
         self.net: TinyGuide | FullGuide
         if kind == "tiny":
-            self.net = TinyGuide(entrances, text_dim, rank, embedding_dim)
+            assert ranks is not None
+            shape = TinyShape(ranks, attention_dim, embedding_dim)
+            self.net = TinyGuide(entrances, shape, text_dim)
         else:
             assert unet_config is not None
             self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
@@ -351,26 +400,19 @@ class Guide(ModelMixin, ConfigMixin):
             assert isinstance(guide.net, FullGuide)
             guide.net.load_encoder(unet)
             return guide.to(unet.device)
-        budget = config.max_parameters_ratio * sum(p.numel() for p in unet.parameters())
-        embedding_dim = max(32, unet.time_embedding.linear_2.out_features // 8)
-
-        def num_parameters(rank: int) -> int:
-            with torch.device("meta"):
-                entrances = [EntranceChannels(h, tuple(s)) for h, *s in architecture["channels"]]
-                net = TinyGuide(entrances, architecture["text_dim"], rank, embedding_dim)
-            return sum(p.numel() for p in net.parameters())
-
-        rank = 8
-        while num_parameters(rank + 8) <= budget:
-            rank += 8
-        if num_parameters(rank) > budget:
-            raise ValueError(
-                f"A tiny guide of rank {rank} has {num_parameters(rank):,} parameters, more than "
-                f"{config.max_parameters_ratio:.1%} of this UNet's. Raise max_parameters_ratio."
-            )
-        guide = cls(
-            kind="tiny", rank=rank, embedding_dim=embedding_dim, **architecture, **trained_for
+        base_parameters = sum(p.numel() for p in unet.parameters())
+        shape = tiny_shape(
+            decoder_entrances(unet),
+            text_dim=architecture["text_dim"],
+            embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 8),
+            max_parameters=int(config.max_parameters_ratio * base_parameters),
         )
+        if shape is None:
+            raise ValueError(
+                f"No tiny guide is as small as {config.max_parameters_ratio:.1%} of this UNet's "
+                f"{base_parameters:,} parameters. Raise max_parameters_ratio."
+            )
+        guide = cls(kind="tiny", **shape._asdict(), **architecture, **trained_for)
         return guide.to(unet.device)
 
     def weights_digest(self) -> str:

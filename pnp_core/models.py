@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,16 @@ def load_unet(
     if path.is_dir() and not (path / "unet").is_dir():
         return load_lora_unet(path, base=base).to(dtype)
     if path.is_file():
-        unet = UNet2DConditionModel.from_single_file(str(path), torch_dtype=dtype)
+        with tempfile.TemporaryDirectory() as config:  # spares asking the hub for it
+            base.unet.save_config(f"{config}/unet")
+            try:
+                unet = UNet2DConditionModel.from_single_file(
+                    str(path), torch_dtype=dtype, config=config, subfolder="unet"
+                )
+            except (ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"The UNet in {path} is not a fine-tune of the base: {error}"
+                ) from None
     else:
         unet = UNet2DConditionModel.from_pretrained(
             path, subfolder="unet", torch_dtype=dtype, use_safetensors=True

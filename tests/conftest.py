@@ -1,7 +1,10 @@
 """Fixtures that most tests share."""
 
 import io
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a busy machine
 
 import numpy as np
 import pytest

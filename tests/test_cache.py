@@ -128,6 +128,20 @@ def test_another_configuration_is_built_anew(
     assert not builder(pipe, examples, tmp_path, seed=1).is_built("pairs-00000")
 
 
+def test_a_cache_in_bf16_agrees_with_one_in_full_precision(
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    cache: TeacherCache,
+    tmp_path: Path,
+) -> None:
+    build_cache(builder(pipe, examples, tmp_path, precision="bf16"))
+    rows, device = torch.arange(cache.num_pairs), torch.device("cpu")
+    half, full = TeacherCache.open(tmp_path).pairs(rows, device), cache.pairs(rows, device)
+    assert torch.equal(half.timestep, full.timestep)
+    forward = slice(0, 40)  # along trajectories the differences add up
+    torch.testing.assert_close(half.eps_c[forward], full.eps_c[forward], atol=0.1, rtol=0.1)
+
+
 def test_an_incomplete_cache_is_refused(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
 ) -> None:

@@ -17,9 +17,13 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import GuidedDenoiser
@@ -286,3 +290,77 @@ def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tin
 
     with pytest.raises(ValueError, match="has no UNet"):
         plug(Other(), tiny)  # type: ignore[arg-type]
+
+
+def test_stable_diffusion_xl_pipelines_work_and_unplug_exactly(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    torch.manual_seed(0)
+    text_2 = CLIPTextModelWithProjection(
+        CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), "projection_dim": 32})
+    )
+    unet = UNet2DConditionModel.from_config(
+        {
+            **pipe.unet.config,
+            "cross_attention_dim": 64,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        }
+    )
+    xl = StableDiffusionXLPipeline(
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        text_encoder_2=text_2,
+        tokenizer=pipe.tokenizer,
+        tokenizer_2=pipe.tokenizer,
+        unet=unet,
+        scheduler=pipe.scheduler,
+        add_watermarker=False,
+    )
+    xl.set_progress_bar_config(disable=True)
+    own = roused(
+        Guide.from_unet(unet, GuideConfig(kind=guide.config.kind, max_parameters_ratio=0.2))
+    )
+    size = {"height": 32, "width": 32}
+    before = generate(xl, negative_prompt="a dog", **size)
+    unguided = generate(xl, guidance_scale=1.0, **size)
+    plug(xl, own)
+    made = [generate(xl, **size), generate(xl, negative_prompt="a dog", **size)]
+    assert not np.array_equal(*made)
+    assert np.array_equal(generate(xl, guidance_scale=1.0, **size), unguided)
+    unplug(xl)
+    assert np.array_equal(generate(xl, negative_prompt="a dog", **size), before)
+
+
+@pytest.mark.parametrize("first", ["lora", "guide"])
+def test_a_lora_can_be_loaded_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path, first: str
+) -> None:
+    adapted = copy.deepcopy(pipe.unet)
+    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=get_peft_model_state_dict(adapted)
+    )
+    without = copy.deepcopy(pipe)
+    plug(without, tiny)
+    plain = generate(without)
+    if first == "lora":
+        pipe.load_lora_weights(tmp_path)
+        plug(pipe, tiny)
+    else:
+        plug(pipe, tiny)
+        pipe.load_lora_weights(tmp_path)
+    made = generate(pipe)
+    reference = copy.deepcopy(without)
+    unplug(reference)
+    reference.load_lora_weights(tmp_path)
+    plug(reference, tiny)
+    assert not np.array_equal(made, plain)
+    np.testing.assert_allclose(made, generate(reference), atol=1e-5)
+    pipe.unload_lora_weights()
+    np.testing.assert_allclose(generate(pipe), plain, atol=1e-5)

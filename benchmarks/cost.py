@@ -1,0 +1,154 @@
+"""What a guide costs on the true architectures of Stable Diffusion, with random weights.
+
+    python -m benchmarks.cost --json                # parameters and FLOPs, in seconds
+    python -m benchmarks.cost --json --run sd15     # real forwards too: minutes on a CPU
+
+A CFG step is one UNet forward of two samples, a guided step one forward of one sample and the
+guide. FLOPs are counted by PyTorch on meta tensors. Wall times are medians of forwards taken in
+turns in one process; memory is the peak of a forward, weights included. With --json, the last line
+on stdout is one JSON object; what was not run is null.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from pnp_core.guide import KINDS, Guide, GuideConfig
+from pnp_core.inject import injecting
+from pnp_core.metrics import count_flops, time_ratio
+
+CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
+CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "sd21": {
+        "sample_size": 96,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": (PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN),
+        "up_block_types": (CROSS_UP, CROSS_UP, PLAIN_UP),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+# SDXL's parameters lie where its pixels are few; a guide of 1 % would cost more than 1 % of FLOPs.
+TINY_SHARE = {"sd15": 0.01, "sd21": 0.01, "sdxl": 0.005}
+
+
+class Steps:
+    """A guided and a CFG step of one architecture, on one device."""
+
+    def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
+        with torch.device(device):
+            self.unet = UNet2DConditionModel(**ARCHITECTURES[name]).to(dtype).eval()
+            config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
+            self.guide = Guide.from_unet(self.unet, config).to(dtype).eval()
+        self.device, self.dtype = device, dtype
+        self.inputs = {batch: self.make_inputs(batch) for batch in (1, 2)}
+
+    def make_inputs(self, batch: int) -> dict[str, Any]:
+        config = self.unet.config
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(batch, *shape, device=self.device, dtype=self.dtype)
+
+        inputs: dict[str, Any] = {
+            "sample": normal(config.in_channels, config.sample_size, config.sample_size),
+            "timestep": torch.full((batch,), 500, device=self.device),
+            "encoder_hidden_states": normal(77, config.cross_attention_dim),
+        }
+        if config.addition_embed_type == "text_time":
+            inputs["added_cond_kwargs"] = {"text_embeds": normal(1280), "time_ids": normal(6)}
+        return inputs
+
+    @torch.no_grad()
+    def cfg(self) -> None:
+        self.unet(**self.inputs[2])
+
+    @torch.no_grad()
+    def guided(self) -> None:
+        inputs = self.inputs[1]
+        guidance_scale = torch.full((1,), 4.0, device=self.device)
+        conditioning = self.guide(
+            **inputs,
+            guidance_scale=guidance_scale,
+            negative_hidden_states=inputs["encoder_hidden_states"],
+        )
+        with injecting(self.unet, self.guide, conditioning):
+            self.unet(**inputs)
+
+
+def peak_memory(step: Callable[[], None], device: str) -> int:
+    """Bytes held at the most during one call, weights included."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    step()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def measure(name: str, kind: str, *, run: bool, repeats: int) -> dict[str, float | None]:
+    """The row of one architecture and kind of guide."""
+    steps = Steps(name, kind, "meta", torch.float32)
+    num_parameters = [sum(p.numel() for p in m.parameters()) for m in (steps.guide, steps.unet)]
+    row: dict[str, float | None] = {
+        "params_ratio": num_parameters[0] / num_parameters[1],
+        "flops_ratio": count_flops(steps.guided) / count_flops(steps.cfg),
+        "time_ratio": None,
+        "memory_ratio": None,
+    }
+    if run:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        steps = Steps(name, kind, device, torch.float16 if device == "cuda" else torch.bfloat16)
+        row["time_ratio"] = time_ratio(steps.guided, steps.cfg, repeats)[0]
+        # CFG needs no guide in memory.
+        guided = peak_memory(steps.guided, device)
+        steps.guide.to("meta")
+        row["memory_ratio"] = guided / peak_memory(steps.cfg, device)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a guide costs.")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--run", nargs="*", default=[], choices=[*ARCHITECTURES], metavar="NAME",
+                        help=f"real forwards of these: {', '.join(ARCHITECTURES)}")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    results: dict[str, dict[str, dict[str, float | None]]] = {}
+    for name in ARCHITECTURES:
+        for kind in KINDS:
+            row = measure(name, kind, run=name in arguments.run, repeats=arguments.repeats)
+            results.setdefault(name, {})[kind] = row
+            shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if v is not None)
+            print(f"{name} {kind}: {shown}", flush=True)
+    if arguments.json:
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
