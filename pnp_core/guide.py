@@ -3,7 +3,8 @@
 A guide reads what the frozen UNet has computed by the time its decoder starts and returns residuals
 for the decoder alone: for the hidden states and skip connections that enter each up block and for
 the text states that the block attends to. All residuals carry the factor ``w - 1`` and start from
-zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged.
+zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged. Halving
+adds a learnt offset to that factor, since fewer steps need mending at every ``w``.
 
 Shape legend: B batch, C channels, H W latent size, L text tokens, D text width, R rank, M width of
 the conditioning vector.
@@ -55,6 +56,7 @@ class Conditioning(NamedTuple):
     """What a guide knows before the decoder runs; computed once a step."""
 
     gain_B: Tensor  # strength * (w - 1)
+    strength: float
     embedding_BM: Tensor | None = None  # of t and w
     keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt
     values: tuple[Tensor, Tensor] | None = None
@@ -118,26 +120,41 @@ class EntranceAdapter(nn.Module):
         self.attended = nn.Linear(attention_dim, rank, bias=False)
         self.mix = nn.Conv2d(rank, rank, 3, padding=1)
         self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
 
     def forward(self, features: Sequence[Tensor], conditioning: Conditioning) -> list[Tensor]:
         assert conditioning.keys and conditioning.values and conditioning.embedding_BM is not None
-        # 1. bring features of different magnitudes to one scale, and down to the rank
-        x = torch.cat([F.rms_norm(f, f.shape[1:]) for f in features], dim=1)
-        h = self.down(x.to(self.down.weight.dtype))
+        # 1. down to the rank, features of different magnitudes brought to one scale; scaling what
+        # comes out of the convolution costs less than scaling what goes in
+        weight = self.down.weight
+        assert self.down.bias is not None
+        h = self.down.bias[:, None, None]
+        for x, part in zip(features, weight.split(self.split, dim=1), strict=True):
+            norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+            scale = x[0].numel() ** 0.5 / norm.clamp(min=1e-6)
+            h = h + F.conv2d(x.to(weight.dtype), part) * scale.to(weight.dtype)
         # 2. what t and w ask for
         scale, shift = self.modulation(conditioning.embedding_BM)[..., None, None].chunk(2, dim=1)
         h = F.silu(h * (1 + scale) + shift)
         # 3. what the prompt says here that the negative prompt does not
         query = heads(self.query(h.flatten(2).transpose(1, 2)))
         positive, negative = (
-            F.scaled_dot_product_attention(query, key.to(query), value.to(query))
+            attention(query, key, value)
             for key, value in zip(conditioning.keys, conditioning.values, strict=True)
         )
         attended = self.attended((positive - negative).transpose(1, 2).flatten(2))
         h = h + attended.transpose(1, 2).reshape(h.shape)
         # 4. look around, then project back
         h = h + self.mix(F.silu(h))
-        return list(self.up(F.silu(h)).split(self.split, dim=1))
+        gain_BR = conditioning.gain_B[:, None] + conditioning.strength * self.offset
+        h = gain_BR.to(h.dtype)[..., None, None] * F.silu(h)
+        return list(self.up(h).split(self.split, dim=1))
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Written out: with so few channels the fused kernel's backward pass is slow on a CPU."""
+    weights = (query @ key.to(query).mT * query.shape[-1] ** -0.5).softmax(dim=-1)
+    return weights.to(query) @ value.to(query)
 
 
 def heads(x_BNA: Tensor) -> Tensor:
@@ -154,11 +171,16 @@ class TextAdapter(nn.Module):
         self.down = nn.Linear(text_dim, rank)
         self.modulation = nn.Linear(embedding_dim, 2 * rank)
         self.up = zero_module(nn.Linear(rank, text_dim, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
 
-    def forward(self, c_BLD: Tensor, n_BLD: Tensor, embedding_BM: Tensor) -> Tensor:
+    def forward(
+        self, c_BLD: Tensor, n_BLD: Tensor, embedding_BM: Tensor, gain_B: Tensor, strength: float
+    ) -> Tensor:
         scale, shift = self.modulation(embedding_BM)[:, None].chunk(2, dim=-1)
         h = self.down(F.rms_norm(c_BLD, c_BLD.shape[-1:]) - F.rms_norm(n_BLD, n_BLD.shape[-1:]))
-        residual: Tensor = self.up(F.silu(h * (1 + scale) + shift))
+        h = F.silu(h * (1 + scale) + shift)
+        gain_BR = gain_B[:, None] + strength * self.offset
+        residual: Tensor = self.up(gain_BR.to(h.dtype)[:, None] * h)
         return residual
 
 
@@ -202,10 +224,11 @@ class TinyGuide(nn.Module):
         c_BLD: Tensor,
         n_BLD: Tensor,
         w_B: Tensor,
-        gain_B: Tensor,
+        strength: float,
         added_cond_kwargs: Mapping[str, Tensor] | None,
     ) -> Conditioning:
         dtype = self.key.weight.dtype
+        gain_B = strength * (w_B - 1)
         # w from 1 to 30 covers about the range of phases that t from 0 to 1000 does
         embedding_B2 = torch.cat([sinusoidal(timestep_B, 1), sinusoidal(w_B, 30)], dim=1)
         embedding_BM = self.embed(embedding_B2.to(dtype))
@@ -213,10 +236,11 @@ class TinyGuide(nn.Module):
         normed = [F.rms_norm(text, text.shape[-1:]) for text in texts]
         return Conditioning(
             gain_B=gain_B,
+            strength=strength,
             embedding_BM=embedding_BM,
             keys=(heads(self.key(normed[0])), heads(self.key(normed[1]))),
             values=(heads(self.value(normed[0])), heads(self.value(normed[1]))),
-            text_residual_BLD=self.text(*texts, embedding_BM),
+            text_residual_BLD=self.text(*texts, embedding_BM, gain_B, strength),
         )
 
     def residuals(
@@ -270,6 +294,7 @@ class FullGuide(nn.Module):
             zero_module(nn.Conv2d(c, c, 1, bias=False))
             for c in (*skip_channels, entrances[0].hidden)
         )
+        self.offset = nn.Parameter(torch.zeros(len(self.projections)))
         del self.encoder.up_blocks, self.encoder.conv_norm_out, self.encoder.conv_out
         zero_module(self.encoder.time_embedding.cond_proj)
 
@@ -287,7 +312,7 @@ class FullGuide(nn.Module):
         c_BLD: Tensor,
         n_BLD: Tensor,
         w_B: Tensor,
-        gain_B: Tensor,
+        strength: float,
         added_cond_kwargs: Mapping[str, Tensor] | None,
     ) -> Conditioning:
         encoder = self.encoder
@@ -311,7 +336,11 @@ class FullGuide(nn.Module):
         if encoder.mid_block is not None:
             text = {"encoder_hidden_states": n_BLD} if attends(encoder.mid_block) else {}
             hidden = encoder.mid_block(hidden, emb, **text)
-        return Conditioning(gain_B=gain_B, encoder_features=(*features, hidden))
+        return Conditioning(
+            gain_B=strength * (w_B - 1),
+            strength=strength,
+            encoder_features=(*features, hidden),
+        )
 
     def residuals(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
@@ -319,15 +348,19 @@ class FullGuide(nn.Module):
         assert conditioning.encoder_features is not None
         *features, mid = conditioning.encoder_features
         projections = list(self.projections)
+
+        def project(index: int, own: Tensor, theirs: Tensor) -> Tensor:
+            gain_B = conditioning.gain_B + conditioning.strength * self.offset[index]
+            projected = projections[index](own - theirs.to(own.dtype))
+            return gain_B.to(own.dtype)[:, None, None, None] * projected
+
         stop = len(features) - sum(self.num_skips[:block_index])
         start = stop - self.num_skips[block_index]
         result: list[Tensor | None] = [None]
         if block_index == 0:
-            result = [projections[-1](mid - entering.hidden_states.to(mid.dtype))]
-        for project, own, skip in zip(
-            projections[start:stop], features[start:stop], entering.skips, strict=True
-        ):
-            result.append(project(own - skip.to(own.dtype)))
+            result = [project(-1, mid, entering.hidden_states)]
+        for index, skip in zip(range(start, stop), entering.skips, strict=True):
+            result.append(project(index, features[index], skip))
         return result
 
 
@@ -399,7 +432,7 @@ class Guide(ModelMixin, ConfigMixin):
             guide = cls(kind="full", unet_config=plain, **architecture, **trained_for)
             assert isinstance(guide.net, FullGuide)
             guide.net.load_encoder(unet)
-            return guide.to(unet.device)
+            return hold_offsets(guide).to(unet.device)
         base_parameters = sum(p.numel() for p in unet.parameters())
         shape = tiny_shape(
             decoder_entrances(unet),
@@ -413,7 +446,7 @@ class Guide(ModelMixin, ConfigMixin):
                 f"{base_parameters:,} parameters. Raise max_parameters_ratio."
             )
         guide = cls(kind="tiny", **shape._asdict(), **architecture, **trained_for)
-        return guide.to(unet.device)
+        return hold_offsets(guide).to(unet.device)
 
     def weights_digest(self) -> str:
         """Identity of this guide: SHA-256 over its weights."""
@@ -463,7 +496,7 @@ class Guide(ModelMixin, ConfigMixin):
             encoder_hidden_states,
             negative_hidden_states,
             w_B,
-            strength * (w_B - 1),
+            strength,
             added_cond_kwargs,
         )
 
@@ -471,13 +504,9 @@ class Guide(ModelMixin, ConfigMixin):
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
     ) -> DecoderInput:
         """Add the guide's residuals to what enters up block ``block_index``."""
-        gain_B = conditioning.gain_B
 
         def add(x: Tensor, residual: Tensor | None) -> Tensor:
-            if residual is None:
-                return x
-            gain = gain_B.to(residual.dtype).reshape(-1, *(1,) * (x.ndim - 1))
-            return x + (gain * residual).to(x.dtype)
+            return x if residual is None else x + residual.to(x.dtype)
 
         hidden, *skips = self.net.residuals(block_index, conditioning, entering)
         text = entering.encoder_hidden_states
@@ -488,6 +517,14 @@ class Guide(ModelMixin, ConfigMixin):
             tuple(add(x, r) for x, r in zip(entering.skips, skips, strict=True)),
             text,
         )
+
+
+def hold_offsets(guide: Guide) -> Guide:
+    """Keep the offsets of the gains at zero: before halving, w = 1 stays the base itself."""
+    for name, parameter in guide.named_parameters():
+        if name.endswith("offset"):
+            parameter.requires_grad_(False)
+    return guide
 
 
 def describe(unet: UNet2DConditionModel) -> dict[str, Any]:

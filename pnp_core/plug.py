@@ -63,9 +63,10 @@ class GuideHook:
         sample, text = call["sample"], call["encoder_hidden_states"]
         negative = self.negative_for(text)
         guidance_scale = float(self.pipe.guidance_scale)  # type: ignore[union-attr]
-        if guidance_scale == 1 or self.strength == 0:
-            return args, kwargs
-        guide = self.guide_in_use().to(device=sample.device)
+        guide = self.guide_in_use()
+        if self.strength == 0 or (guidance_scale == 1 and guide.config.num_steps is None):
+            return args, kwargs  # it would add zeros
+        guide.to(device=sample.device)
         self.check_range(guide, guidance_scale)
         self.injector.guide = guide
         self.injector.conditioning = guide(

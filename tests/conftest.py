@@ -40,7 +40,9 @@ def roused(guide: Guide, scale: float = 0.1) -> Guide:
     """The guide with random weights in place of its zeros, as if it had been trained."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in guide.parameters():
+        for name, parameter in guide.named_parameters():
+            if name.endswith("offset") and guide.config.num_steps is None:
+                continue  # only halving moves these
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return guide.eval()
 
