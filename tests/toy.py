@@ -6,12 +6,14 @@ data and a params.yaml that runs the whole pipeline on them in seconds a stage.
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -50,6 +52,26 @@ def make_world(folder: Path) -> None:
     make_art(folder / "art/main.parquet", brightness=0.7)
     make_art(folder / "art/tuned.parquet", brightness=1.0)
     write_params(folder, toy_params())
+
+
+@pytest.fixture(scope="session")
+def untouched_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    MlflowClient(f"sqlite:///{folder / 'mlflow.db'}").search_experiments()  # slow the first time
+    return folder
+
+
+@pytest.fixture
+def world(untouched_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A toy world of its own for each test, which is the working directory."""
+    folder = tmp_path / "world"
+    shutil.copytree(untouched_world, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it, for good
+    return folder
 
 
 def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:

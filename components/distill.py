@@ -1,0 +1,48 @@
+"""Stage distill: train the guide on the frozen base, from the teacher cache.
+
+Reads data/cache and the base's UNet. Writes guides/distilled. Interrupted, it goes on from its
+checkpoint in runs/distill.
+"""
+
+from components.cli import main
+from components.cluster import Report
+from components.params import Params
+from components.paths import CACHE, DISTILLED
+from components.storage import atomic_folder
+from components.training import checkpoint_folder, train_config, train_stage
+
+
+def run(params: Params) -> None:
+    """Write guides/distilled. Raises ValueError if the cache is not of this base."""
+    train_stage("distill", train_guide, params, num_images=params.distill.num_images)
+
+
+def train_guide(params: Params, report: Report) -> None:
+    """The work of each worker; the first one saves."""
+    from components.device import load_base
+    from pnp_core.cache import TeacherCache
+    from pnp_core.distill import DistillConfig, distill
+    from pnp_core.guide import GuideConfig
+    from pnp_core.models import weights_hash
+    from pnp_core.train import rank_and_world
+
+    config = DistillConfig(
+        train=train_config(params.distill),
+        guide=GuideConfig(**params.distill.guide.model_dump()),
+        guidance_scale=params.distill.guidance_scale,
+    )
+    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    guide = distill(
+        load_base(params.base).unet,
+        cache,
+        config,
+        checkpoint=checkpoint_folder("distill") / "checkpoint.pt",
+        report=report,
+    )
+    if rank_and_world()[0] == 0:
+        with atomic_folder(DISTILLED) as folder:
+            guide.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,36 @@
+"""One place for what third parties should not do: phone home, chatter, draw bars, spin."""
+
+import logging
+import os
+import warnings
+
+ENVIRONMENT = {
+    # Nobody is told that this ran.
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Spinning at OpenMP barriers costs up to ten times the work on cores that others use too.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # Only our own lines on the terminal.
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def quiet() -> None:
+    """Set the opt-outs above (a variable that the user set wins) and hide libraries' warnings."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    for name in ("alembic", "ray", "diffusers", "transformers", "botocore"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,328 @@
+"""Stage evaluate: one model sampled without guidance, with CFG and with the guide, side by side.
+
+Reads guides/bundle, data/prepared and the model's reference images. Writes
+results/evaluate/<model>: metrics.json, grid.png and images.parquet, which keeps every image so that
+a new metric needs no new sampling.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from components.cli import main
+from components.dataset import encode, fit, read_records
+from components.params import Params
+from components.paths import BUNDLE, EVALUATED, PREPARED
+from components.progress import Progress
+from components.storage import atomic_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from pnp_core.bundle import GuideBundle
+    from pnp_core.denoiser import Denoiser
+
+METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}  # name -> label
+NUM_FVU_PROMPTS = 32
+NUM_TIMED_IMAGES = 16
+TIMING_REPEATS = 5
+
+
+class Task(NamedTuple):
+    """An image to make."""
+
+    prompt: str
+    seed: int
+    is_heldout: bool
+
+
+def run(params: Params, model: str) -> None:
+    """Write results/evaluate/<model>.
+
+    Raises ValueError if params.yaml has no such model, or if guide and model don't fit.
+    """
+    if model not in params.models:
+        raise ValueError(
+            f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
+        )
+    import numpy as np
+
+    from components.device import device, frozen, load_base
+    from components.judging import Judge, fid, kid
+    from components.pictures import grid
+    from pnp_core.bundle import GuideBundle
+    from pnp_core.metrics import psnr
+    from pnp_core.models import load_unet
+
+    config, row = params.evaluate, params.models[model]
+    pipe = load_base(params.base)
+    if row.path != params.base:
+        pipe.unet = load_unet(row.path, base=pipe)
+        frozen(pipe)
+    bundle = GuideBundle.load(BUNDLE).to(device())
+    judge = Judge(config.judge, device())
+    tasks = choose_tasks(config.num_images, config.seed)
+    sampler = Sampler(pipe, bundle, params)
+
+    images: dict[tuple[str, int], np.ndarray] = {}
+    total = len(tasks) * len(METHODS) * len(config.num_steps)
+    progress = Progress(f"evaluate {model}", total, "images")
+    for num_steps in config.num_steps:
+        for method in METHODS:
+            finished = []
+            for batch in batches(tasks, config.batch_size):
+                finished.append(sampler.images(method, batch, num_steps))
+                progress(
+                    len(images) * len(tasks) + sum(map(len, finished)),
+                    f"{method}, {num_steps} steps",
+                )
+            images[method, num_steps] = np.concatenate(finished)
+
+    references = judge.features(reference_images(row.reference, params))
+    prompts = [task.prompt for task in tasks]
+    steps: dict[str, Any] = {}
+    for (method, num_steps), made in images.items():
+        features = judge.features(made)
+        scores = {
+            "fid": fid(features, references),
+            "kid": kid(features, references),
+            "clip_score": judge.clip_score(features, prompts),
+            "cfg_psnr": float(psnr(made, images["cfg", num_steps]).mean()),
+        }
+        if method == "cfg":
+            del scores["cfg_psnr"]
+        steps.setdefault(str(num_steps), {})[method] = scores
+    for scores in steps.values():
+        scores["fid_ratio"] = scores["guided"]["fid"] / scores["cfg"]["fid"]
+
+    metrics = {
+        "model": model,
+        "judge": judge.name,
+        "num_images": len(tasks),
+        "num_reference_images": len(references),
+        "guidance_scale": config.guidance_scale,
+        "guidance_fvu": sampler.guidance_fvu([task for task in tasks if task.is_heldout]),
+        "cost": sampler.cost(tasks),
+        "steps": steps,
+    }
+    columns = config.grid_columns
+    rows = {f"{METHODS[m]}, {n} steps": made[:columns] for (m, n), made in images.items()}
+    with atomic_folder(EVALUATED / model) as folder:
+        title = f"{model}, guidance scale {config.guidance_scale:g}"
+        grid(rows, prompts[:columns], title=title).save(folder / "grid.png")
+        write_images(folder / "images.parquet", images, tasks)
+        write_json(folder / "metrics.json", metrics)
+    fids = ", ".join(f"{m} {steps[str(config.num_steps[0])][m]['fid']:.4g}" for m in METHODS)
+    print(
+        f"evaluate {model}: guidance_fvu {metrics['guidance_fvu']:.3f}, "
+        f"FID at {config.num_steps[0]} steps: {fids}"
+    )
+
+
+def choose_tasks(num_images: int, seed: int) -> list[Task]:
+    """Held-out and trained prompts in turns, the same for every model; each image its own seed.
+
+    Prompts come again, with other seeds, where there are fewer than images.
+    """
+    import numpy as np
+
+    chosen: dict[str, list[str]] = {}
+    for split in ("heldout", "train"):
+        records = read_records(
+            PREPARED / f"{split}.parquet", image_column="image", caption_column="prompt"
+        )
+        prompts = sorted({record.caption for record in records})
+        order = np.random.default_rng(seed).permutation(len(prompts))
+        chosen[split] = [prompts[i] for i in order]
+    tasks = []
+    for number in range(num_images):
+        split = "train" if number % 2 else "heldout"
+        prompt = chosen[split][number // 2 % len(chosen[split])]
+        tasks.append(Task(prompt, seed + number, split == "heldout"))
+    return tasks
+
+
+def batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+class Sampler:
+    """Samples one model by each method, always from the same seeds."""
+
+    def __init__(
+        self, pipe: "StableDiffusionPipeline", bundle: "GuideBundle", params: Params
+    ) -> None:
+        from pnp_core.models import encode_prompts
+        from pnp_core.schedule import NoiseSchedule
+
+        self.pipe, self.bundle, self.config = pipe, bundle, params.evaluate
+        self.spacing = params.halve.timestep_spacing
+        self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        self.device = pipe.unet.device
+        self.null_1LD = encode_prompts(pipe, [""]).to(self.device)
+        size = pipe.unet.config.sample_size
+        self.shape = (pipe.unet.config.in_channels, size, size)
+
+    def denoiser(self, method: str, num_steps: int) -> "Denoiser":
+        from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
+
+        match method:
+            case "unguided":
+                return PlainDenoiser(self.pipe.unet, self.schedule)
+            case "cfg":
+                return CFGDenoiser(self.pipe.unet, self.schedule)
+        return GuidedDenoiser(self.pipe.unet, self.bundle.for_steps(num_steps), self.schedule)
+
+    def inputs(self, tasks: Sequence[Task]) -> dict[str, "torch.Tensor"]:
+        """Noise and text states."""
+        from pnp_core.models import encode_prompts
+        from pnp_core.sample import initial_noise
+
+        return {
+            "z_T": initial_noise(self.shape, [task.seed for task in tasks]).to(self.device),
+            "c_BLD": encode_prompts(self.pipe, [t.prompt for t in tasks]).to(self.device),
+            "n_BLD": self.null_1LD.expand(len(tasks), -1, -1),
+        }
+
+    def denoise(
+        self, inputs: dict[str, "torch.Tensor"], method: str, num_steps: int
+    ) -> "torch.Tensor":
+        """Latents (N, C, H, W)."""
+        from pnp_core.sample import sample
+
+        with self.computing():
+            return sample(
+                self.denoiser(method, num_steps),
+                self.pipe.scheduler,
+                guidance_scale=self.config.guidance_scale,
+                num_steps=num_steps,
+                timestep_spacing=self.spacing,
+                **inputs,
+            )
+
+    def decode(self, latents: "torch.Tensor") -> "np.ndarray":
+        """uint8 images (N, height, width, 3)."""
+        from pnp_core.sample import decode
+
+        with self.computing():
+            return decode(self.pipe, latents)
+
+    def images(self, method: str, tasks: Sequence[Task], num_steps: int) -> "np.ndarray":
+        return self.decode(self.denoise(self.inputs(tasks), method, num_steps))
+
+    def computing(self) -> Any:
+        import torch
+
+        is_bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+
+    def guidance_fvu(self, tasks: Sequence[Task]) -> float:
+        """The share of guidance that the guide before halving leaves unexplained.
+
+        Over states that guided sampling visits: CFG trajectories of held-out prompts, at the
+        timesteps of the sampler.
+        """
+        import torch
+
+        from pnp_core.denoiser import CFGDenoiser
+        from pnp_core.metrics import guidance_fvu_terms
+        from pnp_core.schedule import sampling_timesteps
+
+        guided = self.denoiser("guided", self.bundle.num_steps[-1])
+        teacher = CFGDenoiser(self.pipe.unet, self.schedule)
+        grid = sampling_timesteps(self.pipe.scheduler, self.config.num_steps[0], self.spacing)
+        unexplained = total = 0.0
+        for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
+            inputs = self.inputs(batch)
+            z, texts = inputs["z_T"], (inputs["c_BLD"], inputs["n_BLD"])
+            w_B = torch.full((len(batch),), self.config.guidance_scale, device=self.device)
+            with torch.no_grad(), self.computing():
+                for t, s in zip(grid[:-1], grid[1:], strict=True):
+                    t_B = t.expand(len(batch)).to(self.device)
+                    terms = guidance_fvu_terms(
+                        guided, teacher, z_t=z, t_B=t_B, c_BLD=texts[0], n_BLD=texts[1], w_B=w_B
+                    )
+                    unexplained, total = unexplained + terms[0], total + terms[1]
+                    eps_w = teacher(z, t_B, texts[0], w_B, texts[1]).float()
+                    z = self.schedule.ddim_step(z, eps_w, t_B, s.expand(len(batch)))
+        return unexplained / total
+
+    def cost(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """What sampling costs with the guide, over with CFG.
+
+        `flops_ratio` and `time_ratio` are of the denoising steps, `image_time_ratio` of an image
+        with its decoding, which CFG and guide share. Times are medians, taken in turns.
+        """
+        from pnp_core.metrics import count_flops, time_ratio
+
+        num_steps, one = self.config.num_steps[0], self.inputs(tasks[:1])
+        flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in ("guided", "cfg")}
+        inputs = self.inputs(tasks[:NUM_TIMED_IMAGES])
+        ratio, guided, cfg = time_ratio(
+            partial(self.denoise, inputs, "guided", num_steps),
+            partial(self.denoise, inputs, "cfg", num_steps),
+            repeats=TIMING_REPEATS,
+        )
+        latents = self.denoise(inputs, "guided", 1)
+        _, decoding, _ = time_ratio(
+            lambda: self.decode(latents), lambda: None, repeats=TIMING_REPEATS
+        )
+        per_image = 1000 / len(tasks[:NUM_TIMED_IMAGES])
+        return {
+            "flops_ratio": flops["guided"] / flops["cfg"],
+            "time_ratio": ratio,
+            "image_time_ratio": (guided + decoding) / (cfg + decoding),
+            "guided_ms_per_image": guided * per_image,
+            "cfg_ms_per_image": cfg * per_image,
+            "decoding_ms_per_image": decoding * per_image,
+        }
+
+
+def reference_images(reference: str, params: Params) -> "np.ndarray":
+    """Every image that `reference` holds, in the resolution of the prepared ones: uint8."""
+    import numpy as np
+
+    if Path(reference) == PREPARED:
+        columns = {"image_column": "image", "caption_column": "prompt"}
+    else:
+        columns = {
+            "image_column": params.prepare.image_column,
+            "caption_column": params.prepare.caption_column,
+        }
+    records = read_records(Path(reference), **columns)
+    if len(records) < 2:
+        raise ValueError(f"models: the reference {reference} has {len(records)} images: too few")
+    resolution = read_json(PREPARED / "manifest.json")["resolution"]
+    return np.stack([np.asarray(fit(record, resolution)[0]) for record in records])
+
+
+def write_images(
+    path: Path, images: "dict[tuple[str, int], np.ndarray]", tasks: Sequence[Task]
+) -> None:
+    """Every image, with what it takes to make it again."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = [
+        {
+            "image": {"bytes": encode(Image.fromarray(image)), "path": None},
+            "method": method,
+            "num_steps": num_steps,
+            **task._asdict(),
+        }
+        for (method, num_steps), made in images.items()
+        for task, image in zip(tasks, made, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m components.evaluate")
+    parser.add_argument("--model", required=True, help="a name among `models` in params.yaml")
+    arguments = parser.parse_args()
+    main(partial(run, model=arguments.model))

@@ -1,0 +1,56 @@
+"""Stage halve: from many sampling steps to few, halving them round by round.
+
+Reads guides/distilled, data/cache and the base's UNet. Writes guides/bundle, a guide for each step
+count. Interrupted, it goes on from the round's checkpoint in runs/halve.
+"""
+
+from components.cli import main
+from components.cluster import Report
+from components.params import Params
+from components.paths import BUNDLE, CACHE, DISTILLED
+from components.storage import atomic_folder
+from components.training import checkpoint_folder, train_config, train_stage
+
+
+def run(params: Params) -> None:
+    """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
+    rounds, num_steps = 0, params.halve.start_steps
+    while num_steps > params.halve.end_steps:
+        rounds, num_steps = rounds + 1, num_steps // 2
+    train_stage("halve", train_rounds, params, num_images=rounds * params.halve.num_images)
+
+
+def train_rounds(params: Params, report: Report) -> None:
+    """The work of each worker; the first one saves."""
+    from components.device import device, load_base
+    from pnp_core.bundle import GuideBundle
+    from pnp_core.cache import TeacherCache
+    from pnp_core.guide import Guide
+    from pnp_core.halve import HalveConfig, halve
+    from pnp_core.models import weights_hash
+    from pnp_core.train import rank_and_world
+
+    config = HalveConfig(
+        train=train_config(params.halve),
+        start_steps=params.halve.start_steps,
+        end_steps=params.halve.end_steps,
+        guidance_scale=params.distill.guidance_scale,
+        timestep_spacing=params.halve.timestep_spacing,
+    )
+    pipeline = load_base(params.base)
+    guides = halve(
+        pipeline.unet,
+        pipeline.scheduler,
+        Guide.from_pretrained(DISTILLED).to(device()),
+        TeacherCache.open(CACHE, base_hash=weights_hash(params.base)),
+        config,
+        directory=checkpoint_folder("halve"),
+        report=report,
+    )
+    if rank_and_world()[0] == 0:
+        with atomic_folder(BUNDLE) as folder:
+            GuideBundle(guides).save(folder)
+
+
+if __name__ == "__main__":
+    main(run)

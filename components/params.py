@@ -1,0 +1,274 @@
+"""params.yaml as frozen, typed values.
+
+Parsed once, before anything heavy loads. An unknown or ill-typed key is refused by its dotted name.
+One section for each stage, of the stage's name; `models`, `tracking` and `cluster` beside them.
+"""
+
+import difflib
+from collections.abc import Mapping
+from json import dumps, loads
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from components.paths import PREPARED
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0)]
+Spacing = Literal["leading", "linspace", "trailing"]
+Precision = Literal["bf16", "fp32"]
+# What a base's UNet and a fine-tune's have in common.
+ARCHITECTURE = (
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "down_block_types",
+    "up_block_types",
+)
+# A row of the table, a DVC stage and a folder have this name.
+ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+class ParamsError(ValueError):
+    """params.yaml says something that it can't mean. The message is one line and names the key."""
+
+
+def _ordered(scales: tuple[float, float]) -> tuple[float, float]:
+    if not 1 <= scales[0] < scales[1]:
+        raise ValueError(f"{list(scales)} is no range: it needs 1 <= first < second")
+    return scales
+
+
+# Guidance scales w are diffusers' `guidance_scale`: 1 is no guidance.
+ScaleRange = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class Section(BaseModel):
+    """Part of params.yaml: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(Section):
+    """A row of the results: the base itself, or a fine-tune of it."""
+
+    path: str
+    reference: str  # parquet file, or a folder of them: real images in this model's style
+
+
+class Prepare(Section):
+    dataset: str  # parquet file, folder of them, or image folder with metadata.jsonl
+    files: tuple[str, ...]  # which of the dataset's files; empty: all
+    image_column: str
+    caption_column: str
+    resolution: Count  # pixels
+    heldout_fraction: Share  # for data without a `split` column
+
+
+class Cache(Section):
+    num_forward: CountOrZero
+    num_trajectory: CountOrZero
+    trajectory_steps: Count
+    guidance_scale: ScaleRange
+    negative_fraction: Share
+    precision: Precision
+    batch_size: Count
+    shard_size: Count
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.num_forward + self.num_trajectory == 0:
+            raise ValueError("num_forward and num_trajectory are both 0: nothing to cache")
+        return self
+
+
+class Train(Section):
+    """How long and how fast to train; images are counted over all workers."""
+
+    num_images: Count
+    batch_size: Count
+    learning_rate: Positive
+    warmup_images: CountOrZero
+    ema_halflife_images: Count
+    max_grad_norm: Positive
+    precision: Precision
+    report_every_images: Count
+    checkpoint_every_images: Count
+    seed: Seed
+
+
+class Guide(Section):
+    kind: Literal["tiny", "full"]
+    max_parameters_ratio: Annotated[float, Field(gt=0, lt=1)]  # of a tiny one, over the base's
+
+
+class Distill(Train):
+    guide: Guide
+    guidance_scale: ScaleRange
+
+
+class Halve(Train):
+    """`num_images` is for each round; the guidance scales are those of `distill`."""
+
+    start_steps: Count
+    end_steps: Count
+    timestep_spacing: Spacing
+
+    @model_validator(mode="after")
+    def _ladder(self) -> Self:
+        steps = self.start_steps
+        while steps > self.end_steps and steps % 2 == 0:
+            steps //= 2
+        if steps != self.end_steps or self.start_steps == self.end_steps:
+            raise ValueError(
+                f"start_steps {self.start_steps} can't be halved down to end_steps {self.end_steps}"
+            )
+        return self
+
+
+class Evaluate(Section):
+    judge: str  # folder of a CLIP model: features for FID and KID, and the CLIP score
+    num_images: Annotated[int, Field(ge=4)]
+    num_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
+    guidance_scale: Positive
+    precision: Precision
+    batch_size: Count
+    grid_columns: Count
+    seed: Seed
+
+
+class Register(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+class Promote(Section):
+    """A candidate becomes champion only if all of this holds, for every model and step count."""
+
+    max_guidance_fvu: Positive
+    max_fid_ratio: Positive  # FID guided over FID of CFG at the same number of steps
+    max_time_ratio: Positive  # milliseconds an image, guided over CFG
+    max_worse_than_champion: Annotated[float, Field(ge=0)]  # relative, of guidance_fvu and FID
+
+
+class Tracking(Section):
+    uri: str | None  # None: MLFLOW_TRACKING_URI, and without that mlflow.db in this folder
+    experiment: str
+
+
+class Cluster(Section):
+    num_workers: CountOrZero  # 0: in this process, without Ray
+    max_failures: CountOrZero  # how many lost workers a training run survives
+
+
+class Params(Section):
+    base: str
+    models: Annotated[dict[ModelName, Model], Field(min_length=1)]
+    storage: str | None  # s3://bucket/prefix to keep teacher caches and checkpoints in
+    prepare: Prepare
+    cache: Cache
+    distill: Distill
+    halve: Halve
+    evaluate: Evaluate
+    register_: Annotated[Register, Field(alias="register")]
+    promote: Promote
+    tracking: Tracking
+    cluster: Cluster
+
+
+def load_params(path: Path) -> Params:
+    """Read `path`. Raises ParamsError, in one line that names the file and the key."""
+    try:
+        values = YAML(typ="safe", pure=True).load(path)
+    except FileNotFoundError:
+        raise ParamsError(
+            f"no {path} in {Path.cwd()}: run this from the repository's root"
+        ) from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ParamsError(f"{path}{where}: not valid YAML: {problem}") from None
+    if not isinstance(values, Mapping):
+        raise ParamsError(f"{path}: expected `key: value` lines at the top level")
+    try:
+        # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
+        return Params.model_validate_json(dumps(values))
+    except TypeError as error:
+        raise ParamsError(f"{path}: a value is of a kind not used here ({error})") from None
+    except ValidationError as error:
+        messages = [_message(problem) for problem in error.errors()]
+        more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
+        raise ParamsError(f"{path}: {messages[0]}{more}") from None
+
+
+def check_files(params: Params) -> None:
+    """Check what params.yaml points at, as far as that needs no heavy work. Raises ParamsError."""
+    named = {"prepare.dataset": params.prepare.dataset}
+    for i, name in enumerate(params.prepare.files):
+        named[f"prepare.files[{i}]"] = str(Path(params.prepare.dataset, name))
+    named["evaluate.judge"] = params.evaluate.judge
+    named |= {f"models.{name}.reference": model.reference for name, model in params.models.items()}
+    for key, path in named.items():
+        if not Path(path).exists() and Path(path) != PREPARED:
+            raise ParamsError(f"params.yaml: {key}: there is no {path}")
+
+    from pnp_core.models import check_model_files
+
+    models = {"base": params.base}
+    models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
+    for key, path in models.items():
+        try:
+            check_model_files(path)
+        except (ValueError, OSError) as error:
+            raise ParamsError(f"params.yaml: {key}: {error}") from None
+        ours, theirs = _unet_config(params.base), _unet_config(path)
+        for field in ARCHITECTURE:
+            if ours and theirs and ours.get(field) != theirs.get(field):
+                raise ParamsError(
+                    f"params.yaml: {key}: {path} is no fine-tune of {params.base}: its UNet has "
+                    f"{field} {theirs.get(field)}, the base's {ours.get(field)}"
+                )
+
+
+def _unet_config(path: str) -> dict[str, Any] | None:
+    """The config of a UNet in a folder; None if it is kept in another way."""
+    file = Path(path, "unet", "config.json")
+    return dict(loads(file.read_text())) if file.exists() else None
+
+
+def _message(problem: Any) -> str:
+    """One of pydantic's errors, in the words of someone who edits a YAML file."""
+    location = [part for part in problem["loc"] if part != "[key]"]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)[1:]
+    match problem["type"]:
+        case "extra_forbidden":
+            near = difflib.get_close_matches(str(location[-1]), _keys(location[:-1]), n=1)
+            return f"unknown key '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
+        case "missing":
+            return f"key '{name}' is missing"
+        case "string_pattern_mismatch":
+            return f"{name}: {problem['input']!r} is not a name (lower case, digits, dashes)"
+        case "value_error":
+            return f"{name}: {problem['ctx']['error']}"
+    text = problem["msg"].removeprefix("Input ")
+    return f"{name}: {text}, but is {problem['input']!r} ({type(problem['input']).__name__})"
+
+
+def _keys(location: list[str | int]) -> list[str]:
+    """The valid keys of the section at `location`."""
+    section: Any = Params
+    for part in location:
+        if isinstance(section, type) and issubclass(section, Section):
+            fields = {f.alias or name: f.annotation for name, f in section.model_fields.items()}
+            section = fields[str(part)]
+        else:  # a dict or a tuple of sections
+            section = get_args(section)[-1]
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,62 @@
+"""Grids of images with labels."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 130, 13
+
+
+def grid(
+    rows: Mapping[str, np.ndarray], columns: Sequence[str], *, title: str, cell: int = 96
+) -> Image.Image:
+    """Images in labelled rows: label -> uint8 (N, height, width, 3), `columns` the N prompts.
+
+    Each image is scaled to `cell` pixels, by whole pixels if it is smaller.
+    """
+    font = ImageFont.load_default(FONT_SIZE)
+    small = ImageFont.load_default(FONT_SIZE - 3)
+    header = 2 * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
+    width = LABEL_WIDTH + len(columns) * (cell + MARGIN)
+    sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    for number, prompt in enumerate(columns):
+        left = LABEL_WIDTH + number * (cell + MARGIN)
+        lines = _wrapped(draw, prompt, cell, small)[:3]
+        top = header - MARGIN - len(lines) * FONT_SIZE
+        draw.text((left, top), "\n".join(lines), fill="black", font=small, spacing=1)
+    for number, (label, images) in enumerate(rows.items()):
+        top = header + number * (cell + MARGIN)
+        draw.text((MARGIN, top + cell / 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images[: len(columns)]):
+            up = Image.Resampling.NEAREST if image.shape[0] < cell else Image.Resampling.LANCZOS
+            picture = Image.fromarray(image).resize((cell, cell), up)
+            sheet.paste(picture, (LABEL_WIDTH + column * (cell + MARGIN), top))
+    return sheet
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets one below the other."""
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def _wrapped(
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    width: int,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines

@@ -1,0 +1,146 @@
+"""Stage register: gather the results of all models, and register the guide with its lineage.
+
+Reads results/evaluate and guides/bundle. Writes results/report: summary.json, table.md and
+grid.png; logs them to MLflow and registers guides/bundle there as a new version.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from components.cli import main
+from components.params import Params
+from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
+from components.pictures import stacked
+from components.storage import atomic_folder, read_json, write_json
+
+METHODS = ("unguided", "cfg", "guided")
+
+
+def run(params: Params) -> None:
+    """Write results/report and register the guide. Raises ValueError if git is missing."""
+    from PIL import Image
+
+    from components.tracking import Run
+    from pnp_core.bundle import GuideBundle
+    from pnp_core.models import weights_hash
+
+    results = {name: read_json(EVALUATED / name / "metrics.json") for name in params.models}
+    bundle = GuideBundle.load(BUNDLE)
+    lineage = {
+        "git_commit": git_commit(),
+        "data_hash": data_hash(),
+        "base": params.base,
+        "base_hash": weights_hash(params.base),
+        "num_steps": ", ".join(map(str, bundle.num_steps)),
+        "guidance_scale": "{:g} to {:g}".format(*params.distill.guidance_scale),
+        "judge": next(iter(results.values()))["judge"],
+    }
+    summary: dict[str, Any] = {"lineage": lineage, "models": results}
+    rows = table_rows(results)
+    table = as_markdown(rows)
+    key = hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()[:16]
+    settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
+
+    with (
+        atomic_folder(REPORT) as report,
+        Run(params.tracking, "register", key=key, params=settings) as tracked,
+    ):
+        grids = [Image.open(EVALUATED / name / "grid.png") for name in params.models]
+        stacked(grids).save(report / "grid.png")
+        (report / "table.md").write_text(table)
+        tracked.tags(lineage)
+        tracked.dataset("prepared", digest=lineage["data_hash"], path=PREPARED)
+        tracked.metrics(results)
+        tracked.table("results", rows)
+        for name in params.models:
+            tracked.image(name, EVALUATED / name / "grid.png")
+        for name in ("grid.png", "table.md"):
+            tracked.file(report / name)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "guide"
+            shutil.copytree(BUNDLE, folder)
+            write_json(folder / "summary.json", summary)  # what `promote` compares
+            version = tracked.register(params.register_.name, folder, metrics=results, tags=lineage)
+        summary["registered"] = {"name": params.register_.name, "version": version}
+        write_json(report / "summary.json", summary)
+    print(f"\n{table}")
+    print(
+        f"judge: {lineage['judge']}; FID of few images is biased, KID is not: compare down a column"
+    )
+    print(f"registered: {params.register_.name} version {version}")
+    print(f"grid: {REPORT / 'grid.png'}")
+
+
+def table_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row for each model and step count: quality without guidance, with CFG, with the guide."""
+    rows = []
+    for name, metrics in results.items():
+        for num_steps, scores in sorted(metrics["steps"].items(), key=lambda item: -int(item[0])):
+            row: dict[str, Any] = {"model": name, "steps": int(num_steps)}
+            row |= {f"FID {method}": scores[method]["fid"] for method in METHODS}
+            row |= {f"KID {method}": scores[method]["kid"] for method in METHODS}
+            row |= {f"CLIP {method}": scores[method]["clip_score"] for method in METHODS}
+            row["PSNR to CFG, dB"] = scores["guided"]["cfg_psnr"]
+            row["guidance_fvu"] = metrics["guidance_fvu"]
+            row["time / CFG"] = metrics["cost"]["time_ratio"]
+            row["with decoding"] = metrics["cost"]["image_time_ratio"]
+            row["FLOPs / CFG"] = metrics["cost"]["flops_ratio"]
+            row["images"] = metrics["num_images"]
+            rows.append(row)
+    return rows
+
+
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table that also reads well as plain text: the three methods share a cell's column."""
+    triples = ["FID", "KID", "CLIP"]
+    rest = ["PSNR to CFG, dB", "guidance_fvu", "FLOPs / CFG", "time / CFG", "with decoding"]
+    columns = ["model", "steps", *triples, *rest]
+    lines = [columns]
+    for row in rows:
+        cells = []
+        for column in columns:
+            if column in triples:
+                values = [row[f"{column} {method}"] for method in METHODS]
+                cells.append(" / ".join(f"{value:.3g}" for value in values))
+            else:
+                value = row[column]
+                cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    text = [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]]) + "\n\nTriples: unguided / CFG / guided.\n"
+
+
+def git_commit() -> str:
+    """The commit checked out, `-dirty` if tracked files differ from it; `none` outside git."""
+    if not shutil.which("git"):
+        raise ValueError("git is not installed: the guide's lineage names the commit")
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    described = subprocess.run(command, capture_output=True, text=True)
+    return described.stdout.strip() if described.returncode == 0 else "none"
+
+
+def data_hash() -> str:
+    """DVC's hash of data/prepared; outside DVC the manifest's own."""
+    lock = Path("dvc.lock")
+    stages = YAML(typ="safe", pure=True).load(lock)["stages"] if lock.exists() else {}
+    for out in stages.get("prepare", {}).get("outs", []):
+        if out["path"] == PREPARED.as_posix():
+            return str(out["md5"])
+    return str(read_json(PREPARED / "manifest.json")["hash"])
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,50 @@
+"""What distill and halve share: workers, progress lines, loss curves in MLflow."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components.cluster import Report, run_training
+from components.params import Params, Train
+from components.paths import CACHE, RUNS
+from components.progress import Progress
+
+if TYPE_CHECKING:
+    from pnp_core.train import TrainConfig
+
+
+def train_stage(
+    stage: str, work: Callable[[Params, Report], None], params: Params, *, num_images: int
+) -> None:
+    """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes."""
+    from components.tracking import Run
+
+    section = getattr(params, stage)
+    settings = {"base": params.base, stage: section.model_dump(mode="json")}
+    identity = f"{stage}\n{settings}\n{(CACHE / 'index.json').read_text()}"
+    progress = Progress(stage, num_images, "images")
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    with Run(params.tracking, stage, key=key, params=settings) as run:
+
+        def report(done: int, metrics: Mapping[str, float]) -> None:
+            rounds = f"{metrics['num_steps']:.0f} steps, " if "num_steps" in metrics else ""
+            progress(done, f"{rounds}loss {metrics['loss']:.4f}")
+            run.curve(done, metrics)
+
+        directory = RUNS / stage
+        run_training(work, params, report, name=stage, directory=directory)
+
+
+def train_config(section: Train) -> "TrainConfig":
+    """The training part of a section, in the library's terms."""
+    from pnp_core.train import TrainConfig
+
+    return TrainConfig(**{name: getattr(section, name) for name in Train.model_fields})
+
+
+def checkpoint_folder(stage: str) -> Path:
+    """Where a run of `stage` in progress keeps its state."""
+    folder = RUNS / stage
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,156 @@
+"""params.yaml: frozen, typed, strict; every complaint is one line that names the key."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from components.params import Params, ParamsError, check_files, load_params
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+
+ROOT = Path(__file__).parent.parent
+
+
+def load(folder: Path, params: dict[str, Any]) -> Params:
+    toy.write_params(folder, params)
+    return load_params(folder / "params.yaml")
+
+
+def changed(dotted: str, value: Any) -> dict[str, Any]:
+    """The toy's parameters with one key set."""
+    params = toy.toy_params()
+    *sections, key = dotted.split(".")
+    place = params
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return params
+
+
+def test_shipped_params_are_valid_and_frozen() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.models
+    with pytest.raises(ValidationError):
+        params.distill.num_images = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("distil", {}, "unknown key 'distil', did you mean 'distill'?"),
+        ("registr", {}, "unknown key 'registr', did you mean 'register'?"),
+        ("distill.lerning_rate", 1, "'distill.lerning_rate', did you mean 'learning_rate'?"),
+        ("distill.guide.knd", "tiny", "'distill.guide.knd', did you mean 'kind'?"),
+        ("models.base.pth", "x", "unknown key 'models.base.pth', did you mean 'path'?"),
+        ("cache.zzz", 1, "unknown key 'cache.zzz'"),
+        ("halve.num_images", "many", "halve.num_images: should be a valid integer"),
+        ("halve.num_images", True, "halve.num_images: should be a valid integer"),
+        ("halve.num_images", 3.5, "halve.num_images"),
+        ("halve.num_images", None, "but is None (NoneType)"),
+        ("halve.num_images", 0, "should be greater than or equal to 1, but is 0 (int)"),
+        ("evaluate.num_steps", [8, "4"], "evaluate.num_steps[1]"),
+        ("distill.guide.kind", "huge", "distill.guide.kind: should be 'tiny' or 'full'"),
+        ("distill.precision", "fp16", "distill.precision"),
+        ("distill.guidance_scale", [8.0, 1.0], "it needs 1 <= first < second"),
+        ("distill.guidance_scale", [1.0], "distill.guidance_scale"),
+        ("halve.end_steps", 3, "halve: start_steps 8 can't be halved down to end_steps 3"),
+        ("models.My Model", {"path": "x", "reference": "y"}, "'My Model' is not a name"),
+        ("models", {}, "models"),
+        ("base", 3, "base: should be a valid string"),
+    ],
+)
+def test_mistake_is_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        load(tmp_path, changed(key, value))
+    assert message in str(caught.value)
+    assert "params.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_is_named(tmp_path: Path) -> None:
+    params = toy.toy_params()
+    del params["halve"]["end_steps"]
+    with pytest.raises(ParamsError, match=r"key 'halve\.end_steps' is missing"):
+        load(tmp_path, params)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: [", "line 1: not valid YAML"),
+        ("base: a\nbase: b\n", "not valid YAML"),
+        ("just words", "expected `key: value`"),
+        ("base: 2020-01-01", "of a kind not used here"),
+    ],
+)
+def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ParamsError) as caught:
+        load_params(tmp_path / "params.yaml")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="run this from the repository's root"):
+        load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("prepare.dataset", "nowhere", "prepare.dataset: there is no nowhere"),
+        ("prepare.files", ["x.parquet"], "prepare.files[0]: there is no art/x.parquet"),
+        ("evaluate.judge", "nowhere", "evaluate.judge: there is no nowhere"),
+        ("models.tuned.reference", "nowhere", "models.tuned.reference: there is no nowhere"),
+        ("models.tuned.path", "some/model/nowhere", "models.tuned.path: No model at"),
+    ],
+)
+def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) -> None:
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, changed(key, value)))
+    assert message in str(caught.value)
+
+
+def test_half_downloaded_base_is_named(world: Path) -> None:
+    weights = world / "models/base/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ParamsError, match=r"params\.yaml: base: .*unet.*partly downloaded"):
+        check_files(load(world, toy.toy_params()))
+
+
+def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:
+    config = world / "models/tuned/unet/config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"cross_attention_dim": 32', '"cross_attention_dim": 48'))
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, toy.toy_params()))
+    assert str(caught.value) == (
+        "params.yaml: models.tuned.path: models/tuned is no fine-tune of models/base: its UNet has "
+        "cross_attention_dim 48, the base's 32"
+    )
+
+
+def test_a_mistake_is_found_before_anything_heavy_loads(tmp_path: Path) -> None:
+    toy.write_params(tmp_path, changed("distill.num_imagse", 3))
+    code = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('components.distill', run_name='__main__')\n"
+        "finally: print(sorted({'torch', 'diffusers', 'mlflow', 'ray'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == "[]\n"
+    assert done.stderr == (
+        "error: params.yaml: unknown key 'distill.num_imagse', did you mean 'num_images'?\n"
+    )

@@ -1,0 +1,168 @@
+"""The stages together: DVC's graph, and training on Ray."""
+
+import ast
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from components import cache, distill, prepare
+from components.cluster import Report, run_training
+from components.environment import quiet
+from components.params import Params, load_params
+from components.paths import DISTILLED
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+quiet()
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
+# What can't change a stage's result: it carries parameters in and messages out.
+PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "tracking"}
+
+
+def own_imports(path: Path) -> Iterator[Path]:
+    """Modules of this repository that a module imports, wherever in its body."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        nodes += ast.iter_child_nodes(node)
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            file = ROOT / (name.replace(".", "/") + ".py")
+            is_ours = name.startswith(("components.", "pnp_core."))
+            if is_ours and file.exists() and file.stem not in PLUMBING:
+                yield file
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deps_are_the_modules_that_the_stage_imports(stage: str) -> None:
+    found, waiting = set(), [ROOT / f"components/{stage}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting += own_imports(path)
+    defined = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][stage]
+    deps = {dep for dep in defined.get("do", defined)["deps"] if dep.endswith(".py")}
+    assert deps == {path.relative_to(ROOT).as_posix() for path in found}
+
+
+@pytest.fixture
+def repository(world: Path) -> Path:
+    """A git and DVC repository around a toy world."""
+    for name in ("components", "pnp_core"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, world / name, ignore=ignored)
+    (world / ".dvc").mkdir()
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
+        shutil.copy(ROOT / name, world / name)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    subprocess.run(["git", "add", "."], check=True)
+    author = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", *author, "commit", "--quiet", "--message", "Toy"], check=True)
+    return world
+
+
+def dvc(*arguments: str, expected: int = 0) -> str:
+    """Run DVC with this environment's Python; returns what it printed."""
+    tools = Path(sys.executable).parent
+    environment = os.environ | {
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [tools / "dvc", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_dvc_runs_everything_once(repository: Path) -> None:
+    output = dvc("repro")
+    assert "| tuned " in output and "registered: pnp-guide version 1" in output
+    assert "Traceback" not in output and "Warning" not in output
+    assert "up to date" in dvc("status")
+    assert "Running" not in dvc("repro")
+    changed = subprocess.run(["git", "status", "--short"], capture_output=True, text=True).stdout
+    assert changed == "?? dvc.lock\n"
+    metrics = dvc("metrics", "show")
+    assert "results/evaluate/base/metrics.json" in metrics and "guidance_fvu" in metrics
+
+    # Another range of promotion or another server changes no result.
+    params = toy.toy_params()
+    params["promote"]["max_time_ratio"] = 0.1
+    params["tracking"]["experiment"] = "other"
+    toy.write_params(repository, params)
+    assert "up to date" in dvc("status")
+
+    # A bad parameter fails the stage in one line, and the results stay.
+    params["halve"]["learning_rate"] = "fast"
+    toy.write_params(repository, params)
+    output = dvc("repro", expected=255)
+    assert "halve.learning_rate: should be a valid number, but is 'fast' (str)" in output
+    assert Path("guides/bundle/bundle.json").exists()
+
+
+def distill_and_lose_a_worker(params: Params, report: Report) -> None:
+    """The distill stage's work; its second worker is killed once, after a checkpoint."""
+    from pnp_core.train import rank_and_world
+
+    def report_or_die(num_images: int, metrics: Mapping[str, float]) -> None:
+        report(num_images, metrics)
+        rank, world = rank_and_world()
+        assert world == 2
+        if num_images == 48 and rank == 1 and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    distill.train_guide(params, report_or_die)
+
+
+def test_two_ray_workers_of_which_one_dies_train_the_same_guide(world: Path) -> None:
+    params = load_params(Path("params.yaml"))
+    prepare.run(params)
+    cache.run(params)
+    reports: list[tuple[int, Mapping[str, Any]]] = []
+
+    def train(num_workers: int, work: Any) -> dict[str, torch.Tensor]:
+        values = toy.toy_params()
+        values["cluster"]["num_workers"] = num_workers
+        toy.write_params(world, values)
+        shutil.rmtree("runs", ignore_errors=True)
+        run_training(
+            work,
+            load_params(Path("params.yaml")),
+            lambda num_images, metrics: reports.append((num_images, metrics)),
+            name="distill",
+            directory=Path("runs/distill"),
+        )
+        return load_file(DISTILLED / "diffusion_pytorch_model.safetensors")
+
+    alone = train(0, distill.train_guide)
+    assert [num_images for num_images, _ in reports] == [16, 32, 48, 64]
+    losses = [metrics["loss"] for _, metrics in reports]
+    reports.clear()
+    together = train(2, distill_and_lose_a_worker)
+    assert Path("killed").exists()
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=0, atol=2e-3)
+    # After the restart from the checkpoint at 32 images, 48 may be reported again.
+    assert [num_images for num_images, _ in reports if num_images != 48] == [16, 32, 64]
+    assert dict(reports)[64]["loss"] == pytest.approx(losses[-1], rel=1e-3)

@@ -1,0 +1,469 @@
+"""Each stage in this process at toy size: what it writes, what it refuses, how it resumes."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from components import cache, distill, evaluate, halve, prepare, promote, register, tracking
+from components.cli import main
+from components.dataset import Record, fit
+from components.environment import quiet
+from components.judging import fid, kid
+from components.params import Params, load_params
+from components.progress import Progress, clock
+from components.promote import objections
+from components.storage import Mirror, atomic_file, atomic_folder, read_json, write_json
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+quiet()
+
+
+def params_with(**sections: Mapping[str, Any]) -> Params:
+    """The toy's parameters with some keys of some sections changed, as params.yaml here."""
+    values = toy.toy_params()
+    for name, section in sections.items():
+        if isinstance(section, Mapping):
+            values[name] |= section
+        else:
+            values[name] = section
+    toy.write_params(Path(), values)
+    return load_params(Path("params.yaml"))
+
+
+# prepare
+
+
+def test_prepare_keeps_the_split_and_the_bytes(world: Path) -> None:
+    prepare.run(params_with())
+    train = pq.read_table("data/prepared/train.parquet").to_pylist()
+    heldout = pq.read_table("data/prepared/heldout.parquet").to_pylist()
+    source = pq.read_table("art/main.parquet").to_pylist()
+    assert [row["prompt"] for row in heldout] == toy.PROMPTS[::6]
+    assert train[0]["image"]["bytes"] == source[1]["image"]["bytes"]
+    manifest = read_json(Path("data/prepared/manifest.json"))
+    assert manifest["num_images"] == {"train": 20, "heldout": 4}
+    prepare.run(params_with())
+    assert read_json(Path("data/prepared/manifest.json")) == manifest
+
+
+def test_prepare_reads_an_image_folder_and_splits_by_prompt(world: Path) -> None:
+    folder = Path("pictures")
+    folder.mkdir()
+    lines = []
+    for number in range(40):
+        Image.new("RGBA", (50, 40), (255, 0, 0, 0)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"thing {number // 2}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    section = {"dataset": "pictures", "files": [], "caption_column": "text"}
+    prepare.run(params_with(prepare={**section, "heldout_fraction": 0.3}))
+    splits = {}
+    for split in ("train", "heldout"):
+        rows = pq.read_table(f"data/prepared/{split}.parquet").to_pylist()
+        splits[split] = {row["prompt"] for row in rows}
+    assert splits["train"].isdisjoint(splits["heldout"])
+    image, as_is = fit(Record(rows[0]["image"]["bytes"], "", None, ""), toy.RESOLUTION)
+    assert as_is and np.asarray(image).min() == 255  # transparency became white
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": {"bytes": b"no image", "path": None}}, "row 1: not a readable image"),
+        ({"image": None}, "row 1: column 'image' holds no encoded image"),
+        ({"image": toy.encoded(np.zeros((9, 64, 3), np.uint8))}, "row 1: 64x9 pixels, fewer"),
+        ({"caption": " "}, "row 1: the caption is empty"),
+    ],
+)
+def test_prepare_names_a_bad_row(world: Path, row: Mapping[str, Any], message: str) -> None:
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    rows[1] |= row
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    with pytest.raises(ValueError, match=re.escape(f"art/main.parquet, {message}")):
+        prepare.run(params_with())
+    assert not Path("data/prepared").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"image_column": "picture"}, "no column 'picture', it has image, caption, split"),
+        ({"dataset": "models", "files": []}, "neither parquet files nor a metadata.jsonl"),
+        ({"dataset": "params.yaml", "files": []}, "not a parquet file"),
+    ],
+)
+def test_prepare_refuses(world: Path, section: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare.run(params_with(prepare=section))
+
+
+def test_prepare_refuses_an_empty_dataset(world: Path) -> None:
+    pq.write_table(pq.read_table("art/main.parquet").slice(0, 0), "art/main.parquet")
+    with pytest.raises(ValueError, match="has no train images, and 0 in all"):
+        prepare.run(params_with())
+
+
+def test_a_failed_run_leaves_the_last_result(world: Path) -> None:
+    prepare.run(params_with())
+    before = read_json(Path("data/prepared/manifest.json"))
+    with pytest.raises(ValueError):
+        prepare.run(params_with(prepare={"resolution": 64}))
+    assert read_json(Path("data/prepared/manifest.json")) == before
+    assert [path.name for path in Path("data").iterdir()] == ["prepared"]
+
+
+# cache, distill, halve
+
+
+def test_cache_builds_only_what_is_missing(world: Path) -> None:
+    params = params_with()
+    prepare.run(params)
+    cache.run(params)
+    shards = {path: path.stat().st_mtime_ns for path in Path("data/cache").iterdir()}
+    lost = Path("data/cache/pairs-00001.safetensors")
+    content = lost.read_bytes()
+    lost.unlink()
+    Path("data/cache/pairs-00099.safetensors").touch()  # of an earlier, larger cache
+    cache.run(params)
+    after = {path: path.stat().st_mtime_ns for path in Path("data/cache").iterdir()}
+    assert {path for path in after if after[path] != shards.get(path)} == {
+        lost,
+        Path("data/cache/index.json"),
+    }
+    assert lost.read_bytes() == content
+    assert after.keys() == shards.keys()
+
+
+def test_cache_comes_from_storage(
+    world: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pnp_core.cache import CacheBuilder, TeacherCache
+
+    params = params_with(storage=s3)
+    prepare.run(params)
+    cache.run(params)
+    content = TeacherCache.open(Path("data/cache")).content_hash
+    for path in Path("data/cache").iterdir():
+        path.unlink()
+    monkeypatch.setattr(CacheBuilder, "build", None)  # there is nothing to build
+    cache.run(params)
+    assert TeacherCache.open(Path("data/cache")).content_hash == content
+    assert "7 files from s3://" in capsys.readouterr().out
+
+
+def test_cache_refuses_a_full_disk(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = params_with()
+    prepare.run(params)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    with pytest.raises(ValueError, match="lower cache.num_forward"):
+        cache.run(params)
+
+
+def test_distill_resumes_in_the_same_mlflow_run(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with()
+    prepare.run(params)
+    cache.run(params)
+    work = distill.train_guide
+
+    def dies_late(params: Params, report: Any) -> None:
+        def report_then_die(num_images: int, metrics: Mapping[str, float]) -> None:
+            report(num_images, metrics)
+            if num_images == 48:  # past the checkpoint at 32
+                raise KeyboardInterrupt
+
+        work(params, report_then_die)
+
+    monkeypatch.setattr(distill, "train_guide", dies_late)
+    with pytest.raises(KeyboardInterrupt):
+        distill.run(params)
+    assert not Path("guides/distilled").exists()
+    monkeypatch.setattr(distill, "train_guide", work)
+    distill.run(params)
+
+    client, experiment = tracking.connect(params.tracking)
+    (run,) = client.search_runs([experiment])
+    assert run.info.status == "FINISHED" and run.data.params["distill.batch_size"] == "16"
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert sorted(point.step for point in history) == [16, 32, 48, 64]
+
+    interrupted = weights("guides/distilled")
+    Path("runs/distill/checkpoint.pt").unlink()
+    distill.run(params)
+    whole = weights("guides/distilled")
+    assert all(torch.equal(interrupted[name], whole[name]) for name in whole)
+
+
+def test_distill_refuses_the_cache_of_another_base(world: Path) -> None:
+    params = params_with()
+    prepare.run(params)
+    cache.run(params)
+    params = params_with(base="models/other", models={})
+    Path("models/base").rename("models/other")
+    tuned = Path("models/tuned/unet/diffusion_pytorch_model.safetensors")
+    Path("models/other/unet/diffusion_pytorch_model.safetensors").write_bytes(tuned.read_bytes())
+    with pytest.raises(ValueError, match="another base|was made with base"):
+        distill.run(params)
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "diffusion_pytorch_model.safetensors")
+
+
+# evaluate, register, promote
+
+
+@pytest.fixture(scope="module")
+def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world in which everything up to register has run."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("trained") / "world"
+    shutil.copytree(untouched_world, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        params = params_with()
+        for stage in (prepare, cache, distill, halve):
+            stage.run(params)
+        for model in params.models:
+            evaluate.run(params, model)
+        register.run(params)
+    return folder
+
+
+@pytest.fixture
+def inside(trained_world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(trained_world)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    yield trained_world
+    params_with()
+
+
+def test_halve_bundles_every_step_count(inside: Path) -> None:
+    from pnp_core.bundle import GuideBundle
+
+    assert GuideBundle.load("guides/bundle").num_steps == (2, 4, 8)
+
+
+def test_evaluate_reports_all_methods_side_by_side(inside: Path) -> None:
+    metrics = read_json(Path("results/evaluate/tuned/metrics.json"))
+    assert metrics["judge"] == "models/judge (CLIP, 16 features)"
+    assert (metrics["num_images"], metrics["num_reference_images"]) == (8, 24)
+    assert metrics["steps"].keys() == {"4", "2"}
+    for scores in metrics["steps"].values():
+        for method in ("unguided", "cfg", "guided"):
+            assert scores[method].keys() >= {"fid", "kid", "clip_score"}
+        assert scores["guided"]["cfg_psnr"] > 0
+    assert 0 < metrics["guidance_fvu"] < 2
+    assert 0 < metrics["cost"]["flops_ratio"] < 1
+    rows = pq.read_table("results/evaluate/tuned/images.parquet").to_pylist()
+    assert len(rows) == 3 * 2 * 8
+    assert len({row["seed"] for row in rows}) == 8
+    assert sum(row["is_heldout"] for row in rows) == len(rows) / 2
+    with Image.open("results/evaluate/tuned/grid.png") as grid:
+        assert grid.width > 4 * 96 and grid.height > 6 * 96
+
+
+def test_evaluate_makes_the_same_images_again(inside: Path) -> None:
+    before = pq.read_table("results/evaluate/base/images.parquet")
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert pq.read_table("results/evaluate/base/images.parquet").equals(before)
+
+
+def test_methods_differ_and_models_differ(inside: Path) -> None:
+    tables = {m: pq.read_table(f"results/evaluate/{m}/images.parquet") for m in ("base", "tuned")}
+    images = [r["image"]["bytes"] for table in tables.values() for r in table.to_pylist()]
+    assert len(set(images)) == len(images)
+
+
+def test_evaluate_names_an_unknown_model(inside: Path) -> None:
+    with pytest.raises(ValueError, match="no model 'tined'; its models are base, tuned"):
+        evaluate.run(load_params(Path("params.yaml")), "tined")
+
+
+def test_evaluate_refuses_a_judge_that_is_none(inside: Path) -> None:
+    with pytest.raises(ValueError, match=r"evaluate\.judge: models/tuned is not a CLIP model"):
+        evaluate.run(params_with(evaluate={"judge": "models/tuned"}), "base")
+
+
+def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
+    from pnp_core.bundle import GuideBundle
+
+    table = Path("results/report/table.md").read_text()
+    assert "| base " in table and "| tuned " in table and "unguided / CFG / guided" in table
+    summary = read_json(Path("results/report/summary.json"))
+    registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
+    version = summary["registered"]["version"]
+    folder = registry.folder(version)
+    assert GuideBundle.load(folder).num_steps == (2, 4, 8)
+    assert read_json(folder / "summary.json")["models"] == summary["models"]
+    client, _ = tracking.connect(load_params(Path("params.yaml")).tracking)
+    tags = client.get_model_version("pnp-guide", version).tags
+    assert tags.items() >= summary["lineage"].items()
+    assert tags["num_steps"] == "2, 4, 8" and tags["guidance_scale"] == "1 to 8"
+    run = client.get_run(client.get_model_version("pnp-guide", version).run_id)
+    assert run.data.metrics["tuned.guidance_fvu"] == summary["models"]["tuned"]["guidance_fvu"]
+    assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
+    files = {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert files >= {"grid.png", "table.md", "results.json", "images"}
+
+
+def test_promote_refuses_then_promotes(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
+    with pytest.raises(SystemExit) as left:
+        promote.run(params_with(promote={"max_guidance_fvu": 0.001}))
+    assert left.value.code == promote.REFUSED == 3
+    assert "base: guidance_fvu is" in capsys.readouterr().err
+    assert registry.champion() is None
+    promote.run(params_with())
+    assert registry.champion() == registry.newest()
+    promote.run(params_with())
+    assert "champion already" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no usable version 99"):
+        promote.run(params_with(), version="99")
+
+
+def test_promote_without_a_candidate(world: Path) -> None:
+    with pytest.raises(ValueError, match="run the stage register first"):
+        promote.run(params_with())
+
+
+def test_objections(world: Path) -> None:
+    rules = params_with(
+        promote={
+            "max_guidance_fvu": 0.8,
+            "max_fid_ratio": 1.2,
+            "max_time_ratio": 0.6,
+            "max_worse_than_champion": 0.1,
+        }
+    ).promote
+
+    def results(fvu: float, fid_ratio: float, time: float) -> dict[str, Any]:
+        steps = {"8": {"fid_ratio": fid_ratio}}
+        return {"guidance_fvu": fvu, "cost": {"time_ratio": time}, "steps": steps}
+
+    good = {"base": results(0.5, 1.0, 0.5)}
+    assert objections(good, {}, rules) == []
+    assert objections(good, good, rules) == []
+    assert objections({"base": results(0.54, 1.09, 0.5)}, good, rules) == []
+    assert objections({"base": results(0.9, 1.5, 0.7)}, {}, rules) == [
+        "base: guidance_fvu is 0.900, the rule allows 0.8",
+        "base: time ratio is 0.700, the rule allows 0.6",
+        "base: FID ratio at 8 steps is 1.500, the rule allows 1.2",
+    ]
+    (worse,) = objections({"base": results(0.6, 1.0, 0.5)}, good, rules)
+    assert worse.startswith("base: guidance_fvu is 0.600, the champion's is 0.500")
+    assert objections(good, {**good, "tuned": results(1, 1, 1)}, rules) == ["tuned: not evaluated"]
+    assert len(objections({"base": results(float("nan"), 1.0, 0.5)}, {}, rules)) == 1
+
+
+# what they share
+
+
+def test_fid_of_few_images_is_that_of_clean_fid() -> None:
+    from cleanfid.fid import fid_from_feats
+
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(size=(60, 8)), generator.normal(0.3, 1.5, size=(50, 8))
+    plain = fid(x, y)
+    assert plain == pytest.approx(fid_from_feats(x, y))
+    padding = np.zeros((60, 80))  # dimensions that add nothing
+    assert fid(np.hstack([x, padding]), np.hstack([y, padding[:50]])) == pytest.approx(plain)
+    assert kid(x, y) == kid(x, y) > kid(x, x[:30])
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "a.json") as path:
+        path.write_text("2")
+        raise RuntimeError
+    with atomic_folder(tmp_path / "folder") as folder:
+        (folder / "old").touch()
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "folder") as folder:
+        (folder / "new").touch()
+        raise RuntimeError
+    assert read_json(tmp_path / "a.json") == 1
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert names == ["a.json", "folder", "folder/old"]
+
+
+def test_mirror_in_a_folder(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    mirror = Mirror(str(tmp_path / "there"), "some/name")
+    write_json(here / "a.json", 1)
+    mirror.put(here / "a.json", here)
+    assert mirror.pull(here) == 0
+    (here / "a.json").unlink()
+    assert mirror.pull(here) == 1 and read_json(here / "a.json") == 1
+
+
+def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("cache", 4, "shards", seconds_between=0)
+    for done in range(5):
+        progress(done)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "cache: 0/4 shards, 0%"
+    assert lines[-1].startswith("cache: 4/4 shards, 100%") and "took 0:00" in lines[-1]
+    assert (clock(75), clock(3722)) == ("1:15", "1:02:02")
+
+
+def test_user_errors_are_one_line(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stage(params: Params) -> None:
+        raise ValueError("this\nis\nwrong")
+
+    with pytest.raises(SystemExit) as left:
+        main(stage)
+    assert left.value.code == 1
+    assert capsys.readouterr().err == "error: this is wrong\n"
+    Path("params.yaml").unlink()
+    with pytest.raises(SystemExit) as left:
+        main(stage)
+    assert left.value.code == 2
+    monkeypatch.setenv("PNP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no params.yaml"):
+        main(stage)
+
+
+def test_register_needs_git(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert register.git_commit() == "none"
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="git is not installed"):
+        register.git_commit()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket on a server of this process's own."""
+    from moto.server import ThreadedMotoServer
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    try:
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket/prefix"
+    finally:
+        server.stop()
+        s3fs.S3FileSystem.clear_instance_cache()
