@@ -1,0 +1,61 @@
+# `make help` lists the targets. Nothing needs to be activated or installed first: whatever a target
+# needs is put into .venv once.
+
+VENV      := .venv
+PY        := $(VENV)/bin/python
+# Install again when, and only when, what is to be installed has changed.
+WANTED    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/.installed-$(WANTED)
+
+# Nobody is told that this ran.
+export DO_NOT_TRACK := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads that wait for one another by spinning are many times slower on a busy machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo mlflow test check clean need-git
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## make .venv and install everything into it
+
+# In-process: no server, and no Prefect or MLflow setting of the user's gets in the way.
+demo: need-git $(INSTALLED)  ## run the whole pipeline on the embedded world
+	@env -u PREFECT_API_URL PREFECT_HOME=$(CURDIR)/.prefect $(PY) -m flows distill
+
+# One worker and no job runners: up in seconds.
+mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http://127.0.0.1:5000
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PY) -m mlflow server --workers 1 \
+	    --backend-store-uri sqlite:///mlflow.db
+
+test: need-git $(INSTALLED)  ## run all tests
+	@$(PY) -m pytest
+
+check: $(INSTALLED)  ## lint, types, import contracts
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
+
+clean:  ## remove the environment and everything the pipeline wrote
+	rm -rf $(VENV) .prefect data guides results runs mlflow.db* mlruns mlartifacts \
+	    .dvc/cache .dvc/tmp build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(INSTALLED):
+	@$(PY) -c '' 2>/dev/null || { \
+	    for python in $(PYTHON) python3.12 python3.11 python3; do \
+	        $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' \
+	            2>/dev/null && found=$$python && break; \
+	    done; \
+	    test -n "$$found" || { \
+	        echo "error: no Python 3.11 or 3.12 with venv found: install python3.11 and python3.11-venv, or say make PYTHON=/path/to/python3.11" >&2; \
+	        exit 1; }; \
+	    $$found -m venv --clear $(VENV); }
+	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
+	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
+	@rm -f $(VENV)/.installed-* && touch $@
+
+need-git:
+	@command -v git >/dev/null || { \
+	    echo "error: git is not installed, and DVC versions the pipeline's results with it: install git" >&2; exit 1; }

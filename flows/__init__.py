@@ -1,0 +1,1 @@
+"""Prefect flows: when things run, and who is told. What runs is defined in dvc.yaml."""

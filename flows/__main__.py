@@ -1,0 +1,73 @@
+"""`python -m flows distill` and `python -m flows promote`: a flow in this process, no server.
+
+Exit codes are those of the stages: 0 done, 1 failed, 2 a mistake in params.yaml, 3 not promoted.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from components.cli import stop
+from components.environment import quiet
+from components.params import Params, ParamsError, check_files, load_params
+from components.paths import REPORT
+
+# One line of a stage, without what Prefect puts in front of it.
+TASK_RUN_FORMAT = "%(asctime)s | %(task_run_name)s | %(message)s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows", description="Run a flow here.")
+    flows = parser.add_subparsers(dest="flow", required=True)
+    flows.add_parser("distill", help="train, measure and register a guide")
+    promotion = flows.add_parser("promote", help="make a registered guide the champion")
+    promotion.add_argument("--version", type=int, help="default: the newest")
+    arguments = parser.parse_args()
+
+    quiet()
+    os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
+    try:
+        params = load_params(Path("params.yaml"))
+        check_files(params)
+    except ParamsError as error:
+        stop(error, exit_code=2)
+
+    # Leave as after Ctrl-C: by the default, SIGTERM would leave Prefect's server behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Prefect reads its environment when it is imported, so only now.
+    from flows.distill import distill_flow
+    from flows.process import StageFailed
+    from flows.promote import promote_flow
+
+    try:
+        if arguments.flow == "distill":
+            distill_flow()
+            print(summary(params))
+        else:
+            promote_flow(arguments.version)
+    except StageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def summary(params: Params) -> str:
+    """What came out, and what to do next."""
+    python = os.path.relpath(sys.executable)
+    model = list(params.models.values())[-1].path
+    elsewhere = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow = f"at {elsewhere}" if elsewhere else "make mlflow, then http://127.0.0.1:5000"
+    return f"""
+{(REPORT / "table.md").read_text()}
+Images, CFG beside the guide:  {REPORT / "grid.png"}
+Compare runs in MLflow:        {mlflow}
+Make an image with the guide:  {python} -m components.generate --model {model} "red apple"
+Make it the champion:          {python} -m flows promote"""
+
+
+if __name__ == "__main__":
+    main()

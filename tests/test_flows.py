@@ -1,0 +1,273 @@
+"""The flows: in-process on a stub of a pipeline; on a server and a worker with the toy world."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+from prefect.testing.utilities import prefect_test_harness
+from ruamel.yaml import YAML
+
+from flows import distill, process
+from flows.process import StageFailed
+from tests.toy import make_world, toy_params, write_params
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("prepare", "cache", "distill", "halve", "evaluate@base", "evaluate@tuned", "register")
+DVC = (sys.executable, "-m", "dvc")
+
+
+def git(*arguments: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
+
+
+def dvc_status() -> str:
+    return subprocess.run([*DVC, "status"], check=True, capture_output=True, text=True).stdout
+
+
+# In-process, on stages that only note their names
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=60):
+        yield
+
+
+@pytest.fixture
+def pipeline(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Any]]:
+    """A DVC repository whose stages note their names in `ran`; yields dvc.yaml's stages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        distill, "load_params", lambda path: SimpleNamespace(models={"base": None, "tuned": None})
+    )
+    git("init", "--quiet")
+    subprocess.run([*DVC, "init", "--quiet"], check=True)
+
+    def note(name: str, *, after: str | None, out: str) -> dict[str, Any]:
+        write = f"mkdir -p {out} && echo {name} | tee {out}/table.md"
+        return {"cmd": f"echo {name} >> ran && {write}", "outs": [out], "deps": [after or "data"]}
+
+    (tmp_path / "data").write_text("data")
+    stages: dict[str, Any] = {
+        "prepare": note("prepare", after=None, out="p"),
+        "cache": note("cache", after="p", out="c"),
+        "distill": note("distill", after="c", out="d"),
+        "halve": note("halve", after="d", out="h"),
+        "evaluate": {
+            "foreach": ["base", "tuned"],
+            "do": note("evaluate@${item}", after="h", out="e-${item}"),
+        },
+        "register": note("register", after="e-base", out="results/report"),
+    }
+    write_stages(stages)
+    yield stages
+
+
+def write_stages(stages: dict[str, Any]) -> None:
+    with open("dvc.yaml", "w") as file:
+        YAML().dump({"stages": stages}, file)
+
+
+def ran() -> list[str]:
+    return Path("ran").read_text().split()
+
+
+def test_the_flow_and_dvc_lead_to_the_same_result(pipeline: dict[str, Any]) -> None:
+    distill.distill_flow()
+    assert ran() == list(STAGES)
+    assert "up to date" in dvc_status()
+
+    distill.distill_flow()
+    subprocess.run([*DVC, "repro"], check=True)
+    assert ran() == list(STAGES), "nothing changed, so nothing runs again"
+
+
+def test_a_failed_stage_stops_the_flow_in_its_own_words(
+    pipeline: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline["cache"]["cmd"] = "echo cache >> ran; echo 'error: no such base'; exit 1"
+    write_stages(pipeline)
+    with pytest.raises(StageFailed) as failed:
+        distill.distill_flow()
+    assert str(failed.value) == "cache: no such base"
+    assert ran() == ["prepare", "cache"], "neither tried again nor gone past"
+    assert "Traceback" not in caplog.text
+
+
+def test_a_killed_stage_is_started_again(
+    pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distill.cache, "retry_delay_seconds", 0)
+    once = "test -e once || { touch once; kill -KILL $$; }"
+    pipeline["cache"]["cmd"] = f"{once}; {pipeline['cache']['cmd']}"
+    write_stages(pipeline)
+    distill.distill_flow()
+    assert ran() == list(STAGES)
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["polite", "deaf"])
+def test_a_cancel_leaves_nothing_running(
+    deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ways = [(how, 1.0) for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)]
+    monkeypatch.setattr(process, "WAYS_TO_STOP", ways)
+    mark = f"7{uuid.uuid4().int % 10**8}"  # seconds: recognisable among all processes
+    ignore = "trap '' INT TERM; " if deaf else ""
+
+    def cancel(line: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        process.run("a stage", ["sh", "-c", f"{ignore}sleep {mark} & echo started; wait"], cancel)
+    alive = [p for p in psutil.process_iter(["cmdline", "status"]) if is_running(p, mark)]
+    assert not alive
+
+
+def is_running(running: psutil.Process, mark: str) -> bool:
+    info = running.info
+    return mark in (info["cmdline"] or []) and info["status"] != psutil.STATUS_ZOMBIE
+
+
+def test_a_mistake_in_params_is_one_line(tmp_path: Path) -> None:
+    params = toy_params()
+    params["distill"]["learning_rat"] = params["distill"].pop("learning_rate")
+    write_params(tmp_path, params)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "distill"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "params.yaml" in done.stderr
+    assert "distill.learning_rat" in done.stderr
+
+
+# On a server and a worker, with the toy world
+
+
+@pytest.fixture
+def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout of this repository with the toy world in place of the zoo."""
+    repository = tmp_path / "repository"
+    for name in ("components", "flows", "pnp_core"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, repository / name, ignore=ignore)
+    (repository / ".dvc").mkdir()
+    for name in (".gitignore", ".dvc/config", "dvc.yaml", "prefect.yaml", "pyproject.toml"):
+        shutil.copy(ROOT / name, repository / name)
+    make_world(repository)
+    monkeypatch.chdir(repository)
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "toy")
+    return repository
+
+
+@contextmanager
+def running(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[None]:
+    """`command` in the background, stopped as a user would stop it."""
+    with log.open("w") as file:
+        started = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    try:
+        yield
+    finally:
+        started.send_signal(signal.SIGINT)
+        try:
+            started.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            started.kill()
+            raise
+
+
+def free_port() -> int:
+    with socket.socket() as candidate:
+        candidate.bind(("127.0.0.1", 0))
+        return int(candidate.getsockname()[1])
+
+
+def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) -> None:
+    """docs/server.md, step by step."""
+    port = free_port()
+    mark = uuid.uuid4().hex  # inherited by all that this test starts
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PNP_GUIDE_HOME": str(toy_repository),
+        "PNP_TEST": mark,
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    prefect = [sys.executable, "-m", "prefect"]
+    server = [*prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+
+    def call(*command: str) -> str:
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, f"{command}:\n{done.stdout}"
+        return done.stdout
+
+    with running(server, tmp_path / "server.log", environment):
+        wait_for(f"http://127.0.0.1:{port}/api/health")
+        call(*prefect, "work-pool", "create", "local", "--type", "process")
+        call(*prefect, "--no-prompt", "deploy", "--all")
+        worker = [*prefect, "worker", "start", "--pool", "local"]
+        with running(worker, tmp_path / "worker.log", environment):
+            call(*prefect, "deployment", "run", "distill/local", "--watch")
+            assert "up to date" in dvc_status()
+            call(*prefect, "deployment", "run", "promote/local", "--watch")
+
+    # The other door finds all done, and tells where things are.
+    del environment["PREFECT_API_URL"]
+    told = call(sys.executable, "-m", "flows", "distill")
+    assert "Stage 'register' didn't change, skipping" in told
+    assert Path("results/report/table.md").read_text() in told
+    assert Path("results/report/grid.png").exists()
+
+    # And what it tells works.
+    make = [sys.executable, "-m", "components.generate", "--model", "models/tuned"]
+    call(*make, "red disc", "--out", "disc.png")
+    assert Path("disc.png").exists()
+
+    left = [p.cmdline() for p in psutil.process_iter() if environment_of(p).get("PNP_TEST") == mark]
+    assert not left
+
+
+def wait_for(url: str, *, seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
+
+
+def environment_of(running: psutil.Process) -> dict[str, str]:
+    try:
+        return running.environ()
+    except psutil.Error:
+        return {}

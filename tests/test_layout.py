@@ -1,0 +1,154 @@
+"""What holds the repository together: one name per stage, lean imports, documents that are true."""
+
+import importlib.util
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from prefect import Task
+from ruamel.yaml import YAML
+
+import flows.distill
+import flows.promote
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def load(name: str) -> dict[str, Any]:
+    return dict(YAML(typ="safe").load(ROOT / name))
+
+
+# One name per stage
+
+
+def test_dvc_defines_exactly_the_stages() -> None:
+    assert tuple(load("dvc.yaml")["stages"]) == STAGES
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "promote"])
+def test_a_stage_has_one_name_everywhere(stage: str) -> None:
+    source = (ROOT / f"components/{stage}.py").read_text()
+    assert re.search(r"^def run\(params: Params", source, re.MULTILINE), "a module with run()"
+    assert stage in load("params.yaml"), "a section of params.yaml"
+    flow = flows.promote if stage == "promote" else flows.distill
+    task = getattr(flow, stage)
+    assert isinstance(task, Task) and task.name == stage, "a Prefect task"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_runs_the_module_of_the_stages_name(stage: str) -> None:
+    defined = load("dvc.yaml")["stages"][stage]
+    command = defined.get("do", defined)["cmd"].split()
+    assert command[:3] == ["python", "-m", f"components.{stage}"]
+
+
+def test_the_flow_calls_the_stages_in_the_order_of_the_graph() -> None:
+    body = inspect.getsource(flows.distill.distill_flow.fn)
+    called = re.findall(rf"^\s+({'|'.join(STAGES)})\(", body, re.MULTILINE)
+    assert tuple(called) == STAGES
+
+
+def test_every_deployment_names_a_flow() -> None:
+    for deployment in load("prefect.yaml")["deployments"]:
+        path, name = deployment["entrypoint"].split(":")
+        module = sys.modules[path.removesuffix(".py").replace("/", ".")]
+        assert getattr(module, name).name in ("distill", "promote")
+
+
+# Lean imports
+
+
+def test_the_method_imports_without_the_pipelines_tools() -> None:
+    modules = [f"pnp_core.{path.stem}" for path in (ROOT / "pnp_core").glob("[!_]*.py")]
+    code = f"""
+import importlib, sys
+for tool in ("prefect", "ray", "mlflow", "dvc"):
+    sys.modules[tool] = None  # importing it now raises ImportError
+import pnp_core
+for module in {modules!r}:
+    importlib.import_module(module)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# What is installed
+
+
+def test_constraints_are_exact_and_satisfy_pyproject() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.+]*", line) for line in lines)
+    pinned = {canonicalize_name(line.split("==")[0]): line.split("==")[1] for line in lines}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    for requirement in map(Requirement, wanted):
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement}: pinned to {version}"
+
+
+# Documents
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Every command of the document's `sh` blocks, comments and continuations resolved."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{document.name}: {' '.join(words)[:60]}")
+    for document in DOCUMENTS
+    for words in commands(document)
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_documented_command_exists(words: list[str]) -> None:
+    while "=" in words[0] or words[0] == "export":  # settings before a command, or alone
+        words = words[1:]
+        if not words:
+            return
+    tool, *arguments = words
+    tools = Path(sys.executable).parent
+    if tool == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert arguments[0] in targets
+    elif Path(tool).name == "python" and arguments[0] == "-m":
+        check_module(arguments[1], arguments[2:])
+    elif tool in ("dvc", "prefect", "mlflow", "ray", "pytest", "python"):
+        assert (tools / tool).exists()
+    else:
+        assert tool in ("git", "cd", "aws", ".")
+
+
+def check_module(name: str, arguments: list[str]) -> None:
+    """The module is there, and if it is ours, its package knows the options."""
+    spec = importlib.util.find_spec(name)
+    assert spec and spec.origin
+    if name.split(".")[0] in ("components", "flows", "zoo", "benchmarks"):
+        source = "".join(path.read_text() for path in Path(spec.origin).parent.glob("*.py"))
+        for option in filter(lambda word: word.startswith("--"), arguments):
+            assert f'"{option.split("=")[0]}"' in source, f"{name} has no {option}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_documents_compiles(document: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S):
+        compile(block, document.name, "exec")
