@@ -1,0 +1,194 @@
+"""The embedded world: the pack, the models as committed, and the training loop's promises."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+from transformers import CLIPModel, CLIPProcessor
+
+from zoo import pack, training
+from zoo.dataset import ALL_STYLES, BASE_STYLES, DATA, background_mask, jitter, may_flip
+from zoo.judge import retrieval_top1
+from zoo.report import frechet_distance, kernel_distance
+
+MODELS = Path("zoo/models")
+SPDX = {"Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT"}
+
+
+@pytest.fixture(scope="module")
+def columns() -> dict[str, dict[str, list]]:
+    wanted = [name for name in pack.SCHEMA.names if name != "image"]
+    return {
+        style: pq.read_table(DATA / f"{style}.parquet", columns=wanted).to_pydict()
+        for style in ALL_STYLES
+    }
+
+
+def test_pack_has_every_column_and_licence(columns: dict[str, dict[str, list]]) -> None:
+    for style in ALL_STYLES:
+        assert pq.read_schema(DATA / f"{style}.parquet").equals(pack.SCHEMA)
+        table = columns[style]
+        assert set(table["style"]) == {style}
+        assert len(set(table["license"])) == 1 and set(table["license"]) <= SPDX
+        assert len(set(table["concept"])) == len(table["concept"]) > 900
+        assert all(table["caption"])
+    named = (DATA / "ATTRIBUTION.md").read_text()
+    for source in pack.SOURCES:
+        assert f"`{source.package}` {source.version}" in named and source.license in named
+
+
+def test_a_tenth_of_the_concepts_is_held_out_in_every_style(columns: dict) -> None:
+    splits = {
+        style: dict(zip(table["concept"], table["split"], strict=True))
+        for style, table in columns.items()
+    }
+    every = {concept: split for table in splits.values() for concept, split in table.items()}
+    assert 0.07 < sum(split == "heldout" for split in every.values()) / len(every) < 0.13
+    for table in splits.values():
+        assert all(every[concept] == split for concept, split in table.items())
+
+
+def test_pack_has_no_flags_and_no_skin_tones(columns: dict) -> None:
+    for table in columns.values():
+        assert not [c for c in table["caption"] if "skin tone" in c]
+        assert not set(table["group"]) & set(pack.SKIPPED_GROUPS)
+
+
+def test_pack_is_small_and_its_pictures_open() -> None:
+    assert sum(path.stat().st_size for path in DATA.iterdir()) < 40e6
+    row = pq.read_table(DATA / "noto.parquet").slice(0, 1).to_pylist()[0]
+    assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (64, 64)
+
+
+def test_the_same_drawings_give_the_same_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("resvg_py")
+    icons = {"sun": {"body": '<circle cx="8" cy="8" r="6" fill="#fc0"/>'}}
+    svg = pack.svg_text({"icons": icons}, "sun")
+    concept = pack.Concept("sun", "2600", "travel-places", ("bright",))
+    for name in ("a", "b"):
+        made = list(pack.rows(pack.SOURCES[0], {"sun": concept}, [pack.render(svg)]))
+        pack.write_parquet(made, tmp_path / f"{name}.parquet")
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    picture = Image.open(io.BytesIO(made[0]["image"]["bytes"]))
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((32, 32)) == (255, 204, 0)
+
+
+def test_a_missing_npm_is_said_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack.shutil, "which", lambda _: None)
+    with pytest.raises(pack.PackError, match=r"npm is not on the PATH.*Node\.js"):
+        pack.fetch("@iconify-json/noto", "1.2.9", tmp_path)
+
+
+def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "iconify-json-noto-1.2.9.tgz").write_bytes(b"half")
+    with pytest.raises(pack.PackError, match="SHA-256"):
+        pack.fetch("@iconify-json/noto", "1.2.9", tmp_path)
+
+
+def test_old_names_find_their_concept_through_aliases() -> None:
+    bear = pack.Concept("bear", "1f43b", "animals-nature", ())
+    sets = {
+        "new": {"icons": {"bear": {}}},
+        "old": {"icons": {"bear-face": {}}, "aliases": {"bear": {"parent": "bear-face"}}},
+    }
+    matched = pack.match_icons(sets, {"new": {"1f43b": "bear"}, "old": {}}, {"1f43b": bear})
+    assert matched == {"new": {"bear": bear}, "old": {"bear-face": bear}}
+
+
+def test_flips_keep_captions_true() -> None:
+    assert may_flip("red apple", "food-drink")
+    assert not may_flip("left arrow", "symbols")
+    assert not may_flip("backhand index pointing left", "people-body")
+
+
+def test_jitter_keeps_white_white_and_backgrounds_end_at_the_subject() -> None:
+    images = torch.ones(2, 3, 16, 16)
+    moved = jitter(images, torch.tensor([False, True]), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved, images)
+    images[:, :, 4:12, 4:12] = -1
+    images[:, :, 7:9, 7:9] = 1  # white inside the subject is no background
+    outside = background_mask(images)
+    assert outside[0, 0, 0, 0] == 1 and outside[0, 0, 8, 8] == 0
+    assert outside[0].sum() == 16 * 16 - 8 * 8
+
+
+def test_base_opens_as_a_stock_pipeline_and_draws() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("red apple", num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    assert sum(p.numel() for p in pipe.unet.parameters()) <= 6_500_000
+    assert sum(p.numel() for p in pipe.vae.parameters()) <= 3_500_000
+    assert "tmp" not in json.dumps(dict(pipe.vae.config))
+
+
+def test_judge_opens_and_sees() -> None:
+    judge = CLIPModel.from_pretrained(MODELS / "judge", dtype=torch.float32)
+    processor = CLIPProcessor.from_pretrained(MODELS / "judge")
+    blank = Image.new("RGB", (64, 64), "white")
+    inputs = processor(text=["red apple", "cat"], images=[blank], return_tensors="pt", padding=True)
+    assert judge(**inputs).logits_per_image.shape == (1, 2)
+
+
+def toy_run(num_steps: int, checkpoint: Path, stop_after: int | None = None) -> torch.Tensor:
+    """Least squares; ``stop_after`` kills the run at that step."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    config = training.TrainConfig(num_steps=num_steps, batch_size=8, checkpoint_every_s=0.0)
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        if step == stop_after:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 4, generator=generator)
+        error = model(x.bfloat16()).float() - x.sum(1, keepdim=True)
+        return error.square().mean(), {}
+
+    ema, run = training.train(model, loss_fn, config, checkpoint)
+    assert run.num_steps == num_steps and run.num_images == 8 * num_steps
+    return torch.cat([p.flatten() for p in ema.parameters()])
+
+
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole = toy_run(12, tmp_path / "whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        toy_run(12, tmp_path / "killed.pt", stop_after=7)
+    assert torch.equal(toy_run(12, tmp_path / "killed.pt"), whole)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = training.TrainConfig(num_steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [config.rate(step, config.progress(step, 0.0)) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[50] == 1.0 and rates[100] == 0.0
+
+
+def test_length_is_given_once() -> None:
+    with pytest.raises(ValueError, match="--steps or --minutes"):
+        training.TrainConfig(num_steps=1, num_minutes=1.0)
+
+
+def test_distances_vanish_on_equal_sets_and_grow_with_a_shift() -> None:
+    x = torch.nn.functional.normalize(torch.randn(400, 8, generator=torch.manual_seed(0)), dim=-1)
+    assert frechet_distance(x, x) == pytest.approx(0.0, abs=1e-6)
+    shifted = x + torch.tensor([0.5] + [0.0] * 7)
+    assert frechet_distance(x, shifted) == pytest.approx(0.25, abs=1e-5)
+    apart = kernel_distance(x[:200], shifted[200:])
+    assert kernel_distance(x[:200], x[200:]) < apart / 10
+
+
+def test_retrieval_counts_own_captions() -> None:
+    texts = torch.eye(5)
+    pool = list("abcde")
+    assert retrieval_top1(texts, pool, texts, pool) == 1.0
+    assert retrieval_top1(texts.roll(1, 0), pool, texts, pool) == 0.0
+
+
+def test_prompts_and_styles_agree() -> None:
+    assert set(BASE_STYLES) < set(ALL_STYLES)
+    assert {source.style for source in pack.SOURCES} == set(ALL_STYLES)

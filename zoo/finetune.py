@@ -1,0 +1,134 @@
+"""Fine-tune the base on one style, as a community would: the UNet alone, plain captions.
+
+    python -m zoo.finetune --style openmoji --minutes 4 --out zoo/models/openmoji
+    python -m zoo.finetune --style emojione-monotone --lora --out zoo/models/emojione-monotone-lora
+
+A full fine-tune is a folder with ``unet/`` alone: the rest is the base's. A LoRA is one
+``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from zoo import training
+from zoo.autoencoder import public_config
+from zoo.base import (
+    CAPTION_DROPOUT,
+    augmented_latents,
+    cached_latents,
+    load_pipeline,
+    prefer_plain_attention,
+    publish,
+    tokenize,
+)
+from zoo.dataset import ALL_STYLES, BASE_STYLES, data_hash, load_pictures
+
+LORA_RANK = 16
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    half = UNet2DConditionModel.from_config(public_config(unet))
+    half.load_state_dict(unet.state_dict())
+    half.half().save_pretrained(folder / "unet")
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    layers = {name: value.half() for name, value in get_peft_model_state_dict(unet).items()}
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    training.add_arguments(parser, out="", minutes=4)
+    parser.add_argument(
+        "--style", required=True, choices=[s for s in ALL_STYLES if s not in BASE_STYLES]
+    )
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--base", type=Path, default=Path("zoo/models/base"))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--augmentations", type=int, default=4)
+    args = parser.parse_args()
+    name = f"{args.style}-lora" if args.lora else args.style
+    out = args.out if args.out.name else Path("zoo/models") / name
+    config = training.config_from(
+        args,
+        batch_size=args.batch_size,
+        learning_rate=2e-3 if args.lora else 4e-4,
+        warmup_steps=20,
+        decay_share=0.5,
+        ema_decay=0.98,
+    )
+    torch.manual_seed(config.seed)
+    pipe = load_pipeline(args.base, config.device)
+    latents = cached_latents(
+        args.runs / f"{args.style}_latents.pt",
+        lambda: augmented_latents(
+            pipe.vae,
+            pipe.tokenizer,
+            load_pictures([args.style]),
+            num_augmentations=args.augmentations,
+            seed=config.seed,
+            background_share=0.0,
+            plain_captions=True,
+        ),
+    )
+    # the text encoder is frozen: one row of states for each picture's caption, and the null row
+    distinct, row_of = torch.unique(latents.ids_NKL[:, 0].long(), dim=0, return_inverse=True)
+    with torch.no_grad():
+        states_NLD, null_1LD = (
+            pipe.text_encoder(ids.to(config.device)).last_hidden_state.bfloat16()
+            for ids in (distinct, tokenize(pipe.tokenizer, [""]))
+        )
+    prefer_plain_attention(pipe)
+    unet: UNet2DConditionModel = pipe.unet
+    if args.lora:
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
+    unet.to(memory_format=torch.channels_last)
+
+    def loss_fn(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(row_of), (config.batch_size,), generator=generator)
+        dropped = torch.rand(config.batch_size, generator=generator) < CAPTION_DROPOUT
+        z_BCHW = latents.z_NCHW[rows].float()
+        noise = torch.randn(z_BCHW.shape, generator=generator)
+        t_B = torch.randint(1000, rows.shape, generator=generator)
+        noisy = pipe.scheduler.add_noise(z_BCHW, noise, t_B)
+        c_BLD = torch.where(
+            dropped.to(config.device)[:, None, None],
+            null_1LD,
+            states_NLD[row_of[rows].to(config.device)],
+        )
+        eps = unet(noisy.to(config.device, torch.bfloat16), t_B.to(config.device), c_BLD).sample
+        return F.mse_loss(eps.float(), noise.to(config.device)), {}
+
+    def export(ema: nn.Module, run: training.Run) -> None:
+        assert isinstance(ema, UNet2DConditionModel)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        (save_lora if args.lora else save_unet)(ema, scratch)
+        facts = training.run_facts(
+            run,
+            config,
+            kind=f"LoRA of rank {LORA_RANK}" if args.lora else "full fine-tune of the UNet",
+            base=f"`{args.base}`",
+            data=f"train split of {args.style}, `{data_hash([args.style])}`",
+        )
+        training.write_card(scratch, f"Fine-tune: {name}", facts)
+        publish(scratch, out)
+
+    training.train(unet, loss_fn, config, args.runs / f"{name}.pt", on_checkpoint=export)
+
+
+if __name__ == "__main__":
+    main()
