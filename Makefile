@@ -53,7 +53,7 @@ $(INSTALLED):
 	        exit 1; }; \
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
-	@$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 need-git:

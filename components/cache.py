@@ -9,7 +9,7 @@ import shutil
 
 from components.cli import main
 from components.dataset import read_records
-from components.params import Params
+from components.params import Params, teacher_guider
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
 from components.storage import Mirror, read_json
@@ -27,7 +27,7 @@ def run(params: Params) -> None:
     builder = CacheBuilder(
         load_base(params.base),
         [Example(image=record.image, prompt=record.caption) for record in records],
-        CacheConfig(**params.cache.model_dump()),
+        CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params)),
         CACHE,
         base_hash=weights_hash(params.base),
         data_hash=read_json(PREPARED / "manifest.json")["hash"],

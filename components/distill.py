@@ -6,7 +6,7 @@ checkpoint in runs/distill.
 
 from components.cli import main
 from components.cluster import Report
-from components.params import Params
+from components.params import Params, teacher_guider
 from components.paths import CACHE, DISTILLED
 from components.storage import atomic_folder
 from components.training import checkpoint_folder, train_config, train_stage
@@ -30,6 +30,7 @@ def train_guide(params: Params, report: Report) -> None:
         train=train_config(params.distill),
         guide=GuideConfig(**params.distill.guide.model_dump()),
         guidance_scale=params.distill.guidance_scale,
+        guider=teacher_guider(params),
     )
     cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     guide = distill(

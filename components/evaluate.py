@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.cli import main
 from components.dataset import encode, fit, read_records
-from components.params import Params
+from components.params import Params, teacher_guider
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
 from components.storage import atomic_folder, read_json, write_json
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
     from pnp_core.bundle import GuideBundle
-    from pnp_core.denoiser import Denoiser
+    from pnp_core.denoiser import CFGDenoiser, Denoiser
 
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}  # name -> label
 NUM_FVU_PROMPTS = 32
@@ -160,7 +160,7 @@ class Sampler:
         from pnp_core.schedule import NoiseSchedule
 
         self.pipe, self.bundle, self.config = pipe, bundle, params.evaluate
-        self.spacing = params.halve.timestep_spacing
+        self.spacing, self.guider = params.halve.timestep_spacing, teacher_guider(params)
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.device = pipe.unet.device
         self.null_1LD = encode_prompts(pipe, [""]).to(self.device)
@@ -168,14 +168,21 @@ class Sampler:
         self.shape = (pipe.unet.config.in_channels, size, size)
 
     def denoiser(self, method: str, num_steps: int) -> "Denoiser":
-        from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
+        from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 
         match method:
             case "unguided":
                 return PlainDenoiser(self.pipe.unet, self.schedule)
             case "cfg":
-                return CFGDenoiser(self.pipe.unet, self.schedule)
+                return self.teacher()
         return GuidedDenoiser(self.pipe.unet, self.bundle.for_steps(num_steps), self.schedule)
+
+    def teacher(self) -> "CFGDenoiser":
+        from pnp_core.denoiser import CFGDenoiser
+        from pnp_core.guiders import Guider
+
+        guider = Guider(self.guider, self.schedule.num_train_timesteps)
+        return CFGDenoiser(self.pipe.unet, self.schedule, guider)
 
     def inputs(self, tasks: Sequence[Task]) -> dict[str, "torch.Tensor"]:
         """Noise and text states."""
@@ -228,12 +235,11 @@ class Sampler:
         """
         import torch
 
-        from pnp_core.denoiser import CFGDenoiser
         from pnp_core.metrics import guidance_fvu_terms
         from pnp_core.schedule import sampling_timesteps
 
         guided = self.denoiser("guided", self.bundle.num_steps[-1])
-        teacher = CFGDenoiser(self.pipe.unet, self.schedule)
+        teacher = self.teacher()
         grid = sampling_timesteps(self.pipe.scheduler, self.config.num_steps[0], self.spacing)
         unexplained = total = 0.0
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):

@@ -8,13 +8,16 @@ import difflib
 from collections.abc import Mapping
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
+
+if TYPE_CHECKING:
+    from pnp_core.guiders import GuiderConfig
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
@@ -61,6 +64,13 @@ class Model(Section):
 
     path: str
     reference: str  # parquet file, or a folder of them: real images in this model's style
+
+
+class Teacher(Section):
+    """Whose guidance is distilled: a guider of diffusers.guiders, by name."""
+
+    guider: str
+    arguments: dict[str, float]
 
 
 class Prepare(Section):
@@ -172,6 +182,7 @@ class Params(Section):
     base: str
     models: Annotated[dict[ModelName, Model], Field(min_length=1)]
     storage: str | None  # s3://bucket/prefix to keep teacher caches and checkpoints in
+    teacher: Teacher
     prepare: Prepare
     cache: Cache
     distill: Distill
@@ -222,6 +233,10 @@ def check_files(params: Params) -> None:
 
     from pnp_core.models import check_model_files
 
+    try:
+        teacher_guider(params)
+    except ValueError as error:
+        raise ParamsError(f"params.yaml: teacher: {error}") from None
     models = {"base": params.base}
     models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
     for key, path in models.items():
@@ -236,6 +251,13 @@ def check_files(params: Params) -> None:
                     f"params.yaml: {key}: {path} is no fine-tune of {params.base}: its UNet has "
                     f"{field} {theirs.get(field)}, the base's {ours.get(field)}"
                 )
+
+
+def teacher_guider(params: Params) -> "GuiderConfig":
+    """The teacher's rule, in the library's terms. Raises ValueError if it can't be distilled."""
+    from pnp_core.guiders import GuiderConfig
+
+    return GuiderConfig(name=params.teacher.guider, arguments=params.teacher.arguments)
 
 
 def _unet_config(path: str) -> dict[str, Any] | None:

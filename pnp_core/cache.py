@@ -14,7 +14,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,9 @@ from torch import Tensor
 
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
+from pnp_core.guiders import Guider, GuiderConfig
 from pnp_core.models import encode_prompts
-from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
+from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.train import config_hash, epoch_indices, step_generator
 
 TEXT = "text"
@@ -53,6 +54,7 @@ class CacheConfig:
         num_trajectory: teacher pairs along CFG trajectories.
         trajectory_steps: DDIM steps of a trajectory.
         guidance_scale: range of the trajectories' ``w``, drawn uniformly.
+        guider: the teacher's rule, which the trajectories follow.
         negative_fraction: share of pairs whose negative is another sample's prompt, not null.
         batch_size: of the UNet's forwards, before CFG doubles it.
         shard_size: most rows in a shard.
@@ -66,6 +68,7 @@ class CacheConfig:
     num_trajectory: int
     trajectory_steps: int = 20
     guidance_scale: tuple[float, float] = (1.0, 8.0)
+    guider: GuiderConfig = field(default_factory=GuiderConfig)
     negative_fraction: float = 0.1
     batch_size: int = 64
     shard_size: int = 2048
@@ -179,6 +182,7 @@ class CacheBuilder:
         self.prompts = ["", *sorted({e.prompt for e in examples} - {""})]
         self.prompt_row = {prompt: row for row, prompt in enumerate(self.prompts)}
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+        self.guider = Guider(config.guider, self.schedule.num_train_timesteps)
         self.plan = plan_cache(
             pipe, num_images=len(examples), num_prompts=len(self.prompts) - 1, config=config
         )
@@ -355,7 +359,7 @@ class CacheBuilder:
                     "negative": negative_B,
                 }
             )
-            eps = cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
+            eps = self.guider(eps_c, eps_n, t_B, w_B)
             z_t = self.schedule.ddim_step(z_t.float(), eps, t_B, s_B)
         with torch.autocast("cpu", enabled=False):
             return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}

@@ -10,8 +10,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pnp_core.guide import Guide
+from pnp_core.guiders import Guider
 from pnp_core.inject import injecting
-from pnp_core.schedule import NoiseSchedule, cfg_target
+from pnp_core.schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):
@@ -35,10 +36,17 @@ class PlainDenoiser:
 
 
 class CFGDenoiser:
-    """The teacher: classifier-free guidance, two forwards in one doubled batch."""
+    """The teacher: classifier-free guidance, two forwards in one doubled batch.
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> None:
+    Args:
+        guider: combines the two predictions; plain CFG by default.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: NoiseSchedule, guider: Guider | None = None
+    ) -> None:
         self.plain = PlainDenoiser(unet, schedule)
+        self.guider = guider or Guider()
 
     def pair(
         self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, n_BLD: Tensor
@@ -53,7 +61,7 @@ class CFGDenoiser:
         self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, w_B: Tensor, n_BLD: Tensor
     ) -> Tensor:
         eps_c, eps_n = self.pair(z_BCHW, t_B, c_BLD, n_BLD)
-        return cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
+        return self.guider(eps_c, eps_n, t_B, w_B)
 
 
 class GuidedDenoiser:

@@ -5,7 +5,7 @@ serves every guidance scale. Gradients flow through the frozen decoder only, sin
 encoder depends on the guide.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
-from pnp_core.schedule import cfg_target
+from pnp_core.guiders import Guider, GuiderConfig
 from pnp_core.train import Report, TrainConfig, config_hash, epoch_indices, step_generator, train
 
 
@@ -25,6 +25,7 @@ class DistillConfig:
 
     Attributes:
         guidance_scale: range of ``w``, drawn uniformly, one a sample.
+        guider: the teacher's rule.
 
     Raises:
         ValueError: a range of w that is empty or reaches below 1.
@@ -33,6 +34,7 @@ class DistillConfig:
     train: TrainConfig
     guide: GuideConfig
     guidance_scale: tuple[float, float] = (1.0, 8.0)
+    guider: GuiderConfig = field(default_factory=GuiderConfig)
 
     def __post_init__(self) -> None:
         check_guidance_range(self.guidance_scale)
@@ -111,6 +113,7 @@ def distill(
     )
     student = GuidedDenoiser(unet, guide, cache.schedule)
     batch_size, seed = config.train.batch_size, config.train.seed
+    guider = Guider(config.guider, cache.schedule.num_train_timesteps)
     power = guidance_power(cache)
 
     def loss_fn(step: int, part: slice) -> Tensor:
@@ -119,7 +122,7 @@ def distill(
         )
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
-        target = cfg_target(eps_c=pairs.eps_c, eps_n=pairs.eps_n, guidance_scale_B=w_B)
+        target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
         eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
         return distillation_loss(eps, target, w_B) / power
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnp_core.denoiser import CFGDenoiser, Denoiser
-from pnp_core.schedule import cfg_target
 
 
 @torch.no_grad()
@@ -29,7 +28,7 @@ def guidance_fvu_terms(
     1 is no guide at all, 0 is CFG itself.
     """
     eps_c, eps_n = teacher.pair(z_t, t_B, c_BLD, n_BLD)
-    eps_w = cfg_target(eps_c=eps_c.float(), eps_n=eps_n.float(), guidance_scale_B=w_B)
+    eps_w = teacher.guider(eps_c.float(), eps_n.float(), t_B, w_B)
     eps = guided(z_t, t_B, c_BLD, w_B, n_BLD).float()
     return float((eps - eps_w).square().sum()), float((eps_c.float() - eps_w).square().sum())
 

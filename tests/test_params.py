@@ -116,6 +116,12 @@ def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) 
     assert message in str(caught.value)
 
 
+def test_a_teacher_that_cannot_be_distilled_is_named(world: Path) -> None:
+    params = load(world, changed("teacher.guider", "SkipLayerGuidance"))
+    with pytest.raises(ParamsError, match="teacher: The guider 'SkipLayerGuidance' can't be"):
+        check_files(params)
+
+
 def test_half_downloaded_base_is_named(world: Path) -> None:
     weights = world / "models/base/unet/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

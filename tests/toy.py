@@ -212,6 +212,7 @@ def toy_params() -> dict[str, Any]:
             "tuned": {"path": "models/tuned", "reference": "art/tuned.parquet"},
         },
         "storage": None,
+        "teacher": {"guider": "ClassifierFreeGuidance", "arguments": {}},
         "prepare": {
             "dataset": "art",
             "files": ["main.parquet"],
