@@ -1,5 +1,6 @@
 """Fixtures that most tests share."""
 
+import copy
 import io
 import os
 from pathlib import Path
@@ -9,7 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
@@ -45,6 +48,20 @@ def roused(guide: Guide, scale: float = 0.1) -> Guide:
                 continue  # only halving moves these
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return guide.eval()
+
+
+def save_lora(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
+    """Save a random LoRA for `unet`; a copy of the UNet that carries it."""
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
+    torch.manual_seed(2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=get_peft_model_state_dict(adapted)
+    )
+    return adapted
 
 
 @pytest.fixture(params=["tiny", "full"])

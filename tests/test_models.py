@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from pnp_core.models import (
@@ -19,6 +17,7 @@ from pnp_core.models import (
     load_unet,
     weights_hash,
 )
+from tests.conftest import save_lora
 
 RESNET = {
     "norm1": "in_layers.0",
@@ -124,16 +123,7 @@ def test_a_lora_loads_as_a_fine_tune_and_leaves_the_base_alone(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     before = {k: v.clone() for k, v in pipe.unet.state_dict().items()}
-    adapted = changed(pipe.unet)
-    adapted.load_state_dict(before)
-    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path, unet_lora_layers=get_peft_model_state_dict(adapted)
-    )
+    adapted = save_lora(pipe.unet, tmp_path)
     merged = load_unet(tmp_path, base=pipe)
     z, t, c = torch.randn(1, 4, 4, 4), torch.tensor([500]), torch.randn(1, 16, 32)
     with torch.no_grad():

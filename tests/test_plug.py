@@ -20,8 +20,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
@@ -32,7 +30,7 @@ from pnp_core.models import encode_prompts
 from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
-from tests.conftest import roused
+from tests.conftest import roused, save_lora
 
 
 def generate(pipe: Any, prompt: Any = "a cat", **options: Any) -> np.ndarray:
@@ -337,15 +335,7 @@ def test_stable_diffusion_xl_pipelines_work_and_unplug_exactly(
 def test_a_lora_can_be_loaded_before_or_after_plugging(
     pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path, first: str
 ) -> None:
-    adapted = copy.deepcopy(pipe.unet)
-    adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]))
-    torch.manual_seed(2)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path, unet_lora_layers=get_peft_model_state_dict(adapted)
-    )
+    save_lora(pipe.unet, tmp_path)
     without = copy.deepcopy(pipe)
     plug(without, tiny)
     plain = generate(without)
