@@ -90,7 +90,7 @@ def run(params: Params, model: str) -> None:
         scores = {
             "fid": fid(features, references),
             "kid": kid(features, references),
-            "clip_score": judge.clip_score(features, prompts),
+            "clip_score": judge.clip_score(made, prompts),
             "cfg_psnr": float(psnr(made, images["cfg", num_steps]).mean()),
         }
         if method == "cfg":

@@ -15,23 +15,26 @@ class Progress:
         self._terminal = sys.stdout.isatty()
         self._seconds_between = 0.5 if self._terminal else seconds_between
         self._started = self._printed = time.monotonic()
-        self._first: int | None = None
+        self._first: tuple[int, float] | None = None  # what was done at the first call, and when
 
     def __call__(self, done: int, note: str = "") -> None:
         """Report that `done` of the total are done, those of an earlier attempt included."""
         done = min(done, self.total)  # the last batch may go beyond
         now = time.monotonic()
         if self._first is None:  # what was there before this run says nothing about its speed
-            self._first = done if done < self.total else 0
+            self._first = done, now
         if done < self.total and now - self._printed < self._seconds_between:
             return
         self._printed = now
         line = f"{self.label}: {done:,}/{self.total:,} {self.unit}, {done / self.total:.0%}"
-        if done > self._first and now > self._started:
-            speed = (done - self._first) / (now - self._started)
-            left = (self.total - done) / speed
+        first, since = self._first
+        if done > first and now > since:
+            speed = (done - first) / (now - since)
             line += f", {speed:,.0f}/s" if speed >= 10 else f", {speed:.2g}/s"
-            line += f", {clock(left)} left" if left else f", took {clock(now - self._started)}"
+            if done < self.total:
+                line += f", {clock((self.total - done) / speed)} left"
+        if done == self.total:
+            line += f", took {clock(now - self._started)}"
         if note:
             line += f", {note}"
         if self._terminal:

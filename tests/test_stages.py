@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from components import cache, distill, evaluate, halve, prepare, promote, regist
 from components.cli import main
 from components.dataset import Record, fit
 from components.environment import quiet
-from components.judging import fid, kid
+from components.judging import INCEPTION, Judge, fid, kid
 from components.params import Params, load_params
 from components.progress import Progress, clock
 from components.promote import objections
@@ -228,8 +229,6 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world in which everything up to register has run."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("trained") / "world"
     shutil.copytree(untouched_world, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -383,6 +382,34 @@ def test_fid_of_few_images_is_that_of_clean_fid() -> None:
     padding = np.zeros((60, 80))  # dimensions that add nothing
     assert fid(np.hstack([x, padding]), np.hstack([y, padding[:50]])) == pytest.approx(plain)
     assert kid(x, y) == kid(x, y) > kid(x, x[:30])
+
+
+class InceptionLike(torch.nn.Module):
+    """Has the parts of the published network that clean-fid touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Conv2d(3, 2048, 1), torch.nn.Flatten()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(x)
+        return features
+
+
+def test_an_inception_beside_the_judge_gives_fid_and_kid(inside: Path) -> None:
+    judge = Judge("models/judge", torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
+    assert judge.features(images).shape == (5, 16)
+    score = judge.clip_score(images, toy.PROMPTS[:5])
+
+    shutil.copytree("models/judge", "models/published", dirs_exist_ok=True)
+    torch.jit.script(InceptionLike()).save(f"models/published/{INCEPTION}")
+    judge = Judge("models/published", torch.device("cpu"))
+    assert judge.name == "models/published (Inception V3; CLIP score by CLIP)"
+    assert judge.features(images).shape == (5, 2048)
+    assert judge.clip_score(images, toy.PROMPTS[:5]) == score
 
 
 def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
