@@ -28,6 +28,7 @@ from zoo.base import (
     tokenize,
 )
 from zoo.dataset import ALL_STYLES, BASE_STYLES, data_hash, load_pictures
+from zoo.sampling import add_samples, with_unet
 
 LORA_RANK = 16
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -128,6 +129,7 @@ def main() -> None:
         publish(scratch, out)
 
     training.train(unet, loss_fn, config, args.runs / f"{name}.pt", on_checkpoint=export)
+    add_samples(with_unet(load_pipeline(args.base, config.device), out), out)
 
 
 if __name__ == "__main__":
