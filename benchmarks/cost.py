@@ -89,11 +89,13 @@ class Steps:
     @torch.no_grad()
     def guided(self) -> None:
         inputs = self.inputs[1]
-        guidance_scale = torch.full((1,), 4.0, device=self.device)
         conditioning = self.guide(
-            **inputs,
-            guidance_scale=guidance_scale,
+            inputs["sample"],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            guidance_scale=torch.full((1,), 4.0, device=self.device),
             negative_hidden_states=inputs["encoder_hidden_states"],
+            negative_added=inputs.get("added_cond_kwargs"),
         )
         with injecting(self.unet, self.guide, conditioning):
             self.unet(**inputs)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 
 def device() -> torch.device:
@@ -13,14 +13,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_base(path: str) -> "StableDiffusionPipeline":
+def load_base(path: str) -> "DiffusionPipeline":
     """The base at `path`, frozen, on this process's device."""
     from pnp_core.models import load_pipeline
 
     return frozen(load_pipeline(path, device=device()))
 
 
-def frozen(pipe: "StableDiffusionPipeline") -> "StableDiffusionPipeline":
+def frozen(pipe: "DiffusionPipeline") -> "DiffusionPipeline":
     """The pipeline with its UNet and VAE frozen, and as fast here as they can be."""
     from diffusers.models.attention_processor import AttnProcessor
 

@@ -21,7 +21,7 @@ from components.storage import atomic_folder, read_json, write_json
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from pnp_core.bundle import GuideBundle
     from pnp_core.denoiser import CFGDenoiser, Denoiser
@@ -162,9 +162,7 @@ def batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
 class Sampler:
     """Samples one model by each method, always from the same seeds."""
 
-    def __init__(
-        self, pipe: "StableDiffusionPipeline", bundle: "GuideBundle", params: Params
-    ) -> None:
+    def __init__(self, pipe: "DiffusionPipeline", bundle: "GuideBundle", params: Params) -> None:
         from pnp_core.models import encode_prompts
         from pnp_core.schedule import NoiseSchedule
 
@@ -172,7 +170,7 @@ class Sampler:
         self.spacing, self.guider = params.halve.timestep_spacing, teacher_guider(params)
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.device = pipe.unet.device
-        self.null_1LD = encode_prompts(pipe, [""]).to(self.device)
+        self.null = encode_prompts(pipe, [""])
         size = pipe.unet.config.sample_size
         self.shape = (pipe.unet.config.in_channels, size, size)
 
@@ -193,20 +191,21 @@ class Sampler:
         guider = Guider(self.guider, self.schedule.num_train_timesteps)
         return CFGDenoiser(self.pipe.unet, self.schedule, guider)
 
-    def inputs(self, tasks: Sequence[Task]) -> dict[str, "torch.Tensor"]:
-        """Noise and text states."""
-        from pnp_core.models import encode_prompts
+    def inputs(self, tasks: Sequence[Task]) -> dict[str, Any]:
+        """Noise, text states and what an SDXL base is told besides."""
+        from pnp_core.models import added_conditions, encode_prompts
         from pnp_core.sample import initial_noise
 
+        text = encode_prompts(self.pipe, [task.prompt for task in tasks])
+        added = added_conditions(self.pipe, text, self.null)
         return {
             "z_T": initial_noise(self.shape, [task.seed for task in tasks]).to(self.device),
-            "c_BLD": encode_prompts(self.pipe, [t.prompt for t in tasks]).to(self.device),
-            "n_BLD": self.null_1LD.expand(len(tasks), -1, -1),
+            "c_BLD": text.states_NLD.to(self.device),
+            "n_BLD": self.null.states_NLD.to(self.device).expand(len(tasks), -1, -1),
+            "added": None if added is None else added.to(self.device),
         }
 
-    def denoise(
-        self, inputs: dict[str, "torch.Tensor"], method: str, num_steps: int
-    ) -> "torch.Tensor":
+    def denoise(self, inputs: dict[str, Any], method: str, num_steps: int) -> "torch.Tensor":
         """Latents (N, C, H, W)."""
         from pnp_core.sample import sample
 
@@ -254,15 +253,17 @@ class Sampler:
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
             inputs = self.inputs(batch)
             z, texts = inputs["z_T"], (inputs["c_BLD"], inputs["n_BLD"])
+            added = inputs["added"]
             w_B = torch.full((len(batch),), self.config.guidance_scale, device=self.device)
             with torch.no_grad(), self.computing():
                 for t, s in zip(grid[:-1], grid[1:], strict=True):
                     t_B = t.expand(len(batch)).to(self.device)
                     terms = guidance_fvu_terms(
-                        guided, teacher, z_t=z, t_B=t_B, c_BLD=texts[0], n_BLD=texts[1], w_B=w_B
-                    )
+                        guided, teacher, z_t=z, t_B=t_B, c_BLD=texts[0], n_BLD=texts[1], w_B=w_B,
+                        added=added,
+                    )  # fmt: skip
                     unexplained, total = unexplained + terms[0], total + terms[1]
-                    eps_w = teacher(z, t_B, texts[0], w_B, texts[1]).float()
+                    eps_w = teacher(z, t_B, texts[0], w_B, texts[1], added).float()
                     z = self.schedule.ddim_step(z, eps_w, t_B, s.expand(len(batch)))
         return unexplained / total
 

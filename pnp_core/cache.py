@@ -3,6 +3,7 @@
 A cache is a folder of safetensors shards with an ``index.json`` of their checksums, written last:
 
 - ``text.safetensors``: states ``(P, L, D)``, one row per distinct prompt; row 0 is the null prompt.
+  Of an SDXL base also the pooled text, ``(P, E)``, and the ``time_ids``, ``(6,)``.
 - ``moments-*.safetensors``: mean and std of each image's latent, scaled as the UNet sees them.
 - ``pairs-*.safetensors``: ``z_t``, ``timestep``, ``eps_c`` and ``eps_n`` with the rows of the two
   prompts; at forward-noised states and along CFG trajectories, which guided sampling really visits.
@@ -13,7 +14,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -30,7 +31,11 @@ from torch import Tensor
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider, GuiderConfig
-from pnp_core.models import encode_prompts
+from pnp_core.models import (
+    AddedConditions,
+    encode_prompts,
+    time_ids_of,
+)
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.train import config_hash, epoch_indices, step_generator
 
@@ -117,6 +122,7 @@ class Pairs(NamedTuple):
     eps_n: Tensor
     text: Tensor
     negative_text: Tensor
+    added: AddedConditions | None
 
 
 class Latents(NamedTuple):
@@ -126,10 +132,11 @@ class Latents(NamedTuple):
     noise: Tensor
     text: Tensor
     negative_text: Tensor
+    added: AddedConditions | None
 
 
 def plan_cache(
-    pipe: StableDiffusionPipeline, *, num_images: int, num_prompts: int, config: CacheConfig
+    pipe: DiffusionPipeline, *, num_images: int, num_prompts: int, config: CacheConfig
 ) -> CachePlan:
     """Shards, bytes and forwards, known before anything is computed."""
     size = pipe.unet.config.sample_size
@@ -163,7 +170,7 @@ class CacheBuilder:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline,
+        pipe: DiffusionPipeline,
         examples: Sequence[Example],
         config: CacheConfig,
         directory: Path,
@@ -214,7 +221,10 @@ class CacheBuilder:
             torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
         ):
             if kind == TEXT:
-                tensors = {"states": encode_prompts(self.pipe, self.prompts)}
+                states_NLD, pooled_NP = encode_prompts(self.pipe, self.prompts)
+                tensors = {"states": states_NLD}
+                if pooled_NP is not None:
+                    tensors |= {"pooled": pooled_NP, "time_ids": time_ids_of(self.pipe)}
             elif kind == "moments":
                 tensors = self.build_moments(int(number))
             else:
@@ -252,8 +262,8 @@ class CacheBuilder:
         return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
     @cached_property
-    def text_N(self) -> Tensor:
-        return load_file(self.path(TEXT))["states"].float()
+    def text(self) -> dict[str, Tensor]:
+        return load_file(self.path(TEXT))
 
     @cached_property
     def moments(self) -> dict[str, Tensor]:
@@ -295,12 +305,12 @@ class CacheBuilder:
     ) -> tuple[Tensor, Tensor]:
         unet = self.pipe.unet
         teacher = CFGDenoiser(unet, self.schedule)
-        c, n = self.text_N[prompt_B], self.text_N[negative_B]
-        inputs = (z_t, t_B, c, n)
-        z_t, t_B, c, n = (
-            x.to(unet.device, unet.dtype if x.is_floating_point() else None) for x in inputs
+        z_t, c, n = (
+            x.to(unet.device, unet.dtype)
+            for x in (z_t, self.text["states"][prompt_B], self.text["states"][negative_B])
         )
-        eps_c, eps_n = teacher.pair(z_t, t_B, c, n)
+        added = added_rows(self.text, prompt_B, negative_B, unet.device, unet.dtype)
+        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), c, n, added)
         return eps_c.float().cpu(), eps_n.float().cpu()
 
     def forward_pairs(
@@ -409,7 +419,8 @@ class TeacherCache:
         self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
         self.negative_fraction: float = index["config"]["negative_fraction"]
         shards = {name: load_file(directory / f"{name}.safetensors") for name in index["files"]}
-        self.text_N = shards[TEXT]["states"]
+        self.text = shards[TEXT]
+        self.text_N = self.text["states"]
         self.pair_shards = [s for name, s in shards.items() if name.startswith("pairs")]
         self.moment_shards = [s for name, s in shards.items() if name.startswith("moments")]
         self.num_pairs = sum(len(s["timestep"]) for s in self.pair_shards)
@@ -452,6 +463,7 @@ class TeacherCache:
             eps_n=rows["eps_n"].float().to(device),
             text=self.text_N[rows["prompt"]].float().to(device),
             negative_text=self.text_N[rows["negative"]].float().to(device),
+            added=added_rows(self.text, rows["prompt"], rows["negative"], device),
         )
 
     def latents(
@@ -472,7 +484,23 @@ class TeacherCache:
             noise=noise.to(device),
             text=self.text_N[rows["prompt"]].float().to(device),
             negative_text=self.text_N[negative].float().to(device),
+            added=added_rows(self.text, rows["prompt"], negative, device),
         )
+
+
+def added_rows(
+    text: Mapping[str, Tensor],
+    prompt_B: Tensor,
+    negative_B: Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> AddedConditions | None:
+    """An SDXL base's added conditions at these rows of the text shard; None for other bases."""
+    if "pooled" not in text:
+        return None
+    time_ids_B6 = text["time_ids"].expand(len(prompt_B), -1)
+    added = AddedConditions(text["pooled"][prompt_B], text["pooled"][negative_B], time_ids_B6)
+    return added.to(device, dtype)
 
 
 def gather(shards: Sequence[dict[str, Tensor]], indices: Tensor) -> dict[str, Tensor]:

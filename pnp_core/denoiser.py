@@ -1,8 +1,10 @@
 """One contract for everything that denoises: ``(z_BCHW, t_B, c_BLD, w_B, n_BLD) -> eps_BCHW``.
 
-``c`` are the text states of the prompt, ``n`` those of the negative (or null) prompt.
+``c`` are the text states of the prompt, ``n`` those of the negative (or null) prompt; ``added`` is
+what an SDXL base is told besides, None for other bases.
 """
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -12,12 +14,19 @@ from torch import Tensor
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
 from pnp_core.inject import injecting
+from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):
     def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, w_B: Tensor, n_BLD: Tensor
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
     ) -> Tensor: ...
 
 
@@ -28,11 +37,23 @@ class PlainDenoiser:
         self.unet = unet
         self.schedule = schedule
 
-    def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, w_B: Tensor, n_BLD: Tensor
+    def predict(
+        self, z_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor, added: Mapping[str, Tensor] | None
     ) -> Tensor:
-        prediction = self.unet(z_BCHW, t_B, c_BLD, return_dict=False)[0]
+        """eps under one prompt, with its ``added_cond_kwargs``."""
+        prediction = self.unet(z_BCHW, t_B, text_BLD, added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)
+
+    def __call__(
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
+    ) -> Tensor:
+        return self.predict(z_BCHW, t_B, c_BLD, None if added is None else added.positive)
 
 
 class CFGDenoiser:
@@ -49,18 +70,35 @@ class CFGDenoiser:
         self.guider = guider or Guider()
 
     def pair(
-        self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, n_BLD: Tensor
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``eps_c`` and ``eps_n``."""
         texts = torch.cat([c_BLD, n_BLD])
-        eps = self.plain(z_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), texts, t_B, texts)
+        both = None
+        if added is not None:
+            both = {
+                key: torch.cat([value, added.negative[key]])
+                for key, value in added.positive.items()
+            }
+        eps = self.plain.predict(z_BCHW.repeat(2, 1, 1, 1), t_B.repeat(2), texts, both)
         eps_c, eps_n = eps.chunk(2)
         return eps_c, eps_n
 
     def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, w_B: Tensor, n_BLD: Tensor
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
     ) -> Tensor:
-        eps_c, eps_n = self.pair(z_BCHW, t_B, c_BLD, n_BLD)
+        eps_c, eps_n = self.pair(z_BCHW, t_B, c_BLD, n_BLD, added)
         return self.guider(eps_c, eps_n, t_B, w_B)
 
 
@@ -73,8 +111,15 @@ class GuidedDenoiser:
         self.guide = guide
 
     def __call__(
-        self, z_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor, w_B: Tensor, n_BLD: Tensor
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
     ) -> Tensor:
-        conditioning = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
+        negative = None if added is None else added.negative
+        conditioning = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD, negative_added=negative)
         with injecting(self.plain.unet, self.guide, conditioning):
-            return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD)
+            return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)

@@ -123,7 +123,7 @@ def distill(
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
-        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
         return distillation_loss(eps, target, w_B) / power
 
     return train(

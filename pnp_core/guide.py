@@ -225,7 +225,7 @@ class TinyGuide(nn.Module):
         n_BLD: Tensor,
         w_B: Tensor,
         strength: float,
-        added_cond_kwargs: Mapping[str, Tensor] | None,
+        negative_added: Mapping[str, Tensor] | None,
     ) -> Conditioning:
         dtype = self.key.weight.dtype
         gain_B = strength * (w_B - 1)
@@ -313,7 +313,7 @@ class FullGuide(nn.Module):
         n_BLD: Tensor,
         w_B: Tensor,
         strength: float,
-        added_cond_kwargs: Mapping[str, Tensor] | None,
+        negative_added: Mapping[str, Tensor] | None,
     ) -> Conditioning:
         encoder = self.encoder
         sample = sample.to(encoder.dtype)
@@ -322,7 +322,7 @@ class FullGuide(nn.Module):
         t_emb = encoder.get_time_embed(sample=sample, timestep=timestep_B)
         emb = encoder.time_embedding(t_emb, sinusoidal(w_B, 30).to(encoder.dtype))
         aug_emb = encoder.get_aug_embed(
-            emb=emb, encoder_hidden_states=n_BLD, added_cond_kwargs=added_cond_kwargs or {}
+            emb=emb, encoder_hidden_states=n_BLD, added_cond_kwargs=negative_added or {}
         )
         emb = emb if aug_emb is None else emb + aug_emb
         # 2. encoder
@@ -475,7 +475,7 @@ class Guide(ModelMixin, ConfigMixin):
         guidance_scale: Tensor,
         negative_hidden_states: Tensor,
         strength: float = 1.0,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        negative_added: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
         """Read everything known before the decoder runs.
 
@@ -486,6 +486,7 @@ class Guide(ModelMixin, ConfigMixin):
             guidance_scale: ``(B,)`` or a scalar tensor.
             negative_hidden_states: text states of the negative (or null) prompt, ``(B, L, D)``.
             strength: multiplies the residuals.
+            negative_added: an SDXL UNet's ``added_cond_kwargs`` under the negative prompt.
         """
         batch = sample.shape[0]
         timestep_B = timestep.to(sample.device).flatten().expand(batch)
@@ -497,7 +498,7 @@ class Guide(ModelMixin, ConfigMixin):
             negative_hidden_states,
             w_B,
             strength,
-            added_cond_kwargs,
+            negative_added,
         )
 
     def inject(

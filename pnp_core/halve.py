@@ -18,6 +18,7 @@ from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.distill import check_guidance_range, draw_guidance_scale
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
+from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
 from pnp_core.train import (
     Report,
@@ -86,10 +87,11 @@ def halving_target(
     c_BLD: Tensor,
     w_B: Tensor,
     n_BLD: Tensor,
+    added: AddedConditions | None = None,
 ) -> Tensor:
     """The eps with which one step ``t -> s`` lands where two teacher steps ``t -> m -> s`` do."""
-    z_m = schedule.ddim_step(z_t, teacher(z_t, t_B, c_BLD, w_B, n_BLD).float(), t_B, m_B)
-    z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, c_BLD, w_B, n_BLD).float(), m_B, s_B)
+    z_m = schedule.ddim_step(z_t, teacher(z_t, t_B, c_BLD, w_B, n_BLD, added).float(), t_B, m_B)
+    z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, c_BLD, w_B, n_BLD, added).float(), m_B, s_B)
     return two_step_target(schedule, z_t=z_t, z_s=z_s, t_B=t_B, s_B=s_B)
 
 
@@ -172,9 +174,9 @@ def halve(
             with torch.no_grad():
                 target = halving_target(
                     teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B.to(device), s_B=s_B.to(device),
-                    c_BLD=latents.text, w_B=w_B, n_BLD=latents.negative_text,
+                    c_BLD=latents.text, w_B=w_B, n_BLD=latents.negative_text, added=latents.added,
                 )  # fmt: skip
-            eps = student(z_t, t_B, latents.text, w_B, latents.negative_text)
+            eps = student(z_t, t_B, latents.text, w_B, latents.negative_text, latents.added)
             return truncated_snr_loss(schedule, eps, target, z_t, t_B)
 
         def report_round(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pnp_core.denoiser import CFGDenoiser, Denoiser
+from pnp_core.models import AddedConditions
 
 
 @torch.no_grad()
@@ -21,15 +22,16 @@ def guidance_fvu_terms(
     c_BLD: Tensor,
     n_BLD: Tensor,
     w_B: Tensor,
+    added: AddedConditions | None = None,
 ) -> tuple[float, float]:
     """Numerator and denominator of ``guidance_fvu``; add them up over batches, then divide.
 
     ``||eps_guide - eps_w||^2 / ||eps_c - eps_w||^2``: the share of guidance left unexplained.
     1 is no guide at all, 0 is CFG itself.
     """
-    eps_c, eps_n = teacher.pair(z_t, t_B, c_BLD, n_BLD)
+    eps_c, eps_n = teacher.pair(z_t, t_B, c_BLD, n_BLD, added)
     eps_w = teacher.guider(eps_c.float(), eps_n.float(), t_B, w_B)
-    eps = guided(z_t, t_B, c_BLD, w_B, n_BLD).float()
+    eps = guided(z_t, t_B, c_BLD, w_B, n_BLD, added).float()
     return float((eps - eps_w).square().sum()), float((eps_c.float() - eps_w).square().sum())
 
 

@@ -5,10 +5,15 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoPipelineForText2Image,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -92,7 +97,7 @@ def check_safetensors(path: Path) -> None:
 
 def load_pipeline(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """A base from a diffusers folder, a single .safetensors file or a hub id.
 
     Raises:
@@ -103,9 +108,7 @@ def load_pipeline(
     if Path(path).is_file():
         pipe = StableDiffusionPipeline.from_single_file(str(path), **options)
     else:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            path, use_safetensors=True, requires_safety_checker=False, **options
-        )
+        pipe = AutoPipelineForText2Image.from_pretrained(path, use_safetensors=True, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -113,7 +116,7 @@ def load_pipeline(
 def load_unet(
     path: str | Path,
     *,
-    base: StableDiffusionPipeline,
+    base: DiffusionPipeline,
     dtype: torch.dtype | None = None,
 ) -> UNet2DConditionModel:
     """The UNet of a fine-tune of ``base``, on the base's device.
@@ -165,17 +168,88 @@ def load_lora_unet(path: Path, *, base: StableDiffusionPipeline) -> UNet2DCondit
     return pipe.unet
 
 
+class TextStates(NamedTuple):
+    """N prompts as a UNet reads them. L tokens, D text width, P width of the pooled text."""
+
+    states_NLD: Tensor
+    pooled_NP: Tensor | None  # SDXL's
+
+
+class AddedConditions(NamedTuple):
+    """What an SDXL UNet is told beside the text states of the prompt and the negative prompt."""
+
+    pooled_BP: Tensor
+    negative_pooled_BP: Tensor
+    time_ids_B6: Tensor  # original size, crop, target size; in pixels, the same for both prompts
+
+    @property
+    def positive(self) -> dict[str, Tensor]:
+        """``added_cond_kwargs`` of the forward under the prompt."""
+        return {"text_embeds": self.pooled_BP, "time_ids": self.time_ids_B6}
+
+    @property
+    def negative(self) -> dict[str, Tensor]:
+        """``added_cond_kwargs`` of the forward under the negative prompt."""
+        return {"text_embeds": self.negative_pooled_BP, "time_ids": self.time_ids_B6}
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "AddedConditions":
+        return AddedConditions(*(x.to(device, dtype) for x in self))
+
+
 @torch.no_grad()
 def encode_prompts(
-    pipe: StableDiffusionPipeline, prompts: Sequence[str], batch_size: int = 64
-) -> Tensor:
-    """Text states ``(N, L, D)`` of the prompts, float32 on the CPU."""
-    states = []
+    pipe: DiffusionPipeline, prompts: Sequence[str], batch_size: int = 64
+) -> TextStates:
+    """The prompts as the pipeline's UNet reads them, float32 on the CPU.
+
+    The empty prompt stands for no prompt: where the pipeline has zeros for it, so have we.
+    """
+    states, pooled = [], []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
-        embeds = pipe.encode_prompt(batch, pipe.text_encoder.device, 1, False)[0]
-        states.append(embeds.float().cpu())
-    return torch.cat(states)
+        encoded = pipe.encode_prompt(
+            batch,
+            device=pipe.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        states.append(encoded[0].float().cpu())
+        if is_xl(pipe):
+            pooled.append(encoded[2].float().cpu())
+    result = TextStates(torch.cat(states), torch.cat(pooled) if pooled else None)
+    if pipe.config.get("force_zeros_for_empty_prompt"):
+        empty_N = torch.tensor([prompt == "" for prompt in prompts])
+        for x in result:
+            if x is not None:
+                x[empty_N] = 0
+    return result
+
+
+def is_xl(pipe: DiffusionPipeline) -> bool:
+    return pipe.unet.config.addition_embed_type == "text_time"
+
+
+def time_ids_of(pipe: DiffusionPipeline) -> Tensor:
+    """What an SDXL pipeline says of uncropped square images of the base's size: shape ``(6,)``."""
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    return torch.tensor([size, size, 0, 0, size, size])
+
+
+def added_conditions(
+    pipe: DiffusionPipeline, text: TextStates, negative: TextStates
+) -> AddedConditions | None:
+    """What an SDXL base is told with these prompts; None for other bases.
+
+    Args:
+        negative: as many prompts as in ``text``, or a single one.
+    """
+    if text.pooled_NP is None or negative.pooled_NP is None:
+        return None
+    return AddedConditions(
+        pooled_BP=text.pooled_NP,
+        negative_pooled_BP=negative.pooled_NP.expand_as(text.pooled_NP),
+        time_ids_B6=time_ids_of(pipe).expand(len(text.pooled_NP), -1),
+    )
 
 
 def weights_hash(path: str | Path) -> str:

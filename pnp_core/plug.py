@@ -39,6 +39,7 @@ class GuideHook:
         self.pipe: DiffusionPipeline | None = None  # the one that encoded its prompts last
         self.positive: Tensor | None = None  # text states from that
         self.negative: Tensor | None = None
+        self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
         self.time_cond_proj_dim: int | None = unet.config.time_cond_proj_dim
         self.warned: set[str] = set()
         self.handles = [
@@ -76,7 +77,7 @@ class GuideHook:
             torch.tensor(guidance_scale),
             negative,
             self.strength,
-            call.get("added_cond_kwargs"),
+            self.negative_added(call.get("added_cond_kwargs")),
         )
         return args, kwargs
 
@@ -99,6 +100,12 @@ class GuideHook:
                 "its negative prompt is unknown: call plug(pipe, guide) on this pipeline too."
             )
         return self.negative.to(text)
+
+    def negative_added(self, added: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+        """``added_cond_kwargs`` as they would be in a forward under the negative prompt."""
+        if added is None or self.negative_pooled is None:
+            return added
+        return {**added, "text_embeds": self.negative_pooled.to(added["text_embeds"])}
 
     def check_range(self, guide: Guide, guidance_scale: float) -> None:
         low, high = guide.config.guidance_scale_range
@@ -136,6 +143,7 @@ class EncodePrompt:
         result = original(*bound.args, **bound.kwargs)
         self.hook.pipe = self.pipe
         self.hook.positive, self.hook.negative = result[0], result[1]
+        self.hook.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
         return result
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from pnp_core.denoiser import Denoiser
+from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 
 
@@ -29,6 +30,7 @@ def sample(
     guidance_scale: float,
     num_steps: int,
     timestep_spacing: str | None = None,
+    added: AddedConditions | None = None,
 ) -> Tensor:
     """Run DDIM (eta 0) from ``z_T`` to ``z_0``, as diffusers' ``DDIMScheduler`` does.
 
@@ -42,13 +44,13 @@ def sample(
     z = z_T
     for t, s in zip(grid[:-1], grid[1:], strict=True):
         t_B = t.expand(batch).to(z.device)
-        eps = denoiser(z, t_B, c_BLD, w_B, n_BLD).to(z.dtype)
+        eps = denoiser(z, t_B, c_BLD, w_B, n_BLD, added).to(z.dtype)
         z = schedule.ddim_step(z, eps, t_B, s.expand(batch))
     return z
 
 
 @torch.no_grad()
-def decode(pipe: StableDiffusionPipeline, z_BCHW: Tensor) -> np.ndarray:
+def decode(pipe: DiffusionPipeline, z_BCHW: Tensor) -> np.ndarray:
     """Latents to images: uint8, ``(B, height, width, 3)``."""
     vae = pipe.vae
     image = vae.decode((z_BCHW / vae.config.scaling_factor).to(vae.device, vae.dtype)).sample

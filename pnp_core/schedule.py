@@ -46,7 +46,7 @@ class NoiseSchedule:
                 f"{', '.join(PREDICTION_TYPES)}."
             )
         alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
-        set_alpha_to_one = scheduler.config.get("set_alpha_to_one", False)
+        set_alpha_to_one = scheduler.config.get("set_alpha_to_one", True)
         return cls(
             alphas_cumprod=alphas_cumprod,
             final_alpha_cumprod=1.0 if set_alpha_to_one else float(alphas_cumprod[0]),

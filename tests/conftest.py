@@ -10,14 +10,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 
 from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
 from pnp_core.guide import Guide, GuideConfig
-from tests.toy import make_pipeline
+from tests.toy import make_pipeline, make_xl_pipeline
 
 torch.set_num_threads(1)  # the tests' models are too small for more
 
@@ -37,6 +41,15 @@ def pipe(toy_folder: Path) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def xl_pipe(pipe: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
+    """A random base in the SDXL architecture."""
+    torch.manual_seed(0)
+    xl = make_xl_pipeline(pipe)
+    xl.set_progress_bar_config(disable=True)
+    return xl
 
 
 def roused(guide: Guide, scale: float = 0.1) -> Guide:

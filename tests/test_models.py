@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 
 from pnp_core.models import (
@@ -151,8 +155,22 @@ def test_a_fine_tune_of_another_architecture_is_refused_naming_both(
 def test_text_states_are_those_that_the_pipeline_uses(pipe: StableDiffusionPipeline) -> None:
     prompts = ["a cat", "a red apple", ""]
     expected = pipe.encode_prompt(prompts, "cpu", 1, True)
-    assert torch.equal(encode_prompts(pipe, prompts), expected[0])
-    assert torch.equal(encode_prompts(pipe, [""])[0], expected[1][0])
+    states_NLD, pooled_NP = encode_prompts(pipe, prompts)
+    assert torch.equal(states_NLD, expected[0])
+    assert torch.equal(states_NLD[2], expected[1][0])
+    assert pooled_NP is None
+
+
+@torch.no_grad()
+def test_text_states_of_sdxl_are_those_that_the_pipeline_uses(
+    xl_pipe: StableDiffusionXLPipeline,
+) -> None:
+    prompts = ["a cat", "a red apple", ""]
+    c, n, pooled, pooled_n = xl_pipe.encode_prompt(prompts[:2], device="cpu")
+    text = encode_prompts(xl_pipe, prompts)
+    assert text.pooled_NP is not None
+    assert torch.equal(text.states_NLD[:2], c) and torch.equal(text.pooled_NP[:2], pooled)
+    assert torch.equal(text.states_NLD[2], n[0]) and torch.equal(text.pooled_NP[2], pooled_n[0])
 
 
 def test_the_hash_of_a_base_follows_its_weights(toy_folder: Path, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import GuidedDenoiser
@@ -56,8 +55,8 @@ def test_a_plugged_pipeline_makes_what_our_own_sampler_makes(
         GuidedDenoiser(pipe.unet, roused(guide), schedule),
         pipe.scheduler,
         z_T=initial_noise((4, 4, 4), [3]),
-        c_BLD=encode_prompts(pipe, ["a cat"]),
-        n_BLD=encode_prompts(pipe, ["a dog"]),
+        c_BLD=encode_prompts(pipe, ["a cat"]).states_NLD,
+        n_BLD=encode_prompts(pipe, ["a dog"]).states_NLD,
         guidance_scale=4.0,
         num_steps=4,
     )
@@ -291,34 +290,11 @@ def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tin
 
 
 def test_stable_diffusion_xl_pipelines_work_and_unplug_exactly(
-    pipe: StableDiffusionPipeline, guide: Guide
+    xl_pipe: StableDiffusionXLPipeline, guide: Guide
 ) -> None:
-    torch.manual_seed(0)
-    text_2 = CLIPTextModelWithProjection(
-        CLIPTextConfig(**{**pipe.text_encoder.config.to_dict(), "projection_dim": 32})
-    )
-    unet = UNet2DConditionModel.from_config(
-        {
-            **pipe.unet.config,
-            "cross_attention_dim": 64,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 8,
-            "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        }
-    )
-    xl = StableDiffusionXLPipeline(
-        vae=pipe.vae,
-        text_encoder=pipe.text_encoder,
-        text_encoder_2=text_2,
-        tokenizer=pipe.tokenizer,
-        tokenizer_2=pipe.tokenizer,
-        unet=unet,
-        scheduler=pipe.scheduler,
-        add_watermarker=False,
-    )
-    xl.set_progress_bar_config(disable=True)
+    xl = xl_pipe
     own = roused(
-        Guide.from_unet(unet, GuideConfig(kind=guide.config.kind, max_parameters_ratio=0.2))
+        Guide.from_unet(xl.unet, GuideConfig(kind=guide.config.kind, max_parameters_ratio=0.2))
     )
     size = {"height": 32, "width": 32}
     before = generate(xl, negative_prompt="a dog", **size)

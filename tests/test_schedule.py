@@ -112,3 +112,14 @@ def test_a_scheduler_without_a_discrete_schedule_is_refused() -> None:
 def test_a_number_of_steps_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="num_steps is 0"):
         sampling_timesteps(scheduler(), 0)
+
+
+def test_the_last_step_of_a_scheduler_that_does_not_say_ends_where_ddim_with_its_config_ends() -> (
+    None
+):
+    from diffusers import EulerDiscreteScheduler
+
+    euler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.01)
+    reference = DDIMScheduler.from_config(euler.config)
+    schedule = NoiseSchedule.from_scheduler(euler)
+    assert schedule.final_alpha_cumprod == float(reference.final_alpha_cumprod)

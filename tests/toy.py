@@ -19,6 +19,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
@@ -30,6 +31,7 @@ from transformers import (
     CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
 
@@ -126,6 +128,31 @@ def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+
+
+def make_xl_pipeline(base: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
+    """A random base in the SDXL architecture, with the VAE and first text encoder of `base`."""
+    text_2 = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": 24})
+    plain = {key: value for key, value in base.unet.config.items() if key[0] != "_"}
+    unet = UNet2DConditionModel.from_config(
+        {
+            **plain,
+            "cross_attention_dim": 64,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 6 * 8 + 24,
+        }
+    )
+    return StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(text_2),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=unet,
+        scheduler=base.scheduler,
+        add_watermarker=False,
     )
 
 
