@@ -21,37 +21,9 @@ from diffusers import UNet2DConditionModel
 from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.inject import injecting
 from pnp_core.metrics import count_flops, time_ratio
+from pnp_core.single_file import LAYOUTS
 
-CROSS_DOWN, PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
-CROSS_UP, PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": {
-        "sample_size": 64,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "cross_attention_dim": 768,
-        "attention_head_dim": 8,
-    },
-    "sd21": {
-        "sample_size": 96,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "down_block_types": (PLAIN_DOWN, CROSS_DOWN, CROSS_DOWN),
-        "up_block_types": (CROSS_UP, CROSS_UP, PLAIN_UP),
-        "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048,
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
+ARCHITECTURES = ("sd15", "sd21", "sdxl")
 # SDXL's parameters lie where its pixels are few; a guide of 1 % would cost more than 1 % of FLOPs.
 TINY_SHARE = {"sd15": 0.01, "sd21": 0.01, "sdxl": 0.005}
 
@@ -61,9 +33,10 @@ class Steps:
 
     def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
         with torch.device(device):
-            self.unet = UNet2DConditionModel(**ARCHITECTURES[name]).to(dtype).eval()
-            config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
-            self.guide = Guide.from_unet(self.unet, config).to(dtype).eval()
+            config = UNet2DConditionModel.load_config(LAYOUTS / name / "unet")
+            self.unet = UNet2DConditionModel.from_config(config).to(dtype).eval()
+            guide_config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
+            self.guide = Guide.from_unet(self.unet, guide_config).to(dtype).eval()
         self.device, self.dtype = device, dtype
         self.inputs = {batch: self.make_inputs(batch) for batch in (1, 2)}
 

@@ -1,23 +1,24 @@
 """Loading bases and fine-tunes as people have them, with errors that say what to do."""
 
+import copy
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pnp_core.guide import describe
+from pnp_core.single_file import is_lora, load_single_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -101,14 +102,17 @@ def load_pipeline(
     """A base from a diffusers folder, a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: see :func:`check_model_files`.
+        ValueError: see :func:`check_model_files` and :func:`load_single_file`.
     """
     check_model_files(path)
-    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None}
     if Path(path).is_file():
-        pipe = StableDiffusionPipeline.from_single_file(str(path), **options)
+        if is_lora(Path(path)):
+            raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
+        pipe = load_single_file(Path(path), dtype=dtype)
     else:
-        pipe = AutoPipelineForText2Image.from_pretrained(path, use_safetensors=True, **options)
+        pipe = AutoPipelineForText2Image.from_pretrained(
+            path, use_safetensors=True, torch_dtype=dtype, safety_checker=None
+        )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -121,8 +125,8 @@ def load_unet(
 ) -> UNet2DConditionModel:
     """The UNet of a fine-tune of ``base``, on the base's device.
 
-    ``path`` is a pipeline folder, a folder with only ``unet/``, a folder with a LoRA, a single
-    .safetensors file or a hub id.
+    ``path`` is a pipeline folder, a folder with only ``unet/``, a LoRA (a file, or the folder of
+    one), a single .safetensors file or a hub id.
 
     Raises:
         ValueError: damaged files, or an architecture that is not the base's; both are named.
@@ -131,6 +135,8 @@ def load_unet(
     path = Path(path)
     dtype = dtype or base.unet.dtype
     if path.is_dir() and not (path / "unet").is_dir():
+        path = path / LORA_FILE
+    if path.is_file() and is_lora(path):
         return load_lora_unet(path, base=base).to(dtype)
     if path.is_file():
         with tempfile.TemporaryDirectory() as config:  # spares asking the hub for it
@@ -157,15 +163,25 @@ def load_unet(
     return unet.to(base.unet.device)
 
 
-def load_lora_unet(path: Path, *, base: StableDiffusionPipeline) -> UNet2DConditionModel:
-    """A copy of the base's UNet with a LoRA merged into it."""
-    import copy
+def load_lora_unet(path: Path, *, base: DiffusionPipeline) -> UNet2DConditionModel:
+    """A copy of the base's UNet with a LoRA file merged into it.
 
-    pipe = StableDiffusionPipeline(**{**base.components, "unet": copy.deepcopy(base.unet)})
-    pipe.load_lora_weights(path, weight_name=LORA_FILE)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
-    return pipe.unet
+    Raises:
+        ValueError: the LoRA is not for this UNet.
+    """
+    unet = copy.deepcopy(base.unet)
+    state, alphas, metadata = base.lora_state_dict(
+        str(path), unet_config=unet.config, return_lora_metadata=True
+    )
+    if not any(key.startswith("unet.") for key in state):
+        raise ValueError(f"The LoRA {path} has nothing for a UNet.")
+    try:
+        base.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
+    except RuntimeError as error:
+        raise ValueError(f"The LoRA {path} is not for the base's UNet: {error}") from None
+    unet.fuse_lora()
+    unet.unload_lora()
+    return unet
 
 
 class TextStates(NamedTuple):
@@ -262,7 +278,7 @@ def weights_hash(path: str | Path) -> str:
     path = Path(path)
     digest = hashlib.sha256()
     if path.is_file():
-        files = [path]
+        files = [path, *sorted(path.with_suffix("").glob("scheduler/*.json"))]
     elif path.is_dir():
         files = sorted((path / "unet").glob("*.safetensors"))
         files += sorted((path / "scheduler").glob("*.json"))

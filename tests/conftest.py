@@ -63,6 +63,21 @@ def roused(guide: Guide, scale: float = 0.1) -> Guide:
     return guide.eval()
 
 
+def changed(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """As if it had been fine-tuned."""
+    other = UNet2DConditionModel.from_config(unet.config)
+    torch.manual_seed(1)
+    other.load_state_dict(
+        {k: v + 0.01 * torch.randn(v.shape) for k, v in unet.state_dict().items()}
+    )
+    return other
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
     """Save a random LoRA for `unet`; a copy of the UNet that carries it."""
     adapted = copy.deepcopy(unet)

@@ -133,12 +133,13 @@ def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:
 
 def make_xl_pipeline(base: StableDiffusionPipeline) -> StableDiffusionXLPipeline:
     """A random base in the SDXL architecture, with the VAE and first text encoder of `base`."""
-    text_2 = CLIPTextConfig(**{**base.text_encoder.config.to_dict(), "projection_dim": 24})
+    text = base.text_encoder.config.to_dict()
+    text_2 = CLIPTextConfig(**{**text, "hidden_size": 48, "projection_dim": 24})
     plain = {key: value for key, value in base.unet.config.items() if key[0] != "_"}
     unet = UNet2DConditionModel.from_config(
         {
             **plain,
-            "cross_attention_dim": 64,
+            "cross_attention_dim": 32 + 48,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 24,
