@@ -16,7 +16,7 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider, GuiderConfig
-from pnp_core.train import Report, TrainConfig, config_hash, epoch_indices, step_generator, train
+from pnp_core.train import Report, TrainConfig, config_hash, step_generator, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,7 @@ def distill(
     power = guidance_power(cache)
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        indices = epoch_indices(
-            num_samples=cache.num_pairs, batch_size=batch_size, seed=seed, step=step
-        )
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=step)
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)

@@ -100,17 +100,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def epoch_indices(*, num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices of step ``step``'s global batch: every sample once an epoch, in a new order."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    indices = torch.empty(batch_size, dtype=torch.long)
-    for epoch in (positions // num_samples).unique().tolist():
-        order = torch.randperm(num_samples, generator=step_generator(seed + 1, epoch))
-        here = positions // num_samples == epoch
-        indices[here] = order[positions[here] % num_samples]
-    return indices
-
-
 def atomic_save(state: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
