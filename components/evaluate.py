@@ -235,8 +235,8 @@ class Sampler:
         is_bf16 = self.config.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
-    def guidance_fvu(self, tasks: Sequence[Task]) -> float:
-        """The share of guidance that the guide before halving leaves unexplained.
+    def guidance_fvu(self, tasks: Sequence[Task], method: str = "guided") -> float:
+        """The share of guidance that a method, the guide before halving, leaves unexplained.
 
         Over states that guided sampling visits: CFG trajectories of held-out prompts, at the
         timesteps of the sampler.
@@ -246,7 +246,7 @@ class Sampler:
         from pnp_core.metrics import guidance_fvu_terms
         from pnp_core.schedule import sampling_timesteps
 
-        guided = self.denoiser("guided", self.bundle.num_steps[-1])
+        guided = self.denoiser(method, self.bundle.num_steps[-1])
         teacher = self.teacher()
         grid = sampling_timesteps(self.pipe.scheduler, self.config.num_steps[0], self.spacing)
         unexplained = total = 0.0

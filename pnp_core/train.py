@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from pnp_core.guide import Guide
+from torch import Tensor, nn
 
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
+
+Trained = TypeVar("Trained", bound=nn.Module)
+"""A guide, or whatever else is trained the same way."""
 
 PRECISIONS = ("bf16", "fp32")
 
@@ -109,13 +110,13 @@ def atomic_save(state: Any, path: Path) -> None:
 
 def train(
     loss_fn: Callable[[int, slice], Tensor],
-    guide: Guide,
+    guide: Trained,
     config: TrainConfig,
     *,
     run_hash: str,
     checkpoint: Path | None = None,
     report: Report = lambda num_images, metrics: None,
-) -> Guide:
+) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
     Args:
@@ -134,8 +135,8 @@ def train(
         )
     rows = config.batch_size // world
     part = slice(rank * rows, (rank + 1) * rows)
-    device = guide.device
     parameters = [p for p in guide.parameters() if p.requires_grad]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     ema = [p.detach().clone() for p in parameters]
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
