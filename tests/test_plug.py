@@ -275,10 +275,56 @@ def test_plugging_what_does_not_fit_is_refused_and_changes_nothing(
         pipe.unet, GuideConfig(max_parameters_ratio=0.2), prediction_type="v_prediction"
     )
     refused(pipe, v_guide, "prediction_type 'v_prediction'")
+    wide = UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 48})
+    refused(
+        pipe,
+        Guide.from_unet(wide, GuideConfig(max_parameters_ratio=0.2)),
+        "text_dim = 48, but this UNet has text_dim = 32",
+    )
     assert np.array_equal(generate(pipe), before)
     plug(pipe, tiny)
     refused(pipe, tiny, "plugged already")
     refused(pipe, v_guide, "another guide plugged in")
+
+
+class Int4Tensor(torch.Tensor):
+    """A stand-in for the weights of torchao and quanto, which call themselves floating-point."""
+
+
+@pytest.mark.parametrize("how", ["config", "quantizer", "integers", "subclass"])
+def test_a_quantised_unet_is_refused_and_left_as_it_was(
+    pipe: StableDiffusionPipeline, tiny: Guide, how: str
+) -> None:
+    conv = pipe.unet.conv_in
+    match how:
+        case "config":
+            config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+            pipe.unet.register_to_config(quantization_config=config)
+        case "quantizer":
+            pipe.unet.hf_quantizer = object()
+        case "integers":
+            conv.weight = torch.nn.Parameter(conv.weight.data.to(torch.int8), requires_grad=False)
+        case "subclass":
+            conv.weight = torch.nn.Parameter(conv.weight.data.as_subclass(Int4Tensor))
+    names = {
+        "config": "bitsandbytes",
+        "quantizer": "hf_quantizer",
+        "integers": "torch.int8",
+        "subclass": "Int4Tensor",
+    }
+    refused(pipe, tiny, rf"ordinary floating-point weights, but .* quantised \(.*{names[how]}")
+    assert "encode_prompt" not in vars(pipe) and not pipe.unet._forward_pre_hooks
+
+
+def test_a_unet_spread_over_devices_is_refused_and_left_as_it_was(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    before = generate(pipe)
+    pipe.unet.hf_device_map = {"down_blocks": 0, "up_blocks": 1}
+    refused(pipe, tiny, "on one device, but this UNet is spread over 0, 1:")
+    assert np.array_equal(generate(pipe), before)
+    pipe.unet.hf_device_map = {"": 0}
+    plug(pipe, tiny)  # whole on one device, by whichever name
 
 
 def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
