@@ -34,9 +34,10 @@ class GuideBundle:
         """The guide whose step count is nearest to ``num_steps``, by ratio."""
         return self.guides[min(self.guides, key=lambda n: abs(math.log(n / num_steps)))]
 
-    def to(self, device: torch.device | str) -> "GuideBundle":
+    def to(self, target: torch.device | str | torch.dtype) -> "GuideBundle":
+        """Move every guide to a device, or to a dtype, in place."""
         for guide in self.guides.values():
-            guide.to(device)
+            guide.to(target)
         return self
 
     def save(self, directory: Path) -> None:
