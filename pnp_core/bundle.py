@@ -40,7 +40,7 @@ class GuideBundle:
             guide.to(target)
         return self
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write the folder in one step: ``steps-N/`` for each guide and ``bundle.json``."""
 
         def fill(folder: Path) -> None:
@@ -76,5 +76,4 @@ def load_guide(directory: str | Path) -> Guide:
     if not (directory / "config.json").exists() or not weights.exists():
         raise ValueError(f"{directory} is not a guide: it needs config.json and {weights.name}.")
     check_safetensors(weights)
-    guide: Guide = Guide.from_pretrained(directory)
-    return guide.eval()
+    return Guide.from_pretrained(directory).eval()
