@@ -34,12 +34,13 @@ class GuideBundle:
         """The guide whose step count is nearest to ``num_steps``, by ratio."""
         return self.guides[min(self.guides, key=lambda n: abs(math.log(n / num_steps)))]
 
-    def to(self, device: torch.device | str) -> "GuideBundle":
+    def to(self, target: torch.device | str | torch.dtype) -> "GuideBundle":
+        """Move every guide to a device, or to a dtype, in place."""
         for guide in self.guides.values():
-            guide.to(device)
+            guide.to(target)
         return self
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write the folder in one step: ``steps-N/`` for each guide and ``bundle.json``."""
 
         def fill(folder: Path) -> None:
@@ -75,5 +76,4 @@ def load_guide(directory: str | Path) -> Guide:
     if not (directory / "config.json").exists() or not weights.exists():
         raise ValueError(f"{directory} is not a guide: it needs config.json and {weights.name}.")
     check_safetensors(weights)
-    guide: Guide = Guide.from_pretrained(directory)
-    return guide.eval()
+    return Guide.from_pretrained(directory).eval()

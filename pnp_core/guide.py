@@ -12,6 +12,7 @@ the conditioning vector.
 
 import copy
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -447,6 +448,12 @@ class Guide(ModelMixin, ConfigMixin):
             )
         guide = cls(kind="tiny", **shape._asdict(), **architecture, **trained_for)
         return hold_offsets(guide).to(unet.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> "Guide":
+        """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled."""
+        guide: Guide = super().from_pretrained(path, **{**options, "use_safetensors": True})
+        return guide
 
     def weights_digest(self) -> str:
         """Identity of this guide: SHA-256 over its weights."""

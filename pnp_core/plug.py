@@ -179,13 +179,15 @@ def plug(
         ``pipe``.
 
     Raises:
-        ValueError: no UNet of a supported kind, one of another architecture or prediction type
-            than the guide's, or a pipeline that is plugged already. The pipeline is unchanged.
+        ValueError: no UNet of a supported kind (a quantised or sharded one is not), one of another
+            architecture or prediction type than the guide's, or a pipeline that is plugged
+            already. The pipeline is unchanged.
     """
     bundle = guide if isinstance(guide, GuideBundle) else as_bundle(guide)
     unet = getattr(pipe, "unet", None)
     if unet is None or not hasattr(unet, "up_blocks"):
         raise ValueError(f"{type(pipe).__name__} has no UNet with up blocks to plug a guide into.")
+    check_weights(unet)
     hook: GuideHook | None = getattr(unet, HOOK, None)
     if hook is not None and list(hook.bundle.guides.values()) != list(bundle.guides.values()):
         raise ValueError("This pipeline's UNet has another guide plugged in: unplug(pipe) first.")
@@ -231,6 +233,30 @@ def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
         del pipe.unet.save_config
     vars(pipe).pop("encode_prompt", None)
     return pipe
+
+
+def check_weights(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if the UNet is quantised, or spread over several devices."""
+    config = unet.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    odd = [p for p in unet.parameters() if type(p.data) is not Tensor or not p.is_floating_point()]
+    if method is not None or getattr(unet, "hf_quantizer", None) is not None or odd:
+        how = method or (
+            f"{type(odd[0].data).__name__} of {odd[0].dtype}" if odd else "by a hf_quantizer"
+        )
+        raise ValueError(
+            f"A guide works beside a UNet of ordinary floating-point weights, but this UNet is "
+            f"quantised ({how}): load it without quantization_config."
+        )
+    devices = {str(device) for device in (getattr(unet, "hf_device_map", None) or {}).values()}
+    if len(devices) < 2:
+        devices = {str(p.device) for p in unet.parameters() if p.device.type != "meta"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"A guide works beside a UNet on one device, but this UNet is spread over "
+            f"{', '.join(sorted(devices))}: load it without device_map, or use "
+            "pipe.enable_model_cpu_offload()."
+        )
 
 
 def as_bundle(guide: Guide) -> GuideBundle:

@@ -212,6 +212,16 @@ def test_a_damaged_or_missing_guide_is_refused(
         load_guide(tmp_path)
 
 
+def test_a_pickled_guide_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    guide.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "diffusion_pytorch_model.bin").exists()
+    with pytest.raises(ValueError, match="it needs config.json and .*safetensors"):
+        load_guide(tmp_path)
+    with pytest.raises(OSError, match="safetensors"):
+        Guide.from_pretrained(tmp_path)
+
+
 def test_the_config_file_says_what_the_guide_was_trained_for(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:

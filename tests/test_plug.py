@@ -12,13 +12,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from PIL import Image
 
@@ -191,9 +201,29 @@ def test_a_deep_copy_has_a_guide_of_its_own(pipe: StableDiffusionPipeline, tiny:
     unplug(twin)
 
 
-def test_another_scheduler_can_be_used(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler,
+        DDPMScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        EulerDiscreteScheduler,
+        EulerAncestralDiscreteScheduler,
+        HeunDiscreteScheduler,
+        LCMScheduler,
+        PNDMScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_with_any_scheduler_a_fresh_guide_is_no_guide_and_a_trained_one_acts(
+    pipe: StableDiffusionPipeline, tiny: Guide, scheduler: type[SchedulerMixin]
+) -> None:
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     unguided = generate(pipe, guidance_scale=1.0)
+    plug(pipe, Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    assert np.array_equal(generate(pipe), unguided)
+    unplug(pipe)
     plug(pipe, tiny)
     made = generate(pipe)
     assert np.isfinite(made).all() and not np.array_equal(made, unguided)
@@ -208,6 +238,83 @@ def test_a_half_precision_pipeline_works_with_a_full_precision_guide(
     pipe.to(dtype)
     half = generate(pipe)
     np.testing.assert_allclose(half, full, atol=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_guide_can_have_the_half_precision_of_its_pipeline(
+    pipe: StableDiffusionPipeline, guide: Guide, dtype: torch.dtype
+) -> None:
+    bundle = GuideBundle({50: roused(guide, scale=0.05)})
+    plug(pipe, bundle)
+    full = generate(pipe)
+    pipe.to(dtype)
+    bundle.to(dtype)
+    np.testing.assert_allclose(generate(pipe), full, atol=0.1)
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="accelerate can't offload like this from a CPU to itself"
+)
+
+
+@pytest.mark.parametrize("first", ["offload", "plug"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "enable_model_cpu_offload",
+        pytest.param("enable_sequential_cpu_offload", marks=NEEDS_CUDA),
+    ],
+)
+def test_a_pipeline_can_be_offloaded_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide, method: str, first: str
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    roused(guide)
+    plain = generate(pipe)
+    in_memory = copy.deepcopy(pipe)
+    plug(in_memory, copy.deepcopy(guide))
+    expected = generate(in_memory)
+    if first == "plug":
+        plug(pipe, guide)
+    getattr(pipe, method)(device=device)
+    if first == "offload":
+        plug(pipe, guide)
+    offloaded_to = {"enable_model_cpu_offload": "cpu", "enable_sequential_cpu_offload": "meta"}
+    for _ in range(2):  # the second time, weights come back from where they were put
+        np.testing.assert_allclose(generate(pipe), expected, atol=1e-3)
+        assert {p.device.type for p in pipe.unet.parameters()} == {offloaded_to[method]}
+    unplug(pipe)
+    np.testing.assert_allclose(generate(pipe), plain, atol=1e-3)
+
+
+def offload_sequentially(module: torch.nn.Module) -> None:
+    """As accelerate does: a submodule's weights are on its device during its forward only."""
+    home = {name: p.data for name, p in module.named_parameters(recurse=False)}
+
+    def put(where: str | None) -> None:
+        for name, data in home.items():
+            placed = data if where is None else data.to(where)
+            setattr(module, name, torch.nn.Parameter(placed, requires_grad=False))
+
+    module.register_forward_pre_hook(lambda module, args: put(None))
+    module.register_forward_hook(lambda module, args, output: put("meta"))
+    put("meta")
+
+
+@pytest.mark.parametrize("first", ["offload", "plug"])
+def test_a_guide_needs_none_of_the_weights_of_a_sequentially_offloaded_unet(
+    pipe: StableDiffusionPipeline, guide: Guide, first: str
+) -> None:
+    plug(pipe, roused(guide))
+    expected = generate(pipe)
+    if first == "offload":
+        unplug(pipe)
+    for module in pipe.unet.modules():
+        offload_sequentially(module)
+    if first == "offload":
+        plug(pipe, guide)
+    assert np.array_equal(generate(pipe), expected)
+    assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
 
 
 def test_a_compiled_unet_gives_the_same_image(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
@@ -275,10 +382,56 @@ def test_plugging_what_does_not_fit_is_refused_and_changes_nothing(
         pipe.unet, GuideConfig(max_parameters_ratio=0.2), prediction_type="v_prediction"
     )
     refused(pipe, v_guide, "prediction_type 'v_prediction'")
+    wide = UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 48})
+    refused(
+        pipe,
+        Guide.from_unet(wide, GuideConfig(max_parameters_ratio=0.2)),
+        "text_dim = 48, but this UNet has text_dim = 32",
+    )
     assert np.array_equal(generate(pipe), before)
     plug(pipe, tiny)
     refused(pipe, tiny, "plugged already")
     refused(pipe, v_guide, "another guide plugged in")
+
+
+class Int4Tensor(torch.Tensor):
+    """A stand-in for the weights of torchao and quanto, which call themselves floating-point."""
+
+
+@pytest.mark.parametrize("how", ["config", "quantizer", "integers", "subclass"])
+def test_a_quantised_unet_is_refused_and_left_as_it_was(
+    pipe: StableDiffusionPipeline, tiny: Guide, how: str
+) -> None:
+    conv = pipe.unet.conv_in
+    match how:
+        case "config":
+            config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+            pipe.unet.register_to_config(quantization_config=config)
+        case "quantizer":
+            pipe.unet.hf_quantizer = object()
+        case "integers":
+            conv.weight = torch.nn.Parameter(conv.weight.data.to(torch.int8), requires_grad=False)
+        case "subclass":
+            conv.weight = torch.nn.Parameter(conv.weight.data.as_subclass(Int4Tensor))
+    names = {
+        "config": "bitsandbytes",
+        "quantizer": "hf_quantizer",
+        "integers": "torch.int8",
+        "subclass": "Int4Tensor",
+    }
+    refused(pipe, tiny, rf"ordinary floating-point weights, but .* quantised \(.*{names[how]}")
+    assert "encode_prompt" not in vars(pipe) and not pipe.unet._forward_pre_hooks
+
+
+def test_a_unet_spread_over_devices_is_refused_and_left_as_it_was(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    before = generate(pipe)
+    pipe.unet.hf_device_map = {"down_blocks": 0, "up_blocks": 1}
+    refused(pipe, tiny, "on one device, but this UNet is spread over 0, 1:")
+    assert np.array_equal(generate(pipe), before)
+    pipe.unet.hf_device_map = {"": 0}
+    plug(pipe, tiny)  # whole on one device, by whichever name
 
 
 def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
