@@ -41,6 +41,7 @@ from pnp_core.shards import Fetch, Shard, ShardReader, fetch_from, read_shard, s
 from pnp_core.train import config_hash, step_generator
 
 TEXT = "text"
+IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,8 +278,8 @@ class CacheBuilder:
         examples = self.examples[number * size : (number + 1) * size]
         vae = self.pipe.vae
         means, stds = [], []
-        for start in range(0, len(examples), self.config.batch_size):
-            batch = examples[start : start + self.config.batch_size]
+        for start in range(0, len(examples), IMAGES_AT_ONCE):
+            batch = examples[start : start + IMAGES_AT_ONCE]
             x = torch.stack([self.to_tensor(example) for example in batch])
             posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
             means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
