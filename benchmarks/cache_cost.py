@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from benchmarks.cost import ARCHITECTURES, Steps
+from benchmarks.cost import ARCHITECTURES, Steps, unet_config
 from components.environment import quiet
 from pnp_core.cache import SampleBytes, sample_bytes
 from pnp_core.metrics import count_flops
@@ -21,10 +21,9 @@ PAIRS = 1_000_000
 
 def architecture_bytes(name: str) -> SampleBytes:
     """Bytes of a cache's rows for one architecture: 4 latent channels, 77 tokens."""
-    size = ARCHITECTURES[name]["sample_size"]
-    return sample_bytes(
-        latent=(4, size, size), text=(77, ARCHITECTURES[name]["cross_attention_dim"])
-    )
+    config = unet_config(name)
+    size = config["sample_size"]
+    return sample_bytes(latent=(4, size, size), text=(77, config["cross_attention_dim"]))
 
 
 def row(name: str, tflops: float) -> str:

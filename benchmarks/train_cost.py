@@ -33,7 +33,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.cost import ARCHITECTURES
+from benchmarks.cost import unet_config
 from components.dataset import read_records
 from components.device import load_base
 from components.environment import quiet
@@ -332,7 +332,7 @@ def main() -> None:
     quiet()
     params = load_params(Path("params.yaml"))
     with torch.device("meta"):
-        sd15 = UNet2DConditionModel(**ARCHITECTURES["sd15"])
+        sd15 = UNet2DConditionModel.from_config(unet_config("sd15"))
     pipe = load_base(params.base)
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     ratio = flops_ratio(sd15, schedule, GuideConfig(), length=77)
