@@ -28,13 +28,17 @@ ARCHITECTURES = ("sd15", "sd21", "sdxl")
 TINY_SHARE = {"sd15": 0.01, "sd21": 0.01, "sdxl": 0.005}
 
 
+def unet_config(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = UNet2DConditionModel.load_config(LAYOUTS / name / "unet")
+    return config
+
+
 class Steps:
     """A guided and a CFG step of one architecture, on one device."""
 
     def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
         with torch.device(device):
-            config = UNet2DConditionModel.load_config(LAYOUTS / name / "unet")
-            self.unet = UNet2DConditionModel.from_config(config).to(dtype).eval()
+            self.unet = UNet2DConditionModel.from_config(unet_config(name)).to(dtype).eval()
             guide_config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
             self.guide = Guide.from_unet(self.unet, guide_config).to(dtype).eval()
         self.device, self.dtype = device, dtype

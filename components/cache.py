@@ -1,22 +1,89 @@
 """Stage cache: everything frozen, computed once.
 
 Reads data/prepared and the base. Writes data/cache: VAE moments, text states and teacher pairs in
-checksummed shards. Shards that are there are not computed again; with `storage`, neither are those
-that another machine has put there.
+checksummed shards. Shards that are there are not computed again. With `storage`, shards are kept
+there, whoever built them, and data/cache keeps the index only; training reads them from there.
 """
 
 import shutil
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from components.cli import main
+from components.cluster import run_tasks
 from components.dataset import read_records
 from components.params import Params, teacher_guider
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
-from components.storage import Mirror, read_json
+from components.storage import Mirror, read_json, write_bytes
+
+if TYPE_CHECKING:
+    from pnp_core.cache import CacheBuilder
 
 
 def run(params: Params) -> None:
     """Write data/cache. Raises ValueError if the disk can't hold it."""
+    builder = cache_builder(params)
+    plan = builder.plan
+    mirror = cache_mirror(params, builder)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for path in CACHE.iterdir():  # of an earlier, larger cache, or of a run that was killed
+        if path.stem not in plan.num_rows:
+            path.unlink()
+    elsewhere = mirror.names() if mirror else set()
+    built = {name for name in plan.num_rows if builder.is_built(name)}
+    there = {name for name in plan.num_rows if builder.path(name).name in elsewhere}
+    missing = plan.num_rows.keys() - (there if mirror else built)
+    total = sum(plan.num_bytes.values())
+    print(
+        f"cache: {plan.num_pairs:,} teacher pairs, {megabytes(total)} in {len(plan.num_rows)} "
+        f"shards, {plan.num_forwards:,} UNet forwards; "
+        f"{len(plan.num_rows) - len(missing)} shards are there",
+        flush=True,
+    )
+    needed = sum(plan.num_bytes[name] for name in missing - built)
+    free = shutil.disk_usage(CACHE).free
+    if free < needed:
+        raise ValueError(
+            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
+            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
+        )
+    if mirror and missing:
+        for name in plan.phases[0]:  # pairs are built from these
+            if name in there - built:
+                write_bytes(builder.path(name), mirror.read(builder.path(name).name))
+
+    progress = Progress("cache", len(plan.num_rows), "shards")
+    done = len(plan.num_rows) - len(missing)
+    progress(done)
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += 1
+        progress(done)
+
+    phases = [[name for name in phase if name in missing] for phase in plan.phases]
+    if params.cluster.num_workers:
+        run_tasks(shard_building, params, phases, count, name="cache")
+    else:
+        for name in chain(*phases):
+            build(name, builder, mirror)
+            count(name)
+    index = CACHE / "index.json"
+    if mirror and not missing and index.name in elsewhere:
+        write_bytes(index, mirror.read(index.name))
+    else:
+        builder.finish(
+            storage=mirror.url if mirror else None, fetch=mirror.read if mirror else None
+        )
+    if mirror:
+        mirror.put(index, CACHE)
+        for path in CACHE.glob("*.safetensors"):
+            path.unlink()
+
+
+def cache_builder(params: Params) -> "CacheBuilder":
     from components.device import load_base
     from pnp_core.cache import CacheBuilder, CacheConfig, Example
     from pnp_core.models import weights_hash
@@ -24,7 +91,7 @@ def run(params: Params) -> None:
     records = read_records(
         PREPARED / "train.parquet", image_column="image", caption_column="prompt"
     )
-    builder = CacheBuilder(
+    return CacheBuilder(
         load_base(params.base),
         [Example(image=record.image, prompt=record.caption) for record in records],
         CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params)),
@@ -32,39 +99,28 @@ def run(params: Params) -> None:
         base_hash=weights_hash(params.base),
         data_hash=read_json(PREPARED / "manifest.json")["hash"],
     )
-    names = [name for phase in builder.plan.phases for name in phase]
-    mirror = Mirror(params.storage, f"cache/{builder.key('')}") if params.storage else None
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for path in CACHE.iterdir():  # of an earlier, larger cache
-        if path.stem not in names:
-            path.unlink()
-    if mirror and (num_files := mirror.pull(CACHE)):
-        print(f"cache: {num_files} files from {params.storage}")
-    missing = [name for name in names if not builder.is_built(name)]
-    megabytes = builder.plan.num_bytes / 1e6
-    print(
-        f"cache: {len(names) - len(missing)} of {len(names)} shards there; "
-        f"{builder.plan.num_forwards:,} UNet forwards and {megabytes:,.0f} MB in all",
-        flush=True,
-    )
-    free = shutil.disk_usage(CACHE).free
-    needed = builder.plan.num_bytes * len(missing) / len(names)
-    if free < needed:
-        raise ValueError(
-            f"cache: {needed / 1e6:,.0f} MB to write, but the disk of {CACHE} has "
-            f"{free / 1e6:,.0f} MB left: lower cache.num_forward or cache.num_trajectory"
-        )
-    progress = Progress("cache", len(names), "shards")
-    progress(len(names) - len(missing))
-    for number, name in enumerate(missing, start=1):
-        builder.build(name)
-        if mirror:
-            mirror.put(builder.path(name), CACHE)
-        progress(len(names) - len(missing) + number)
-    builder.finish()
+
+def cache_mirror(params: Params, builder: "CacheBuilder") -> Mirror | None:
+    return Mirror(params.storage, f"cache/{builder.key('')}") if params.storage else None
+
+
+def build(name: str, builder: "CacheBuilder", mirror: Mirror | None) -> None:
+    """Build one shard, and send it to where shards are kept."""
+    builder.build(name)
     if mirror:
-        mirror.put(CACHE / "index.json", CACHE)
+        mirror.put(builder.path(name), CACHE)
+
+
+def shard_building(params: Params) -> Callable[[str], None]:
+    """The work of each Ray worker: it loads the base once and then builds shards by name."""
+    builder = cache_builder(params)
+    mirror = cache_mirror(params, builder)
+    return lambda name: build(name, builder, mirror)
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Ray: training that outgrows a process. On a laptop `num_workers: 0` trains without it.
+"""Ray: work that outgrows a process. On a laptop `num_workers: 0` does it without.
 
 Ray runs on this machine unless RAY_ADDRESS names a cluster, whose nodes must see this folder under
-the same path. Each worker is a rank of torch.distributed with one thread on a CPU, or with one GPU.
+the same path. Each worker has one thread on a CPU, or one GPU.
 """
 
 import json
@@ -10,7 +10,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,6 @@ def run_training(
         return
 
     import ray
-    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -50,6 +50,87 @@ def run_training(
     directory.mkdir(parents=True, exist_ok=True)
     reports = directory / "reports.jsonl"
     reports.unlink(missing_ok=True)
+    arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": str(reports)}
+    with _ray(params) as has_gpu:
+        trainer = TorchTrainer(
+            _on_worker,
+            train_loop_config=arguments,
+            scaling_config=ScalingConfig(num_workers=params.cluster.num_workers, use_gpu=has_gpu),
+            run_config=RunConfig(
+                # Ray would take a second run of the same name for the end of the first.
+                name=f"{name}-{time.time_ns():x}",
+                storage_path=str(directory / "ray"),
+                failure_config=FailureConfig(max_failures=params.cluster.max_failures),
+            ),
+        )
+        try:
+            with _Follower(reports, report):
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+        shutil.rmtree(directory / "ray")
+
+
+def run_tasks(
+    make: Callable[[Params], Callable[[str], None]],
+    params: Params,
+    phases: Sequence[Sequence[str]],
+    done: Callable[[str], None],
+    *,
+    name: str,
+) -> None:
+    """Do tasks on `params.cluster.num_workers` workers, each with a `make(params)` of its own.
+
+    The tasks of a phase are shared out among the workers; the next phase waits for them all. A task
+    must be one that can be done again: a worker that is lost is replaced, and what it was at given
+    to the new one, `max_failures` times. `done` hears of each task in this process. Raises
+    ValueError, with the worker's own words, if a task fails.
+    """
+    most = max(map(len, phases))
+    if most == 0:
+        return
+
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import ActorPool
+
+    with _ray(params) as has_gpu:
+        worker = ray.remote(_TaskWorker).options(
+            num_cpus=1,
+            num_gpus=int(has_gpu),
+            max_restarts=params.cluster.max_failures,
+            max_task_retries=params.cluster.max_failures,
+        )
+        num_workers = min(params.cluster.num_workers, most)
+        pool = ActorPool([worker.remote(make, params, str(Path.cwd())) for _ in range(num_workers)])
+        try:
+            for tasks in phases:
+                for task in pool.map_unordered(lambda actor, task: actor.do.remote(task), tasks):
+                    done(task)
+        except RayError as error:
+            raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+
+
+class _TaskWorker:
+    """A Ray actor that does tasks one at a time."""
+
+    def __init__(
+        self, make: Callable[[Params], Callable[[str], None]], params: Params, root: str
+    ) -> None:
+        _settle(root)
+        self._work = make(params)
+
+    def do(self, task: str) -> str:
+        self._work(task)
+        return task
+
+
+@contextmanager
+def _ray(params: Params) -> Iterator[bool]:
+    """Ray, for a while: here or at RAY_ADDRESS. Yields whether its workers get a GPU each."""
+    import ray
+    import torch
+
     has_gpu = torch.cuda.is_available()
     # Workers must find this code, and must not share their threads.
     environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
@@ -68,24 +149,8 @@ def run_training(
         runtime_env={"env_vars": environment},
         **local,
     )
-    arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": str(reports)}
     try:
-        trainer = TorchTrainer(
-            _on_worker,
-            train_loop_config=arguments,
-            scaling_config=ScalingConfig(num_workers=params.cluster.num_workers, use_gpu=has_gpu),
-            run_config=RunConfig(
-                # Ray would take a second run of the same name for the end of the first.
-                name=f"{name}-{time.time_ns():x}",
-                storage_path=str(directory / "ray"),
-                failure_config=FailureConfig(max_failures=params.cluster.max_failures),
-            ),
-        )
-        with _Follower(reports, report):
-            trainer.fit()
-        shutil.rmtree(directory / "ray")
-    except ray.train.TrainingFailedError as error:
-        raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+        yield has_gpu
     finally:
         ray.shutdown()
 
@@ -96,14 +161,9 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    from components.environment import quiet
-
-    quiet()
-    os.chdir(arguments["root"])  # Ray starts workers in a folder of its own
+    _settle(arguments["root"])
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
-    else:
-        torch.set_num_threads(1)
     rank = ray.train.get_context().get_world_rank()
 
     def report(num_images: int, metrics: Mapping[str, float]) -> None:
@@ -112,6 +172,18 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
                 file.write(json.dumps([num_images, dict(metrics)]) + "\n")
 
     arguments["work"](arguments["params"], report)
+
+
+def _settle(root: str) -> None:
+    """What every worker does first."""
+    import torch
+
+    from components.environment import quiet
+
+    quiet()
+    os.chdir(root)  # Ray starts workers in a folder of its own
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
 
 
 class _Follower:

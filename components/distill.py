@@ -7,9 +7,9 @@ checkpoint in runs/distill.
 from components.cli import main
 from components.cluster import Report
 from components.params import Params, teacher_guider
-from components.paths import CACHE, DISTILLED
+from components.paths import DISTILLED
 from components.storage import atomic_folder
-from components.training import checkpoint_folder, train_config, train_stage
+from components.training import checkpoint_folder, open_cache, train_config, train_stage
 
 
 def run(params: Params) -> None:
@@ -20,10 +20,8 @@ def run(params: Params) -> None:
 def train_guide(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
     from components.device import load_base
-    from pnp_core.cache import TeacherCache
     from pnp_core.distill import DistillConfig, distill
     from pnp_core.guide import GuideConfig
-    from pnp_core.models import weights_hash
     from pnp_core.train import rank_and_world
 
     config = DistillConfig(
@@ -32,10 +30,10 @@ def train_guide(params: Params, report: Report) -> None:
         guidance_scale=params.distill.guidance_scale,
         guider=teacher_guider(params),
     )
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    pipeline = load_base(params.base)
     guide = distill(
-        load_base(params.base).unet,
-        cache,
+        pipeline.unet,
+        open_cache(params, pipeline.scheduler),
         config,
         checkpoint=checkpoint_folder("distill") / "checkpoint.pt",
         report=report,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from components.cli import main
 from components.dataset import encode, fit, read_records
-from components.params import Params, teacher_guider
+from components.params import Evaluate, Params, teacher_guider
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
 from components.storage import atomic_folder, read_json, write_json
@@ -65,7 +65,7 @@ def run(params: Params, model: str) -> None:
         frozen(pipe)
     bundle = GuideBundle.load(BUNDLE).to(device())
     judge = Judge(config.judge, device())
-    tasks = choose_tasks(config.num_images, config.seed)
+    tasks = choose_tasks(config)
     sampler = Sampler(pipe, bundle, params)
 
     images: dict[tuple[str, int], np.ndarray] = {}
@@ -82,10 +82,13 @@ def run(params: Params, model: str) -> None:
                 )
             images[method, num_steps] = np.concatenate(finished)
 
+    scoring = Progress(f"evaluate {model}", len(images) + 3, "measurements")
+    scoring(0)
     references = judge.features(reference_images(row.reference, params))
+    scoring(1, "features of the reference")
     prompts = [task.prompt for task in tasks]
     steps: dict[str, Any] = {}
-    for (method, num_steps), made in images.items():
+    for number, ((method, num_steps), made) in enumerate(images.items(), 2):
         features = judge.features(made)
         scores = {
             "fid": fid(features, references),
@@ -96,8 +99,13 @@ def run(params: Params, model: str) -> None:
         if method == "cfg":
             del scores["cfg_psnr"]
         steps.setdefault(str(num_steps), {})[method] = scores
+        scoring(number, f"{method}, {num_steps} steps")
     for scores in steps.values():
         scores["fid_ratio"] = scores["guided"]["fid"] / scores["cfg"]["fid"]
+    unexplained = sampler.guidance_fvu([task for task in tasks if task.is_heldout])
+    scoring(len(images) + 2, "guidance_fvu")
+    cost = sampler.cost(tasks[: config.batch_size])
+    scoring(len(images) + 3, "cost")
 
     metrics = {
         "model": model,
@@ -105,11 +113,11 @@ def run(params: Params, model: str) -> None:
         "num_images": len(tasks),
         "num_reference_images": len(references),
         "guidance_scale": config.guidance_scale,
-        "guidance_fvu": sampler.guidance_fvu([task for task in tasks if task.is_heldout]),
-        "cost": sampler.cost(tasks[: config.batch_size]),
+        "guidance_fvu": unexplained,
+        "cost": cost,
         "steps": steps,
     }
-    columns = config.grid_columns
+    columns = len(config.grid_prompts)
     rows = {f"{METHODS[m]}, {n} steps": made[:columns] for (m, n), made in images.items()}
     with atomic_folder(EVALUATED / model) as folder:
         title = f"{model}, guidance scale {config.guidance_scale:g}"
@@ -123,10 +131,11 @@ def run(params: Params, model: str) -> None:
     )
 
 
-def choose_tasks(num_images: int, seed: int) -> list[Task]:
-    """Held-out and trained prompts in turns, the same for every model; each image its own seed.
+def choose_tasks(config: Evaluate) -> list[Task]:
+    """The grid's prompts, then held-out and trained ones in turns; each image has its own seed.
 
-    Prompts come again, with other seeds, where there are fewer than images.
+    The same for every model. Prompts come again, with other seeds, where there are fewer than
+    images.
     """
     import numpy as np
 
@@ -136,14 +145,14 @@ def choose_tasks(num_images: int, seed: int) -> list[Task]:
             PREPARED / f"{split}.parquet", image_column="image", caption_column="prompt"
         )
         prompts = sorted({record.caption for record in records})
-        order = np.random.default_rng(seed).permutation(len(prompts))
+        order = np.random.default_rng(config.seed).permutation(len(prompts))
         chosen[split] = [prompts[i] for i in order]
-    tasks = []
-    for number in range(num_images):
-        split = "train" if number % 2 else "heldout"
-        prompt = chosen[split][number // 2 % len(chosen[split])]
-        tasks.append(Task(prompt, seed + number, split == "heldout"))
-    return tasks
+    prompts = list(config.grid_prompts)
+    for number in range(config.num_images - len(prompts)):
+        among = chosen["train" if number % 2 else "heldout"]
+        prompts.append(among[number // 2 % len(among)])
+    heldout = set(chosen["heldout"])
+    return [Task(p, config.seed + number, p in heldout) for number, p in enumerate(prompts)]
 
 
 def batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
@@ -226,8 +235,8 @@ class Sampler:
         is_bf16 = self.config.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
 
-    def guidance_fvu(self, tasks: Sequence[Task]) -> float:
-        """The share of guidance that the guide before halving leaves unexplained.
+    def guidance_fvu(self, tasks: Sequence[Task], method: str = "guided") -> float:
+        """The share of guidance that a method, the guide before halving, leaves unexplained.
 
         Over states that guided sampling visits: CFG trajectories of held-out prompts, at the
         timesteps of the sampler.
@@ -237,7 +246,7 @@ class Sampler:
         from pnp_core.metrics import guidance_fvu_terms
         from pnp_core.schedule import sampling_timesteps
 
-        guided = self.denoiser("guided", self.bundle.num_steps[-1])
+        guided = self.denoiser(method, self.bundle.num_steps[-1])
         teacher = self.teacher()
         grid = sampling_timesteps(self.pipe.scheduler, self.config.num_steps[0], self.spacing)
         unexplained = total = 0.0
@@ -267,27 +276,28 @@ class Sampler:
         """
         from pnp_core.metrics import count_flops, time_ratio
 
-        num_steps, one = self.config.num_steps[0], self.inputs(tasks[:1])
+        one, inputs = self.inputs(tasks[:1]), self.inputs(tasks[: self.config.batch_size])
         flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in ("guided", "cfg")}
-        inputs = self.inputs(tasks)
         ratio, guided, cfg = time_ratio(
             partial(self.denoise, inputs, "guided", NUM_TIMED_STEPS),
             partial(self.denoise, inputs, "cfg", NUM_TIMED_STEPS),
             repeats=TIMING_REPEATS,
         )
-        guided, cfg = (seconds / NUM_TIMED_STEPS * num_steps for seconds in (guided, cfg))
         latents = self.denoise(inputs, "guided", 1)
-        _, decoding, _ = time_ratio(
-            lambda: self.decode(latents), lambda: None, repeats=TIMING_REPEATS
+        _, decoding, _ = time_ratio(partial(self.decode, latents), lambda: None, repeats=1)
+        per_image = 1000 / len(latents)
+        guided_ms, cfg_ms = (
+            seconds * per_image * self.config.num_steps[0] / NUM_TIMED_STEPS
+            for seconds in (guided, cfg)
         )
-        per_image = 1000 / len(tasks)
+        decoding_ms = decoding * per_image
         return {
             "flops_ratio": flops["guided"] / flops["cfg"],
             "time_ratio": ratio,
-            "image_time_ratio": (guided + decoding) / (cfg + decoding),
-            "guided_ms_per_image": guided * per_image,
-            "cfg_ms_per_image": cfg * per_image,
-            "decoding_ms_per_image": decoding * per_image,
+            "image_time_ratio": (guided_ms + decoding_ms) / (cfg_ms + decoding_ms),
+            "guided_ms_per_image": guided_ms,
+            "cfg_ms_per_image": cfg_ms,
+            "decoding_ms_per_image": decoding_ms,
         }
 
 

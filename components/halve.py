@@ -7,9 +7,9 @@ count. Interrupted, it goes on from the round's checkpoint in runs/halve.
 from components.cli import main
 from components.cluster import Report
 from components.params import Params
-from components.paths import BUNDLE, CACHE, DISTILLED
+from components.paths import BUNDLE, DISTILLED
 from components.storage import atomic_folder
-from components.training import checkpoint_folder, train_config, train_stage
+from components.training import checkpoint_folder, open_cache, train_config, train_stage
 
 
 def run(params: Params) -> None:
@@ -24,10 +24,8 @@ def train_rounds(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
     from components.device import device, load_base
     from pnp_core.bundle import GuideBundle
-    from pnp_core.cache import TeacherCache
     from pnp_core.guide import Guide
     from pnp_core.halve import HalveConfig, halve
-    from pnp_core.models import weights_hash
     from pnp_core.train import rank_and_world
 
     config = HalveConfig(
@@ -42,7 +40,7 @@ def train_rounds(params: Params, report: Report) -> None:
         pipeline.unet,
         pipeline.scheduler,
         Guide.from_pretrained(DISTILLED).to(device()),
-        TeacherCache.open(CACHE, base_hash=weights_hash(params.base)),
+        open_cache(params, pipeline.scheduler),
         config,
         directory=checkpoint_folder("halve"),
         report=report,

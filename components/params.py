@@ -151,8 +151,14 @@ class Evaluate(Section):
     guidance_scale: Positive
     precision: Precision
     batch_size: Count
-    grid_columns: Count
+    grid_prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     seed: Seed
+
+    @model_validator(mode="after")
+    def _room_for_the_grid(self) -> Self:
+        if self.num_images < len(self.grid_prompts) + 2:
+            raise ValueError(f"num_images {self.num_images} is too few for the grid_prompts")
+        return self
 
 
 class Register(Section):

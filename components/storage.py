@@ -1,13 +1,17 @@
 """Files and folders: written whole or not at all, and mirrored to where `storage` points."""
 
+import errno
 import json
 import os
 import shutil
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -45,46 +49,82 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def read_json(path: Path) -> Any:
     """The value in `path`."""
     return json.loads(path.read_text())
+
+
+# Seconds to wait after each failed attempt: storage may be away for two minutes.
+WAITS = (1, 2, 4, 8, 16, 32, 60)
 
 
 class Mirror:
     """A folder's copy under `storage` (`s3://bucket/prefix`, or any other place fsspec knows).
 
     S3 takes its endpoint and keys from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`…).
+    What fails is tried again for two minutes. Then, or at once where trying again can't help,
+    OSError says what is wrong.
     """
 
-    def __init__(self, storage: str, name: str) -> None:
+    def __init__(self, storage: str, name: str = "") -> None:
         import fsspec
 
         self._files, root = fsspec.core.url_to_fs(storage)
-        self._root = f"{root.rstrip('/')}/{name}"
+        self._root = f"{root.rstrip('/')}/{name}".rstrip("/")
+        self.url = f"{storage.rstrip('/')}/{name}".rstrip("/")
 
-    def pull(self, folder: Path) -> int:
-        """Fetch files that `folder` lacks or has in another size. Returns how many came."""
-        num_files = 0
-        for name, size in self._sizes().items():
-            path = folder / name
-            if path.exists() and path.stat().st_size == size:
-                continue
-            with atomic_file(path) as temporary:
-                self._files.get_file(f"{self._root}/{name}", str(temporary))
-            num_files += 1
-        return num_files
+    def names(self) -> set[str]:
+        """The files there, by their path below the mirror's root."""
+        return self._patiently("list", "", self._names)
+
+    def read(self, name: str) -> bytes:
+        """The content of one file. FileNotFoundError if there is none."""
+        content: bytes = self._patiently(
+            "read", name, lambda: self._files.cat_file(f"{self._root}/{name}")
+        )
+        return content
 
     def put(self, path: Path, folder: Path) -> None:
         """Send one file of `folder`."""
-        name = f"{self._root}/{path.relative_to(folder).as_posix()}"
-        self._files.makedirs(name.rpartition("/")[0], exist_ok=True)
-        self._files.put_file(str(path), name)
+        name = path.relative_to(folder).as_posix()
+        there = f"{self._root}/{name}"
 
-    def _sizes(self) -> dict[str, int]:
-        """Name below the mirror's root -> bytes."""
+        def send() -> None:
+            self._files.makedirs(there.rpartition("/")[0], exist_ok=True)
+            self._files.put_file(str(path), there)
+
+        self._patiently("write", name, send)
+
+    def _names(self) -> set[str]:
         self._files.invalidate_cache()
         if not self._files.exists(self._root):
-            return {}
+            return set()
         root = self._files._strip_protocol(self._root)
-        found = self._files.find(root, detail=True)
-        return {name[len(root) + 1 :]: info["size"] for name, info in found.items()}
+        return {name[len(root) + 1 :] for name in self._files.find(root)}
+
+    def _patiently(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
+        what = f"{verb} {self.url}/{name}".rstrip("/")
+        for wait in (*WAITS, None):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise FileNotFoundError(f"there is no {self.url}/{name}") from None
+            except PermissionError as error:
+                raise PermissionError(f"storage: may not {what}: {error}") from error
+            except Exception as error:  # each of fsspec's backends has its own
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise
+                if wait is None:
+                    raise OSError(
+                        f"storage: could not {what} in {sum(WAITS)} seconds: {error}. Is it "
+                        "there, and is AWS_ENDPOINT_URL right? The same command goes on from here."
+                    ) from error
+                print(f"storage: could not {what} ({error}), again in {wait} s", flush=True)
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")

@@ -3,14 +3,16 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.cluster import Report, run_training
 from components.params import Params, Train
-from components.paths import CACHE, RUNS
+from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
+from components.storage import Mirror, read_json
 
 if TYPE_CHECKING:
+    from pnp_core.cache import TeacherCache
     from pnp_core.train import TrainConfig
 
 
@@ -41,6 +43,26 @@ def train_config(section: Train) -> "TrainConfig":
     from pnp_core.train import TrainConfig
 
     return TrainConfig(**{name: getattr(section, name) for name in Train.model_fields})
+
+
+def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
+    """The teacher cache, read from where its index says that it lies.
+
+    Raises ValueError if it was made with another base, `scheduler` or data than there are now.
+    (Training needs no data; where data/prepared is not at hand, that is not compared.)
+    """
+    from pnp_core.cache import TeacherCache
+    from pnp_core.models import weights_hash
+
+    index, manifest = CACHE / "index.json", PREPARED / "manifest.json"
+    storage = read_json(index).get("storage") if index.exists() else None
+    return TeacherCache.open(
+        CACHE,
+        base_hash=weights_hash(params.base),
+        data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
+        scheduler=scheduler,
+        fetch=Mirror(storage).read if storage else None,
+    )
 
 
 def checkpoint_folder(stage: str) -> Path:

@@ -37,9 +37,11 @@ from pnp_core.models import (
     time_ids_of,
 )
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
-from pnp_core.train import config_hash, epoch_indices, step_generator
+from pnp_core.shards import Fetch, Shard, ShardReader, fetch_from, read_shard, shuffled
+from pnp_core.train import config_hash, step_generator
 
 TEXT = "text"
+IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +101,38 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleBytes:
+    """What a cache's rows take on disk."""
+
+    pair: int  # z_t, eps_c, eps_n in half precision; timestep and two prompt numbers
+    image: int  # mean and std of its latent, and a prompt number
+    prompt: int  # text states
+
+
+def sample_bytes(*, latent: tuple[int, int, int], text: tuple[int, int]) -> SampleBytes:
+    """Bytes of a row, for latents ``(C, H, W)`` and text states ``(L, D)``."""
+    latent_bytes = 2 * math.prod(latent)
+    return SampleBytes(
+        pair=3 * latent_bytes + 3 * 8, image=2 * latent_bytes + 8, prompt=2 * math.prod(text)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachePlan:
     """What building a cache will cost.
 
     Attributes:
         phases: names of shards; those of one phase are independent and need the phase before.
-        num_bytes: on disk, once complete.
+        num_rows: of each shard.
+        num_bytes: of each shard, without its header of a few hundred bytes.
+        num_pairs: teacher pairs in all.
         num_forwards: UNet forwards of one sample.
     """
 
     phases: tuple[tuple[str, ...], ...]
-    num_bytes: int
+    num_rows: dict[str, int]
+    num_bytes: dict[str, int]
+    num_pairs: int
     num_forwards: int
 
 
@@ -140,21 +163,33 @@ def plan_cache(
 ) -> CachePlan:
     """Shards, bytes and forwards, known before anything is computed."""
     size = pipe.unet.config.sample_size
-    latent = pipe.unet.config.in_channels * size * size * 2
-    text = pipe.tokenizer.model_max_length * pipe.unet.config.cross_attention_dim * 2
-    num_trajectories = math.ceil(config.num_trajectory / config.trajectory_steps)
-    num_pairs = config.num_forward + num_trajectories * config.trajectory_steps
-    num_moment_shards = math.ceil(num_images / config.shard_size)
-    num_pair_shards = math.ceil(config.num_forward / config.shard_size)
-    num_pair_shards += math.ceil(num_trajectories / config.trajectories_per_shard)
-    return CachePlan(
-        phases=(
-            (TEXT, *(f"moments-{i:05d}" for i in range(num_moment_shards))),
-            tuple(f"pairs-{i:05d}" for i in range(num_pair_shards)),
-        ),
-        num_bytes=(num_prompts + 1) * text + num_images * 2 * latent + num_pairs * 3 * latent,
-        num_forwards=2 * num_pairs,
+    row = sample_bytes(
+        latent=(pipe.unet.config.in_channels, size, size),
+        text=(pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim),
     )
+    num_steps = config.trajectory_steps
+    num_trajectories = math.ceil(config.num_trajectory / num_steps)
+    moments = split(num_images, config.shard_size)
+    pairs = split(config.num_forward, config.shard_size)
+    pairs += [n * num_steps for n in split(num_trajectories, config.trajectories_per_shard)]
+    phases = (
+        {TEXT: num_prompts + 1, **{f"moments-{i:05d}": n for i, n in enumerate(moments)}},
+        {f"pairs-{i:05d}": n for i, n in enumerate(pairs)},
+    )
+    num_rows = phases[0] | phases[1]
+    bytes_of = {TEXT: row.prompt, "moments": row.image, "pairs": row.pair}
+    return CachePlan(
+        phases=tuple(tuple(phase) for phase in phases),
+        num_rows=num_rows,
+        num_bytes={name: n * bytes_of[name.partition("-")[0]] for name, n in num_rows.items()},
+        num_pairs=sum(pairs),
+        num_forwards=2 * sum(pairs),
+    )
+
+
+def split(total: int, size: int) -> list[int]:
+    """``total`` in parts of ``size``, the last one smaller."""
+    return [min(size, total - start) for start in range(0, total, size)]
 
 
 class CacheBuilder:
@@ -231,9 +266,11 @@ class CacheBuilder:
                 tensors = self.build_pairs(int(number))
         for key, tensor in tensors.items():
             if tensor.is_floating_point():
-                if not tensor.isfinite().all():
-                    raise ValueError(f"Shard {name}: {key} has values that are not finite.")
                 tensors[key] = tensor.half()
+                if not tensors[key].isfinite().all():
+                    raise ValueError(
+                        f"Shard {name}: {key} has values that half precision can't hold."
+                    )
         write_tensors(self.path(name), tensors, {"key": self.key(name)})
 
     def build_moments(self, number: int) -> dict[str, Tensor]:
@@ -241,8 +278,8 @@ class CacheBuilder:
         examples = self.examples[number * size : (number + 1) * size]
         vae = self.pipe.vae
         means, stds = [], []
-        for start in range(0, len(examples), self.config.batch_size):
-            batch = examples[start : start + self.config.batch_size]
+        for start in range(0, len(examples), IMAGES_AT_ONCE):
+            batch = examples[start : start + IMAGES_AT_ONCE]
             x = torch.stack([self.to_tensor(example) for example in batch])
             posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
             means.append(posterior.mean.float().cpu() * vae.config.scaling_factor)
@@ -317,13 +354,8 @@ class CacheBuilder:
         self, start: int, count: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Teacher predictions at noised data."""
-        num_images = len(self.examples)
-        image_B = torch.cat(
-            [
-                epoch_indices(num_samples=num_images, batch_size=1, seed=self.config.seed, step=i)
-                for i in range(start, start + count)
-            ]
-        )
+        positions = torch.arange(start, start + count)
+        image_B = shuffled(positions, (len(self.examples),), num_shuffled=1, seed=self.config.seed)
         mean, std = self.moments["mean"][image_B].float(), self.moments["std"][image_B].float()
         x = mean + std * torch.randn(mean.shape, generator=generator)
         t_B = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator)
@@ -374,10 +406,24 @@ class CacheBuilder:
         with torch.autocast("cpu", enabled=False):
             return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
 
-    def finish(self) -> None:
-        """Write the index; the cache is complete."""
-        names = [name for phase in self.plan.phases for name in phase]
-        missing = [name for name in names if not self.is_built(name)]
+    def finish(self, *, storage: str | None = None, fetch: Fetch | None = None) -> None:
+        """Write the index; the cache is complete.
+
+        Args:
+            storage: where the shards are kept, if not beside the index.
+            fetch: reads those that are not here from there.
+
+        Raises:
+            ValueError: shards are missing; named.
+        """
+        files, missing = {}, []
+        for name in self.plan.num_rows:
+            if self.is_built(name):
+                files[name] = sha256_file(self.path(name))
+            elif fetch is not None:
+                files[name] = hashlib.sha256(fetch(self.path(name).name)).hexdigest()
+            else:
+                missing.append(name)
         if missing:
             raise ValueError(f"The cache in {self.directory} lacks {', '.join(missing)}.")
         index = {
@@ -386,7 +432,9 @@ class CacheBuilder:
             "data_hash": self.data_hash,
             "scheduler": {k: v for k, v in self.pipe.scheduler.config.items() if k[0] != "_"},
             "prompts": self.prompts,
-            "files": {name: sha256_file(self.path(name)) for name in names},
+            "files": files,
+            "num_rows": self.plan.num_rows,
+            "storage": storage,
         }
         write_text(self.directory / "index.json", json.dumps(index, indent=1))
 
@@ -395,15 +443,18 @@ def build_cache(
     builder: CacheBuilder, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> None:
     """Build every shard in this process. ``progress(done, total)`` counts shards."""
-    names = [name for phase in builder.plan.phases for name in phase]
-    for done, name in enumerate(names):
+    for done, name in enumerate(builder.plan.num_rows):
         builder.build(name)
-        progress(done + 1, len(names))
+        progress(done + 1, len(builder.plan.num_rows))
     builder.finish()
 
 
 class TeacherCache:
-    """A complete cache, open for training. Shards are memory-mapped.
+    """A complete cache, open for training. Shards are read ahead of use, in the background.
+
+    Args:
+        index: what ``index.json`` holds.
+        fetch: reads a file of the cache.
 
     Attributes:
         base_hash: identity of the base whose predictions it holds.
@@ -412,50 +463,81 @@ class TeacherCache:
         num_latents: images.
     """
 
-    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
+    def __init__(self, index: dict[str, Any], fetch: Fetch) -> None:
         self.base_hash: str = index["base_hash"]
         self.prompts: list[str] = index["prompts"]
         self.content_hash = hashlib.sha256(json.dumps(index["files"]).encode()).hexdigest()[:16]
         self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
         self.negative_fraction: float = index["config"]["negative_fraction"]
-        shards = {name: load_file(directory / f"{name}.safetensors") for name in index["files"]}
-        self.text = shards[TEXT]
+        text, *shards = (
+            Shard(name=name, sha256=checksum, num_rows=index["num_rows"][name])
+            for name, checksum in index["files"].items()
+        )
+        self.text = read_shard(text, fetch)
         self.text_N = self.text["states"]
-        self.pair_shards = [s for name, s in shards.items() if name.startswith("pairs")]
-        self.moment_shards = [s for name, s in shards.items() if name.startswith("moments")]
-        self.num_pairs = sum(len(s["timestep"]) for s in self.pair_shards)
-        self.num_latents = sum(len(s["prompt"]) for s in self.moment_shards)
+        self.pair_shards, self.moment_shards = (
+            ShardReader([s for s in shards if s.name.startswith(kind)], fetch)
+            for kind in ("pairs", "moments")
+        )
+        self.num_pairs = self.pair_shards.num_rows
+        self.num_latents = self.moment_shards.num_rows
 
     @classmethod
-    def open(cls, directory: Path, *, base_hash: str | None = None) -> "TeacherCache":
-        """Open a cache after checking that it is whole and of the right base.
+    def open(
+        cls,
+        directory: Path,
+        *,
+        base_hash: str | None = None,
+        data_hash: str | None = None,
+        scheduler: Any = None,
+        fetch: Fetch | None = None,
+    ) -> "TeacherCache":
+        """Open the cache whose index lies in ``directory``, if it is the right one.
+
+        Args:
+            base_hash: refuse a cache of another base.
+            data_hash: refuse a cache of other examples.
+            scheduler: refuse a cache made with another noise schedule than this one's.
+            fetch: where the shards are; default: ``directory``.
 
         Raises:
-            ValueError: no complete cache there; a shard whose checksum differs; another base.
+            ValueError: no complete cache there; one made with something else, which is named. A
+                damaged shard is named when it is read.
         """
         path = directory / "index.json"
         if not path.exists():
             raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
         index = json.loads(path.read_text())
-        if base_hash is not None and index["base_hash"] != base_hash:
+        if "num_rows" not in index:
+            raise ValueError(f"{path} was written by an earlier version: run the stage cache.")
+        made = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
+        if scheduler is not None and (why := made.differs(NoiseSchedule.from_scheduler(scheduler))):
             raise ValueError(
-                f"The cache in {directory} was made with base {index['base_hash'][:12]}, but the "
-                f"base given is {base_hash[:12]}: build the cache again."
+                f"The cache in {directory} was made with another scheduler than the base's: {why}. "
+                "Build the cache again."
             )
-        for name, checksum in index["files"].items():
-            shard = directory / f"{name}.safetensors"
-            if not shard.exists():
-                raise ValueError(f"The cache lacks its shard {shard}: build it again.")
-            if sha256_file(shard) != checksum:
+        for what, there, given in (
+            ("base", index["base_hash"], base_hash),
+            ("data", index["data_hash"], data_hash),
+        ):
+            if given is not None and given != there:
                 raise ValueError(
-                    f"The cache's shard {shard} is not what was written (checksum differs): "
-                    "delete it and build the cache again."
+                    f"The cache in {directory} was made with {what} {there[:12]}, but the {what} "
+                    f"given is {given[:12]}: build the cache again."
                 )
-        return cls(directory, index)
+        return cls(index, fetch or fetch_from(directory))
+
+    def pair_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+        """Which pairs make step ``step``'s global batch; they are read in the background."""
+        return self.pair_shards.batch(batch_size=batch_size, seed=seed, step=step)
+
+    def latent_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+        """Which latents make step ``step``'s global batch; they are read in the background."""
+        return self.moment_shards.batch(batch_size=batch_size, seed=seed, step=step)
 
     def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
         """The teacher pairs at ``indices``, in float32."""
-        rows = gather(self.pair_shards, indices)
+        rows = self.pair_shards.rows(indices)
         return Pairs(
             z_t=rows["z_t"].float().to(device),
             timestep=rows["timestep"].to(device),
@@ -473,7 +555,7 @@ class TeacherCache:
 
         Random numbers are drawn for all of ``indices``, so that a row does not depend on ``part``.
         """
-        rows = gather(self.moment_shards, indices[part])
+        rows = self.moment_shards.rows(indices[part])
         shape = (len(indices), *rows["mean"].shape[1:])
         draw, noise = (torch.randn(shape, generator=generator)[part] for _ in range(2))
         others = torch.randint(len(self.prompts), (len(indices),), generator=generator)
@@ -501,20 +583,3 @@ def added_rows(
     time_ids_B6 = text["time_ids"].expand(len(prompt_B), -1)
     added = AddedConditions(text["pooled"][prompt_B], text["pooled"][negative_B], time_ids_B6)
     return added.to(device, dtype)
-
-
-def gather(shards: Sequence[dict[str, Tensor]], indices: Tensor) -> dict[str, Tensor]:
-    """Rows ``indices`` of the shards' concatenation."""
-    first = next(iter(shards[0]))
-    offsets = torch.tensor([0, *(len(s[first]) for s in shards)]).cumsum(0)
-    shard_B = torch.searchsorted(offsets, indices, right=True) - 1
-    result = {
-        key: torch.empty((len(indices), *value.shape[1:]), dtype=value.dtype)
-        for key, value in shards[0].items()
-    }
-    for number in shard_B.unique().tolist():
-        here = shard_B == number
-        local = indices[here] - offsets[number]
-        for key, value in shards[number].items():
-            result[key][here] = value[local]
-    return result

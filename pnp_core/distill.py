@@ -5,6 +5,7 @@ serves every guidance scale. Gradients flow through the frozen decoder only, sin
 encoder depends on the guide.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pnp_core.cache import TeacherCache
-from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider, GuiderConfig
-from pnp_core.train import Report, TrainConfig, config_hash, epoch_indices, step_generator, train
+from pnp_core.train import Report, TrainConfig, config_hash, step_generator, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,28 @@ def guidance_power(cache: TeacherCache, num_pairs: int = 1024) -> float:
     return power
 
 
+def distillation_objective(
+    student: Denoiser, cache: TeacherCache, config: DistillConfig, device: torch.device
+) -> Callable[[int, slice], Tensor]:
+    """What :func:`pnp_core.train.train` minimises: the student's distance from the cached teacher.
+
+    In units of the guidance itself: 1 is no guide, 0 is CFG.
+    """
+    batch_size, seed = config.train.batch_size, config.train.seed
+    guider = Guider(config.guider, cache.schedule.num_train_timesteps)
+    power = guidance_power(cache)
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=step)
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
+        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
+        target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
+        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
+        return distillation_loss(eps, target, w_B) / power
+
+    return loss_fn
+
+
 def distill(
     unet: UNet2DConditionModel,
     cache: TeacherCache,
@@ -91,8 +114,6 @@ def distill(
     report: Report = lambda num_images, metrics: None,
 ) -> Guide:
     """Train a guide on a frozen base from cached teacher pairs.
-
-    The loss is in units of the guidance itself: 1 is no guide, 0 is CFG.
 
     Args:
         unet: the base; it is not changed. Its device is where training runs.
@@ -112,22 +133,8 @@ def distill(
         guidance_scale_range=list(config.guidance_scale),
     )
     student = GuidedDenoiser(unet, guide, cache.schedule)
-    batch_size, seed = config.train.batch_size, config.train.seed
-    guider = Guider(config.guider, cache.schedule.num_train_timesteps)
-    power = guidance_power(cache)
-
-    def loss_fn(step: int, part: slice) -> Tensor:
-        indices = epoch_indices(
-            num_samples=cache.num_pairs, batch_size=batch_size, seed=seed, step=step
-        )
-        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
-        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
-        target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
-        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
-        return distillation_loss(eps, target, w_B) / power
-
     return train(
-        loss_fn,
+        distillation_objective(student, cache, config, device),
         guide,
         config.train,
         run_hash=config_hash(config, cache.content_hash),

@@ -24,7 +24,6 @@ from pnp_core.train import (
     Report,
     TrainConfig,
     config_hash,
-    epoch_indices,
     rank_and_world,
     step_generator,
     train,
@@ -161,9 +160,7 @@ def halve(
             student: GuidedDenoiser = student,
         ) -> Tensor:
             generator = step_generator(seed, step)
-            indices = epoch_indices(
-                num_samples=cache.num_latents, batch_size=batch_size, seed=seed, step=step
-            )
+            indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
             w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)[part]
             interval_B = torch.randint(num_steps, (batch_size,), generator=generator)[part]
             latents = cache.latents(indices, generator, part, device)

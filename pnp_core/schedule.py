@@ -57,6 +57,18 @@ class NoiseSchedule:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    def differs(self, other: "NoiseSchedule") -> str:
+        """In what ``other`` is another schedule; empty if it is the same."""
+        pairs = {
+            name: (getattr(self, name), getattr(other, name))
+            for name in ("num_train_timesteps", "prediction_type", "final_alpha_cumprod")
+        }
+        if len(self.alphas_cumprod) == len(other.alphas_cumprod):
+            at = int((self.alphas_cumprod - other.alphas_cumprod).abs().argmax())
+            name = f"alphas_cumprod[{at}]"
+            pairs[name] = float(self.alphas_cumprod[at]), float(other.alphas_cumprod[at])
+        return ", ".join(f"{k} {a}, not {b}" for k, (a, b) in pairs.items() if a != b)
+
     def alpha_sigma(self, timestep_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """``alpha_t`` and ``sigma_t`` shaped ``(B, 1, 1, 1)``, in the dtype and device of ``like``.
 

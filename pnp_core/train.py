@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-
-from pnp_core.guide import Guide
+from torch import Tensor, nn
 
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
+
+Trained = TypeVar("Trained", bound=nn.Module)
+"""A guide, or whatever else is trained the same way."""
 
 PRECISIONS = ("bf16", "fp32")
 
@@ -100,17 +101,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def epoch_indices(*, num_samples: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices of step ``step``'s global batch: every sample once an epoch, in a new order."""
-    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
-    indices = torch.empty(batch_size, dtype=torch.long)
-    for epoch in (positions // num_samples).unique().tolist():
-        order = torch.randperm(num_samples, generator=step_generator(seed + 1, epoch))
-        here = positions // num_samples == epoch
-        indices[here] = order[positions[here] % num_samples]
-    return indices
-
-
 def atomic_save(state: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -120,13 +110,13 @@ def atomic_save(state: Any, path: Path) -> None:
 
 def train(
     loss_fn: Callable[[int, slice], Tensor],
-    guide: Guide,
+    guide: Trained,
     config: TrainConfig,
     *,
     run_hash: str,
     checkpoint: Path | None = None,
     report: Report = lambda num_images, metrics: None,
-) -> Guide:
+) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
     Args:
@@ -145,8 +135,8 @@ def train(
         )
     rows = config.batch_size // world
     part = slice(rank * rows, (rank + 1) * rows)
-    device = guide.device
     parameters = [p for p in guide.parameters() if p.requires_grad]
+    device = parameters[0].device
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     ema = [p.detach().clone() for p in parameters]
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)

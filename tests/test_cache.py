@@ -97,11 +97,12 @@ def test_the_plan_tells_size_and_work_before_it_starts(
     pipe: StableDiffusionPipeline, examples: list[Example], cache_folder: Path
 ) -> None:
     plan = plan_cache(pipe, num_images=24, num_prompts=6, config=CACHE_CONFIG)
-    files = list(cache_folder.glob("*.safetensors"))
-    assert sum(len(phase) for phase in plan.phases) == len(files)
-    on_disk = sum(f.stat().st_size for f in files)
-    assert plan.num_bytes == pytest.approx(on_disk, rel=0.25)  # the rest is headers
-    assert plan.num_forwards == 2 * 60
+    for name, num_bytes in plan.num_bytes.items():
+        content = (cache_folder / f"{name}.safetensors").read_bytes()
+        header = 8 + int.from_bytes(content[:8], "little")  # as safetensors defines it
+        assert num_bytes == len(content) - header
+    assert len(plan.num_bytes) == len(list(cache_folder.glob("*.safetensors")))
+    assert (plan.num_pairs, plan.num_forwards) == (60, 2 * 60)
 
 
 def test_shards_that_are_there_are_not_built_again(
@@ -164,13 +165,32 @@ def test_a_damaged_shard_is_named(cache_folder: Path, tmp_path: Path, damage: st
     else:
         data[-1] ^= 1
         shard.write_bytes(data[:-10] if damage == "truncate" else data)
+    cache = TeacherCache.open(tmp_path)
     with pytest.raises(ValueError, match="pairs-00002"):
-        TeacherCache.open(tmp_path)
+        cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
 
 
-def test_a_cache_of_another_base_is_refused_naming_both(cache_folder: Path) -> None:
-    with pytest.raises(ValueError, match="made with base base, but the base given is other"):
-        TeacherCache.open(cache_folder, base_hash="other")
+@pytest.mark.parametrize("what", ["base", "data"])
+def test_a_cache_of_another_base_or_of_other_data_is_refused_naming_both(
+    cache_folder: Path, what: str
+) -> None:
+    message = f"made with {what} {what}, but the {what} given is other"
+    with pytest.raises(ValueError, match=message):
+        TeacherCache.open(cache_folder, **{f"{what}_hash": "other"})
+
+
+def test_a_cache_made_with_another_scheduler_is_refused_naming_the_difference(
+    cache_folder: Path, pipe: StableDiffusionPipeline
+) -> None:
+    TeacherCache.open(cache_folder, scheduler=pipe.scheduler)
+    for change, named in (
+        ({"prediction_type": "v_prediction"}, "prediction_type epsilon, not v_prediction"),
+        ({"beta_end": 0.02}, r"alphas_cumprod\[\d+\] 0\.\d+, not 0\.\d+"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 1000, not 500"),
+    ):
+        other = DDIMScheduler.from_config(pipe.scheduler.config, **change)
+        with pytest.raises(ValueError, match=f"another scheduler than the base's: .*{named}"):
+            TeacherCache.open(cache_folder, scheduler=other)
 
 
 def test_no_examples_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +166,40 @@ def test_two_ray_workers_of_which_one_dies_train_the_same_guide(world: Path) -> 
     # After the restart from the checkpoint at 32 images, 48 may be reported again.
     assert [num_images for num_images, _ in reports if num_images != 48] == [16, 32, 64]
     assert dict(reports)[64]["loss"] == pytest.approx(losses[-1], rel=1e-3)
+
+
+def build_and_lose_a_worker(params: Params) -> Callable[[str], None]:
+    """The cache stage's work; the worker that builds a certain shard is killed once."""
+    build = cache.shard_building(params)
+
+    def build_or_die(name: str) -> None:
+        if name == "pairs-00001" and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        build(name)
+
+    return build_or_die
+
+
+def test_two_ray_workers_of_which_one_dies_build_the_cache_that_one_process_does(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = load_params(Path("params.yaml"))
+    prepare.run(params)
+    cache.run(params)
+    alone = {path.name: path.read_bytes() for path in Path("data/cache").iterdir()}
+    shutil.rmtree("data/cache")
+    values = toy.toy_params()
+    values["cluster"]["num_workers"] = 2
+    toy.write_params(world, values)
+    work = cache.run_tasks
+    monkeypatch.setattr(
+        cache,
+        "run_tasks",
+        lambda make, *rest, **named: work(build_and_lose_a_worker, *rest, **named),
+    )
+    capsys.readouterr()
+    cache.run(load_params(Path("params.yaml")))
+    assert Path("killed").exists()
+    assert {path.name: path.read_bytes() for path in Path("data/cache").iterdir()} == alone
+    assert "cache: 6/6 shards, 100%" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,29 +145,96 @@ def test_cache_builds_only_what_is_missing(world: Path) -> None:
     assert after.keys() == shards.keys()
 
 
-def test_cache_comes_from_storage(
+def test_with_storage_shards_are_kept_there_alone_and_never_built_twice(
     world: Path, s3: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pnp_core.cache import CacheBuilder, TeacherCache
+    from pnp_core.cache import CacheBuilder
 
     params = params_with(storage=s3)
     prepare.run(params)
     cache.run(params)
-    content = TeacherCache.open(Path("data/cache")).content_hash
-    for path in Path("data/cache").iterdir():
-        path.unlink()
+    index = Path("data/cache/index.json")
+    assert list(Path("data/cache").iterdir()) == [index]
+    written = index.read_bytes()
+
+    index.unlink()  # another machine
     monkeypatch.setattr(CacheBuilder, "build", None)  # there is nothing to build
+    monkeypatch.setattr(CacheBuilder, "finish", None)
     cache.run(params)
-    assert TeacherCache.open(Path("data/cache")).content_hash == content
-    assert "7 files from s3://" in capsys.readouterr().out
+    assert index.read_bytes() == written
+    assert "; 6 shards are there" in capsys.readouterr().out
 
 
-def test_cache_refuses_a_full_disk(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_cache_goes_on_from_what_is_at_storage(
+    world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pnp_core.cache import CacheBuilder
+
+    params = params_with(storage=s3)
+    prepare.run(params)
+    build, built = CacheBuilder.build, []
+
+    def dies_after_four(builder: CacheBuilder, name: str) -> None:
+        if len(built) == 4:
+            raise KeyboardInterrupt
+        build(builder, name)
+        built.append(name)
+
+    monkeypatch.setattr(CacheBuilder, "build", dies_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        cache.run(params)
+    shutil.rmtree("data/cache")  # another machine goes on
+    monkeypatch.setattr(CacheBuilder, "build", lambda b, n: (build(b, n), built.append(n)))
+    cache.run(params)
+    assert len(built) == len(set(built)) == 6
+
+    cache.run(params_with(storage=None))
+    alone = read_json(Path("data/cache/index.json"))
+    shutil.rmtree("data/cache")
+    cache.run(params_with(storage=s3))
+    resumed = read_json(Path("data/cache/index.json"))
+    assert resumed["files"] == alone["files"] and resumed["storage"].startswith(s3)
+
+
+def test_training_from_storage_gives_the_guide_that_training_from_disk_does(
+    world: Path, s3: str
+) -> None:
+    guides = []
+    for storage in (None, s3):
+        params = params_with(storage=storage)
+        prepare.run(params)
+        cache.run(params)
+        distill.run(params)
+        guides.append(weights("guides/distilled"))
+        shutil.rmtree("runs")
+    assert list(Path("data/cache").iterdir()) == [Path("data/cache/index.json")]
+    assert all(torch.equal(guides[0][name], guides[1][name]) for name in guides[0])
+
+
+def test_the_size_of_a_cache_is_told_before_the_first_shard_is_built(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pnp_core.cache import CacheBuilder
+
+    params = params_with(cache={"num_forward": 4000})
+    prepare.run(params)
+    monkeypatch.setattr(CacheBuilder, "build", None)
+    with pytest.raises(TypeError):
+        cache.run(params)
+    # a pair: three latents of 4 x 4 x 4 in half precision and three 64-bit numbers
+    expected = (4000 + 16) * (3 * 4 * 4 * 4 * 2 + 3 * 8) + 20 * (2 * 128 + 8) + 21 * 16 * 32 * 2
+    assert f"4,016 teacher pairs, {expected / 1e6:.0f} MB in" in capsys.readouterr().out
+
+
+def test_cache_refuses_a_disk_that_cannot_hold_it(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     params = params_with()
     prepare.run(params)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match="lower cache.num_forward"):
+    with pytest.raises(ValueError, match="0 MB left: lower cache.num_forward"):
         cache.run(params)
+    assert not list(Path("data/cache").iterdir())
 
 
 def test_distill_resumes_in_the_same_mlflow_run(
@@ -271,9 +339,10 @@ def test_evaluate_reports_all_methods_side_by_side(inside: Path) -> None:
     rows = pq.read_table("results/evaluate/tuned/images.parquet").to_pylist()
     assert len(rows) == 3 * 2 * 8
     assert len({row["seed"] for row in rows}) == 8
-    assert sum(row["is_heldout"] for row in rows) == len(rows) / 2
+    assert [row["prompt"] for row in rows[:2]] == ["green bar", "blue ring"]
+    assert sum(row["is_heldout"] for row in rows[2:8]) == 3
     with Image.open("results/evaluate/tuned/grid.png") as grid:
-        assert grid.width > 4 * 96 and grid.height > 6 * 96
+        assert grid.width > 2 * 96 and grid.height > 6 * 96
 
 
 def test_evaluate_makes_the_same_images_again(inside: Path) -> None:
@@ -432,9 +501,11 @@ def test_mirror_in_a_folder(tmp_path: Path) -> None:
     mirror = Mirror(str(tmp_path / "there"), "some/name")
     write_json(here / "a.json", 1)
     mirror.put(here / "a.json", here)
-    assert mirror.pull(here) == 0
-    (here / "a.json").unlink()
-    assert mirror.pull(here) == 1 and read_json(here / "a.json") == 1
+    assert mirror.names() == {"a.json"}
+    assert mirror.read("a.json") == (here / "a.json").read_bytes()
+    with pytest.raises(FileNotFoundError, match="there is no .*there/some/name/b.json"):
+        mirror.read("b.json")
+    assert Mirror(str(tmp_path / "nowhere")).names() == set()
 
 
 def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -485,6 +556,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.start()
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    # A server forgets nothing: its state is this process's.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
     try:
         import s3fs
 

@@ -15,7 +15,7 @@ from pnp_core.distill import DistillConfig, distill
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
 from pnp_core.schedule import NoiseSchedule
-from pnp_core.train import TrainConfig, epoch_indices, train
+from pnp_core.train import TrainConfig, train
 from tests.conftest import roused
 
 TRAIN = TrainConfig(
@@ -120,14 +120,6 @@ def test_two_workers_train_the_guide_that_one_does(
     one, two = added
     # Adam makes a step of full size even where a gradient is rounding noise, so weights may differ.
     assert (one - two).norm() < 1e-3 * one.norm()
-
-
-def test_every_sample_comes_once_an_epoch() -> None:
-    seen = torch.cat(
-        [epoch_indices(num_samples=10, batch_size=4, seed=0, step=step) for step in range(5)]
-    )
-    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
-    assert seen[:10].tolist() != seen[10:].tolist()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,12 +14,13 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from zoo import pack, training
+from zoo.base import run_tokenizer
 from zoo.dataset import ALL_STYLES, BASE_STYLES, DATA, background_mask, jitter, may_flip
 from zoo.judge import retrieval_top1
 from zoo.report import frechet_distance, kernel_distance
 
 MODELS = Path("zoo/models")
-SPDX = {"Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT"}
+SPDX = {"Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT", "OFL-1.1"}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,38 @@ def test_pack_is_small_and_its_pictures_open() -> None:
     assert Image.open(io.BytesIO(row["image"]["bytes"])).size == (64, 64)
 
 
+def test_eight_styles_share_1200_concepts() -> None:
+    concepts = [
+        set(pq.read_table(DATA / f"{style}.parquet", columns=["concept"])["concept"].to_pylist())
+        for style in ALL_STYLES
+    ]
+    large = [found for found in concepts if len(found) >= 1200]
+    assert len(large) >= 8
+    assert len(set.intersection(*large)) >= 1200
+
+
+def test_outlines_are_the_drawing_without_its_coloured_layers(tmp_path: Path) -> None:
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg"><g id="color"><path d="M0 0"/></g>'
+        '<g id="line"><path d="M1 1"/></g></svg>'
+    )
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
+        for folder in ("animals-nature/animal-mammal", "extras-openmoji/brand"):
+            member = tarfile.TarInfo(f"package/src/{folder}/1F43B-FE0F.svg")
+            member.size = len(svg)
+            archive.addfile(member, io.BytesIO(svg.encode()))
+    icons = pack.read_openmoji_outlines(tmp_path / "a.tgz")
+    assert icons.names == {"1f43b": "1f43b"}
+    assert "M1 1" in icons.icon_set["icons"]["1f43b"]["body"]
+    assert "M0 0" not in icons.icon_set["icons"]["1f43b"]["body"]
+
+
+def test_a_run_keeps_the_tokenizer_it_began_with(tmp_path: Path) -> None:
+    first = run_tokenizer(tmp_path / "tokenizer", ["red apple", "green apple"])
+    again = run_tokenizer(tmp_path / "tokenizer", ["something else altogether"])
+    assert again("red apple").input_ids == first("red apple").input_ids
+
+
 def test_the_same_drawings_give_the_same_bytes(tmp_path: Path) -> None:
     pytest.importorskip("resvg_py")
     icons = {"sun": {"body": '<circle cx="8" cy="8" r="6" fill="#fc0"/>'}}
@@ -94,11 +128,12 @@ def test_a_damaged_download_is_refused(tmp_path: Path) -> None:
 
 def test_old_names_find_their_concept_through_aliases() -> None:
     bear = pack.Concept("bear", "1f43b", "animals-nature", ())
-    sets = {
-        "new": {"icons": {"bear": {}}},
-        "old": {"icons": {"bear-face": {}}, "aliases": {"bear": {"parent": "bear-face"}}},
+    old = {"icons": {"bear-face": {}}, "aliases": {"bear": {"parent": "bear-face"}}}
+    drawings = {
+        "new": pack.Icons({"icons": {"bear": {}}}, {"1f43b": "bear"}),
+        "old": pack.Icons(old, {}),
     }
-    matched = pack.match_icons(sets, {"new": {"1f43b": "bear"}, "old": {}}, {"1f43b": bear})
+    matched = pack.match_icons(drawings, {"1f43b": bear})
     assert matched == {"new": {"bear": bear}, "old": {"bear-face": bear}}
 
 

@@ -273,7 +273,7 @@ def toy_params() -> dict[str, Any]:
             "guidance_scale": 4.0,
             "precision": "fp32",
             "batch_size": 8,
-            "grid_columns": 4,
+            "grid_prompts": ["green bar", "blue ring"],
             "seed": 0,
         },
         "register": {"name": "pnp-guide"},

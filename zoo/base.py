@@ -41,6 +41,7 @@ from zoo.dataset import (
     to_float,
     vary_caption,
 )
+from zoo.sampling import add_samples
 
 TEXT_WIDTH = 192
 MAX_TOKENS = 24
@@ -78,6 +79,18 @@ def new_tokenizer(texts: list[str], vocab_size: int = VOCABULARY) -> CLIPTokeniz
         pad_token=end,
         model_max_length=MAX_TOKENS,
     )
+
+
+def run_tokenizer(folder: Path, texts: list[str]) -> CLIPTokenizer:
+    """The tokenizer of a run: learnt from ``texts`` at its start, and the same ever after."""
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    tokenizer = new_tokenizer(texts)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    tokenizer.save_pretrained(scratch)
+    publish(scratch, folder)
+    return tokenizer
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -312,7 +325,7 @@ def main() -> None:
     )
     torch.manual_seed(config.seed)
     pictures = load_pictures(BASE_STYLES)
-    tokenizer = new_tokenizer(training_texts(pictures))
+    tokenizer = run_tokenizer(args.runs / "base_tokenizer", training_texts(pictures))
     vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(config.device)
     pipe = new_pipeline(tokenizer, vae)
     latents = cached_latents(
@@ -349,6 +362,7 @@ def main() -> None:
         shutil.copy(args.vae / "README.md", args.out / "vae" / "README.md")
 
     ema, run = training.train(model, loss_fn, config, args.runs / "base.pt", on_checkpoint=export)
+    add_samples(load_pipeline(args.out, config.device), args.out)
     training.log(f"{args.out}: {run}, {psnr_by_style(vae, 'heldout', BASE_STYLES)}")
 
 

@@ -22,9 +22,12 @@ BASE_STYLES = ("noto", "twemoji", "fluent-emoji-flat", "emojione")
 FINETUNE_STYLES = ("openmoji", "fluent-emoji", "fluent-emoji-high-contrast", "noto-v1")
 LORA_STYLE = "emojione-monotone"
 FINAL_STYLE = "emojione-v1"  # no decision may look at it: final tables only
-ALL_STYLES = (*BASE_STYLES, *FINETUNE_STYLES, LORA_STYLE, FINAL_STYLE)
+SPARE_STYLES = ("openmoji-black", "noto-monochrome")  # known to the judge, fine-tune on them
+ALL_STYLES = (*BASE_STYLES, *FINETUNE_STYLES, LORA_STYLE, FINAL_STYLE, *SPARE_STYLES)
 
-STYLE_WORDS = {style: style.replace("-", " ") + " style" for style in ALL_STYLES}
+STYLE_WORDS = {
+    style: style.replace("-", " ") + " style" for style in ALL_STYLES if style not in SPARE_STYLES
+}
 BACKGROUNDS = {
     "red": (217, 58, 58),
     "orange": (245, 150, 50),

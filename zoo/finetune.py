@@ -8,6 +8,7 @@ A full fine-tune is a folder with ``unet/`` alone: the rest is the base's. A LoR
 """
 
 import argparse
+import hashlib
 import tempfile
 from pathlib import Path
 
@@ -28,9 +29,18 @@ from zoo.base import (
     tokenize,
 )
 from zoo.dataset import ALL_STYLES, BASE_STYLES, data_hash, load_pictures
+from zoo.sampling import add_samples, with_unet
 
 LORA_RANK = 16
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+
+
+def folder_id(folder: Path) -> str:
+    """Eight hex digits that tell one base from another: of its weights and its tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("tokenizer.json")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -69,8 +79,9 @@ def main() -> None:
     )
     torch.manual_seed(config.seed)
     pipe = load_pipeline(args.base, config.device)
+    base_id = folder_id(args.base)  # another base is another run
     latents = cached_latents(
-        args.runs / f"{args.style}_latents.pt",
+        args.runs / f"{args.style}-{base_id}_latents.pt",
         lambda: augmented_latents(
             pipe.vae,
             pipe.tokenizer,
@@ -127,7 +138,9 @@ def main() -> None:
         training.write_card(scratch, f"Fine-tune: {name}", facts)
         publish(scratch, out)
 
-    training.train(unet, loss_fn, config, args.runs / f"{name}.pt", on_checkpoint=export)
+    checkpoint = args.runs / f"{name}-{base_id}.pt"
+    training.train(unet, loss_fn, config, checkpoint, on_checkpoint=export)
+    add_samples(with_unet(load_pipeline(args.base, config.device), out), out)
 
 
 if __name__ == "__main__":

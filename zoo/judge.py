@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from zoo import training
-from zoo.base import MAX_TOKENS, new_tokenizer, publish, tokenize, training_texts
+from zoo.base import MAX_TOKENS, publish, run_tokenizer, tokenize, training_texts
 from zoo.dataset import ALL_STYLES, Pictures, data_hash, jitter, load_pictures, may_flip, to_float
 
 IMAGE_MEAN, IMAGE_STD = (0.7, 0.65, 0.6), (0.35, 0.35, 0.4)
@@ -129,7 +129,7 @@ def main() -> None:
     )
     torch.manual_seed(config.seed + 1)
     pictures = load_pictures(ALL_STYLES)
-    tokenizer = new_tokenizer(training_texts(pictures))
+    tokenizer = run_tokenizer(args.runs / "judge_tokenizer", training_texts(pictures))
     judge = new_judge(tokenizer).to(config.device)
     if config.device == "cpu":  # the fused kernel is slow there
         judge.set_attn_implementation("eager")

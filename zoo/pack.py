@@ -18,11 +18,12 @@ import sys
 import tarfile
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +32,77 @@ from PIL import Image
 IMAGE_SIZE = 64
 RENDER_SIZE = 256  # an exact multiple, so that downsampling is a box average
 EMOJIBASE = ("emojibase-data", "17.0.0")
+
+
+class PackError(RuntimeError):
+    """The pack can't be built, and the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Icons:
+    """The drawings of one package, in Iconify's terms."""
+
+    icon_set: dict[str, Any]  # {"icons": {name: {"body": SVG elements}}, "width": ..., ...}
+    names: dict[str, str]  # code points -> name, where the package says so
+
+
+def read_iconify(tarball: Path) -> Icons:
+    """An Iconify package as it is."""
+    icon_set = json.loads(read_member(tarball, "icons.json"))
+    try:
+        return Icons(icon_set, json.loads(read_member(tarball, "chars.json")))
+    except KeyError:  # the older packages have no table of code points
+        return Icons(icon_set, {})
+
+
+def read_openmoji_outlines(tarball: Path) -> Icons:
+    """OpenMoji's black set: its drawings without the coloured layers, as its own export does it."""
+    coloured = {"grid", "color", "color-foreground", "skin", "skin-shadow", "hair"}
+    ElementTree.register_namespace("", "http://www.w3.org/2000/svg")
+    icons = {}
+    with tarfile.open(tarball) as archive:
+        for member in archive:
+            path = Path(member.name)
+            if path.parts[1] != "src" or path.suffix != ".svg" or "extras" in path.parts[2]:
+                continue
+            file = archive.extractfile(member)
+            assert file is not None
+            layers = [
+                ElementTree.tostring(layer, encoding="unicode")
+                for layer in ElementTree.parse(file).getroot()
+                if layer.get("id") not in coloured
+            ]
+            icons[plain_hexcode(path.stem)] = {"body": "".join(layers)}
+    return Icons({"icons": icons, "width": 72, "height": 72}, {code: code for code in icons})
+
+
+def read_noto_font(tarball: Path) -> Icons:
+    """Noto Emoji's outline font: the glyphs of single code points, centred in a square."""
+    from fontTools.pens.boundsPen import BoundsPen  # only the builder needs it
+    from fontTools.pens.svgPathPen import SVGPathPen
+    from fontTools.pens.transformPen import TransformPen
+    from fontTools.ttLib import TTFont
+
+    icons = {}
+    with tarfile.open(tarball) as archive:
+        members = [m for m in archive if re.search(r"noto-emoji-\d+-700-normal\.woff$", m.name)]
+        for member in sorted(members, key=lambda m: m.name):
+            file = archive.extractfile(member)
+            assert file is not None
+            font = TTFont(io.BytesIO(file.read()))
+            glyphs, square = font.getGlyphSet(), font["head"].unitsPerEm * 1.25
+            for code, glyph in font.getBestCmap().items():
+                bounds = BoundsPen(glyphs)
+                glyphs[glyph].draw(bounds)
+                if bounds.bounds is None:
+                    continue
+                left, bottom, right, top = bounds.bounds
+                path = SVGPathPen(glyphs)
+                to_centre = ((square - left - right) / 2, (square + bottom + top) / 2)
+                glyphs[glyph].draw(TransformPen(path, (1, 0, 0, -1, *to_centre)))
+                body = f'<path d="{path.getCommands()}"/>'
+                icons[f"{code:04x}"] = {"body": body, "width": square, "height": square}
+    return Icons({"icons": icons}, {code: code for code in icons})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +115,12 @@ class Source:
     author: str
     license: str
     url: str
+    package: str = ""
+    read: Callable[[Path], Icons] = read_iconify
 
-    @property
-    def package(self) -> str:
-        return f"@iconify-json/{self.style}"
+    def __post_init__(self) -> None:
+        if not self.package:
+            object.__setattr__(self, "package", f"@iconify-json/{self.style}")
 
 
 _FLUENT = {
@@ -110,6 +184,26 @@ SOURCES = (
         license="CC-BY-4.0",
         url="https://github.com/EmojiTwo/emojitwo",
     ),
+    Source(
+        style="openmoji-black",
+        version="17.0.0",
+        title="OpenMoji, black outlines",
+        author="The OpenMoji project, HfG Schwäbisch Gmünd",
+        license="CC-BY-SA-4.0",
+        url="https://github.com/hfg-gmuend/openmoji",
+        package="openmoji",
+        read=read_openmoji_outlines,
+    ),
+    Source(
+        style="noto-monochrome",
+        version="5.3.2",
+        title="Noto Emoji, monochrome font, bold",
+        author="Google LLC",
+        license="OFL-1.1",
+        url="https://github.com/googlefonts/noto-emoji",
+        package="@fontsource/noto-emoji",
+        read=read_noto_font,
+    ),
 )
 
 HELDOUT_SHARE = 10  # one concept in ten
@@ -119,10 +213,6 @@ _PERSON_VARIANT = re.compile(
     r"^(man|woman|men|women|mr|mrs)-|^family|^couple-with-heart-|^kiss-|-(man|woman|men|women)(-|$)"
     r"|-facing-right$"
 )
-
-
-class PackError(RuntimeError):
-    """The pack can't be built, and the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -175,21 +265,19 @@ def fetch(package: str, version: str, cache: Path) -> Path:
     return tarball
 
 
-def read_json(tarball: Path, member: str) -> Any:
+def read_member(tarball: Path, member: str) -> bytes:
+    """Raises KeyError if the package has no such file."""
     with tarfile.open(tarball) as archive:
-        try:
-            file = archive.extractfile(f"package/{member}")
-        except KeyError:
-            return {}
+        file = archive.extractfile(f"package/{member}")
         assert file is not None
-        return json.load(file)
+        return file.read()
 
 
 def concepts_from_emojibase(tarball: Path) -> dict[str, Concept]:
     """Hexcode (without variation selectors) -> concept."""
-    groups = read_json(tarball, "meta/groups.json")["groups"]
+    groups = json.loads(read_member(tarball, "meta/groups.json"))["groups"]
     found = {}
-    for emoji in read_json(tarball, "en/data.json"):
+    for emoji in json.loads(read_member(tarball, "en/data.json")):
         name, group = slug(emoji["label"]), groups.get(str(emoji.get("group")))
         if group is None or group in SKIPPED_GROUPS or _PERSON_VARIANT.search(name):
             continue
@@ -203,9 +291,7 @@ def plain_hexcode(hexcode: str) -> str:
 
 
 def match_icons(
-    icon_sets: dict[str, dict[str, Any]],
-    chars: dict[str, dict[str, str]],
-    concepts: dict[str, Concept],
+    drawings: dict[str, Icons], concepts: dict[str, Concept]
 ) -> dict[str, dict[str, Concept]]:
     """For each style: icon name -> concept.
 
@@ -214,12 +300,12 @@ def match_icons(
     aliases by which the packages link old names to new.
     """
     hexcode_of = {concept.name: hexcode for hexcode, concept in concepts.items()}
-    for table in chars.values():
-        for hexcode, name in table.items():
+    for icons in drawings.values():
+        for hexcode, name in icons.names.items():
             hexcode_of.setdefault(name, plain_hexcode(hexcode))
     aliases: dict[str, set[str]] = defaultdict(set)
-    for icon_set in icon_sets.values():
-        for alias, entry in icon_set.get("aliases", {}).items():
+    for icons in drawings.values():
+        for alias, entry in icons.icon_set.get("aliases", {}).items():
             if set(entry) == {"parent"}:  # a true alias, not a mirrored or rotated drawing
                 aliases[alias].add(entry["parent"])
                 aliases[entry["parent"]].add(alias)
@@ -235,10 +321,10 @@ def match_icons(
         return None
 
     matched: dict[str, dict[str, Concept]] = {}
-    for style, icon_set in icon_sets.items():
-        own = {name: plain_hexcode(hexcode) for hexcode, name in chars[style].items()}
+    for style, icons in drawings.items():
+        own = {name: plain_hexcode(hexcode) for hexcode, name in icons.names.items()}
         taken: dict[str, str] = {}
-        for name in sorted(icon_set["icons"]):
+        for name in sorted(icons.icon_set["icons"]):
             code = own.get(name) or resolve(name)
             # an exact name beats an alias
             if code in concepts and (code not in taken or name == concepts[code].name):
@@ -346,6 +432,7 @@ def attribution(counts: dict[str, int]) -> str:
         "CC-BY-SA-4.0": "https://creativecommons.org/licenses/by-sa/4.0/",
         "Apache-2.0": "https://www.apache.org/licenses/LICENSE-2.0",
         "MIT": "https://opensource.org/license/mit",
+        "OFL-1.1": "https://openfontlicense.org/open-font-license-official-text/",
     }
     for source in SOURCES:
         lines.append(
@@ -380,15 +467,14 @@ def build(out: Path, cache: Path, num_workers: int) -> dict[str, int]:
     """Write the whole pack; returns the number of pictures per style."""
     tarballs = {source.style: fetch(source.package, source.version, cache) for source in SOURCES}
     concepts = concepts_from_emojibase(fetch(*EMOJIBASE, cache))
-    icon_sets = {style: read_json(tarball, "icons.json") for style, tarball in tarballs.items()}
-    chars = {style: read_json(tarball, "chars.json") for style, tarball in tarballs.items()}
-    matched = match_icons(icon_sets, chars, concepts)
+    drawings = {source.style: source.read(tarballs[source.style]) for source in SOURCES}
+    matched = match_icons(drawings, concepts)
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
     with ProcessPoolExecutor(num_workers) as pool:
         for source in SOURCES:
             icons = matched[source.style]
-            svgs = [svg_text(icon_sets[source.style], name) for name in icons]
+            svgs = [svg_text(drawings[source.style].icon_set, name) for name in icons]
             images = list(pool.map(render, svgs, chunksize=32))
             write_parquet(list(rows(source, icons, images)), out / f"{source.style}.parquet")
             counts[source.style] = len(icons)

@@ -8,7 +8,6 @@ JSON object. Every distance is measured in the features of the judge that the ob
 
 import argparse
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from zoo.dataset import (
     to_float,
 )
 from zoo.judge import NAME, image_features, retrieval_top1, text_features
-from zoo.sampling import grid, sample, with_unet
+from zoo.sampling import grid, prompts_of, sample, with_unet
 
 GUIDANCE_SCALES = (1.0, 2.0, 4.0, 7.0)
 BOUNDS = {
@@ -74,11 +73,6 @@ def kernel_distance(x_ND: Tensor, y_ND: Tensor) -> float:
         num_y * (num_y - 1)
     )
     return float(within_x + within_y - 2 * kernel(x_ND, y_ND).mean())
-
-
-def prompts_of(split: str, style: str, num_prompts: int, seed: int = 0) -> list[str]:
-    captions = sorted(load_pictures([style], split).captions)
-    return random.Random(seed).sample(captions, min(num_prompts, len(captions)))
 
 
 def weight_sizes(models: Path) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Sample grids of the zoo's models, the plain way: the stock pipeline, a seed a picture."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from zoo.dataset import to_pil
+from zoo.dataset import load_pictures, to_pil
+
+CARD_SCALES = (1.0, 2.0, 4.0)
 
 
 @torch.no_grad()
@@ -67,3 +70,23 @@ def grid(rows: Sequence[tuple[str, Tensor]], zoom: int = 1, margin: int = 76) ->
         for x, image in enumerate(images):
             sheet.paste(to_pil(image).resize((size, size)), (margin + x * size, y * size))
     return sheet
+
+
+def prompts_of(split: str, style: str, num_prompts: int, seed: int = 0) -> list[str]:
+    captions = sorted(load_pictures([style], split).captions)
+    return random.Random(seed).sample(captions, min(num_prompts, len(captions)))
+
+
+def add_samples(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """``samples.png`` in a model's folder, and in its card."""
+    shown = {split: prompts_of(split, "noto", 10, seed=1) for split in ("train", "heldout")}
+    rows = [
+        (f"{split} w={scale:g}", sample(pipe, prompts, scale))
+        for split, prompts in shown.items()
+        for scale in CARD_SCALES
+    ]
+    grid(rows, margin=90).save(folder / "samples.png")
+    with (folder / "README.md").open("a", encoding="utf-8") as card:
+        card.write("\n![samples](samples.png)\n\n")
+        for split, prompts in shown.items():
+            card.write(f"Prompts ({split}): {', '.join(prompts)}.\n")

@@ -1,0 +1,61 @@
+"""Zhou et al., *DICE: Distilling Classifier-Free Guidance into Text Embeddings*, AAAI 2026.
+
+A small network sharpens the text states before the frozen network sees them. The paper's is for
+one ``w``; this one is told ``w``, so that it can be compared over a range.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from pnp_core.denoiser import Denoiser, PlainDenoiser
+from pnp_core.guide import sinusoidal
+from pnp_core.models import AddedConditions
+from pnp_core.schedule import NoiseSchedule
+
+EMBEDDING = 64  # channels of pnp_core.guide.sinusoidal
+
+
+class TextSharpener(nn.Module):
+    """``c + f(c, n, w)``, token by token; ``n`` are the null prompt's states."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        width = unet.config.cross_attention_dim
+        # The paper's is a two-layer network of 2 M parameters at D = 768: hidden width 4/3 D.
+        hidden = 4 * width // 3
+        self.layers = nn.Sequential(
+            nn.Linear(2 * width + EMBEDDING, hidden), nn.SiLU(), nn.Linear(hidden, width)
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, c_BLD: Tensor, n_BLD: Tensor, w_B: Tensor) -> Tensor:
+        w_BLE = sinusoidal(w_B, 30)[:, None].expand(-1, c_BLD.shape[1], -1)
+        result: Tensor = c_BLD + self.layers(torch.cat([c_BLD, n_BLD, w_BLE], dim=-1))
+        return result
+
+    def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        return SharpenedDenoiser(self, unet, schedule)
+
+
+class SharpenedDenoiser:
+    """One forward of a frozen UNet with sharpened text."""
+
+    def __init__(
+        self, peer: TextSharpener, unet: UNet2DConditionModel, schedule: NoiseSchedule
+    ) -> None:
+        self.peer = peer
+        self.plain = PlainDenoiser(unet, schedule)
+
+    def __call__(
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
+    ) -> Tensor:
+        sharp_BLD = self.peer(c_BLD.float(), n_BLD.float(), w_B).to(c_BLD.dtype)
+        return self.plain(z_BCHW, t_B, sharp_BLD, w_B, n_BLD, added)

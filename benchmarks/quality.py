@@ -1,0 +1,296 @@
+"""The guide against CFG and against the other ways to save a forward: on the base, on fine-tunes.
+
+    python -m benchmarks.quality --run      # train the peers, sample everything: hours on a CPU
+    python -m benchmarks.quality --json     # what the committed results say
+
+`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. Every peer sees as many images
+of that cache as `distill` did, at the best of three learning rates, each tried for a fifth of them.
+Results go to benchmarks/results/quality.json and quality.md; a row that is there is not made
+again, so delete the file after a change of the models.
+
+`guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
+results name. CFG at half the steps costs what a guide costs, and trains nothing.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers import PEERS, Peer
+from components.device import frozen, load_base
+from components.environment import quiet
+from components.evaluate import Sampler, batches, choose_tasks, reference_images
+from components.judging import Judge, fid, kid
+from components.params import Model, Params, load_params, teacher_guider
+from components.paths import BUNDLE, CACHE, RUNS
+from components.progress import Progress
+from components.storage import read_json, write_json
+from components.training import train_config
+from pnp_core.bundle import GuideBundle
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import Denoiser
+from pnp_core.distill import DistillConfig, distillation_objective
+from pnp_core.files import write_text
+from pnp_core.guide import GuideConfig
+from pnp_core.metrics import count_flops, psnr
+from pnp_core.models import load_unet, weights_hash
+from pnp_core.train import TrainConfig, config_hash, train
+
+RESULTS = Path("benchmarks/results/quality.json")
+LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (1e-3, 3e-3, 1e-2), "dice": (1e-3, 3e-3, 1e-2)}
+TRIAL_SHARE = 0.2
+STEPS = (50, 16, 8, 4)
+PEER_STEPS = (16,)
+ADD_ONS = ("agd", "dice")
+LABELS = {
+    "unguided": "no guidance",
+    "cfg": "CFG",
+    "cfg_half": "CFG, half the steps",
+    "guided": "this guide",
+    "meng": "whole UNet tuned (Meng et al., stage 1)",
+    "agd": "attention adapters (AGD)",
+    "dice": "text sharpening (DICE)",
+}
+ZOO = ("fluent-emoji-high-contrast", "noto-v1", "emojione-monotone-lora", "emojione-v1")
+
+
+class Methods(Sampler):
+    """The stage's sampler, with the peers as further methods."""
+
+    def __init__(self, *args: Any, peers: Mapping[str, Peer]) -> None:
+        super().__init__(*args)
+        self.students = {
+            name: peer.denoiser(self.pipe.unet, self.schedule) for name, peer in peers.items()
+        }
+
+    def denoiser(self, method: str, num_steps: int) -> Denoiser:
+        if method in self.students:
+            return self.students[method]
+        return super().denoiser("cfg" if method == "cfg_half" else method, num_steps)
+
+
+def models_of(params: Params) -> dict[str, Model]:
+    """Those of params.yaml, and the zoo's further fine-tunes."""
+    models = dict(params.models)
+    for name in ZOO:
+        reference = f"zoo/data/{name.removesuffix('-lora')}.parquet"
+        if Path("zoo/models", name).exists() and name not in models:
+            models[name] = Model(path=f"zoo/models/{name}", reference=reference)
+    return models
+
+
+def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:
+    pipe = load_base(params.base)
+    if row.path != params.base:
+        pipe.unet = load_unet(row.path, base=pipe)
+        frozen(pipe)
+    bundle = GuideBundle.load(BUNDLE).to(pipe.unet.device)
+    return Methods(pipe, bundle, params, peers=peers)
+
+
+def train_peer(name: str, params: Params) -> tuple[Peer, float]:
+    """A peer that has seen as many images as the guide, and its learning rate.
+
+    An interrupted training goes on from its checkpoint in runs/peers.
+    """
+    unet = load_base(params.base).unet
+    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    full = train_config(params.distill)
+
+    def fit(learning_rate: float, num_images: int) -> Peer:
+        torch.manual_seed(full.seed)
+        peer = PEERS[name](unet).to(unet.device)
+        settings = {**vars(full), "learning_rate": learning_rate, "num_images": num_images}
+        settings["warmup_images"] = min(full.warmup_images, num_images // 5)
+        config = DistillConfig(
+            train=TrainConfig(**settings),
+            guide=GuideConfig(),
+            guidance_scale=params.distill.guidance_scale,
+            guider=teacher_guider(params),
+        )
+        student = peer.denoiser(unet, cache.schedule)
+        progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
+        return train(
+            distillation_objective(student, cache, config, unet.device),
+            peer,
+            config.train,
+            run_hash=config_hash(config, cache.content_hash, name),
+            checkpoint=RUNS / "peers" / f"{name}-{learning_rate:g}-{num_images}.pt",
+            report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
+        )
+
+    row = models_of(params)["base"]
+    tasks = [t for t in choose_tasks(params.evaluate) if t.is_heldout]
+    trials = {}
+    for rate in LEARNING_RATES[name]:
+        try:
+            trial = fit(rate, int(TRIAL_SHARE * full.num_images))
+        except ValueError as error:  # it diverged
+            print(f"{name} at {rate:g}: {error}", file=sys.stderr)
+            continue
+        trials[rate] = methods_on(row, params, {name: trial}).guidance_fvu(tasks, name)
+    best = min(trials, key=lambda rate: trials[rate])
+    return fit(best, full.num_images), best
+
+
+def run(params: Params) -> None:
+    """Fill in what the results lack. Raises ValueError if there is no cache or no bundle."""
+    results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
+    judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
+    results["setting"] = {
+        "judge": judge.name,
+        "guidance_scale": params.evaluate.guidance_scale,
+        "num_images": params.evaluate.num_images,
+        "images_seen": params.distill.num_images,
+        "base_hash": weights_hash(params.base)[:16],
+    }
+    peers, costs = {}, results.setdefault("costs", {})
+    for name in PEERS:
+        peers[name], rate = train_peer(name, params)
+        costs[name] = cost_of(name, params, peers[name]) | {"learning_rate": rate}
+    costs["guided"] = cost_of("guided", params, None)
+    rows = results.setdefault("models", {})
+    tasks = choose_tasks(params.evaluate)
+    for model, row in models_of(params).items():
+        done = rows.setdefault(model, {})
+        todo = [
+            (method, n)
+            for method in LABELS
+            for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
+            if str(n) not in done.get(method, {})
+        ]
+        if not todo:
+            continue
+        methods = methods_on(row, params, peers)
+        references = judge.features(reference_images(row.reference, params))
+        progress = Progress(f"quality of {model}", len(todo), "rows")
+        cfg: dict[int, np.ndarray] = {}
+        for number, (method, num_steps) in enumerate(todo, 1):
+            actual = num_steps // 2 if method == "cfg_half" else num_steps
+            made = images(methods, method, actual, params)
+            if num_steps not in cfg:
+                cfg[num_steps] = images(methods, "cfg", num_steps, params)
+            features = judge.features(made)
+            done.setdefault(method, {})[str(num_steps)] = {
+                "fid": fid(features, references),
+                "kid": kid(features, references),
+                "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
+                "cfg_psnr": float(psnr(made, cfg[num_steps]).mean()),
+            }
+            if method in (*PEERS, "guided") and "guidance_fvu" not in done[method]:
+                heldout = [task for task in tasks if task.is_heldout]
+                done[method]["guidance_fvu"] = methods.guidance_fvu(heldout, method)
+            progress(number, f"{LABELS[method]}, {num_steps} steps")
+            write_json(RESULTS, results)
+    write_json(RESULTS, results)
+    write_text(RESULTS.with_suffix(".md"), as_markdown(results))
+
+
+def images(methods: Methods, method: str, num_steps: int, params: Params) -> np.ndarray:
+    config = params.evaluate
+    made = batches(choose_tasks(config), config.batch_size)
+    return np.concatenate([methods.images(method, batch, num_steps) for batch in made])
+
+
+def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
+    """Parameters over the base's; FLOPs of a step over CFG's."""
+    methods = methods_on(models_of(params)["base"], params, {} if peer is None else {method: peer})
+    one = methods.inputs(choose_tasks(params.evaluate)[:1])
+    module = methods.bundle.guides[methods.bundle.num_steps[-1]] if peer is None else peer
+    own, theirs = (count_flops(lambda m=m: methods.denoise(one, m, 1)) for m in (method, "cfg"))  # type: ignore[misc]
+    base = sum(p.numel() for p in methods.pipe.unet.parameters())
+    return {
+        "params_ratio": sum(p.numel() for p in module.parameters()) / base,
+        "flops_ratio": own / theirs,
+    }
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that the project answers for."""
+    models: Mapping[str, Any] = results["models"]
+    tuned = [name for name in models if name != "base"]
+
+    def fvu(method: str, names: Iterable[str]) -> float:
+        return mean(models[name][method]["guidance_fvu"] for name in names)
+
+    def distance(method: str, names: Iterable[str], num_steps: int) -> float:
+        return mean(models[name][method][str(num_steps)]["fid"] for name in names)
+
+    def worst_ratio(steps: Iterable[int]) -> float:
+        return max(
+            distance("guided", [m], n) / distance("cfg", [m], n) for m in models for n in steps
+        )
+
+    (at,) = PEER_STEPS
+    ahead = all(
+        figure("guided", names) < figure(peer, names)
+        for peer in ADD_ONS
+        for names in (["base"], tuned)
+        for figure in (fvu, lambda method, names: distance(method, names, at))
+    )
+    behind = distance("guided", ["base"], at) / distance("meng", ["base"], at) - 1
+    return {
+        "judge": results["setting"]["judge"],
+        "fvu_base": fvu("guided", ["base"]),
+        "fvu_finetune_worst": max(fvu("guided", [name]) for name in tuned),
+        "fid_ratio_worst": worst_ratio(n for n in STEPS if n != 4),
+        "fid_ratio_4": worst_ratio([4]),
+        "beats_all_peers": ahead,
+        "fid_behind_whole_unet": behind,
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    setting, models, costs = results["setting"], results["models"], results["costs"]
+    lines = [
+        f"Guidance scale {setting['guidance_scale']:g}, {setting['num_images']} images a row, "
+        f"{setting['images_seen']:,} images seen in training. Judge: {setting['judge']}.",
+    ]
+    for model, rows in models.items():
+        lines += [
+            "",
+            f"## {model}",
+            "",
+            "| method | parameters | FLOPs / CFG | guidance_fvu | "
+            + " | ".join(f"FID, {n} steps" for n in STEPS)
+            + " | PSNR to CFG, 16 steps |",
+            "|---" * (5 + len(STEPS)) + "|",
+        ]
+        for method, label in LABELS.items():
+            row, cost = rows.get(method, {}), costs.get(method, {})
+            fids = [f"{row[str(n)]['fid']:.2f}" if str(n) in row else "" for n in STEPS]
+            cells = [
+                label,
+                f"{cost['params_ratio']:.2%}" if cost else "",
+                f"{cost['flops_ratio']:.3f}" if cost else "",
+                f"{row['guidance_fvu']:.3f}" if "guidance_fvu" in row else "",
+                *fids,
+                f"{row['16']['cfg_psnr']:.1f} dB" if "16" in row and method != "cfg" else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", action="store_true", help="make the results")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    arguments = parser.parse_args()
+    quiet()
+    if arguments.run:
+        run(load_params(Path("params.yaml")))
+    results = read_json(RESULTS)
+    print(as_markdown(results))
+    if arguments.json:
+        print(json.dumps(summary(results)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""What training costs: ours over the naive way, caching over bare forwards, S3 over disk.
+
+    python -m benchmarks.train_cost --json
+
+Everything on the embedded base, in one process, what is compared taken in turns; medians. Naive is
+how a guide is trained without a cache: the teacher's two forwards in every step, and the student
+with gradients through all of the frozen UNet; not through its weights, which would cost as much
+again. With --json, the last line on stdout is one JSON object:
+
+    train_flops_ratio      FLOPs of a training step, ours over naive (matrix products, convolutions)
+    train_time_ratio       its wall time, reading the cache and the optimizer included
+    cache_efficiency       teacher pairs a second over those of the bare UNet forwards they need
+    cache_efficiency_all   the same, counting VAE and text encoder, in the mix of params.yaml
+    s3_efficiency          samples a second of an epoch of training from a cache on a local S3
+                           server, opening it included, over those from disk
+"""
+
+import argparse
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from benchmarks.cost import unet_config
+from components.dataset import read_records
+from components.device import load_base
+from components.environment import quiet
+from components.params import Params, load_params
+from components.storage import Mirror
+from pnp_core.cache import TEXT, CacheBuilder, CacheConfig, Example, Pairs, TeacherCache
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
+from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.metrics import count_flops, synchronize
+from pnp_core.schedule import NoiseSchedule
+from pnp_core.train import Report, TrainConfig, step_generator, train
+
+
+def naive_losses(
+    teacher: CFGDenoiser, student: GuidedDenoiser, pairs: Pairs, w_B: Tensor
+) -> Tensor:
+    """Losses ``(B,)`` without cached predictions and with gradients through the whole UNet."""
+    with torch.no_grad():
+        target = teacher(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+    z_t = pairs.z_t.detach().requires_grad_(True)
+    eps = student(z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+    return distillation_loss(eps, target, w_B)
+
+
+def cached_losses(student: GuidedDenoiser, pairs: Pairs, w_B: Tensor) -> Tensor:
+    """Losses ``(B,)`` as :func:`pnp_core.distill.distill` has them."""
+    target = torch.lerp(pairs.eps_n, pairs.eps_c, w_B.reshape(-1, 1, 1, 1))
+    eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+    return distillation_loss(eps, target, w_B)
+
+
+def flops_ratio(
+    unet: UNet2DConditionModel, schedule: NoiseSchedule, config: GuideConfig, *, length: int
+) -> float:
+    """FLOPs of a training step on texts of ``length`` tokens, ours over naive."""
+    unet.requires_grad_(False)
+    with torch.device(unet.device):
+        guide = Guide.from_unet(unet, config)
+        size = unet.config.sample_size
+        latents = [torch.randn(1, unet.config.in_channels, size, size) for _ in range(3)]
+        texts = [torch.randn(1, length, unet.config.cross_attention_dim) for _ in range(2)]
+        timestep, w_B = torch.full((1,), 500), torch.full((1,), 4.0)
+    z_t, eps_c, eps_n = latents
+    pairs = Pairs(z_t, timestep, eps_c, eps_n, *texts)
+    student, teacher = GuidedDenoiser(unet, guide, schedule), CFGDenoiser(unet, schedule)
+    ours = count_flops(lambda: cached_losses(student, pairs, w_B).sum().backward())
+    naive = count_flops(lambda: naive_losses(teacher, student, pairs, w_B).sum().backward())
+    return ours / naive
+
+
+def naive_distill(
+    unet: UNet2DConditionModel, cache: TeacherCache, config: DistillConfig, report: Report
+) -> None:
+    """The same loop, batches and optimizer the naive way; latents and texts are the cache's."""
+    torch.manual_seed(config.train.seed)
+    guide = Guide.from_unet(unet, config.guide)
+    student = GuidedDenoiser(unet, guide, cache.schedule)
+    teacher = CFGDenoiser(unet, cache.schedule)
+    batch_size, seed = config.train.batch_size, config.train.seed
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=step)
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
+        pairs = cache.pairs(indices[part], unet.device)
+        return naive_losses(teacher, student, pairs, w_B[part].to(unet.device))
+
+    train(loss_fn, guide, config.train, run_hash="naive", report=report)
+
+
+def training_config(params: Params, *, num_images: int) -> DistillConfig:
+    """The shipped settings of stage 1, for a run of ``num_images`` that reports every step."""
+    section = params.distill
+    train_config = TrainConfig(
+        num_images=num_images,
+        batch_size=section.batch_size,
+        precision=section.precision,
+        report_every_images=section.batch_size,
+    )
+    return DistillConfig(train=train_config, guide=GuideConfig(**section.guide.model_dump()))
+
+
+def seconds_per_image(run: Callable[[Report], object]) -> float:
+    """Wall time of training, from the end of the first step on."""
+    seen: list[tuple[int, float]] = []
+    run(lambda num_images, metrics: seen.append((num_images, time.perf_counter())))
+    (first, since), (last, until) = seen[0], seen[-1]
+    return (until - since) / (last - first)
+
+
+def train_time_ratio(
+    unet: UNet2DConditionModel, cache: TeacherCache, config: DistillConfig, rounds: int
+) -> float:
+    """Wall time a sample, ours over naive; the median of the rounds' ratios."""
+    ratios = []
+    for number in range(rounds):
+        ours = seconds_per_image(lambda report: distill(unet, cache, config, report=report))
+        naive = seconds_per_image(lambda report: naive_distill(unet, cache, config, report))
+        ratios.append(ours / naive)
+        print(
+            f"training, round {number + 1}: {1e3 * ours:.2f} ms a sample, naive "
+            f"{1e3 * naive:.2f} ms, ratio {ratios[-1]:.3f}",
+            flush=True,
+        )
+    return median(ratios)
+
+
+class Caching:
+    """Building a small cache, its shards in turns with the bare UNet forwards that they need."""
+
+    def __init__(
+        self, pipe: StableDiffusionPipeline, examples: Sequence[Example], config: CacheConfig
+    ) -> None:
+        self.pipe, self.examples, self.config = pipe, examples, config
+        unet, batch = pipe.unet, 2 * config.batch_size
+        size = unet.config.sample_size
+        with torch.device(unet.device):
+            self.inputs = (
+                torch.randn(batch, unet.config.in_channels, size, size),
+                torch.randint(1000, (batch,)),
+                torch.randn(
+                    batch, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim
+                ),
+            )
+        self.bare: list[float] = []  # seconds a teacher pair
+        self.built: dict[str, list[float]] = {"text": [], "moments": [], "pairs": []}  # a row
+
+    def build(self, folder: Path) -> None:
+        """Build it once more, in a new folder."""
+        builder = CacheBuilder(
+            self.pipe, self.examples, self.config, folder, base_hash="base", data_hash="data"
+        )
+        for name, num_rows in builder.plan.num_rows.items():
+            seconds = timed(lambda name=name: builder.build(name))  # type: ignore[misc]
+            self.built[name.partition("-")[0]].append(seconds / num_rows)
+            if name.startswith("pairs"):
+                seconds = timed(lambda num_rows=num_rows: self.forwards(num_rows))  # type: ignore[misc]
+                self.bare.append(seconds / num_rows)
+        builder.finish()
+
+    def forwards(self, num_pairs: int) -> None:
+        device = self.pipe.unet.device.type
+        is_bf16 = self.config.precision == "bf16"
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16),
+        ):
+            for _ in range(num_pairs // self.config.batch_size):
+                self.pipe.unet(*self.inputs)
+
+    def efficiency(self) -> float:
+        return median(
+            bare / built for bare, built in zip(self.bare, self.built["pairs"], strict=True)
+        )
+
+    def efficiency_all(self, *, num_pairs: int, num_images: int, num_prompts: int) -> float:
+        """With the VAE's and the text encoder's work, for a cache of these sizes."""
+        bare = median(self.bare) * num_pairs
+        pairs = bare / self.efficiency()
+        moments, text = (median(self.built[kind]) for kind in ("moments", TEXT))
+        return bare / (pairs + moments * num_images + text * num_prompts)
+
+
+def timed(action: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    action()
+    synchronize()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """The URL of an empty bucket on a server in a process of its own."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("benchmark")
+        yield "s3://benchmark/cache"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def s3_efficiency(
+    unet: UNet2DConditionModel, folder: Path, config: DistillConfig, rounds: int
+) -> float:
+    """Samples a second from S3 over those from disk, opening the cache included."""
+    with s3_server() as url:
+        mirror = Mirror(url)
+        for path in folder.iterdir():
+            mirror.put(path, folder)
+
+        def epoch(from_s3: bool) -> None:
+            cache = TeacherCache.open(folder, fetch=Mirror(url).read if from_s3 else None)
+            distill(unet, cache, config)
+
+        ratios = []
+        for number in range(rounds):
+            disk, s3 = timed(lambda: epoch(False)), timed(lambda: epoch(True))
+            ratios.append(disk / s3)
+            print(
+                f"reading, round {number + 1}: {config.train.num_images / disk:.1f} samples/s from "
+                f"disk, {config.train.num_images / s3:.1f} from S3, ratio {ratios[-1]:.3f}",
+                flush=True,
+            )
+    return median(ratios)
+
+
+def measure(
+    pipe: StableDiffusionPipeline,
+    examples: Sequence[Example],
+    params: Params,
+    *,
+    num_pairs: int = 1280,
+    num_images: int = 256,
+    rounds: int,
+) -> dict[str, float]:
+    """All of the ratios on one base, see the module's docstring.
+
+    Args:
+        num_pairs: of the cache that is built to measure; half of them along trajectories.
+        num_images: of the examples, for that cache.
+    """
+    unet = pipe.unet
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    length = pipe.tokenizer.model_max_length
+    guide = training_config(params, num_images=1).guide
+    result = {"train_flops_ratio": flops_ratio(unet, schedule, guide, length=length)}
+    print(f"training FLOPs, ours over naive: {result['train_flops_ratio']:.4f}", flush=True)
+    section = params.cache
+    config = CacheConfig(
+        num_forward=num_pairs // 2,
+        num_trajectory=num_pairs // 2,
+        trajectory_steps=num_pairs // 4 // section.batch_size,  # one full batch a shard
+        batch_size=section.batch_size,
+        shard_size=num_pairs // 4,
+        precision=section.precision,
+    )
+    some = examples[:: math.ceil(len(examples) / num_images)]
+    caching = Caching(pipe, some, config)
+    caching.forwards(section.batch_size)  # warms up
+    with tempfile.TemporaryDirectory() as temporary:
+        for number in range(rounds):
+            folder = Path(temporary, str(number))
+            caching.build(folder)
+        result["cache_efficiency"] = caching.efficiency()
+        sizes = {
+            "num_pairs": section.num_forward + section.num_trajectory,
+            "num_images": len(examples),
+            "num_prompts": len({example.prompt for example in examples}),
+        }
+        result["cache_efficiency_all"] = caching.efficiency_all(**sizes)
+        print(
+            f"caching: {1e3 * median(caching.built['pairs']):.2f} ms a pair, its bare forwards "
+            f"{1e3 * median(caching.bare):.2f} ms; {1e3 * median(caching.built['moments']):.2f} ms "
+            f"an image, {1e3 * median(caching.built[TEXT]):.2f} ms a prompt; efficiency "
+            f"{result['cache_efficiency']:.3f}, with encoders "
+            f"{result['cache_efficiency_all']:.3f} for {sizes}",
+            flush=True,
+        )
+        epoch = training_config(params, num_images=num_pairs)
+        steps = training_config(params, num_images=8 * epoch.train.batch_size)
+        cache = TeacherCache.open(folder)
+        result["train_time_ratio"] = train_time_ratio(unet, cache, steps, 2 * rounds)
+        result["s3_efficiency"] = s3_efficiency(unet, folder, epoch, rounds)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What training costs.")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    quiet()
+    params = load_params(Path("params.yaml"))
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel.from_config(unet_config("sd15"))
+    pipe = load_base(params.base)
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    ratio = flops_ratio(sd15, schedule, GuideConfig(), length=77)
+    print(f"training FLOPs, ours over naive, on Stable Diffusion 1.5: {ratio:.4f}", flush=True)
+    examples = [
+        Example(image=record.image, prompt=record.caption)
+        for name in params.prepare.files
+        for record in read_records(
+            Path(params.prepare.dataset, name),
+            image_column=params.prepare.image_column,
+            caption_column=params.prepare.caption_column,
+        )
+        if record.split == "train"
+    ]
+    result = measure(pipe, examples, params, rounds=arguments.rounds)
+    result["train_flops_ratio_sd15"] = ratio
+    if arguments.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

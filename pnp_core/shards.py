@@ -1,0 +1,181 @@
+"""Shards of a cache, read into memory ahead of training, from wherever they lie."""
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors.torch import load
+from torch import Tensor
+
+from pnp_core.train import step_generator
+
+Fetch = Callable[[str], bytes]
+"""``fetch(file name)``: its content; FileNotFoundError if there is none."""
+
+# Rows are shuffled among so many shards; twice as many are held in memory. A cache of no more
+# shards than this is shuffled as a whole.
+SHARDS_SHUFFLED = 16
+READING_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One file of a cache.
+
+    Attributes:
+        sha256: of the file's content.
+        num_rows: samples in it.
+    """
+
+    name: str
+    sha256: str
+    num_rows: int
+
+
+def fetch_from(directory: Path) -> Fetch:
+    """Read files of a local folder."""
+    return lambda name: (directory / name).read_bytes()
+
+
+def read_shard(shard: Shard, fetch: Fetch) -> dict[str, Tensor]:
+    """The tensors of one shard.
+
+    Raises:
+        ValueError: it is not there, or not what was written; named.
+    """
+    try:
+        content = fetch(f"{shard.name}.safetensors")
+    except FileNotFoundError as error:
+        raise ValueError(f"The cache lacks its shard {shard.name} ({error}): build it.") from None
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise ValueError(
+            f"The cache's shard {shard.name} is not what was written ({len(content):,} bytes, "
+            "checksum differs): delete it and build the cache again."
+        )
+    return load(content)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(
+    num_rows: tuple[int, ...], *, num_shuffled: int, seed: int, epoch: int
+) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+    """The rows of all shards, once each, in an order of this epoch's own.
+
+    Shards come in random order, ``num_shuffled`` at a time; rows are shuffled among those.
+
+    Returns:
+        Row numbers of the shards' concatenation, ``(sum(num_rows),)``; the shards of each group.
+    """
+    generator = step_generator(seed + 1, epoch)
+    if len(num_rows) <= num_shuffled:
+        everything = tuple(range(len(num_rows)))
+        return torch.randperm(sum(num_rows), generator=generator), (everything,)
+    order = torch.randperm(len(num_rows), generator=generator)
+    starts = torch.tensor([0, *num_rows]).cumsum(0).tolist()
+    parts, groups = [], []
+    for group in order.split(num_shuffled):
+        shards = tuple(group.tolist())
+        rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in shards])
+        parts.append(rows[torch.randperm(len(rows), generator=generator)])
+        groups.append(shards)
+    return torch.cat(parts), tuple(groups)
+
+
+def shuffled(
+    positions: Tensor, num_rows: tuple[int, ...], *, num_shuffled: int, seed: int
+) -> Tensor:
+    """Row numbers at ``positions`` of an endless sequence of epochs, see :func:`epoch_order`."""
+    total = sum(num_rows)
+    result = torch.empty_like(positions)
+    for epoch in (positions // total).unique().tolist():
+        order, _ = epoch_order(num_rows, num_shuffled=num_shuffled, seed=seed, epoch=epoch)
+        here = positions // total == epoch
+        result[here] = order[positions[here] % total]
+    return result
+
+
+class ShardReader:
+    """Rows of many shards; what :meth:`batch` will ask for next is read in the background.
+
+    Each shard's checksum is verified whenever it is read.
+
+    Attributes:
+        num_rows: of all shards together.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], fetch: Fetch, *, num_shuffled: int = SHARDS_SHUFFLED
+    ) -> None:
+        self.shards = list(shards)
+        self.fetch = fetch
+        self.num_shuffled = num_shuffled
+        self.num_rows_each = tuple(shard.num_rows for shard in self.shards)
+        self.num_rows = sum(self.num_rows_each)
+        self.starts = torch.tensor([0, *self.num_rows_each]).cumsum(0)
+        self.reading: dict[int, Future[dict[str, Tensor]]] = {}
+        self.pool = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="shards")
+
+    def batch(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+        """Row numbers of step ``step``'s global batch, ``(batch_size,)``: every row once an epoch.
+
+        The shards of its group and of the next are read ahead, and all others forgotten.
+        """
+        start = step * batch_size
+        self._read_ahead(seed, *divmod(start, self.num_rows))
+        return shuffled(
+            torch.arange(start, start + batch_size),
+            self.num_rows_each,
+            num_shuffled=self.num_shuffled,
+            seed=seed,
+        )
+
+    def rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """Rows ``indices`` of the shards' concatenation, waiting for shards not yet read."""
+        shard_B = self._shard_of(indices)
+        result: dict[str, Tensor] = {}
+        for number in shard_B.unique().tolist():
+            here = shard_B == number
+            local = indices[here] - self.starts[number]
+            for key, value in self._shard(number).items():
+                if key not in result:
+                    result[key] = torch.empty((len(indices), *value.shape[1:]), dtype=value.dtype)
+                result[key][here] = value[local]
+        return result
+
+    def name_row(self, index: int) -> str:
+        """Where a row lies, for messages."""
+        number = int(self._shard_of(torch.tensor([index])))
+        return f"row {index - int(self.starts[number])} of shard {self.shards[number].name}"
+
+    def _shard_of(self, indices: Tensor) -> Tensor:
+        return torch.searchsorted(self.starts, indices, right=True) - 1
+
+    def _read_ahead(self, seed: int, epoch: int, position: int) -> None:
+        """Want the group of shards at ``position`` of an epoch and the one after it."""
+        options = {"num_shuffled": self.num_shuffled, "seed": seed}
+        _, groups = epoch_order(self.num_rows_each, epoch=epoch, **options)
+        ends = list(accumulate(sum(self.num_rows_each[n] for n in group) for group in groups))
+        now = bisect_right(ends, position)
+        if now + 1 < len(groups):
+            following = groups[now + 1]
+        else:
+            following = epoch_order(self.num_rows_each, epoch=epoch + 1, **options)[1][0]
+        wanted = dict.fromkeys([*groups[now], *following])
+        for gone in self.reading.keys() - wanted.keys():
+            self.reading.pop(gone).cancel()
+        for number in wanted:
+            self._start(number)
+
+    def _start(self, number: int) -> Future[dict[str, Tensor]]:
+        if number not in self.reading:
+            self.reading[number] = self.pool.submit(read_shard, self.shards[number], self.fetch)
+        return self.reading[number]
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        return self._start(number).result()

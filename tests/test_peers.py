@@ -1,0 +1,90 @@
+"""The other methods that the guide is compared with."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline as Pipe
+from torch import nn
+
+from benchmarks import quality
+from benchmarks.peers import PEERS
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import PlainDenoiser
+from pnp_core.distill import DistillConfig, distillation_objective
+from pnp_core.guide import GuideConfig
+from pnp_core.schedule import NoiseSchedule
+from pnp_core.train import TrainConfig, train
+
+
+def inputs(unet: nn.Module) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    size, width = unet.config.sample_size, unet.config.cross_attention_dim
+    z = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
+    c, n = torch.randn(2, 2, 7, width, generator=generator)
+    return z, torch.tensor([900, 100]), c, torch.tensor([2.0, 7.0]), n
+
+
+@pytest.mark.parametrize("name", PEERS)
+@torch.no_grad()
+def test_an_untrained_peer_is_the_model_it_sits_in(name: str, pipe: Pipe) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    tuned = copy.deepcopy(pipe.unet)
+    for parameter in tuned.parameters():
+        parameter.mul_(1.1)
+    peer = PEERS[name](pipe.unet)
+    for unet in (pipe.unet, tuned):
+        plain = PlainDenoiser(unet, schedule)(*inputs(unet))
+        torch.testing.assert_close(peer.denoiser(unet, schedule)(*inputs(unet)), plain)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_training_a_peer_explains_guidance_and_leaves_the_base_alone(
+    name: str, pipe: Pipe, cache: TeacherCache
+) -> None:
+    before = copy.deepcopy(pipe.unet.state_dict())
+    peer = PEERS[name](pipe.unet)
+    rate = {"meng": 1e-3}.get(name, 1e-2)
+    training = DistillConfig(
+        train=TrainConfig(
+            num_images=192, batch_size=16, learning_rate=rate, precision="fp32",
+            report_every_images=16,
+        ),
+        guide=GuideConfig(),
+    )  # fmt: skip
+    student: Any = peer.denoiser(pipe.unet, cache.schedule)
+    losses: list[float] = []
+    train(
+        distillation_objective(student, cache, training, torch.device("cpu")),
+        peer,
+        training.train,
+        run_hash="r",
+        report=lambda done, metrics: losses.append(metrics["loss"]),
+    )
+    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    for key, value in pipe.unet.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def results(**fvu: float) -> dict[str, Any]:
+    def row(method: str) -> dict[str, Any]:
+        steps = {
+            str(n): {"fid": 10 * fvu.get(method, 1.0) + 1, "cfg_psnr": 20.0} for n in (50, 16, 8, 4)
+        }
+        return {"guidance_fvu": fvu.get(method, 1.0), **steps}
+
+    models = {m: {method: row(method) for method in quality.LABELS} for m in ("base", "a", "b")}
+    setting = {"judge": "j", "guidance_scale": 4.0, "num_images": 8, "images_seen": 10}
+    return {"setting": setting, "models": models, "costs": {}}
+
+
+def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
+    ahead = results(guided=0.3, agd=0.4, dice=0.5, meng=0.2, cfg=0.1)
+    found = quality.summary(ahead)
+    assert found["beats_all_peers"] and found["fvu_base"] == 0.3
+    assert found["fid_ratio_worst"] == pytest.approx(4 / 2)
+    assert found["fid_behind_whole_unet"] == pytest.approx(4 / 3 - 1)
+    ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
+    assert not quality.summary(ahead)["beats_all_peers"]
+    assert "| this guide |" in quality.as_markdown(ahead)
