@@ -66,6 +66,20 @@ def test_converting_to_eps_and_back_changes_nothing(prediction_type: str) -> Non
     torch.testing.assert_close(schedule.from_eps(eps, z, t), output)
 
 
+def test_eps_v_and_x_are_those_of_diffusers() -> None:
+    x, eps, t = latents(0).float(), latents(1).float(), torch.tensor([1, 500, 999])
+    z = scheduler().add_noise(x, eps, t)
+    expected = {
+        "epsilon": eps,
+        "v_prediction": scheduler().get_velocity(x, eps, t),
+        "sample": x,
+    }
+    for prediction_type, prediction in expected.items():
+        schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type=prediction_type))
+        torch.testing.assert_close(schedule.from_eps(eps, z, t), prediction, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(schedule.to_eps(prediction, z, t), eps, atol=1e-3, rtol=1e-3)
+
+
 def test_noise_added_by_the_schedule_equals_that_of_diffusers() -> None:
     schedule = NoiseSchedule.from_scheduler(scheduler())
     x, eps, t = latents(0).float(), latents(1).float(), torch.tensor([0, 400, 999])
