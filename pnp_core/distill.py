@@ -124,6 +124,10 @@ def distill(
         eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
         return distillation_loss(eps, target, w_B) / power
 
+    def name_row(step: int, row: int) -> str:
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=step)
+        return cache.pair_shards.name_row(int(indices[row]))
+
     return train(
         loss_fn,
         guide,
@@ -131,4 +135,5 @@ def distill(
         run_hash=config_hash(config, cache.content_hash),
         checkpoint=checkpoint,
         report=report,
+        name_row=name_row,
     )
