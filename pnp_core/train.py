@@ -147,8 +147,10 @@ def train(
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
     step = 0
     with torch.no_grad(), autocast():
-        rows_before = [loss_fn(k, slice(0, config.batch_size)) for k in range(STEPS_BEFORE)]
-    loss_before = float(torch.cat(rows_before).float().mean())
+        before = torch.stack([loss_fn(k, part).float().sum() for k in range(STEPS_BEFORE)]).sum()
+    if world > 1:
+        dist.all_reduce(before)
+    loss_before = float(before) / (STEPS_BEFORE * config.batch_size)
 
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
