@@ -8,7 +8,6 @@ from components.cli import main
 from components.cluster import Report
 from components.params import Params, teacher_guider
 from components.paths import DISTILLED
-from components.storage import atomic_folder
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
 
 
@@ -21,6 +20,7 @@ def train_guide(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
     from components.device import load_base
     from pnp_core.distill import DistillConfig, distill
+    from pnp_core.files import write_directory
     from pnp_core.guide import GuideConfig
     from pnp_core.train import rank_and_world
 
@@ -39,8 +39,7 @@ def train_guide(params: Params, report: Report) -> None:
         report=report,
     )
     if rank_and_world()[0] == 0:
-        with atomic_folder(DISTILLED) as folder:
-            guide.save_pretrained(folder)
+        write_directory(DISTILLED, guide.save_pretrained)
 
 
 if __name__ == "__main__":

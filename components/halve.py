@@ -8,7 +8,6 @@ from components.cli import main
 from components.cluster import Report
 from components.params import Params
 from components.paths import BUNDLE, DISTILLED
-from components.storage import atomic_folder
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
 
 
@@ -46,8 +45,7 @@ def train_rounds(params: Params, report: Report) -> None:
         report=report,
     )
     if rank_and_world()[0] == 0:
-        with atomic_folder(BUNDLE) as folder:
-            GuideBundle(guides).save(folder)
+        GuideBundle(guides).save(BUNDLE)
 
 
 if __name__ == "__main__":

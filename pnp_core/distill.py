@@ -133,6 +133,13 @@ def distill(
         guidance_scale_range=list(config.guidance_scale),
     )
     student = GuidedDenoiser(unet, guide, cache.schedule)
+
+    def name_row(step: int, row: int) -> str:
+        indices = cache.pair_indices(
+            batch_size=config.train.batch_size, seed=config.train.seed, step=step
+        )
+        return cache.pair_shards.name_row(int(indices[row]))
+
     return train(
         distillation_objective(student, cache, config, device),
         guide,
@@ -140,4 +147,5 @@ def distill(
         run_hash=config_hash(config, cache.content_hash),
         checkpoint=checkpoint,
         report=report,
+        name_row=name_row,
     )

@@ -3,9 +3,13 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -15,33 +19,61 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in one atomic step."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that takes ``path``'s place if the block ends well.
+
+    Raises:
+        OSError: writing failed, whichever library wrote; ``path`` is named and is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"Could not write {path}: {error} ({free / 1e6:,.0f} MB are free there). What was "
+            "there before is untouched."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in one atomic step."""
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in one atomic step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
+
+
+def write_state(path: Path, state: Any) -> None:
+    """Write what ``torch.load`` reads in one atomic step."""
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     """Let ``fill`` write a folder, then put it in place of ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    fill(partial)
-    if path.exists():
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        os.replace(path, old)
+    partial.mkdir(parents=True)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        fill(partial)
+        if path.exists():
+            os.replace(path, old)
         os.replace(partial, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"Could not write {path}: {error}. What was there before is untouched."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

@@ -176,6 +176,10 @@ def halve(
             eps = student(z_t, t_B, latents.text, w_B, latents.negative_text, latents.added)
             return truncated_snr_loss(schedule, eps, target, z_t, t_B)
 
+        def name_row(step: int, row: int, seed: int = seed) -> str:
+            indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
+            return cache.moment_shards.name_row(int(indices[row]))
+
         def report_round(
             num_images: int,
             metrics: Any,
@@ -193,6 +197,7 @@ def halve(
             run_hash=run_hash,
             checkpoint=directory / "checkpoint.pt",
             report=report_round,
+            name_row=name_row,
         )
         if rank_and_world()[0] == 0:
             write_directory(finished, guides[num_steps].save_pretrained)

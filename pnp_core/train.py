@@ -9,16 +9,18 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pnp_core.files import write_state
 
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
@@ -27,6 +29,10 @@ Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
 PRECISIONS = ("bf16", "fp32")
+# From a quarter of the run on, training stops when its loss is this many times that of the guide
+# it began with.
+DIVERGED = 5.0
+STEPS_BEFORE = 4  # over which that loss is taken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +107,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def atomic_save(state: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
 def train(
     loss_fn: Callable[[int, slice], Tensor],
     guide: Trained,
@@ -116,6 +115,7 @@ def train(
     run_hash: str,
     checkpoint: Path | None = None,
     report: Report = lambda num_images, metrics: None,
+    name_row: Callable[[int, int], str] = lambda step, row: f"row {row} of its batch",
 ) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
@@ -124,9 +124,11 @@ def train(
             batch, shape ``(rows,)``.
         run_hash: identity of the run; a checkpoint with another one is ignored.
         checkpoint: file to resume from and to save to (worker 0 writes, atomically).
+        name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
 
     Raises:
-        ValueError: the loss is no longer finite; the message names step and rows.
+        ValueError: the loss is no longer finite, or far above what it was; the message names step
+            and samples.
     """
     rank, world = rank_and_world()
     if config.batch_size % world:
@@ -137,10 +139,16 @@ def train(
     part = slice(rank * rows, (rank + 1) * rows)
     parameters = [p for p in guide.parameters() if p.requires_grad]
     device = parameters[0].device
+    autocast = partial(
+        torch.autocast, device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
+    )
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     ema = [p.detach().clone() for p in parameters]
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
     step = 0
+    with torch.no_grad(), autocast():
+        rows_before = [loss_fn(k, slice(0, config.batch_size)) for k in range(STEPS_BEFORE)]
+    loss_before = float(torch.cat(rows_before).float().mean())
 
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
@@ -156,7 +164,8 @@ def train(
 
     def save() -> None:
         if checkpoint is not None and rank == 0:
-            atomic_save(
+            write_state(
+                checkpoint,
                 {
                     "run_hash": run_hash,
                     "step": step,
@@ -164,7 +173,6 @@ def train(
                     "ema": ema,
                     "optimizer": optimizer.state_dict(),
                 },
-                checkpoint,
             )
 
     guide.train()
@@ -175,7 +183,7 @@ def train(
         num_images = step * config.batch_size
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(config, num_images)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast():
             loss_rows = loss_fn(step, part)
         loss = loss_rows.float().sum() / config.batch_size
         optimizer.zero_grad(set_to_none=True)
@@ -191,11 +199,14 @@ def train(
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         if not (total.isfinite() and grad_norm.isfinite()):
             bad = (~loss_rows.isfinite()).nonzero().flatten().tolist()
+            named = [name_row(step, part.start + row) for row in bad[:3]]
+            where = f" It is not finite at {', '.join(named)}" if bad else ""
+            more = f" and {len(bad) - 3} more." if len(bad) > 3 else "." if bad else ""
             raise ValueError(
                 f"Training stopped at step {step} ({num_images} images): the loss is "
-                f"{float(total)}, the gradient norm {float(grad_norm)}; rows {bad} of this "
-                "worker's batch are not finite. Lower learning_rate; if rows are named, look at "
-                "those samples. The last checkpoint is untouched."
+                f"{float(total)}, the gradient norm {float(grad_norm)}.{where}{more} Lower "
+                "learning_rate; if a few samples are named, look at those. The last checkpoint is "
+                "untouched."
             )
         optimizer.step()
         with torch.no_grad():
@@ -217,6 +228,13 @@ def train(
                     "images_per_second": rate,
                 },
             )
+            is_young = 4 * done < config.num_images
+            if not is_young and 0 < DIVERGED * loss_before < sum(losses) / len(losses):
+                raise ValueError(
+                    f"Training stopped at step {step} ({done} images): the loss is "
+                    f"{sum(losses) / len(losses):.3g}, and was {loss_before:.3g} before training. "
+                    "It diverges: lower learning_rate."
+                )
             losses, since, since_step = [], now, step
         if crossed(done, config.batch_size, config.checkpoint_every_images):
             save()

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from benchmarks import cache_cost, train_cost
+from benchmarks import cache_cost, plan, train_cost
 from benchmarks.cost import ARCHITECTURES
 from components.environment import quiet
 from components.params import load_params
@@ -104,3 +104,21 @@ def test_a_pair_is_three_latents_in_half_precision_and_three_numbers() -> None:
     assert cache_cost.architecture_bytes("sd15").pair == 3 * 64 * 64 * 4 * 2 + 3 * 8
     assert cache_cost.architecture_bytes("sdxl").pair == 3 * 128 * 128 * 4 * 2 + 3 * 8
     assert cache_cost.architecture_bytes("sdxl").prompt == 77 * 2048 * 2
+
+
+@pytest.mark.parametrize("name", plan.NAMES)
+def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> None:
+    params = load_params(plan.PRESETS / f"{name}.yaml")
+    one = plan.plan(name, params, gpus=1, tflops=100)
+    eight = plan.plan(name, params, gpus=8, tflops=50)
+    assert one["hours"] == pytest.approx(4 * eight["hours"])
+    pairs = params.cache.num_forward + params.cache.num_trajectory
+    assert one["cache_gb"] == pytest.approx(pairs * cache_cost.architecture_bytes(name).pair / 1e9)
+    assert one["params_ratio"] <= params.distill.guide.max_parameters_ratio
+
+
+def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(UNet2DConditionModel.load_config(BASE / "unet"))
+    monkeypatch.setattr(plan, "unet_config", lambda name: small)
+    found = plan.dry_run("sd15", load_params(plan.PRESETS / "sd15.yaml"))
+    assert found["peak_memory_gb"] > 0

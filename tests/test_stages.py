@@ -1,10 +1,13 @@
 """Each stage in this process at toy size: what it writes, what it refuses, how it resumes."""
 
+import errno
 import json
 import re
+import resource
 import shutil
+import socket
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from components import cache, distill, evaluate, halve, prepare, promote, register, tracking
 from components.cli import main
@@ -23,7 +27,15 @@ from components.judging import INCEPTION, Judge, fid, kid
 from components.params import Params, load_params
 from components.progress import Progress, clock
 from components.promote import objections
-from components.storage import Mirror, atomic_file, atomic_folder, read_json, write_json
+from components.storage import (
+    Mirror,
+    atomic_file,
+    atomic_folder,
+    read_json,
+    write_bytes,
+    write_json,
+)
+from pnp_core import files
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -135,6 +147,7 @@ def test_cache_builds_only_what_is_missing(world: Path) -> None:
     content = lost.read_bytes()
     lost.unlink()
     Path("data/cache/pairs-00099.safetensors").touch()  # of an earlier, larger cache
+    Path("data/cache/.pairs-00001.safetensors.123").write_bytes(b"half")  # of a killed run
     cache.run(params)
     after = {path: path.stat().st_mtime_ns for path in Path("data/cache").iterdir()}
     assert {path for path in after if after[path] != shards.get(path)} == {
@@ -494,6 +507,131 @@ def test_a_broken_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == 1
     names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
     assert names == ["a.json", "folder", "folder/old"]
+
+
+@pytest.mark.parametrize("kind", ["tensors", "state", "text", "directory"])
+def test_a_write_that_fails_half_way_leaves_what_was_there_and_nothing_else(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "result"
+    content = {"x": torch.zeros(250_000)}
+    writes: dict[str, Callable[[], None]] = {
+        "tensors": lambda: files.write_tensors(path, content, {}),
+        "state": lambda: files.write_state(path, content),
+        "text": lambda: files.write_text(path, "x" * 1_000_000),
+        "directory": lambda: files.write_directory(
+            path, lambda folder: save_file(content, folder / "weights.safetensors")
+        ),
+    }
+    if kind == "directory":
+        path.mkdir()
+        (path / "old").touch()
+    else:
+        path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))  # the kernel refuses, as when full
+    try:
+        with pytest.raises(OSError, match=r"Could not write .*/result: .*is untouched"):
+            writes[kind]()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in tmp_path.iterdir()] == ["result"]
+    assert (path / "old").exists() if kind == "directory" else path.read_text() == "old"
+    writes[kind]()
+    assert not path.is_file() or path.read_bytes() != b"old"
+
+
+def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_with()
+    prepare.run(params)
+    save, written = files.save_file, []
+
+    def fills_up(tensors: Any, path: Path, **options: Any) -> None:
+        if len(written) == 3:
+            Path(path).write_bytes(b"half a sha")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path, **options)
+        written.append(path)
+
+    monkeypatch.setattr(files, "save_file", fills_up)
+    with pytest.raises(SystemExit):
+        main(cache.run)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Could not write data/cache/pairs-00000.safetensors: [Errno 28] No space left" in line
+    assert len(list(Path("data/cache").iterdir())) == 3
+    monkeypatch.setattr(files, "save_file", save)
+    cache.run(params)
+    assert "; 3 shards are there" in capsys.readouterr().out
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that storage would have waited."""
+    waited: list[float] = []
+    monkeypatch.setattr("components.storage.time.sleep", waited.append)
+    return waited
+
+
+def test_storage_that_comes_back_within_a_minute_is_not_noticed(
+    s3: str, waits: list[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mirror = Mirror(s3)
+    write_json(tmp_path / "a.json", 1)
+    mirror.put(tmp_path / "a.json", tmp_path)
+    there = mirror._files
+
+    class Away:
+        def cat_file(self, name: str) -> bytes:
+            if sum(waits) < 60:
+                raise ConnectionRefusedError("nobody listens")
+            content: bytes = there.cat_file(name)
+            return content
+
+    monkeypatch.setattr(mirror, "_files", Away())
+    assert mirror.read("a.json") == (tmp_path / "a.json").read_bytes()
+    assert waits == sorted(waits) and len(waits) > 3
+
+
+def test_storage_that_stays_away_ends_in_a_message_that_names_it(
+    s3: str, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    monkeypatch.setattr("components.storage.WAITS", (7,))
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        with pytest.raises(OSError, match="could not read s3://bucket/x/a in 7 seconds: .*127.0.0"):
+            Mirror("s3://bucket", "x").read("a")
+    assert waits == [7]
+
+
+def test_storage_that_refuses_says_so_at_once(
+    s3: str, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> bytes:
+        raise PermissionError("Access Denied")
+
+    mirror = Mirror(s3)
+    monkeypatch.setattr(mirror, "_files", type("Refusing", (), {"cat_file": staticmethod(refuse)}))
+    with pytest.raises(PermissionError, match=f"may not read {s3}/a: Access Denied"):
+        mirror.read("a")
+    assert not waits
+
+
+def test_a_shard_altered_at_storage_is_named(world: Path, s3: str) -> None:
+    params = params_with(storage=s3)
+    prepare.run(params)
+    cache.run(params)
+    mirror = Mirror(read_json(Path("data/cache/index.json"))["storage"])
+    write_bytes(Path("pairs-00001.safetensors"), mirror.read("pairs-00001.safetensors")[:-1])
+    mirror.put(Path("pairs-00001.safetensors"), Path())
+    with pytest.raises(ValueError, match="shard pairs-00001 is not what was written"):
+        distill.run(params)
+    assert not Path("guides/distilled").exists()
 
 
 def test_mirror_in_a_folder(tmp_path: Path) -> None:

@@ -4,16 +4,19 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 from diffusers import StableDiffusionPipeline
 
+from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
+from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig, train
 from tests.conftest import roused
@@ -28,7 +31,9 @@ TRAIN = TrainConfig(
     checkpoint_every_images=16,
 )
 DISTILL = DistillConfig(train=TRAIN, guide=GuideConfig(max_parameters_ratio=0.2))
-HALVE = HalveConfig(train=TRAIN, start_steps=8, end_steps=2)
+# A round starts from a good guide, which a learning rate of distillation's size would spoil.
+HALVE_TRAIN = dataclasses.replace(TRAIN, learning_rate=3e-4)
+HALVE = HalveConfig(train=HALVE_TRAIN, start_steps=8, end_steps=2)
 
 
 class Stop(Exception):
@@ -88,38 +93,49 @@ def test_a_checkpoint_of_another_configuration_is_ignored(
     assert fresh.weights_digest() == beside.weights_digest()
 
 
-def distill_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
+def train_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous-{world}", rank=rank, world_size=world
     )
     pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
     guide = distill(pipe.unet, TeacherCache.open(cache), DISTILL)
+    guides = halve(
+        pipe.unet,
+        pipe.scheduler,
+        roused(Guide.from_unet(pipe.unet, DISTILL.guide), scale=0.05),
+        TeacherCache.open(cache),
+        dataclasses.replace(HALVE, end_steps=4),
+        directory=folder / f"halving-{world}",
+    )
     if rank == 0:
         guide.save_pretrained(folder / f"guide-{world}")
+        guides[4].save_pretrained(folder / f"halved-{world}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_train_the_guide_that_one_does(
+def test_two_workers_train_the_guides_that_one_does(
     pipe: StableDiffusionPipeline, toy_folder: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
     for world in (1, 2):
         arguments = (world, tmp_path, toy_folder, cache_folder)
-        mp.spawn(distill_on_worker, args=arguments, nprocs=world)
+        mp.spawn(train_on_worker, args=arguments, nprocs=world)
     cache = TeacherCache.open(cache_folder)
     pairs = cache.pairs(torch.arange(32), torch.device("cpu"))
     w = torch.full((32,), 6.0)
     fresh = Guide.from_unet(pipe.unet, DISTILL.guide)
-    added = []
+    inputs = (pairs.z_t, pairs.timestep, pairs.text, w, pairs.negative_text)
     with torch.no_grad():
-        inputs = (pairs.z_t, pairs.timestep, pairs.text, w, pairs.negative_text)
         plain = GuidedDenoiser(pipe.unet, fresh, cache.schedule)(*inputs)
-        for world in (1, 2):
-            guide = Guide.from_pretrained(tmp_path / f"guide-{world}")
-            added.append(GuidedDenoiser(pipe.unet, guide, cache.schedule)(*inputs) - plain)
-    one, two = added
-    # Adam makes a step of full size even where a gradient is rounding noise, so weights may differ.
-    assert (one - two).norm() < 1e-3 * one.norm()
+        for kind in ("guide", "halved"):
+            one, two = (
+                GuidedDenoiser(pipe.unet, guide, cache.schedule)(*inputs) - plain
+                for guide in (Guide.from_pretrained(tmp_path / f"{kind}-{n}") for n in (1, 2))
+            )
+            # Adam makes a step of full size even where a gradient is rounding noise, so weights
+            # may differ.
+            assert (one - two).norm() < 1e-3 * one.norm(), kind
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
@@ -132,9 +148,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
         return loss * (torch.tensor([float("nan")] + [1.0] * 15) if step == 3 else 1)
 
     checkpoint = tmp_path / "checkpoint.pt"
-    with pytest.raises(ValueError, match=r"stopped at step 3 \(48 images\).*rows \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"stopped at step 3 \(48 images\).*not finite at row 0 of its batch\."
+    ):
         train(loss_fn, guide, TRAIN, run_hash="x", checkpoint=checkpoint)
     assert torch.load(checkpoint, weights_only=True)["step"] == 3
+
+
+def test_a_sample_that_is_not_finite_is_named_by_its_shard(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    shard = cache.pair_shards._shard(2)
+    shard["eps_c"][5] = torch.inf
+    with pytest.raises(ValueError, match=r"not finite at row 5 of shard pairs-00002\. Lower"):
+        distill(pipe.unet, cache, DISTILL)
+
+
+@pytest.mark.parametrize("learning_rate", [0.3, 1e3])
+def test_a_learning_rate_that_diverges_gives_no_guide(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, learning_rate: float
+) -> None:
+    train = dataclasses.replace(TRAIN, learning_rate=learning_rate)
+    with pytest.raises(ValueError, match=r"Training stopped at step \d.*[Ll]ower learning_rate"):
+        distill(pipe.unet, cache, dataclasses.replace(DISTILL, train=train))
 
 
 def test_halving_rounds_halve() -> None:
@@ -211,7 +247,7 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
         Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05
     )
     config = dataclasses.replace(
-        HALVE, end_steps=4, train=dataclasses.replace(TRAIN, num_images=1600)
+        HALVE, end_steps=4, train=dataclasses.replace(HALVE_TRAIN, num_images=1600)
     )
     losses: list[float] = []
     halve(
@@ -251,3 +287,28 @@ def test_values_out_of_range_are_refused_by_name() -> None:
         dataclasses.replace(TRAIN, precision="fp8")
     with pytest.raises(ValueError, match="needs 1 <= low < high"):
         dataclasses.replace(DISTILL, guidance_scale=(5.0, 2.0))
+
+
+def test_halving_goes_down_to_four_steps_and_plug_takes_the_guide_of_the_call(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05)
+    one_step = dataclasses.replace(HALVE_TRAIN, num_images=16)
+    config = dataclasses.replace(HALVE, train=one_step, start_steps=64, end_steps=4)
+    guides = halve(pipe.unet, pipe.scheduler, first, cache, config, directory=tmp_path / "run")
+    assert list(guides) == [64, 32, 16, 8, 4]
+    GuideBundle(guides).save(tmp_path / "bundle")
+
+    def sample(plugged: Guide | GuideBundle, num_steps: int) -> np.ndarray:
+        plug(pipe, plugged)
+        generator = torch.Generator().manual_seed(0)
+        call = {"guidance_scale": 4.0, "num_inference_steps": num_steps, "generator": generator}
+        images = pipe("a cat", output_type="np", **call).images
+        unplug(pipe)
+        return np.asarray(images)
+
+    for num_steps in (16, 8, 4):
+        expected = sample(guides[num_steps], num_steps)
+        made = sample(GuideBundle.load(tmp_path / "bundle"), num_steps)
+        assert np.array_equal(made, expected)
+        assert not np.array_equal(made, sample(first, num_steps))
