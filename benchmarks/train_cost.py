@@ -78,7 +78,7 @@ def flops_ratio(
         texts = [torch.randn(1, length, unet.config.cross_attention_dim) for _ in range(2)]
         timestep, w_B = torch.full((1,), 500), torch.full((1,), 4.0)
     z_t, eps_c, eps_n = latents
-    pairs = Pairs(z_t, timestep, eps_c, eps_n, *texts)
+    pairs = Pairs(z_t, timestep, eps_c, eps_n, texts[0], texts[1], added=None)
     student, teacher = GuidedDenoiser(unet, guide, schedule), CFGDenoiser(unet, schedule)
     ours = count_flops(lambda: cached_losses(student, pairs, w_B).sum().backward())
     naive = count_flops(lambda: naive_losses(teacher, student, pairs, w_B).sum().backward())

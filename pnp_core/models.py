@@ -110,8 +110,11 @@ def load_pipeline(
             raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
         pipe = load_single_file(Path(path), dtype=dtype)
     else:
+        index = Path(path) / "model_index.json"
+        is_xl_folder = index.exists() and "text_encoder_2" in json.loads(index.read_text())
+        options = {} if is_xl_folder else {"safety_checker": None}  # SDXL never has one
         pipe = AutoPipelineForText2Image.from_pretrained(
-            path, use_safetensors=True, torch_dtype=dtype, safety_checker=None
+            path, use_safetensors=True, torch_dtype=dtype, **options
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -1,6 +1,7 @@
 """A base in the SDXL architecture, from its cache to the plug: pooled text and sizes go along."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from components import cache as cache_stage
+from components import distill as distill_stage
+from components import evaluate, prepare
+from components import halve as halve_stage
+from components.environment import quiet
+from components.params import load_params
+from components.storage import read_json
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
@@ -18,7 +26,10 @@ from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig
-from tests.conftest import CACHE_CONFIG, roused
+from tests.conftest import CACHE_CONFIG, changed, roused
+
+pytest_plugins = ["tests.toy"]
+quiet()
 
 TRAIN = TrainConfig(
     num_images=1600,
@@ -182,3 +193,18 @@ def test_an_sdxl_folder_loads_as_a_base(xl_pipe: StableDiffusionXLPipeline, tmp_
     assert isinstance(loaded, StableDiffusionXLPipeline)
     weights = xl_pipe.unet.state_dict()
     assert all(torch.equal(v, weights[k]) for k, v in loaded.unet.state_dict().items())
+
+
+def test_the_stages_train_and_evaluate_a_guide_of_an_sdxl_base(
+    xl_pipe: StableDiffusionXLPipeline, world: Path
+) -> None:
+    for name in ("base", "tuned"):
+        shutil.rmtree(world / "models" / name)
+    xl_pipe.save_pretrained(world / "models/base")
+    changed(xl_pipe.unet).save_pretrained(world / "models/tuned/unet")
+    params = load_params(world / "params.yaml")
+    for stage in (prepare, cache_stage, distill_stage, halve_stage):
+        stage.run(params)
+    evaluate.run(params, "tuned")
+    metrics = read_json(world / "results/evaluate/tuned/metrics.json")
+    assert 0 < metrics["guidance_fvu"] < 1
