@@ -137,7 +137,7 @@ def train(
         )
     rows = config.batch_size // world
     part = slice(rank * rows, (rank + 1) * rows)
-    parameters = [p for p in guide.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
     device = parameters[0].device
     autocast = partial(
         torch.autocast, device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"

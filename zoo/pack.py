@@ -123,12 +123,12 @@ class Source:
             object.__setattr__(self, "package", f"@iconify-json/{self.style}")
 
 
-_FLUENT = {
+_FLUENT: dict[str, Any] = {
     "author": "Microsoft Corporation",
     "license": "MIT",
     "url": "https://github.com/microsoft/fluentui-emoji",
 }
-_NOTO = {
+_NOTO: dict[str, Any] = {
     "author": "Google Inc.",
     "license": "Apache-2.0",
     "url": "https://github.com/googlefonts/noto-emoji",

@@ -24,11 +24,10 @@ class TextSharpener(nn.Module):
         width = unet.config.cross_attention_dim
         # The paper's is a two-layer network of 2 M parameters at D = 768: hidden width 4/3 D.
         hidden = 4 * width // 3
-        self.layers = nn.Sequential(
-            nn.Linear(2 * width + EMBEDDING, hidden), nn.SiLU(), nn.Linear(hidden, width)
-        )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        out = nn.Linear(hidden, width)
+        nn.init.zeros_(out.weight)
+        nn.init.zeros_(out.bias)
+        self.layers = nn.Sequential(nn.Linear(2 * width + EMBEDDING, hidden), nn.SiLU(), out)
 
     def forward(self, c_BLD: Tensor, n_BLD: Tensor, w_B: Tensor) -> Tensor:
         w_BLE = sinusoidal(w_B, 30)[:, None].expand(-1, c_BLD.shape[1], -1)
