@@ -148,4 +148,5 @@ def distill(
         checkpoint=checkpoint,
         report=report,
         name_row=name_row,
+        diverged=5,
     )

@@ -198,6 +198,7 @@ def halve(
             checkpoint=directory / "checkpoint.pt",
             report=report_round,
             name_row=name_row,
+            diverged=100,  # a round starts close to its target
         )
         if rank_and_world()[0] == 0:
             write_directory(finished, guides[num_steps].save_pretrained)

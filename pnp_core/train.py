@@ -29,10 +29,7 @@ Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
 PRECISIONS = ("bf16", "fp32")
-# From a quarter of the run on, training stops when its loss is this many times that of the guide
-# it began with.
-DIVERGED = 5.0
-STEPS_BEFORE = 4  # over which that loss is taken
+STEPS_BEFORE = 4  # over which the loss is taken before training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +113,7 @@ def train(
     checkpoint: Path | None = None,
     report: Report = lambda num_images, metrics: None,
     name_row: Callable[[int, int], str] = lambda step, row: f"row {row} of its batch",
+    diverged: float = math.inf,
 ) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
@@ -125,6 +123,8 @@ def train(
         run_hash: identity of the run; a checkpoint with another one is ignored.
         checkpoint: file to resume from and to save to (worker 0 writes, atomically).
         name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
+        diverged: from a quarter of the run on, stop when the loss is this many times that of the
+            guide before training.
 
     Raises:
         ValueError: the loss is no longer finite, or far above what it was; the message names step
@@ -231,7 +231,7 @@ def train(
                 },
             )
             is_young = 4 * done < config.num_images
-            if not is_young and 0 < DIVERGED * loss_before < sum(losses) / len(losses):
+            if not is_young and 0 < diverged * loss_before < sum(losses) / len(losses):
                 raise ValueError(
                     f"Training stopped at step {step} ({done} images): the loss is "
                     f"{sum(losses) / len(losses):.3g}, and was {loss_before:.3g} before training. "

