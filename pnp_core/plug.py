@@ -40,6 +40,7 @@ class GuideHook:
         self.positive: Tensor | None = None  # text states from that
         self.negative: Tensor | None = None
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
+        self.has_time_ids = False  # since the prompts were encoded
         self.time_cond_proj_dim: int | None = unet.config.time_cond_proj_dim
         self.warned: set[str] = set()
         self.handles = [
@@ -141,10 +142,37 @@ class EncodePrompt:
         bound = inspect.signature(original).bind(self.pipe, *args, **kwargs)
         bound.arguments["do_classifier_free_guidance"] = True
         result = original(*bound.args, **bound.kwargs)
-        self.hook.pipe = self.pipe
+        self.hook.pipe, self.hook.has_time_ids = self.pipe, False
         self.hook.positive, self.hook.negative = result[0], result[1]
         self.hook.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
         return result
+
+
+class AddTimeIds:
+    """Stands in for a plugged SDXL pipeline's ``_get_add_time_ids``: says what has no effect.
+
+    Text-to-image pipelines call it again for a negative size that is given; image-to-image and
+    inpainting pass both sizes in one call.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, hook: GuideHook) -> None:
+        self.pipe = pipe
+        self.hook = hook
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original = type(self.pipe)._get_add_time_ids
+        given = inspect.signature(original).bind(self.pipe, *args, **kwargs).arguments
+        differs = any(
+            given.get(f"negative_{name}") not in (None, given.get(name))
+            for name in ("original_size", "crops_coords_top_left", "target_size")
+        )
+        if differs or self.hook.has_time_ids:
+            self.hook.warn_once(
+                "negative_original_size, negative_crops_coords_top_left and negative_target_size "
+                "have no effect with a guide: it knows the negative prompt by its text alone."
+            )
+        self.hook.has_time_ids = True
+        return original(self.pipe, *args, **kwargs)
 
 
 class SaveConfig:
@@ -214,6 +242,8 @@ def plug(
         unet.save_config = SaveConfig(unet, hook)
     hook.strength = strength
     pipe.encode_prompt = EncodePrompt(pipe, hook)
+    if hasattr(pipe, "_get_add_time_ids"):
+        pipe._get_add_time_ids = AddTimeIds(pipe, hook)
     return pipe
 
 
@@ -231,7 +261,8 @@ def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
         pipe.unet.register_to_config(time_cond_proj_dim=hook.time_cond_proj_dim)
         delattr(pipe.unet, HOOK)
         del pipe.unet.save_config
-    vars(pipe).pop("encode_prompt", None)
+    for name in ("encode_prompt", "_get_add_time_ids"):
+        vars(pipe).pop(name, None)
     return pipe
 
 

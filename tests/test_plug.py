@@ -26,6 +26,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
@@ -440,6 +441,31 @@ def test_a_pipeline_without_a_unet_is_refused(pipe: StableDiffusionPipeline, tin
 
     with pytest.raises(ValueError, match="has no UNet"):
         plug(Other(), tiny)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLPipeline, StableDiffusionXLImg2ImgPipeline])
+def test_sdxl_negative_sizes_are_said_to_have_no_effect(
+    kind: type[StableDiffusionXLPipeline],
+    xl_pipe: StableDiffusionXLPipeline,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    xl = kind.from_pipe(xl_pipe)
+    xl.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {
+        "num_inference_steps": 2,
+        "guidance_scale": 4.0,
+        "output_type": "latent",
+    }
+    if kind is StableDiffusionXLImg2ImgPipeline:
+        call["image"] = Image.new("RGB", (32, 32))
+    plug(xl, Guide.from_unet(xl.unet, GuideConfig(max_parameters_ratio=0.2)))
+    with caplog.at_level(logging.WARNING):
+        xl("a cat", **call)
+        assert "no effect" not in caplog.text
+        xl("a cat", negative_original_size=(8, 8), negative_target_size=(8, 8), **call)
+        assert "negative_original_size" in caplog.text and "no effect" in caplog.text
+    unplug(xl)
+    assert "_get_add_time_ids" not in vars(xl)
 
 
 def test_stable_diffusion_xl_pipelines_work_and_unplug_exactly(
