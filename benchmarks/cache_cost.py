@@ -23,7 +23,10 @@ def architecture_bytes(name: str) -> SampleBytes:
     """Bytes of a cache's rows for one architecture: 4 latent channels, 77 tokens."""
     config = unet_config(name)
     size = config["sample_size"]
-    return sample_bytes(latent=(4, size, size), text=(77, config["cross_attention_dim"]))
+    pooled = 1280 if config.get("addition_embed_type") == "text_time" else 0
+    return sample_bytes(
+        latent=(4, size, size), text=(77, config["cross_attention_dim"]), pooled=pooled
+    )
 
 
 def row(name: str, tflops: float) -> str:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from benchmarks.cache_cost import architecture_bytes
 from benchmarks.cost import peak_memory, unet_config
 from components.environment import quiet
 from components.params import Params, load_params
 from components.training import train_config
-from pnp_core.cache import Pairs, sample_bytes
+from pnp_core.cache import Pairs
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.distill import distillation_loss
 from pnp_core.guide import Guide, GuideConfig
@@ -83,11 +84,7 @@ def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, fl
     step = Step(name, params, "meta")
     forward = count_flops(step.forward)
     trained = count_flops(lambda: step.losses().sum().backward())
-    config = step.unet.config
-    size, cache = config.sample_size, params.cache
-    sizes = sample_bytes(
-        latent=(config.in_channels, size, size), text=(TOKENS, config.cross_attention_dim)
-    )
+    cache = params.cache
     num_trajectories = math.ceil(cache.num_trajectory / cache.trajectory_steps)
     num_pairs = cache.num_forward + num_trajectories * cache.trajectory_steps
     rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
@@ -105,7 +102,7 @@ def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, fl
     return {
         **hours,
         "hours": sum(hours.values()),
-        "cache_gb": num_pairs * sizes.pair / 1e9,
+        "cache_gb": num_pairs * architecture_bytes(name).pair / 1e9,
         "weights_and_optimizer_gb": (num_base + 5 * num_guide) * 4 / 1e9,
         "guide_parameters": num_guide,
         "params_ratio": num_guide / num_base,

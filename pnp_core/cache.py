@@ -34,6 +34,7 @@ from pnp_core.guiders import Guider, GuiderConfig
 from pnp_core.models import (
     AddedConditions,
     encode_prompts,
+    is_xl,
     time_ids_of,
 )
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
@@ -109,11 +110,15 @@ class SampleBytes:
     prompt: int  # text states
 
 
-def sample_bytes(*, latent: tuple[int, int, int], text: tuple[int, int]) -> SampleBytes:
-    """Bytes of a row, for latents ``(C, H, W)`` and text states ``(L, D)``."""
+def sample_bytes(
+    *, latent: tuple[int, int, int], text: tuple[int, int], pooled: int = 0
+) -> SampleBytes:
+    """Bytes of a row, for latents ``(C, H, W)``, text states ``(L, D)`` and SDXL's pooled text."""
     latent_bytes = 2 * math.prod(latent)
     return SampleBytes(
-        pair=3 * latent_bytes + 3 * 8, image=2 * latent_bytes + 8, prompt=2 * math.prod(text)
+        pair=3 * latent_bytes + 3 * 8,
+        image=2 * latent_bytes + 8,
+        prompt=2 * (math.prod(text) + pooled),
     )
 
 
@@ -166,6 +171,7 @@ def plan_cache(
     row = sample_bytes(
         latent=(pipe.unet.config.in_channels, size, size),
         text=(pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim),
+        pooled=pipe.text_encoder_2.config.projection_dim if is_xl(pipe) else 0,
     )
     num_steps = config.trajectory_steps
     num_trajectories = math.ceil(config.num_trajectory / num_steps)

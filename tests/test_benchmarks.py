@@ -103,15 +103,14 @@ def test_the_documented_cost_of_a_cache_is_what_the_command_prints(name: str) ->
 def test_a_pair_is_three_latents_in_half_precision_and_three_numbers() -> None:
     assert cache_cost.architecture_bytes("sd15").pair == 3 * 64 * 64 * 4 * 2 + 3 * 8
     assert cache_cost.architecture_bytes("sdxl").pair == 3 * 128 * 128 * 4 * 2 + 3 * 8
-    assert cache_cost.architecture_bytes("sdxl").prompt == 77 * 2048 * 2
+    assert cache_cost.architecture_bytes("sdxl").prompt == (77 * 2048 + 1280) * 2
 
 
 @pytest.mark.parametrize("name", plan.NAMES)
 def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> None:
     params = load_params(plan.PRESETS / f"{name}.yaml")
     one = plan.plan(name, params, gpus=1, tflops=100)
-    eight = plan.plan(name, params, gpus=8, tflops=50)
-    assert one["hours"] == pytest.approx(4 * eight["hours"])
+    assert one["hours"] == one["cache_hours"] + one["distill_hours"] + one["halve_hours"]
     pairs = params.cache.num_forward + params.cache.num_trajectory
     assert one["cache_gb"] == pytest.approx(pairs * cache_cost.architecture_bytes(name).pair / 1e9)
     assert one["params_ratio"] <= params.distill.guide.max_parameters_ratio
