@@ -5,8 +5,10 @@
 
 A CFG step is one UNet forward of two samples, a guided step one forward of one sample and the
 guide. FLOPs are counted by PyTorch on meta tensors. Wall times are medians of forwards taken in
-turns in one process; memory is the peak of a forward, weights included. With --json, the last line
-on stdout is one JSON object; what was not run is null.
+turns in one process, in fp16 on a GPU and in fp32, a pipeline's default, on a CPU; the
+`plain_time_ratio` is that of a forward with no guide, which no guide can go below. Memory is the
+peak of a forward, weights included. With --json, the last line on stdout is one JSON object; what
+was not run is null.
 """
 
 import argparse
@@ -64,6 +66,10 @@ class Steps:
         self.unet(**self.inputs[2])
 
     @torch.no_grad()
+    def plain(self) -> None:
+        self.unet(**self.inputs[1])
+
+    @torch.no_grad()
     def guided(self) -> None:
         inputs = self.inputs[1]
         conditioning = self.guide(
@@ -98,12 +104,14 @@ def measure(name: str, kind: str, *, run: bool, repeats: int) -> dict[str, float
         "params_ratio": num_parameters[0] / num_parameters[1],
         "flops_ratio": count_flops(steps.guided) / count_flops(steps.cfg),
         "time_ratio": None,
+        "plain_time_ratio": None,
         "memory_ratio": None,
     }
     if run:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        steps = Steps(name, kind, device, torch.float16 if device == "cuda" else torch.bfloat16)
+        steps = Steps(name, kind, device, torch.float16 if device == "cuda" else torch.float32)
         row["time_ratio"] = time_ratio(steps.guided, steps.cfg, repeats)[0]
+        row["plain_time_ratio"] = time_ratio(steps.plain, steps.cfg, repeats)[0]
         # CFG needs no guide in memory.
         guided = peak_memory(steps.guided, device)
         steps.guide.to("meta")
