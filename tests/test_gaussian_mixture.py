@@ -21,6 +21,7 @@ from pnp_core.distill import DistillConfig, distill
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.shards import shuffled
 from pnp_core.train import TrainConfig
 
 SHAPE = (2, 4, 4)
@@ -114,6 +115,10 @@ class ExactCache:
 
     def __init__(self) -> None:
         self.states = draw(self.num_pairs, seed=1)
+
+    def pair_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+        positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+        return shuffled(positions, (self.num_pairs,), num_shuffled=1, seed=seed)
 
     def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
         z, t, text, eps_c, eps_n = (x[indices] for x in self.states)
