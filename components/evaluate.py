@@ -272,19 +272,21 @@ class Sampler:
 
         `flops_ratio` and `time_ratio` are of the denoising steps, `image_time_ratio` of an image
         with its decoding, which CFG and guide share. Times are medians, taken in turns, of a whole
-        batch: a single small image costs overhead rather than arithmetic.
+        batch, and on a CPU on one thread: a single small image costs overhead, and a small model's
+        layers on several threads cost waiting, rather than arithmetic.
         """
-        from pnp_core.metrics import count_flops, time_ratio
+        from pnp_core.metrics import count_flops, one_thread, time_ratio
 
         one, inputs = self.inputs(tasks[:1]), self.inputs(tasks[: self.config.batch_size])
         flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in ("guided", "cfg")}
-        ratio, guided, cfg = time_ratio(
-            partial(self.denoise, inputs, "guided", NUM_TIMED_STEPS),
-            partial(self.denoise, inputs, "cfg", NUM_TIMED_STEPS),
-            repeats=TIMING_REPEATS,
-        )
-        latents = self.denoise(inputs, "guided", 1)
-        _, decoding, _ = time_ratio(partial(self.decode, latents), lambda: None, repeats=1)
+        with one_thread():
+            ratio, guided, cfg = time_ratio(
+                partial(self.denoise, inputs, "guided", NUM_TIMED_STEPS),
+                partial(self.denoise, inputs, "cfg", NUM_TIMED_STEPS),
+                repeats=TIMING_REPEATS,
+            )
+            latents = self.denoise(inputs, "guided", 1)
+            _, decoding, _ = time_ratio(partial(self.decode, latents), lambda: None, repeats=1)
         per_image = 1000 / len(latents)
         guided_ms, cfg_ms = (
             seconds * per_image * self.config.num_steps[0] / NUM_TIMED_STEPS

@@ -1,7 +1,8 @@
 """What needs no reference images: agreement with CFG, and cost."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -63,6 +64,17 @@ def time_ratio(
             times.append(time.perf_counter() - start)
     own, theirs = (float(np.median(times[1:])) for times in seconds)  # the first warms up
     return own / theirs, own, theirs
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While open, PyTorch computes on one CPU thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def synchronize() -> None:
