@@ -165,8 +165,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 for split, prompts_ in shown.items()
                 for scale in GUIDANCE_SCALES
             ]
-            grid(labelled).save(args.out / f"{name}.png")
-        result["prompts"] = shown
+            grid(labelled).quantize(256).save(args.out / f"{name}.png", optimize=True)
+        result["prompts"], result["grids"] = shown, ["base", *present]
     return result
 
 
@@ -174,12 +174,14 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# The embedded world",
         "",
-        f"Judge: {result['judge']}. Pictures per row of the table:",
+        f"Judge: {result['judge']}. {result['num_images']} pictures a measurement.",
     ]
-    lines += [f"{result['num_images']}.", "", "| | bound | reached |", "|---|---|---|"]
+    lines += ["", "| | bound | reached |", "|---|---|---|"]
     lines += [f"| `{key}` | {bound} | {result[key]} |" for key, bound in BOUNDS.items()]
     for split, prompts in result.get("prompts", {}).items():
         lines += ["", f"Columns of the grids, {split}: {', '.join(prompts)}."]
+    for name in result.get("grids", []):
+        lines += ["", f"## {name}", "", f"![{name}]({name}.png)"]
     lines += ["", "```json", json.dumps(result, indent=2), "```", ""]
     return "\n".join(lines)
 
