@@ -286,6 +286,8 @@ def main() -> None:
     quiet()
     if arguments.run:
         run(load_params(Path("params.yaml")))
+    if not RESULTS.exists():
+        sys.exit(f"error: there is no {RESULTS} yet: run `dvc repro`, then this with --run")
     results = read_json(RESULTS)
     print(as_markdown(results))
     if arguments.json:
