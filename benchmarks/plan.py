@@ -20,12 +20,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from benchmarks.cache_cost import architecture_bytes
 from benchmarks.cost import peak_memory, unet_config
+from benchmarks.train_cost import cached_losses
 from components.environment import quiet
 from components.params import Params, load_params
 from components.training import train_config
 from pnp_core.cache import Pairs
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.distill import distillation_loss
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import halving_rounds
 from pnp_core.metrics import count_flops
@@ -63,12 +63,7 @@ class Step:
         )
 
     def losses(self) -> torch.Tensor:
-        pairs = self.pairs
-        target = torch.lerp(pairs.eps_n, pairs.eps_c, self.w_B.reshape(-1, 1, 1, 1))
-        eps = self.student(
-            pairs.z_t, pairs.timestep, pairs.text, self.w_B, pairs.negative_text, pairs.added
-        )
-        return distillation_loss(eps, target, self.w_B)
+        return cached_losses(self.student, self.pairs, self.w_B)
 
     @torch.no_grad()
     def forward(self) -> None:

@@ -62,7 +62,7 @@ def naive_losses(
 def cached_losses(student: GuidedDenoiser, pairs: Pairs, w_B: Tensor) -> Tensor:
     """Losses ``(B,)`` as :func:`pnp_core.distill.distill` has them."""
     target = torch.lerp(pairs.eps_n, pairs.eps_c, w_B.reshape(-1, 1, 1, 1))
-    eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+    eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
     return distillation_loss(eps, target, w_B)
 
 
