@@ -44,6 +44,7 @@ from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.metrics import count_flops, synchronize
+from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import Report, TrainConfig, step_generator, train
 
@@ -175,11 +176,9 @@ class Caching:
         builder.finish()
 
     def forwards(self, num_pairs: int) -> None:
-        device = self.pipe.unet.device.type
-        is_bf16 = self.config.precision == "bf16"
         with (
             torch.inference_mode(),
-            torch.autocast(device, dtype=torch.bfloat16, enabled=is_bf16),
+            mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             for _ in range(num_pairs // self.config.batch_size):
                 self.pipe.unet(*self.inputs)

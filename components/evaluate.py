@@ -230,10 +230,9 @@ class Sampler:
         return self.decode(self.denoise(self.inputs(tasks), method, num_steps))
 
     def computing(self) -> Any:
-        import torch
+        from pnp_core.precision import mixed_precision
 
-        is_bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=is_bf16)
+        return mixed_precision(self.device.type, self.config.precision)
 
     def guidance_fvu(self, tasks: Sequence[Task], method: str = "guided") -> float:
         """The share of guidance that a method, the guide before halving, leaves unexplained.

@@ -37,6 +37,7 @@ from pnp_core.models import (
     is_xl,
     time_ids_of,
 )
+from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.shards import Fetch, Shard, ShardReader, fetch_from, read_shard, shuffled
 from pnp_core.train import config_hash, step_generator
@@ -66,7 +67,7 @@ class CacheConfig:
         negative_fraction: share of pairs whose negative is another sample's prompt, not null.
         batch_size: of the UNet's forwards, before CFG doubles it.
         shard_size: most rows in a shard.
-        precision: ``bf16`` (autocast) or ``fp32``.
+        precision: ``bf16`` (where the hardware has it) or ``fp32``.
 
     Raises:
         ValueError: a value out of range, named.
@@ -256,10 +257,9 @@ class CacheBuilder:
         if self.is_built(name):
             return
         kind, _, number = name.partition("-")
-        device = self.pipe.unet.device.type
         with (
             torch.inference_mode(),
-            torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"),
+            mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             if kind == TEXT:
                 states_NLD, pooled_NP = encode_prompts(self.pipe, self.prompts)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pnp_core.files import write_state
+from pnp_core.precision import PRECISIONS, mixed_precision
 
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
@@ -28,7 +29,6 @@ Report = Callable[[int, Mapping[str, float]], None]
 Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
-PRECISIONS = ("bf16", "fp32")
 STEPS_BEFORE = 4  # over which the loss is taken before training
 
 
@@ -43,7 +43,7 @@ class TrainConfig:
         warmup_images: length of the linear warm-up.
         ema_halflife_images: half-life of the averaged weights; the result of training.
         max_grad_norm: gradients are clipped to this norm.
-        precision: ``bf16`` (autocast) or ``fp32``.
+        precision: ``bf16`` (where the hardware has it) or ``fp32``.
         report_every_images: how often the loss is reported.
         checkpoint_every_images: how often the state is written.
 
@@ -139,9 +139,7 @@ def train(
     part = slice(rank * rows, (rank + 1) * rows)
     parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
     device = parameters[0].device
-    autocast = partial(
-        torch.autocast, device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"
-    )
+    autocast = partial(mixed_precision, device.type, config.precision)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     ema = [p.detach().clone() for p in parameters]
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)

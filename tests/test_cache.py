@@ -131,11 +131,13 @@ def test_another_configuration_is_built_anew(
 
 
 def test_a_cache_in_bf16_agrees_with_one_in_full_precision(
+    monkeypatch: pytest.MonkeyPatch,
     pipe: StableDiffusionPipeline,
     examples: list[Example],
     cache: TeacherCache,
     tmp_path: Path,
 ) -> None:
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
     build_cache(builder(pipe, examples, tmp_path, precision="bf16"))
     rows, device = torch.arange(cache.num_pairs), torch.device("cpu")
     half, full = TeacherCache.open(tmp_path).pairs(rows, device), cache.pairs(rows, device)

@@ -182,7 +182,7 @@ def toy_run(num_steps: int, checkpoint: Path, stop_after: int | None = None) -> 
         if step == stop_after:
             raise KeyboardInterrupt
         x = torch.randn(8, 4, generator=generator)
-        error = model(x.bfloat16()).float() - x.sum(1, keepdim=True)
+        error = model(x.to(config.dtype)).float() - x.sum(1, keepdim=True)
         return error.square().mean(), {}
 
     ema, run = training.train(model, loss_fn, config, checkpoint)

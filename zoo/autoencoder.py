@@ -117,7 +117,7 @@ def main() -> None:
         colours = palette[torch.randint(len(palette), (half // 4,), generator=generator)]
         batch[: half // 4] = paint_background(batch[: half // 4], colours)
         batch = batch.to(config.device, memory_format=torch.channels_last)
-        posterior = vae.encode(batch.bfloat16()).latent_dist
+        posterior = vae.encode(batch.to(config.dtype)).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.std)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         mse = F.mse_loss(decoded.float(), batch)

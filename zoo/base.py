@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from pnp_core.precision import has_bf16
 from zoo import training
 from zoo.autoencoder import encode, psnr_by_style, public_config
 from zoo.dataset import (
@@ -189,7 +190,9 @@ def augmented_latents(
     )
     names = list(BACKGROUNDS)
     images = to_float(pictures.images_BCHW)
-    encoder = copy.deepcopy(vae).to(torch.bfloat16)
+    encoder = vae
+    if has_bf16(vae.device.type):
+        encoder = copy.deepcopy(vae).to(torch.bfloat16)
     latents, texts = [], []
     for copy_index in range(num_augmentations):
         batch = images.clone()
@@ -254,7 +257,7 @@ def denoising_loss(
     t_B = torch.randint(scheduler.config.num_train_timesteps, rows.shape, generator=generator)
     noisy = scheduler.add_noise(z_BCHW, noise, t_B)
     device = config.device
-    eps = model(noisy.to(device, torch.bfloat16), t_B.to(device), ids_BL.to(device))
+    eps = model(noisy.to(device, config.dtype), t_B.to(device), ids_BL.to(device))
     return F.mse_loss(eps.float(), noise.to(device))
 
 

@@ -96,7 +96,7 @@ def main() -> None:
     distinct, row_of = torch.unique(latents.ids_NKL[:, 0].long(), dim=0, return_inverse=True)
     with torch.no_grad():
         states_NLD, null_1LD = (
-            pipe.text_encoder(ids.to(config.device)).last_hidden_state.bfloat16()
+            pipe.text_encoder(ids.to(config.device)).last_hidden_state.to(config.dtype)
             for ids in (distinct, tokenize(pipe.tokenizer, [""]))
         )
     prefer_plain_attention(pipe)
@@ -120,7 +120,7 @@ def main() -> None:
             null_1LD,
             states_NLD[row_of[rows].to(config.device)],
         )
-        eps = unet(noisy.to(config.device, torch.bfloat16), t_B.to(config.device), c_BLD).sample
+        eps = unet(noisy.to(config.device, config.dtype), t_B.to(config.device), c_BLD).sample
         return F.mse_loss(eps.float(), noise.to(config.device)), {}
 
     def export(ema: nn.Module, run: training.Run) -> None:

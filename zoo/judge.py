@@ -145,7 +145,7 @@ def main() -> None:
         images = jitter(to_float(pictures.images_BCHW[rows]), flip, generator)
         output = judge(
             input_ids=ids_NL[rows].to(config.device),
-            pixel_values=normalise(images).to(config.device, torch.bfloat16),
+            pixel_values=normalise(images).to(config.device, config.dtype),
         )
         logits = output.logits_per_image.float()
         target = torch.arange(len(rows), device=logits.device)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from pnp_core.precision import mixed_precision
 from zoo.dataset import load_pictures, to_pil
 
 CARD_SCALES = (1.0, 2.0, 4.0)
@@ -31,7 +32,7 @@ def sample(
         generators = [
             torch.Generator().manual_seed(first_seed + start + i) for i in range(len(batch))
         ]
-        with torch.autocast(pipe.device.type, dtype=torch.bfloat16):
+        with mixed_precision(pipe.device.type, "bf16"):
             images = pipe(
                 batch,
                 guidance_scale=guidance_scale,

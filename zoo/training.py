@@ -1,9 +1,9 @@
 """The training loop every model of the zoo shares.
 
-bf16 weights beside fp32 masters, EMA, a learning rate that warms up and in the end falls to zero,
-atomic checkpoints from which the same command resumes, progress with an ETA. The randomness of a
-step is a function of (seed, step): a run interrupted and resumed gives the same weights as one
-that was not.
+bf16 weights (where the hardware has bf16) beside fp32 masters, EMA, a learning rate that warms up
+and in the end falls to zero, atomic checkpoints from which the same command resumes, progress with
+an ETA. The randomness of a step is a function of (seed, step): a run interrupted and resumed gives
+the same weights as one that was not.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pnp_core.precision import has_bf16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.num_minutes is None):
             raise ValueError("give either --steps or --minutes")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and activations while training."""
+        return torch.bfloat16 if has_bf16(self.device) else torch.float32
 
     def progress(self, num_steps: int, elapsed_s: float) -> float:
         """Share of the run that is done, in [0, 1]."""
@@ -115,12 +122,12 @@ def train(
 ) -> tuple[nn.Module, Run]:
     """Minimise ``loss_fn(step, generator)``; returns the EMA model and the run's tally.
 
-    ``model`` is turned into bf16, which on a CPU runs about twice as fast as autocast; the
-    optimiser works on fp32 masters of its weights.
+    ``model`` is turned into the config's ``dtype``; bf16 weights are about twice as fast on a CPU
+    as autocast. The optimiser works on fp32 masters of them.
     """
     master = copy.deepcopy(model).float()
     ema = copy.deepcopy(master).requires_grad_(False)
-    model.to(torch.bfloat16).train()
+    model.to(config.dtype).train()
     trained = [name for name, p in master.named_parameters() if p.requires_grad]
     weights, master_weights, ema_weights = (
         named_tensors(network, trained) for network in (model, master, ema)

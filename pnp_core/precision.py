@@ -1,0 +1,24 @@
+"""bf16 where it is fast."""
+
+import torch
+
+PRECISIONS = ("bf16", "fp32")
+
+
+def has_bf16(device_type: str) -> bool:
+    """Whether arithmetic in bf16 is done by this machine's hardware.
+
+    Emulated, a convolution takes ten times as long as in full precision.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.backends.mkldnn.is_available() and supported
+    return True
+
+
+def mixed_precision(device_type: str, precision: str) -> torch.autocast:
+    """A context that computes in bf16 if ``precision`` says so and the hardware has it."""
+    enabled = precision == "bf16" and has_bf16(device_type)
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
