@@ -4,7 +4,7 @@
     python -m benchmarks.quality --json     # what the committed results say
 
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. Every peer sees as many images
-of that cache as `distill` did, at the best of three learning rates, each tried for a fifth of them.
+of that cache as `distill` did, at the best of three learning rates, each tried for a tenth of them.
 Results go to benchmarks/results/quality.json and quality.md; a row that is there is not made
 again, so delete the file after a change of the models.
 
@@ -95,10 +95,11 @@ def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods
     return Methods(pipe, bundle, params, peers=peers)
 
 
-def train_peer(name: str, params: Params) -> tuple[Peer, float]:
+def train_peer(name: str, params: Params, best: float | None = None) -> tuple[Peer, float]:
     """A peer that has seen as many images as the guide, and its learning rate.
 
-    An interrupted training goes on from its checkpoint in runs/peers.
+    Without ``best``, rates are tried. An interrupted training goes on from its checkpoint in
+    runs/peers.
     """
     unet = load_base(params.base).unet
     cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
@@ -126,6 +127,8 @@ def train_peer(name: str, params: Params) -> tuple[Peer, float]:
             report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
         )
 
+    if best is not None:
+        return fit(best, full.num_images), best
     row = models_of(params)["base"]
     tasks = [t for t in choose_tasks(params.evaluate) if t.is_heldout]
     trials = {}
@@ -153,8 +156,10 @@ def run(params: Params) -> None:
     }
     peers, costs = {}, results.setdefault("costs", {})
     for name in PEERS:
-        peers[name], rate = train_peer(name, params)
+        known = costs.get(name, {}).get("learning_rate")
+        peers[name], rate = train_peer(name, params, known)
         costs[name] = cost_of(name, params, peers[name]) | {"learning_rate": rate}
+        write_json(RESULTS, results)
     costs["guided"] = cost_of("guided", params, None)
     rows = results.setdefault("models", {})
     tasks = choose_tasks(params.evaluate)

@@ -64,15 +64,15 @@ def distillation_loss(student: Tensor, target: Tensor, guidance_scale_B: Tensor)
     return error / (guidance_scale_B.to(error) - 1).clamp(min=1).square()
 
 
-def guidance_power(cache: TeacherCache, num_pairs: int = 1024) -> float:
-    """Mean square of ``eps_c - eps_n`` over the cache's first pairs.
+def guidance_power(cache: TeacherCache, seed: int, num_pairs: int = 1024) -> float:
+    """Mean square of ``eps_c - eps_n`` over the first pairs that training will see.
 
     Over it, a loss of 1 is no guide at all, whatever the base.
 
     Raises:
         ValueError: they are all zero.
     """
-    indices = torch.arange(min(num_pairs, cache.num_pairs))
+    indices = cache.pair_indices(batch_size=num_pairs, seed=seed, step=0)
     pairs = cache.pairs(indices, torch.device("cpu"))
     power = float((pairs.eps_c - pairs.eps_n).square().mean())
     if power == 0:
@@ -92,7 +92,7 @@ def distillation_objective(
     """
     batch_size, seed = config.train.batch_size, config.train.seed
     guider = Guider(config.guider, cache.schedule.num_train_timesteps)
-    power = guidance_power(cache)
+    power = guidance_power(cache, seed)
 
     def loss_fn(step: int, part: slice) -> Tensor:
         indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=step)

@@ -1,0 +1,155 @@
+"""The ablations compare what they say they compare."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline as Pipe
+
+from benchmarks import ablations, quality
+from benchmarks.ablations import VARIANTS, Variant
+from benchmarks.guides import External, FeatureReading, Shape, TextResidual, shaped_guide
+from components import cache as cache_stage
+from components import distill, halve, prepare
+from components.params import load_params
+from components.storage import read_json
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import PlainDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.train import TrainConfig
+from tests.conftest import CACHE_CONFIG, roused
+
+pytest_plugins = ["tests.toy"]
+
+ALL = {label: variant for group in VARIANTS.values() for label, variant in group.items()}
+TRAIN = TrainConfig(num_images=32, batch_size=8, precision="fp32")
+
+
+@pytest.mark.parametrize("shape", [External, FeatureReading, TextResidual])
+@torch.no_grad()
+def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(
+    shape: Shape, pipe: Pipe, cache: TeacherCache
+) -> None:
+    default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    num_parameters = sum(p.numel() for p in default.parameters())
+    guide = shaped_guide(shape, pipe.unet, default)
+    own = sum(p.numel() for p in guide.parameters())
+    assert 0.8 * num_parameters < own <= num_parameters
+    p = cache.pairs(torch.arange(4), torch.device("cpu"))
+    inputs = (p.z_t, p.timestep, p.text, torch.tensor([2.0, 3.0, 5.0, 8.0]), p.negative_text)
+    plain = PlainDenoiser(pipe.unet, cache.schedule)(*inputs)
+    student = ablations.student_of(Variant(), pipe.unet, guide, cache.schedule)
+    assert torch.equal(student(*inputs), plain)
+    roused(guide)
+    assert not torch.allclose(student(*inputs), plain)
+
+
+@torch.no_grad()
+def test_a_text_residual_in_the_encoder_is_another_prompt(pipe: Pipe, cache: TeacherCache) -> None:
+    default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    guide = roused(shaped_guide(TextResidual, pipe.unet, default))
+    p = cache.pairs(torch.arange(2), torch.device("cpu"))
+    w_B = torch.tensor([2.0, 5.0])
+    residual = guide(p.z_t, p.timestep, p.text, w_B, p.negative_text).text_residual_BLD
+    student = ablations.student_of(Variant(in_encoder=True), pipe.unet, guide, cache.schedule)
+    expected = pipe.unet(p.z_t, p.timestep, p.text + residual).sample
+    eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
+    torch.testing.assert_close(eps, expected)
+
+
+def test_states_are_told_apart(
+    pipe: Pipe, cache: TeacherCache, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "CACHE", cache_folder)
+    (forward,) = ablations.pairs_of(cache, pipe.unet, Variant(states="forward"))
+    (trajectory,) = ablations.pairs_of(cache, pipe.unet, Variant(states="trajectory"))
+    assert forward.num_rows == CACHE_CONFIG.num_forward
+    assert trajectory.num_rows == CACHE_CONFIG.num_trajectory
+    starts = trajectory.rows(torch.arange(trajectory.num_rows)).timestep == 999
+    assert starts.sum() == CACHE_CONFIG.num_trajectory // CACHE_CONFIG.trajectory_steps
+
+
+@torch.no_grad()
+def test_pairs_of_a_perturbed_base_are_its_own(
+    pipe: Pipe, cache: TeacherCache, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablations, "CACHE", cache_folder)
+    monkeypatch.setattr(ablations, "PAIRS_PERTURBED", 6)
+    own, *perturbed = ablations.pairs_of(cache, pipe.unet, Variant(perturbed=True))
+    assert own.unet is pipe.unet and len(perturbed) == ablations.NUM_PERTURBED
+    for other in perturbed:
+        p = other.rows(torch.arange(other.num_rows))
+        expected = other.unet(p.z_t, p.timestep, p.text).sample
+        torch.testing.assert_close(p.eps_c, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(pipe.unet(p.z_t, p.timestep, p.text).sample, expected)
+
+
+@pytest.mark.parametrize("label", ALL)
+def test_without_a_guide_the_loss_is_the_guidance_that_is_missing(
+    label: str,
+    pipe: Pipe,
+    cache: TeacherCache,
+    cache_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ablations, "CACHE", cache_folder)
+    variant = dataclasses.replace(ALL[label], perturbed=False)
+    pairs = ablations.pairs_of(cache, pipe.unet, variant)
+    plain = PlainDenoiser(pipe.unet, cache.schedule)
+    loss_fn = ablations.objective(variant, pairs, [plain], cache.schedule, TRAIN, power=1.0)
+    generator = ablations.step_generator(TRAIN.seed, 3)
+    rows = torch.randint(pairs[0].num_rows, (8,), generator=generator)
+    low, high = variant.guidance_scale
+    w_B = low + (high - low) * torch.rand(8, generator=generator) ** variant.power
+    p = pairs[0].rows(rows)
+    guidance = (p.eps_c - p.eps_n).square().mean(dim=(1, 2, 3))
+    expected = (w_B - 1).square() * guidance
+    if variant.relative:
+        expected = expected / (guidance + 0.1)
+    expected = expected / ((w_B - 1).clamp(min=1).square() if variant.w_weighted else 16)
+    alpha2 = cache.schedule.alphas_cumprod.float()
+    snr = alpha2 / (1 - alpha2)
+    of_eps = {
+        "eps": torch.ones_like(snr),
+        "v": 1 + 1 / snr,  # v = (eps - sigma z) / alpha
+        "x": 1 / snr,
+        "min_snr": snr.clamp(max=5) / snr,
+    }[variant.weight]
+    expected = expected * (of_eps / of_eps.mean())[p.timestep]
+    with torch.no_grad():
+        found = loss_fn(3, slice(0, 8))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-2)  # pairs are stored in half
+
+
+def test_both_tables_are_made_resumed_and_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(world / "params.yaml")
+    for stage in (prepare, cache_stage, distill, halve):
+        stage.run(params)
+    chosen = {"shape": {"as it is": Variant(), "external": Variant(shape=External)}}
+    monkeypatch.setattr(ablations, "VARIANTS", chosen)
+    monkeypatch.setattr(ablations, "NUM_IMAGES", 64)
+    monkeypatch.setattr(ablations, "models_of", lambda params: params.models)
+    ablations.run(params)
+    results = read_json(ablations.RESULTS)
+    monkeypatch.setattr(ablations, "train_variant", None)  # nothing is trained twice
+    ablations.run(params)
+    assert read_json(ablations.RESULTS) == results
+    assert ablations.summary(results)["external"]["fvu_base"] > 0
+    assert "| external |" in ablations.as_markdown(results)
+
+    monkeypatch.setattr(quality, "STEPS", (8, 4))
+    monkeypatch.setattr(quality, "PEER_STEPS", (4,))
+    monkeypatch.setattr(quality, "models_of", lambda params: params.models)
+    quality.run(params)
+    results = read_json(quality.RESULTS)
+    monkeypatch.setattr(quality, "images", None)  # nothing is sampled twice
+    quality.run(params)
+    assert read_json(quality.RESULTS) == results
+    for rows in results["models"].values():
+        assert rows.keys() == quality.LABELS.keys()
+        assert rows["cfg"]["8"]["cfg_psnr"] > 60 and rows["unguided"]["8"]["cfg_psnr"] < 60
+    found = quality.summary(results)
+    assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
