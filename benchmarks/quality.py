@@ -178,10 +178,10 @@ def run(params: Params) -> None:
         progress = Progress(f"quality of {model}", len(todo), "rows")
         cfg: dict[int, np.ndarray] = {}
         for number, (method, num_steps) in enumerate(todo, 1):
-            actual = num_steps // 2 if method == "cfg_half" else num_steps
-            made = images(methods, method, actual, params)
             if num_steps not in cfg:
                 cfg[num_steps] = images(methods, "cfg", num_steps, params)
+            actual = num_steps // 2 if method == "cfg_half" else num_steps
+            made = cfg[num_steps] if method == "cfg" else images(methods, method, actual, params)
             features = judge.features(made)
             done.setdefault(method, {})[str(num_steps)] = {
                 "fid": fid(features, references),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline as Pipe
 
-from benchmarks import ablations, quality
+from benchmarks import ablations, halving, quality
 from benchmarks.ablations import VARIANTS, Variant
 from benchmarks.guides import External, FeatureReading, Shape, TextResidual, shaped_guide
 from components import cache as cache_stage
@@ -15,7 +15,7 @@ from components import distill, halve, prepare
 from components.params import load_params
 from components.storage import read_json
 from pnp_core.cache import TeacherCache
-from pnp_core.denoiser import PlainDenoiser
+from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.train import TrainConfig
 from tests.conftest import CACHE_CONFIG, roused
@@ -153,3 +153,32 @@ def test_both_tables_are_made_resumed_and_read(
         assert rows["cfg"]["8"]["cfg_psnr"] > 60 and rows["unguided"]["8"]["cfg_psnr"] < 60
     found = quality.summary(results)
     assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
+
+    monkeypatch.setattr(halving, "models_of", lambda params: params.models)
+    halving.run(params)
+    results = read_json(halving.RESULTS)
+    for rows in results["models"].values():
+        assert rows.keys() == halving.LABELS.keys()
+        assert rows["cfg"]["4"] < rows["unhalved"]["4"]
+    assert "one guide, told the count" in halving.as_markdown(results)
+
+
+@torch.no_grad()
+def test_one_guide_for_all_counts_starts_as_the_distilled_one(
+    pipe: Pipe, cache: TeacherCache
+) -> None:
+    distilled = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    p = cache.pairs(torch.arange(4), torch.device("cpu"))
+    inputs = (p.z_t, p.timestep, p.text, torch.tensor([2.0, 3.0, 5.0, 8.0]), p.negative_text)
+    expected = GuidedDenoiser(pipe.unet, distilled, cache.schedule)(*inputs)
+    guide = halving.one_guide(distilled)
+    guided = GuidedDenoiser(pipe.unet, guide, cache.schedule)
+    num_steps_B = torch.tensor([32, 16, 8, 4])
+    assert torch.equal(halving.OneGuide(guided, num_steps_B)(*inputs), expected)
+    torch.nn.init.normal_(halving.told_steps(guide).steps.weight)
+    together = halving.OneGuide(guided, num_steps_B)(*inputs)
+    for row in range(4):  # each sample is told its own count
+        alone = halving.OneGuide(guided, num_steps_B[row : row + 1])
+        one = slice(row, row + 1)
+        torch.testing.assert_close(alone(*(x[one] for x in inputs)), together[one])
+        assert not torch.allclose(together[one], expected[one])
