@@ -22,9 +22,18 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from benchmarks.guides import External, FeatureReading, Shape, TextResidual, shaped_guide
+from benchmarks.guides import (
+    AttentionGains,
+    External,
+    FeatureReading,
+    Shape,
+    TextResidual,
+    decoder_attentions,
+    shaped_guide,
+)
 from benchmarks.quality import methods_on, models_of
 from components.device import load_base
 from components.environment import quiet
@@ -100,6 +109,7 @@ VARIANTS = {
         "text residual alone": Variant(shape=TextResidual),
         "text residual alone, in the encoder too": Variant(shape=TextResidual, in_encoder=True),
         "the default, text residual in the encoder too": Variant(in_encoder=True),
+        "the default and gains on attention": Variant(shape=AttentionGains),
         "the default, 2.5 times as large": Variant(size=2.5),
     },
     "states": {
@@ -147,6 +157,46 @@ class TextEverywhere:
         unet = self.guided.plain.unet
         blocks = [b for b in (*unet.down_blocks, unet.mid_block) if hasattr(b, "attentions")]
         handles = [b.register_forward_pre_hook(with_text, with_kwargs=True) for b in blocks]
+        try:
+            return self.guided(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class AttentionGuided:
+    """A guided forward with :class:`benchmarks.guides.AttentionGains`."""
+
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
+        self.guided = GuidedDenoiser(unet, guide, schedule)
+        self.guide = guide
+
+    def __call__(
+        self,
+        z_BCHW: Tensor,
+        t_B: Tensor,
+        c_BLD: Tensor,
+        w_B: Tensor,
+        n_BLD: Tensor,
+        added: AddedConditions | None = None,
+    ) -> Tensor:
+        found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
+        assert isinstance(self.guide.net, AttentionGains) and found.embedding_BM is not None
+        gains = [found.gain_B[:, None] * gain(found.embedding_BM) for gain in self.guide.net.gains]
+
+        def again(gain_BC: Tensor) -> Any:
+            def hook(layer: Attention, args: Any, kwargs: Any, read_BNC: Tensor) -> Tensor:
+                x_BNC = args[0] if args else kwargs["hidden_states"]
+                negative_BNC = layer.forward(x_BNC, encoder_hidden_states=n_BLD.to(x_BNC))
+                return read_BNC + gain_BC[:, None].to(read_BNC) * (read_BNC - negative_BNC)
+
+            return hook
+
+        layers = decoder_attentions(self.guided.plain.unet)
+        handles = [
+            layer.register_forward_hook(again(gain_BC), with_kwargs=True)
+            for layer, gain_BC in zip(layers, gains, strict=True)
+        ]
         try:
             return self.guided(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
         finally:
@@ -284,6 +334,8 @@ def unexplained(student: Denoiser, found: Probe, guidance_scale: float) -> float
 def student_of(
     variant: Variant, unet: UNet2DConditionModel, guide: Guide, at: NoiseSchedule
 ) -> Any:
+    if variant.shape is AttentionGains:
+        return AttentionGuided(unet, guide, at)
     return (TextEverywhere if variant.in_encoder else GuidedDenoiser)(unet, guide, at)
 
 

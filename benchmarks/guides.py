@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from pnp_core.guide import (
@@ -27,6 +28,7 @@ from pnp_core.guide import (
 )
 
 EMBEDDING_DIM = 64  # width M, the default guide's on the embedded base
+GAIN_RANK = 4
 
 
 class Silent(nn.Module):
@@ -58,6 +60,37 @@ class TextResidual(TinyGuide):
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
     ) -> list[Tensor | None]:
         return [None] * (1 + len(entering.skips))
+
+
+class AttentionGains(TinyGuide):
+    """The default guide, somewhat narrower, and gains on what each decoder attention reads.
+
+    Where the decoder attends to the prompt, what it reads there that it would not under the
+    negative prompt is added again, times a learnt gain a channel: guidance inside the network, by
+    the weights of whichever fine-tune it sits in. It takes a second cross-attention a layer.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
+        entrances = decoder_entrances(unet)
+        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
+        super().__init__(entrances, shape, unet.config.cross_attention_dim)
+        self.gains = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(EMBEDDING_DIM, GAIN_RANK),
+                zero_module(nn.Linear(GAIN_RANK, layer.query_dim)),
+            )
+            for layer in decoder_attentions(unet)
+        )
+
+
+def decoder_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """The layers of the decoder that attend to the text, in order."""
+    return [
+        block.attn2
+        for up in unet.up_blocks
+        for transformer in getattr(up, "attentions", [])
+        for block in transformer.transformer_blocks
+    ]
 
 
 class External(TinyGuide):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,15 @@ from diffusers import StableDiffusionPipeline as Pipe
 
 from benchmarks import ablations, halving, quality
 from benchmarks.ablations import VARIANTS, Variant
-from benchmarks.guides import External, FeatureReading, Shape, TextResidual, shaped_guide
+from benchmarks.guides import (
+    AttentionGains,
+    External,
+    FeatureReading,
+    Shape,
+    TextResidual,
+    decoder_attentions,
+    shaped_guide,
+)
 from components import cache as cache_stage
 from components import distill, halve, prepare
 from components.params import load_params
@@ -26,7 +35,7 @@ ALL = {label: variant for group in VARIANTS.values() for label, variant in group
 TRAIN = TrainConfig(num_images=32, batch_size=8, precision="fp32")
 
 
-@pytest.mark.parametrize("shape", [External, FeatureReading, TextResidual])
+@pytest.mark.parametrize("shape", [External, FeatureReading, TextResidual, AttentionGains])
 @torch.no_grad()
 def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(
     shape: Shape, pipe: Pipe, cache: TeacherCache
@@ -39,7 +48,7 @@ def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(
     p = cache.pairs(torch.arange(4), torch.device("cpu"))
     inputs = (p.z_t, p.timestep, p.text, torch.tensor([2.0, 3.0, 5.0, 8.0]), p.negative_text)
     plain = PlainDenoiser(pipe.unet, cache.schedule)(*inputs)
-    student = ablations.student_of(Variant(), pipe.unet, guide, cache.schedule)
+    student = ablations.student_of(Variant(shape=shape), pipe.unet, guide, cache.schedule)
     assert torch.equal(student(*inputs), plain)
     roused(guide)
     assert not torch.allclose(student(*inputs), plain)
@@ -55,6 +64,28 @@ def test_a_text_residual_in_the_encoder_is_another_prompt(pipe: Pipe, cache: Tea
     student = ablations.student_of(Variant(in_encoder=True), pipe.unet, guide, cache.schedule)
     expected = pipe.unet(p.z_t, p.timestep, p.text + residual).sample
     eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
+    torch.testing.assert_close(eps, expected)
+
+
+@torch.no_grad()
+def test_a_gain_on_attention_adds_again_what_the_negative_prompt_would_not_have_read(
+    pipe: Pipe, cache: TeacherCache
+) -> None:
+    default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    guide = shaped_guide(AttentionGains, pipe.unet, default)
+    for gain in guide.net.gains:
+        torch.nn.init.constant_(gain[-1].bias, -1.0)  # at w = 2 nothing else is left
+    p = cache.pairs(torch.arange(2), torch.device("cpu"))
+    w_B = torch.tensor([2.0, 2.0])
+    student = ablations.student_of(Variant(shape=AttentionGains), pipe.unet, guide, cache.schedule)
+    eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
+
+    def with_negative(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "encoder_hidden_states": p.negative_text}
+
+    for layer in decoder_attentions(pipe.unet):
+        layer.register_forward_pre_hook(with_negative, with_kwargs=True)
+    expected = pipe.unet(p.z_t, p.timestep, p.text).sample
     torch.testing.assert_close(eps, expected)
 
 
