@@ -14,7 +14,8 @@ from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
 from zoo import pack, training
-from zoo.base import run_tokenizer
+from zoo.autoencoder import decode, encode, grown, standardise
+from zoo.base import grown_unet, load_pipeline, run_tokenizer
 from zoo.dataset import ALL_STYLES, BASE_STYLES, DATA, background_mask, jitter, may_flip
 from zoo.judge import retrieval_top1
 from zoo.report import frechet_distance, kernel_distance
@@ -170,6 +171,41 @@ def test_judge_opens_and_sees() -> None:
     blank = Image.new("RGB", (64, 64), "white")
     inputs = processor(text=["red apple", "cat"], images=[blank], return_tensors="pt", padding=True)
     assert judge(**inputs).logits_per_image.shape == (1, 2)
+
+
+def test_a_grown_model_does_what_the_smaller_one_did() -> None:
+    pipe = load_pipeline(MODELS / "base")
+    before = pipe.vae.config.latent_channels
+    images = 2 * torch.rand(2, 3, 64, 64, generator=torch.manual_seed(0)) - 1
+    vae = grown(pipe.vae, before + 4)
+    latents = encode(vae, images)
+    torch.testing.assert_close(latents[:, :before], encode(pipe.vae, images))
+    assert latents[:, before:].std() > 0
+    torch.testing.assert_close(decode(vae, latents), decode(pipe.vae, latents[:, :before]))
+    t, text = torch.tensor([900, 100]), pipe.encode_prompt(["a cat", "a dog"], "cpu", 1, False)[0]
+    with torch.no_grad():
+        eps = grown_unet(pipe.unet, before + 4)(latents, t, text).sample
+        expected = pipe.unet(latents[:, :before], t, text).sample
+    torch.testing.assert_close(eps[:, :before], expected)
+    assert not eps[:, before:].any()
+    with pytest.raises(ValueError, match="has 8 latent channels already"):
+        grown(pipe.vae, before)
+
+
+def test_standardised_latents_have_unit_variance_and_decode_to_the_same() -> None:
+    vae = load_pipeline(MODELS / "base").vae
+    images = 2 * torch.rand(16, 3, 64, 64, generator=torch.manual_seed(0)) - 1
+    with torch.no_grad():
+        before = vae.encode(images).latent_dist
+        decoded = decode(vae, before.mean)
+        standardise(vae, images)
+        after = vae.encode(images).latent_dist
+    torch.testing.assert_close(decode(vae, after.mean), decoded, atol=1e-4, rtol=1e-4)
+    channels = after.mean.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(channels.std(dim=1), torch.ones(8), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(channels.mean(dim=1), torch.zeros(8), atol=1e-3, rtol=1e-3)
+    spread = before.mean.transpose(0, 1).flatten(1).std(dim=1).reshape(1, -1, 1, 1)
+    torch.testing.assert_close(after.std * spread, before.std)
 
 
 def toy_run(num_steps: int, checkpoint: Path, stop_after: int | None = None) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""Train the autoencoder: 64x64 pictures of every style -> 8x8 latents of 8 channels.
+"""Train the autoencoder: 64x64 pictures of every style -> 8x8 latents.
 
-python -m zoo.autoencoder --device cpu --minutes 17 --out zoo/runs/vae
+    python -m zoo.autoencoder --device cpu --minutes 17 --out zoo/runs/vae
+    python -m zoo.autoencoder --grow zoo/models/base/vae --latent-channels 32 --out zoo/runs/vae-32
+
+`--grow` takes up a trained autoencoder with more latent channels: it keeps what it has learnt.
 """
 
 import argparse
@@ -26,18 +29,69 @@ from zoo.dataset import (
 KL_WEIGHT = 1e-6
 
 
-def new_autoencoder() -> AutoencoderKL:
+def new_autoencoder(latent_channels: int = 8) -> AutoencoderKL:
     """Downsamples by 8; 3.5 M parameters at most."""
     return AutoencoderKL(
         block_out_channels=(24, 48, 96, 128),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=latent_channels,
         norm_num_groups=8,
         sample_size=64,
         mid_block_add_attention=False,
     )
+
+
+@torch.no_grad()
+def grown(vae: AutoencoderKL, latent_channels: int) -> AutoencoderKL:
+    """The same autoencoder with more latent channels, which its decoder does not read yet.
+
+    Raises:
+        ValueError: it has as many already.
+    """
+    before = vae.config.latent_channels
+    if latent_channels <= before:
+        raise ValueError(f"the autoencoder has {before} latent channels already")
+    config = {**public_config(vae), "latent_channels": latent_channels}
+    larger = AutoencoderKL.from_config(config)
+    own, theirs = larger.state_dict(), vae.state_dict()
+    for name, value in theirs.items():
+        if own[name].shape == value.shape:
+            own[name].copy_(value)
+    # Rows of the encoder's last layers: means, then log variances.
+    old = torch.cat([torch.arange(before), torch.arange(before) + latent_channels])
+    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
+        own[name][old] = theirs[name]
+    identity = torch.eye(2 * latent_channels)
+    identity[old[:, None], old] = theirs["quant_conv.weight"][:, :, 0, 0]
+    own["quant_conv.weight"][:, :, 0, 0] = identity
+    own["quant_conv.bias"].zero_()[old] = theirs["quant_conv.bias"]
+    identity = torch.eye(latent_channels)
+    identity[:before, :before] = theirs["post_quant_conv.weight"][:, :, 0, 0]
+    own["post_quant_conv.weight"][:, :, 0, 0] = identity
+    own["post_quant_conv.bias"].zero_()[:before] = theirs["post_quant_conv.bias"]
+    own["decoder.conv_in.weight"].zero_()[:, :before] = theirs["decoder.conv_in.weight"]
+    larger.load_state_dict(own)
+    return larger
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, images_BCHW: Tensor) -> None:
+    """Give every latent channel mean 0 and variance 1 over these pictures.
+
+    The scales go into the 1x1 convolutions on either side of the latent: what is decoded from what
+    is encoded stays the same, and diffusion finds no channel louder than another.
+    """
+    latents = encode(vae, images_BCHW)
+    mean_C, std_C = latents.mean((0, 2, 3)).to(vae.device), latents.std((0, 2, 3)).to(vae.device)
+    channels = len(mean_C)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias.add_(post.weight[:, :, 0, 0] @ mean_C)
+    post.weight.mul_(std_C[None, :, None, None])
+    quant.weight[:channels].div_(std_C[:, None, None, None])
+    quant.bias[:channels].sub_(mean_C).div_(std_C)
+    quant.bias[channels:].sub_(2 * std_C.log())  # of the log variances
 
 
 def reconstruction_loss(decoded_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
@@ -87,7 +141,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="zoo/runs/vae", minutes=17)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--decoder-of", type=Path, help="train this autoencoder's decoder alone")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--decoder-of", type=Path, help="train this autoencoder's decoder alone")
+    start.add_argument("--grow", type=Path, help="start from this one, with more latent channels")
+    parser.add_argument("--latent-channels", type=int, default=8)
     args = parser.parse_args()
     config = training.config_from(
         args,
@@ -103,8 +160,11 @@ def main() -> None:
         vae = AutoencoderKL.from_pretrained(args.decoder_of, dtype=torch.float32)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
+    elif args.grow:
+        smaller = AutoencoderKL.from_pretrained(args.grow, dtype=torch.float32)
+        vae = grown(smaller, args.latent_channels)
     else:
-        vae = new_autoencoder()
+        vae = new_autoencoder(args.latent_channels)
     vae = vae.to(config.device, memory_format=torch.channels_last)
     palette = torch.tensor(list(BACKGROUNDS.values()))
 
@@ -124,7 +184,7 @@ def main() -> None:
         loss = reconstruction_loss(decoded, batch) + KL_WEIGHT * posterior.kl().mean()
         return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
 
-    name = "decoder.pt" if args.decoder_of else "autoencoder.pt"
+    name = "decoder.pt" if args.decoder_of else f"autoencoder-{args.latent_channels}.pt"
     ema, run = training.train(vae, loss_fn, config, args.runs / name)
     assert isinstance(ema, AutoencoderKL)
     save(ema, args.out, measure_scale=not args.decoder_of)
@@ -134,9 +194,10 @@ def main() -> None:
         "PSNR on held-out concepts, dB": psnr_by_style(ema, "heldout", ALL_STYLES),
     })  # fmt: skip
     notes = ""
-    if args.decoder_of:
-        earlier = (args.decoder_of / "README.md").read_text(encoding="utf-8")
-        notes = "The decoder was trained further, from:\n\n" + "\n".join(
+    if began := args.decoder_of or args.grow:
+        earlier = (began / "README.md").read_text(encoding="utf-8")
+        what = "The decoder was trained further" if args.decoder_of else "It was grown"
+        notes = f"{what}, from:\n\n" + "\n".join(
             line for line in earlier.splitlines() if line.startswith("- ")
         )
     training.write_card(args.out, "Autoencoder", facts, notes)
@@ -144,11 +205,11 @@ def main() -> None:
 
 
 def save(vae: AutoencoderKL, folder: Path, *, measure_scale: bool) -> None:
-    """fp16, with the scaling factor that gives latents unit variance."""
+    """fp16, with latents of mean 0 and variance 1 in every channel."""
     vae.eval()
     if measure_scale:
-        sample = to_float(load_pictures(ALL_STYLES).images_BCHW[::11])
-        vae.register_to_config(scaling_factor=1.0 / float(encode(vae, sample).std()))
+        standardise(vae, to_float(load_pictures(ALL_STYLES).images_BCHW[::11]))
+        vae.register_to_config(scaling_factor=1.0)
     half = AutoencoderKL.from_config(public_config(vae))
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(folder)

@@ -1,6 +1,9 @@
 """Train the base: text encoder and UNet together, on latents of the base's families.
 
-python -m zoo.base --device cpu --minutes 65 --vae zoo/runs/vae --out zoo/models/base
+    python -m zoo.base --device cpu --minutes 65 --vae zoo/runs/vae --out zoo/models/base
+    python -m zoo.base --grow zoo/models/base --vae zoo/runs/vae-32 --out zoo/runs/base-32
+
+`--grow` takes up a trained base for an autoencoder that was grown from the base's own.
 """
 
 import argparse
@@ -111,12 +114,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(latent_channels: int = 8) -> UNet2DConditionModel:
     """Stable Diffusion's blocks, small: 6.5 M parameters at most."""
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=8,
-        out_channels=8,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         block_out_channels=(128, 128),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),  # the lowest plain, as in SD
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -125,6 +128,26 @@ def new_unet() -> UNet2DConditionModel:
         attention_head_dim=4,  # the number of heads, as in SD1.5's config
         norm_num_groups=16,
     )
+
+
+@torch.no_grad()
+def grown_unet(unet: UNet2DConditionModel, latent_channels: int) -> UNet2DConditionModel:
+    """The same UNet for more latent channels: it ignores the new ones and predicts 0 there."""
+    larger = UNet2DConditionModel.from_config(
+        {**public_config(unet), "in_channels": latent_channels, "out_channels": latent_channels}
+    )
+    state, theirs = larger.state_dict(), unet.state_dict()
+    before = unet.config.in_channels
+    state.update(
+        {name: value for name, value in theirs.items() if state[name].shape == value.shape}
+    )
+    state["conv_in.weight"] = torch.zeros_like(state["conv_in.weight"])
+    state["conv_in.weight"][:, :before] = theirs["conv_in.weight"]
+    for name in ("conv_out.weight", "conv_out.bias"):
+        state[name] = torch.zeros_like(state[name])
+        state[name][:before] = theirs[name]
+    larger.load_state_dict(state)
+    return larger
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -147,7 +170,7 @@ def new_pipeline(tokenizer: CLIPTokenizer, vae: AutoencoderKL) -> StableDiffusio
         vae=vae,
         text_encoder=new_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=new_unet(),
+        unet=new_unet(vae.config.latent_channels),
         scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -322,17 +345,26 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, default=Path("zoo/runs/vae"))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augmentations", type=int, default=6)
+    parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--grow", type=Path, help="start from this base")
     args = parser.parse_args()
     config = training.config_from(
-        args, batch_size=args.batch_size, learning_rate=8e-4, ema_decay=0.998
+        args, batch_size=args.batch_size, learning_rate=args.learning_rate, ema_decay=0.998
     )
     torch.manual_seed(config.seed)
     pictures = load_pictures(BASE_STYLES)
-    tokenizer = run_tokenizer(args.runs / "base_tokenizer", training_texts(pictures))
     vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(config.device)
-    pipe = new_pipeline(tokenizer, vae)
+    run_name = f"base-{vae.config.latent_channels}"
+    if args.grow:
+        pipe = load_pipeline(args.grow)
+        unet = grown_unet(pipe.unet, vae.config.latent_channels)
+        pipe.register_modules(vae=vae, unet=unet)
+        tokenizer = pipe.tokenizer
+    else:
+        tokenizer = run_tokenizer(args.runs / f"{run_name}_tokenizer", training_texts(pictures))
+        pipe = new_pipeline(tokenizer, vae)
     latents = cached_latents(
-        args.runs / "base_latents.pt",
+        args.runs / f"{run_name}_latents.pt",
         lambda: augmented_latents(
             vae, tokenizer, pictures, num_augmentations=args.augmentations, seed=config.seed
         ),
@@ -364,7 +396,9 @@ def main() -> None:
         training.write_card(args.out, "Base", facts)
         shutil.copy(args.vae / "README.md", args.out / "vae" / "README.md")
 
-    ema, run = training.train(model, loss_fn, config, args.runs / "base.pt", on_checkpoint=export)
+    ema, run = training.train(
+        model, loss_fn, config, args.runs / f"{run_name}.pt", on_checkpoint=export
+    )
     add_samples(load_pipeline(args.out, config.device), args.out)
     training.log(f"{args.out}: {run}, {psnr_by_style(vae, 'heldout', BASE_STYLES)}")
 
