@@ -3,10 +3,14 @@
     python -m benchmarks.quality --run      # train the peers, sample everything: hours on a CPU
     python -m benchmarks.quality --json     # what the committed results say
 
-`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. Every peer sees as many images
-of that cache as `distill` did, at the best of three learning rates, each tried for a tenth of them.
-Results go to benchmarks/results/quality.json and quality.md; a row that is there is not made
-again, so delete the file after a change of the models.
+`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed results are of
+
+    dvc exp run -S cache.num_forward=12000 -S cache.num_trajectory=20000 \\
+        -S distill.num_images=72000 -S halve.end_steps=4
+
+Every peer sees as many images of that cache as `distill` did, at the best of three learning rates,
+each tried for a tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row
+that is there is not made again, so delete the file after a change of the models.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -152,6 +156,8 @@ def run(params: Params) -> None:
         "guidance_scale": params.evaluate.guidance_scale,
         "num_images": params.evaluate.num_images,
         "images_seen": params.distill.num_images,
+        "images_seen_in_a_round": params.halve.num_images,
+        "pairs": [params.cache.num_forward, params.cache.num_trajectory],
         "base_hash": weights_hash(params.base)[:16],
     }
     peers, costs = {}, results.setdefault("costs", {})
@@ -256,7 +262,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     setting, models, costs = results["setting"], results["models"], results["costs"]
     lines = [
         f"Guidance scale {setting['guidance_scale']:g}, {setting['num_images']} images a row, "
-        f"{setting['images_seen']:,} images seen in training. Judge: {setting['judge']}.",
+        f"{setting['images_seen']:,} images seen in training and "
+        f"{setting['images_seen_in_a_round']:,} more in a round of halving, of "
+        f"{setting['pairs'][0]:,} teacher pairs at noised images and {setting['pairs'][1]:,} along "
+        f"trajectories. Judge: {setting['judge']}.",
     ]
     for model, rows in models.items():
         lines += [

@@ -75,7 +75,14 @@ def results(**fvu: float) -> dict[str, Any]:
         return {"guidance_fvu": fvu.get(method, 1.0), **steps}
 
     models = {m: {method: row(method) for method in quality.LABELS} for m in ("base", "a", "b")}
-    setting = {"judge": "j", "guidance_scale": 4.0, "num_images": 8, "images_seen": 10}
+    setting = {
+        "judge": "j",
+        "guidance_scale": 4.0,
+        "num_images": 8,
+        "images_seen": 10,
+        "images_seen_in_a_round": 5,
+        "pairs": [3, 4],
+    }
     return {"setting": setting, "models": models, "costs": {}}
 
 
