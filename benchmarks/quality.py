@@ -19,7 +19,7 @@ results name. CFG at half the steps costs what a guide costs, and trains nothing
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -234,7 +234,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     def distance(method: str, names: Iterable[str], num_steps: int) -> float:
         return mean(models[name][method][str(num_steps)]["fid"] for name in names)
 
-    def worst_ratio(steps: Iterable[int]) -> float:
+    def worst_ratio(steps: Sequence[int]) -> float:
         return max(
             distance("guided", [m], n) / distance("cfg", [m], n) for m in models for n in steps
         )
@@ -251,7 +251,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         "judge": results["setting"]["judge"],
         "fvu_base": fvu("guided", ["base"]),
         "fvu_finetune_worst": max(fvu("guided", [name]) for name in tuned),
-        "fid_ratio_worst": worst_ratio(n for n in STEPS if n != 4),
+        "fid_ratio_worst": worst_ratio([n for n in STEPS if n != 4]),
         "fid_ratio_4": worst_ratio([4]),
         "beats_all_peers": ahead,
         "fid_behind_whole_unet": behind,

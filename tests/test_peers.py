@@ -92,6 +92,8 @@ def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
     assert found["beats_all_peers"] and found["fvu_base"] == 0.3
     assert found["fid_ratio_worst"] == pytest.approx(4 / 2)
     assert found["fid_behind_whole_unet"] == pytest.approx(4 / 3 - 1)
+    ahead["models"]["b"]["guided"]["8"]["fid"] = 10.0
+    assert quality.summary(ahead)["fid_ratio_worst"] == pytest.approx(10 / 2)  # of any model
     ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
     assert not quality.summary(ahead)["beats_all_peers"]
     assert "| this guide |" in quality.as_markdown(ahead)
