@@ -44,10 +44,11 @@ from components.progress import Progress
 from components.storage import read_json, write_json
 from components.training import train_config
 from pnp_core.cache import TeacherCache
-from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
+from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import guidance_power
 from pnp_core.files import write_text
 from pnp_core.guide import Guide, GuideConfig, hold_offsets
+from pnp_core.inject import injecting
 from pnp_core.models import AddedConditions, load_unet, weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
 from pnp_core.train import TrainConfig, step_generator, train
@@ -79,7 +80,7 @@ class Variant:
     Attributes:
         shape: of the guide's network; None: the default's.
         size: parameters of the default shape, over those that params.yaml allows.
-        in_encoder: the residual on the text states reaches the encoder too, and so do gradients.
+        text_in_decoder: the residual on the text states reaches the decoder alone.
         states: which pairs of the cache: ``mixed``, ``forward`` or ``trajectory``.
         weight: of an error of eps, a field of :class:`Weights`.
         relative: errors count relative to the guidance of the same pair.
@@ -91,7 +92,7 @@ class Variant:
 
     shape: Shape | None = None
     size: float = 1.0
-    in_encoder: bool = False
+    text_in_decoder: bool = False
     states: str = "mixed"
     weight: str = "eps"
     relative: bool = False
@@ -107,8 +108,8 @@ VARIANTS = {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
         "text residual alone": Variant(shape=TextResidual),
-        "text residual alone, in the encoder too": Variant(shape=TextResidual, in_encoder=True),
-        "the default, text residual in the encoder too": Variant(in_encoder=True),
+        "text residual alone, in the decoder": Variant(shape=TextResidual, text_in_decoder=True),
+        "the default, text residual in the decoder": Variant(text_in_decoder=True),
         "the default and gains on attention": Variant(shape=AttentionGains),
         "the default, 2.5 times as large": Variant(size=2.5),
     },
@@ -131,13 +132,12 @@ VARIANTS = {
 }
 
 
-class TextEverywhere:
-    """A guided forward whose text residual reaches the whole UNet."""
+class TextInDecoder:
+    """A guided forward whose text residual reaches the decoder alone, and so do gradients."""
 
     def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
-        self.guided = GuidedDenoiser(unet, guide, schedule)
+        self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
-        self.text: Tensor | None = None
 
     def __call__(
         self,
@@ -148,17 +148,18 @@ class TextEverywhere:
         n_BLD: Tensor,
         added: AddedConditions | None = None,
     ) -> Tensor:
-        residual = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD).text_residual_BLD
+        found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
+        steered = self.guide.steer(c_BLD, found)
 
         def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            states = kwargs["encoder_hidden_states"]
-            return args, {**kwargs, "encoder_hidden_states": states + residual}
+            return args, {**kwargs, "encoder_hidden_states": steered}
 
-        unet = self.guided.plain.unet
-        blocks = [b for b in (*unet.down_blocks, unet.mid_block) if hasattr(b, "attentions")]
+        unet = self.plain.unet
+        blocks = [block for block in unet.up_blocks if hasattr(block, "attentions")]
         handles = [b.register_forward_pre_hook(with_text, with_kwargs=True) for b in blocks]
         try:
-            return self.guided(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
+            with injecting(unet, self.guide, found):
+                return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
         finally:
             for handle in handles:
                 handle.remove()
@@ -336,7 +337,7 @@ def student_of(
 ) -> Any:
     if variant.shape is AttentionGains:
         return AttentionGuided(unet, guide, at)
-    return (TextEverywhere if variant.in_encoder else GuidedDenoiser)(unet, guide, at)
+    return (TextInDecoder if variant.text_in_decoder else GuidedDenoiser)(unet, guide, at)
 
 
 def train_variant(variant: Variant, params: Params, name: str) -> Guide:

@@ -80,8 +80,9 @@ class Steps:
             negative_hidden_states=inputs["encoder_hidden_states"],
             negative_added=inputs.get("added_cond_kwargs"),
         )
+        steered = self.guide.steer(inputs["encoder_hidden_states"], conditioning)
         with injecting(self.unet, self.guide, conditioning):
-            self.unet(**inputs)
+            self.unet(**{**inputs, "encoder_hidden_states": steered})
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:

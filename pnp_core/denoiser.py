@@ -103,7 +103,7 @@ class CFGDenoiser:
 
 
 class GuidedDenoiser:
-    """The student: a frozen UNet with a guide in its decoder, one forward."""
+    """The student: a frozen UNet with a guide, one forward."""
 
     def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
         guide.check_fits(unet)
@@ -121,5 +121,6 @@ class GuidedDenoiser:
     ) -> Tensor:
         negative = None if added is None else added.negative
         conditioning = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD, negative_added=negative)
+        text_BLD = self.guide.steer(c_BLD, conditioning)
         with injecting(self.plain.unet, self.guide, conditioning):
-            return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
+            return self.plain(z_BCHW, t_B, text_BLD, w_B, n_BLD, added)

@@ -1,8 +1,8 @@
 """Stage 1, CFG distillation: one guided forward learns to give what CFG gives in two.
 
 The teacher's ``eps_c`` and ``eps_n`` come from the cache; CFG is linear in them, so a cached pair
-serves every guidance scale. Gradients flow through the frozen decoder only, since nothing in the
-encoder depends on the guide.
+serves every guidance scale. Gradients flow through the frozen UNet from the first layer that reads
+the text on, and for a full guide, which steers the decoder alone, through the decoder only.
 """
 
 from collections.abc import Callable

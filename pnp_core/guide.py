@@ -1,10 +1,10 @@
 """The guide: a small external network that replaces classifier-free guidance.
 
-A guide reads what the frozen UNet has computed by the time its decoder starts and returns residuals
-for the decoder alone: for the hidden states and skip connections that enter each up block and for
-the text states that the block attends to. All residuals carry the factor ``w - 1`` and start from
-zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged. Halving
-adds a learnt offset to that factor, since fewer steps need mending at every ``w``.
+A guide returns residuals: a tiny one for the text states that the frozen UNet attends to, and every
+guide for the hidden states and skip connections that enter each block of the UNet's decoder, from
+what has been computed by then. All residuals carry the factor ``w - 1`` and start from zero
+projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged. Halving adds a
+learnt offset to that factor, since fewer steps need mending at every ``w``.
 
 Shape legend: B batch, C channels, H W latent size, L text tokens, D text width, R rank, M width of
 the conditioning vector.
@@ -33,8 +33,9 @@ class GuideConfig:
     """What kind of guide to build.
 
     Attributes:
-        kind: ``tiny`` (adapters at the decoder's entrances, at most ``max_parameters_ratio`` of the
-            base) or ``full`` (a trainable copy of the base's encoder).
+        kind: ``tiny`` (a residual on the text states and adapters at the decoder's entrances, at
+            most ``max_parameters_ratio`` of the base) or ``full`` (a trainable copy of the base's
+            encoder).
         max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
 
     Raises:
@@ -54,7 +55,7 @@ class GuideConfig:
 
 
 class Conditioning(NamedTuple):
-    """What a guide knows before the decoder runs; computed once a step."""
+    """What a guide knows before the UNet runs; computed once a step."""
 
     gain_B: Tensor  # strength * (w - 1)
     strength: float
@@ -70,7 +71,6 @@ class DecoderInput(NamedTuple):
 
     hidden_states: Tensor
     skips: tuple[Tensor, ...]
-    encoder_hidden_states: Tensor | None
 
 
 class EntranceChannels(NamedTuple):
@@ -165,7 +165,7 @@ def heads(x_BNA: Tensor) -> Tensor:
 
 
 class TextAdapter(nn.Module):
-    """A residual on the text states that the decoder attends to, from prompt minus negative."""
+    """A residual on the text states that the UNet attends to, from prompt minus negative."""
 
     def __init__(self, text_dim: int, rank: int, embedding_dim: int) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class TinyShape(NamedTuple):
 
 
 class TinyGuide(nn.Module):
-    """Adapters at the decoder's entrances that share one reading of t, w and the texts."""
+    """Adapters at the decoder's entrances and of the text that share one reading of t and w."""
 
     def __init__(
         self,
@@ -484,7 +484,7 @@ class Guide(ModelMixin, ConfigMixin):
         strength: float = 1.0,
         negative_added: Mapping[str, Tensor] | None = None,
     ) -> Conditioning:
-        """Read everything known before the decoder runs.
+        """Read everything known before the UNet runs.
 
         Args:
             sample: ``(B, C, H, W)``, as given to the UNet.
@@ -508,23 +508,23 @@ class Guide(ModelMixin, ConfigMixin):
             negative_added,
         )
 
+    def steer(self, encoder_hidden_states: Tensor, conditioning: Conditioning) -> Tensor:
+        """The text states that the UNet is to read in place of the prompt's, ``(B, L, D)``."""
+        return add(encoder_hidden_states, conditioning.text_residual_BLD)
+
     def inject(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
     ) -> DecoderInput:
         """Add the guide's residuals to what enters up block ``block_index``."""
-
-        def add(x: Tensor, residual: Tensor | None) -> Tensor:
-            return x if residual is None else x + residual.to(x.dtype)
-
         hidden, *skips = self.net.residuals(block_index, conditioning, entering)
-        text = entering.encoder_hidden_states
-        if text is not None:
-            text = add(text, conditioning.text_residual_BLD)
         return DecoderInput(
             add(entering.hidden_states, hidden),
             tuple(add(x, r) for x, r in zip(entering.skips, skips, strict=True)),
-            text,
         )
+
+
+def add(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else x + residual.to(x.dtype)
 
 
 def hold_offsets(guide: Guide) -> Guide:

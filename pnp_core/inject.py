@@ -24,20 +24,13 @@ class UpBlockHook:
         conditioning, guide = self.injector.conditioning, self.injector.guide
         if conditioning is None or guide is None:
             return None
-        entering = DecoderInput(
-            kwargs["hidden_states"],
-            kwargs["res_hidden_states_tuple"],
-            kwargs.get("encoder_hidden_states"),
-        )
+        entering = DecoderInput(kwargs["hidden_states"], kwargs["res_hidden_states_tuple"])
         injected = guide.inject(self.block_index, conditioning, entering)
-        kwargs = {
+        return args, {
             **kwargs,
             "hidden_states": injected.hidden_states,
             "res_hidden_states_tuple": injected.skips,
         }
-        if injected.encoder_hidden_states is not None:
-            kwargs["encoder_hidden_states"] = injected.encoder_hidden_states
-        return args, kwargs
 
 
 class Injector:

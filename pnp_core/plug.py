@@ -2,8 +2,8 @@
 
 A stock pipeline whose UNet has ``time_cond_proj_dim`` set runs one UNet forward a step and hands
 the UNet an embedding of the guidance scale (diffusers' support for guidance-distilled models).
-That is the way in: a hook takes the embedding out of the call and lets the guide act in the
-decoder. The guidance scale and the negative prompt come from the pipeline itself.
+That is the way in: a hook takes the embedding out of the call and lets the guide act. The guidance
+scale and the negative prompt come from the pipeline itself.
 """
 
 import inspect
@@ -71,7 +71,7 @@ class GuideHook:
         guide.to(device=sample.device)
         self.check_range(guide, guidance_scale)
         self.injector.guide = guide
-        self.injector.conditioning = guide(
+        conditioning = guide(
             sample,
             torch.as_tensor(call["timestep"]),
             text,
@@ -80,7 +80,11 @@ class GuideHook:
             self.strength,
             self.negative_added(call.get("added_cond_kwargs")),
         )
-        return args, kwargs
+        self.injector.conditioning = conditioning
+        steered = guide.steer(text, conditioning)
+        if len(args) > 2:
+            return (*args[:2], steered, *args[3:]), kwargs
+        return args, {**kwargs, "encoder_hidden_states": steered}
 
     def after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.injector.conditioning = None

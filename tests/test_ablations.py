@@ -55,16 +55,28 @@ def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(
 
 
 @torch.no_grad()
-def test_a_text_residual_in_the_encoder_is_another_prompt(pipe: Pipe, cache: TeacherCache) -> None:
+def test_a_text_residual_is_another_prompt_everywhere_or_in_the_decoder(
+    pipe: Pipe, cache: TeacherCache
+) -> None:
     default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
     guide = roused(shaped_guide(TextResidual, pipe.unet, default))
     p = cache.pairs(torch.arange(2), torch.device("cpu"))
     w_B = torch.tensor([2.0, 5.0])
     residual = guide(p.z_t, p.timestep, p.text, w_B, p.negative_text).text_residual_BLD
-    student = ablations.student_of(Variant(in_encoder=True), pipe.unet, guide, cache.schedule)
+    student = ablations.student_of(Variant(), pipe.unet, guide, cache.schedule)
     expected = pipe.unet(p.z_t, p.timestep, p.text + residual).sample
     eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
     torch.testing.assert_close(eps, expected)
+
+    def with_residual(module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "encoder_hidden_states": p.text + residual}
+
+    in_decoder = Variant(text_in_decoder=True)
+    student = ablations.student_of(in_decoder, pipe.unet, guide, cache.schedule)
+    eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
+    for layer in decoder_attentions(pipe.unet):
+        layer.register_forward_pre_hook(with_residual, with_kwargs=True)
+    torch.testing.assert_close(eps, pipe.unet(p.z_t, p.timestep, p.text).sample)
 
 
 @torch.no_grad()
