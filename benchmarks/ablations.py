@@ -22,16 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from benchmarks.guides import (
-    AttentionGains,
     External,
     FeatureReading,
     Shape,
     TextResidual,
-    decoder_attentions,
+    WithoutGains,
+    WithoutText,
     shaped_guide,
 )
 from benchmarks.quality import methods_on, models_of
@@ -47,7 +46,7 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import guidance_power
 from pnp_core.files import write_text
-from pnp_core.guide import Guide, GuideConfig, hold_offsets
+from pnp_core.guide import Guide, GuideConfig, hold_offsets, text_attentions
 from pnp_core.inject import injecting
 from pnp_core.models import AddedConditions, load_unet, weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
@@ -80,7 +79,7 @@ class Variant:
     Attributes:
         shape: of the guide's network; None: the default's.
         size: parameters of the default shape, over those that params.yaml allows.
-        text_in_decoder: the residual on the text states reaches the decoder alone.
+        in_decoder: what acts on the text acts in the decoder alone.
         states: which pairs of the cache: ``mixed``, ``forward`` or ``trajectory``.
         weight: of an error of eps, a field of :class:`Weights`.
         relative: errors count relative to the guidance of the same pair.
@@ -92,7 +91,7 @@ class Variant:
 
     shape: Shape | None = None
     size: float = 1.0
-    text_in_decoder: bool = False
+    in_decoder: bool = False
     states: str = "mixed"
     weight: str = "eps"
     relative: bool = False
@@ -108,9 +107,9 @@ VARIANTS = {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
         "text residual alone": Variant(shape=TextResidual),
-        "text residual alone, in the decoder": Variant(shape=TextResidual, text_in_decoder=True),
-        "the default, text residual in the decoder": Variant(text_in_decoder=True),
-        "the default and gains on attention": Variant(shape=AttentionGains),
+        "the default without gains on attention": Variant(shape=WithoutGains),
+        "the default without text residual": Variant(shape=WithoutText),
+        "the default in the decoder alone": Variant(in_decoder=True),
         "the default, 2.5 times as large": Variant(size=2.5),
     },
     "states": {
@@ -132,8 +131,8 @@ VARIANTS = {
 }
 
 
-class TextInDecoder:
-    """A guided forward whose text residual reaches the decoder alone, and so do gradients."""
+class InDecoder:
+    """A guided forward in which the guide acts in the decoder alone, and so do gradients."""
 
     def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
         self.plain = PlainDenoiser(unet, schedule)
@@ -150,6 +149,15 @@ class TextInDecoder:
     ) -> Tensor:
         found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
         steered = self.guide.steer(c_BLD, found)
+        in_decoder = {id(m) for m in self.plain.unet.up_blocks.modules()}
+        if found.attention_gains:
+            layers = text_attentions(self.plain.unet)
+            found = found._replace(
+                attention_gains=tuple(
+                    gain if id(layer) in in_decoder else torch.zeros_like(gain)
+                    for layer, gain in zip(layers, found.attention_gains, strict=True)
+                )
+            )
 
         def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return args, {**kwargs, "encoder_hidden_states": steered}
@@ -160,46 +168,6 @@ class TextInDecoder:
         try:
             with injecting(unet, self.guide, found):
                 return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-class AttentionGuided:
-    """A guided forward with :class:`benchmarks.guides.AttentionGains`."""
-
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
-        self.guided = GuidedDenoiser(unet, guide, schedule)
-        self.guide = guide
-
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
-        assert isinstance(self.guide.net, AttentionGains) and found.embedding_BM is not None
-        gains = [found.gain_B[:, None] * gain(found.embedding_BM) for gain in self.guide.net.gains]
-
-        def again(gain_BC: Tensor) -> Any:
-            def hook(layer: Attention, args: Any, kwargs: Any, read_BNC: Tensor) -> Tensor:
-                x_BNC = args[0] if args else kwargs["hidden_states"]
-                negative_BNC = layer.forward(x_BNC, encoder_hidden_states=n_BLD.to(x_BNC))
-                return read_BNC + gain_BC[:, None].to(read_BNC) * (read_BNC - negative_BNC)
-
-            return hook
-
-        layers = decoder_attentions(self.guided.plain.unet)
-        handles = [
-            layer.register_forward_hook(again(gain_BC), with_kwargs=True)
-            for layer, gain_BC in zip(layers, gains, strict=True)
-        ]
-        try:
-            return self.guided(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
         finally:
             for handle in handles:
                 handle.remove()
@@ -335,9 +303,7 @@ def unexplained(student: Denoiser, found: Probe, guidance_scale: float) -> float
 def student_of(
     variant: Variant, unet: UNet2DConditionModel, guide: Guide, at: NoiseSchedule
 ) -> Any:
-    if variant.shape is AttentionGains:
-        return AttentionGuided(unet, guide, at)
-    return (TextInDecoder if variant.text_in_decoder else GuidedDenoiser)(unet, guide, at)
+    return (InDecoder if variant.in_decoder else GuidedDenoiser)(unet, guide, at)
 
 
 def train_variant(variant: Variant, params: Params, name: str) -> Guide:

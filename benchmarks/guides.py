@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from pnp_core.guide import (
@@ -24,11 +23,11 @@ from pnp_core.guide import (
     attention,
     decoder_entrances,
     heads,
+    text_attentions,
     zero_module,
 )
 
 EMBEDDING_DIM = 64  # width M, the default guide's on the embedded base
-GAIN_RANK = 4
 
 
 class Silent(nn.Module):
@@ -62,35 +61,24 @@ class TextResidual(TinyGuide):
         return [None] * (1 + len(entering.skips))
 
 
-class AttentionGains(TinyGuide):
-    """The default guide, somewhat narrower, and gains on what each decoder attention reads.
-
-    Where the decoder attends to the prompt, what it reads there that it would not under the
-    negative prompt is added again, times a learnt gain a channel: guidance inside the network, by
-    the weights of whichever fine-tune it sits in. It takes a second cross-attention a layer.
-    """
+class WithoutGains(TinyGuide):
+    """The default, wider, without gains on the cross-attentions."""
 
     def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
         entrances = decoder_entrances(unet)
         shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
         super().__init__(entrances, shape, unet.config.cross_attention_dim)
-        self.gains = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(EMBEDDING_DIM, GAIN_RANK),
-                zero_module(nn.Linear(GAIN_RANK, layer.query_dim)),
-            )
-            for layer in decoder_attentions(unet)
-        )
 
 
-def decoder_attentions(unet: UNet2DConditionModel) -> list[Attention]:
-    """The layers of the decoder that attend to the text, in order."""
-    return [
-        block.attn2
-        for up in unet.up_blocks
-        for transformer in getattr(up, "attentions", [])
-        for block in transformer.transformer_blocks
-    ]
+class WithoutText(TinyGuide):
+    """The default, wider, without a residual on the text states."""
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
+        entrances = decoder_entrances(unet)
+        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
+        channels = [layer.inner_dim for layer in text_attentions(unet)]
+        super().__init__(entrances, shape, unet.config.cross_attention_dim, channels)
+        self.text = Silent()  # type: ignore[assignment]
 
 
 class External(TinyGuide):

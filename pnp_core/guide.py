@@ -1,13 +1,14 @@
 """The guide: a small external network that replaces classifier-free guidance.
 
-A guide returns residuals: a tiny one for the text states that the frozen UNet attends to, and every
-guide for the hidden states and skip connections that enter each block of the UNet's decoder, from
-what has been computed by then. All residuals carry the factor ``w - 1`` and start from zero
-projections: at ``guidance_scale = 1``, or untrained, the base is bitwise unchanged. Halving adds a
-learnt offset to that factor, since fewer steps need mending at every ``w``.
+A guide returns residuals for the hidden states and skip connections that enter each block of the
+UNet's decoder, from what has been computed by then. A tiny one acts before that as well, where the
+text enters: by a residual on the text states, and by gains on what each cross-attention reads of
+the prompt beyond what it would read of the negative prompt. All of it carries the factor ``w - 1``
+and starts from zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise
+unchanged. Halving adds a learnt offset to that factor, since fewer steps need mending at every w.
 
-Shape legend: B batch, C channels, H W latent size, L text tokens, D text width, R rank, M width of
-the conditioning vector.
+Shape legend: B batch, C channels, H W latent size, N positions, L text tokens, D text width,
+R rank, M width of the conditioning vector.
 """
 
 import copy
@@ -21,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 KINDS = ("tiny", "full")
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
+GAIN_RANK = 4  # of the gains on one cross-attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,9 @@ class GuideConfig:
     """What kind of guide to build.
 
     Attributes:
-        kind: ``tiny`` (a residual on the text states and adapters at the decoder's entrances, at
-            most ``max_parameters_ratio`` of the base) or ``full`` (a trainable copy of the base's
-            encoder).
+        kind: ``tiny`` (acts on the text states, on the cross-attentions and at the decoder's
+            entrances, with at most ``max_parameters_ratio`` of the base's parameters) or ``full``
+            (a trainable copy of the base's encoder).
         max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
 
     Raises:
@@ -63,6 +66,8 @@ class Conditioning(NamedTuple):
     keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt
     values: tuple[Tensor, Tensor] | None = None
     text_residual_BLD: Tensor | None = None
+    attention_gains: tuple[Tensor, ...] | None = None  # (B, C) for each cross-attention
+    negative_BLD: Tensor | None = None  # text states of the negative prompt
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
 
 
@@ -94,6 +99,18 @@ def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
         del stack[-num_skips:]
         hidden = block.resnets[-1].out_channels
     return entrances
+
+
+def text_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """The layers that attend to the text, in the order of the forward."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return [
+        block.attn2
+        for outer in blocks
+        for transformer in getattr(outer, "attentions", [])
+        for block in getattr(transformer, "transformer_blocks", [])
+        if block.attn2 is not None
+    ]
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -153,7 +170,9 @@ class EntranceAdapter(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Written out: with so few channels the fused kernel's backward pass is slow on a CPU."""
+    """Written out on a CPU, where the fused kernel's backward pass is slow with so few channels."""
+    if query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key.to(query), value.to(query))
     weights = (query @ key.to(query).mT * query.shape[-1] ** -0.5).softmax(dim=-1)
     return weights.to(query) @ value.to(query)
 
@@ -185,6 +204,21 @@ class TextAdapter(nn.Module):
         return residual
 
 
+class AttentionGain(nn.Module):
+    """How much more a cross-attention is to make of what the prompt says, channel by channel."""
+
+    def __init__(self, channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(embedding_dim, GAIN_RANK)
+        self.up = zero_module(nn.Linear(GAIN_RANK, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(GAIN_RANK))
+
+    def forward(self, embedding_BM: Tensor, gain_B: Tensor, strength: float) -> Tensor:
+        gain_BR = gain_B[:, None] + strength * self.offset
+        gain_BC: Tensor = self.up(gain_BR.to(embedding_BM) * self.down(embedding_BM))
+        return gain_BC
+
+
 class TinyShape(NamedTuple):
     """Widths of a tiny guide."""
 
@@ -194,13 +228,14 @@ class TinyShape(NamedTuple):
 
 
 class TinyGuide(nn.Module):
-    """Adapters at the decoder's entrances and of the text that share one reading of t and w."""
+    """Adapters of text, cross-attentions and decoder entrances that share a reading of t and w."""
 
     def __init__(
         self,
         entrances: Sequence[EntranceChannels],
         shape: TinyShape,
         text_dim: int,
+        attention_channels: Sequence[int] = (),
     ) -> None:
         super().__init__()
         ranks, attention_dim, embedding_dim = shape
@@ -213,6 +248,9 @@ class TinyGuide(nn.Module):
         self.key = nn.Linear(text_dim, attention_dim)
         self.value = nn.Linear(text_dim, attention_dim)
         self.text = TextAdapter(text_dim, attention_dim, embedding_dim)
+        self.attentions = nn.ModuleList(
+            AttentionGain(channels, embedding_dim) for channels in attention_channels
+        )
         self.entrances = nn.ModuleList(
             EntranceAdapter(channels, rank, attention_dim, embedding_dim)
             for channels, rank in zip(entrances, ranks, strict=True)
@@ -242,6 +280,10 @@ class TinyGuide(nn.Module):
             keys=(heads(self.key(normed[0])), heads(self.key(normed[1]))),
             values=(heads(self.value(normed[0])), heads(self.value(normed[1]))),
             text_residual_BLD=self.text(*texts, embedding_BM, gain_B, strength),
+            attention_gains=tuple(
+                attention_gain(embedding_BM, gain_B, strength) for attention_gain in self.attentions
+            ),
+            negative_BLD=n_BLD,
         )
 
     def residuals(
@@ -252,7 +294,12 @@ class TinyGuide(nn.Module):
 
 
 def tiny_shape(
-    entrances: Sequence[EntranceChannels], *, text_dim: int, embedding_dim: int, max_parameters: int
+    entrances: Sequence[EntranceChannels],
+    *,
+    text_dim: int,
+    attention_channels: Sequence[int],
+    embedding_dim: int,
+    max_parameters: int,
 ) -> TinyShape | None:
     """The widest tiny guide within a number of parameters; None if there is none.
 
@@ -268,7 +315,7 @@ def tiny_shape(
         attention_dim = rank if rank < 32 else rank // 64 * 32 + 32
         shape = TinyShape(ranks, attention_dim, embedding_dim)
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape, text_dim)
+            net = TinyGuide(entrances, shape, text_dim, attention_channels)
         if sum(p.numel() for p in net.parameters()) > max_parameters:
             break
         best = shape
@@ -391,6 +438,7 @@ class Guide(ModelMixin, ConfigMixin):
         in_channels: int,
         text_dim: int,
         channels: list[list[int]],
+        attention_channels: list[int],
         ranks: list[int] | None = None,
         attention_dim: int = 0,
         embedding_dim: int = 0,
@@ -407,7 +455,7 @@ class Guide(ModelMixin, ConfigMixin):
         if kind == "tiny":
             assert ranks is not None
             shape = TinyShape(ranks, attention_dim, embedding_dim)
-            self.net = TinyGuide(entrances, shape, text_dim)
+            self.net = TinyGuide(entrances, shape, text_dim, attention_channels)
         else:
             assert unet_config is not None
             self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
@@ -438,6 +486,7 @@ class Guide(ModelMixin, ConfigMixin):
         shape = tiny_shape(
             decoder_entrances(unet),
             text_dim=architecture["text_dim"],
+            attention_channels=architecture["attention_channels"],
             embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 8),
             max_parameters=int(config.max_parameters_ratio * base_parameters),
         )
@@ -512,6 +561,29 @@ class Guide(ModelMixin, ConfigMixin):
         """The text states that the UNet is to read in place of the prompt's, ``(B, L, D)``."""
         return add(encoder_hidden_states, conditioning.text_residual_BLD)
 
+    def attend(
+        self, index: int, conditioning: Conditioning, layer: Attention, query: Tensor, read: Tensor
+    ) -> Tensor:
+        """What cross-attention ``index`` is to have read, before its output projection.
+
+        ``read + gain * (read - read_n)``, where ``read_n`` is what the layer's own heads read of
+        the negative prompt.
+
+        Args:
+            layer: the cross-attention.
+            query: its queries, ``(B, N, C)``.
+            read: what it read of the prompt, ``(B, N, C)``.
+        """
+        assert conditioning.attention_gains and conditioning.negative_BLD is not None
+        negative_BLD = conditioning.negative_BLD.to(query.dtype)
+        query, key, value = (
+            x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            for x in (query, layer.to_k(negative_BLD), layer.to_v(negative_BLD))
+        )
+        read_n = attention(query, key, value).transpose(1, 2).flatten(2)
+        gain = conditioning.attention_gains[index][:, None].to(read.dtype)
+        return read + gain * (read - read_n.to(read.dtype))
+
     def inject(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
     ) -> DecoderInput:
@@ -541,6 +613,7 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
         "in_channels": unet.config.in_channels,
         "text_dim": unet.config.cross_attention_dim,
         "channels": [[e.hidden, *e.skips] for e in decoder_entrances(unet)],
+        "attention_channels": [layer.inner_dim for layer in text_attentions(unet)],
     }
 
 

@@ -1,14 +1,16 @@
-"""Letting a guide act in a UNet's decoder, by pre-forward hooks on its up blocks."""
+"""Letting a guide act in a UNet, by hooks on its cross-attentions and up blocks."""
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from torch import nn
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pnp_core.guide import Conditioning, DecoderInput, Guide
+from pnp_core.guide import Conditioning, DecoderInput, Guide, text_attentions
 
 
 class UpBlockHook:
@@ -33,8 +35,52 @@ class UpBlockHook:
         }
 
 
+class AttentionHook:
+    """Turns up what one cross-attention reads of the prompt, while there is a conditioning.
+
+    Acts between the layer's projections, so that its own queries serve the negative prompt too.
+    """
+
+    def __init__(self, injector: "Injector", index: int, layer: Attention) -> None:
+        self.injector = injector
+        self.index = index
+        self.layer = layer
+        self.query: Tensor | None = None
+        self.hooked: tuple[nn.Module, ...] = ()
+        self.handles: list[RemovableHandle] = []
+
+    def refresh(self) -> None:
+        """Hook the layer's projections as they are now: loading a LoRA puts others in place."""
+        current = (self.layer.to_q, self.layer.to_out[0])
+        if len(self.hooked) == 2 and all(map(operator.is_, current, self.hooked)):
+            return
+        self.remove()
+        self.hooked = current
+        self.handles = [
+            current[0].register_forward_hook(self.keep_query),
+            current[1].register_forward_pre_hook(self.before_out),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def keep_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        conditioning = self.injector.conditioning
+        if conditioning is not None and conditioning.attention_gains:
+            self.query = output
+
+    def before_out(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        conditioning, guide, query = self.injector.conditioning, self.injector.guide, self.query
+        if conditioning is None or guide is None or query is None:
+            return None
+        self.query = None
+        read = guide.attend(self.index, conditioning, self.layer, query, args[0])
+        return (read, *args[1:])
+
+
 class Injector:
-    """Hooks on every up block of one UNet. Inert until it has a guide and a conditioning."""
+    """Hooks in one UNet. Inert until it has a guide and a conditioning."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.guide: Guide | None = None
@@ -43,10 +89,21 @@ class Injector:
             block.register_forward_pre_hook(UpBlockHook(self, index), with_kwargs=True)
             for index, block in enumerate(unet.up_blocks)
         ]
+        self.attentions = [
+            AttentionHook(self, index, layer) for index, layer in enumerate(text_attentions(unet))
+        ]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Follow what has changed in the UNet since the last forward."""
+        for hook in self.attentions:
+            hook.refresh()
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for hook in self.attentions:
+            hook.remove()
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class GuideHook:
         call = {**dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False))}
         call |= kwargs
         self.injector.conditioning = None
+        self.injector.refresh()
         if call.get("timestep_cond") is None:
             return args, kwargs
         kwargs = {**kwargs, "timestep_cond": None}

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide import GAIN_RANK, Guide, GuideConfig, TinyGuide
 from pnp_core.schedule import NoiseSchedule
 from tests.conftest import roused
 
@@ -68,6 +68,23 @@ def test_a_halved_guide_acts_at_guidance_scale_1_too(
     plain = PlainDenoiser(pipe.unet, schedule(pipe))(*inputs.all)
     guided = GuidedDenoiser(pipe.unet, roused(guide), schedule(pipe))
     assert not torch.equal(guided(*inputs.all), plain)
+
+
+@torch.no_grad()
+def test_gains_of_minus_one_have_every_cross_attention_read_the_negative_prompt(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    assert isinstance(guide.net, TinyGuide)
+    for gain in guide.net.attentions:  # at w = 2, where nothing else is left
+        torch.nn.init.zeros_(gain.down.weight)
+        torch.nn.init.constant_(gain.down.bias, -1 / GAIN_RANK)
+        torch.nn.init.ones_(gain.up.weight)
+    inputs = Inputs()
+    inputs.w = torch.full((4,), 2.0)
+    guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all)
+    under_negative = pipe.unet(inputs.z, inputs.t, inputs.n).sample
+    torch.testing.assert_close(guided, under_negative)
 
 
 @torch.no_grad()

@@ -198,7 +198,8 @@ def test_a_deep_copy_has_a_guide_of_its_own(pipe: StableDiffusionPipeline, tiny:
     with torch.no_grad():
         for parameter in (*pipe.unet.parameters(), *tiny.parameters()):
             parameter.zero_()
-    assert np.array_equal(generate(twin), expected)
+    # not bit for bit: copied weights may be aligned otherwise
+    np.testing.assert_allclose(generate(twin), expected, atol=1e-5)
     unplug(twin)
 
 
