@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -179,11 +180,12 @@ def test_a_single_file_loads_as_a_base_by_the_configs_in_the_folder_of_its_name(
     for part in ("unet", "vae", "text_encoder"):
         assert same_weights(getattr(loaded, part), getattr(base, part)), part
     assert loaded.scheduler.config.timestep_spacing == "trailing"
-    images = [
-        p("a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    ours, theirs = (
+        p("a cat", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images
         for p in (base, loaded)
-    ]
-    assert images[0].tobytes() == images[1].tobytes()
+    )
+    # not bit for bit: weights read from a file may be aligned otherwise
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def write_sparse(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
