@@ -193,7 +193,7 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     finally:
         started.send_signal(signal.SIGINT)
         try:
-            started.wait(timeout=60)
+            started.wait(timeout=180)
         except subprocess.TimeoutExpired:
             started.kill()
             raise

@@ -310,5 +310,5 @@ def test_halving_goes_down_to_four_steps_and_plug_takes_the_guide_of_the_call(
     for num_steps in (16, 8, 4):
         expected = sample(guides[num_steps], num_steps)
         made = sample(GuideBundle.load(tmp_path / "bundle"), num_steps)
-        assert np.array_equal(made, expected)
-        assert not np.array_equal(made, sample(first, num_steps))
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+        assert not np.allclose(made, sample(first, num_steps), atol=1e-4)
