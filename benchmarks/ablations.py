@@ -1,4 +1,4 @@
-"""Which choices make the best guide: one change each, all else as it is.
+"""Which choices make the best guide: one change each to a guide trained on the base alone.
 
     python -m benchmarks.ablations --run            # trains some twenty guides: hours on a CPU
     python -m benchmarks.ablations --json           # what the committed results say
@@ -34,10 +34,10 @@ from benchmarks.guides import (
     shaped_guide,
 )
 from benchmarks.quality import methods_on, models_of
-from components.device import load_base
+from components.device import load_base, load_companions
 from components.environment import quiet
 from components.evaluate import choose_tasks
-from components.params import Model, Params, load_params
+from components.params import Model, Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
 from components.storage import read_json, write_json
@@ -86,6 +86,7 @@ class Variant:
         guidance_scale: range of w in training.
         power: w is drawn as ``low + (high - low) u**power``.
         w_weighted: errors count ``1 / max(w - 1, 1)^2``.
+        companions: train on the base and on the cache's companions in turns.
         perturbed: train on the base and on copies with noise in their weights in turns.
     """
 
@@ -98,11 +99,12 @@ class Variant:
     guidance_scale: tuple[float, float] = (1.0, 8.0)
     power: float = 1.0
     w_weighted: bool = True
+    companions: bool = False
     perturbed: bool = False
 
 
 VARIANTS = {
-    "the default": {"as it is": Variant()},
+    "the base alone": {"the default's shape, states, loss and scales": Variant()},
     "the guide's shape, at equal parameters": {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
@@ -127,7 +129,10 @@ VARIANTS = {
         "more low ones: 1 + 7 u^2": Variant(power=2.0),
         "errors not divided by (w - 1)^2": Variant(w_weighted=False),
     },
-    "base": {"its weights perturbed": Variant(perturbed=True)},
+    "more than the base": {
+        "companions": Variant(companions=True),
+        "the base with noise in its weights": Variant(perturbed=True),
+    },
 }
 
 
@@ -181,23 +186,35 @@ class Pairs(NamedTuple):
     num_rows: int
 
 
-def pairs_of(cache: TeacherCache, unet: UNet2DConditionModel, variant: Variant) -> list[Pairs]:
+def pairs_of(
+    cache: TeacherCache,
+    unet: UNet2DConditionModel,
+    variant: Variant,
+    companions: Sequence[UNet2DConditionModel] = (),
+) -> list[Pairs]:
     """The pairs that a variant trains on, base by base."""
     device = unet.device
+    starts = cache.starts.tolist()
     num_forward = read_json(CACHE / "index.json")["config"]["num_forward"]  # they come first
     start, stop = {
-        "mixed": (0, cache.num_pairs),
+        "mixed": (0, starts[1]),
         "forward": (0, num_forward),
-        "trajectory": (num_forward, cache.num_pairs),
+        "trajectory": (num_forward, starts[1]),
     }[variant.states]
-    own = Pairs(unet, lambda i: cache.pairs(start + i, device), stop - start)
+
+    def stretch(teacher: UNet2DConditionModel, first: int, last: int) -> Pairs:
+        return Pairs(teacher, lambda i: cache.pairs(first + i, device), last - first)
+
+    own = stretch(unet, start, stop)
+    if variant.companions:
+        return [own, *map(stretch, companions, starts[1:-1], starts[2:])]
     if not variant.perturbed:
         return [own]
     perturbed = []
     for number in range(NUM_PERTURBED):
         generator = torch.Generator().manual_seed(number)
         other = perturb(unet, generator)
-        chosen = torch.randint(cache.num_pairs, (PAIRS_PERTURBED,), generator=generator)
+        chosen = torch.randint(starts[1], (PAIRS_PERTURBED,), generator=generator)
         perturbed.append(repaired(other, cache, chosen))
     return [own, *perturbed]
 
@@ -307,7 +324,8 @@ def student_of(
 
 
 def train_variant(variant: Variant, params: Params, name: str) -> Guide:
-    unet = load_base(params.base).unet
+    pipe = load_base(params.base)
+    unet = pipe.unet
     cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     settings = vars(train_config(params.distill)) | {
         "num_images": NUM_IMAGES,
@@ -320,7 +338,8 @@ def train_variant(variant: Variant, params: Params, name: str) -> Guide:
     guide = Guide.from_unet(unet, GuideConfig(max_parameters_ratio=ratio))
     if variant.shape:
         guide = hold_offsets(shaped_guide(variant.shape, unet, guide)).to(unet.device)
-    pairs = pairs_of(cache, unet, variant)
+    companions = load_companions(companion_paths(params), pipe) if variant.companions else {}
+    pairs = pairs_of(cache, unet, variant, list(companions.values()))
     students = [student_of(variant, p.unet, guide, cache.schedule) for p in pairs]
     progress = Progress(name, NUM_IMAGES, "images")
     power = guidance_power(cache, config.seed)

@@ -123,7 +123,7 @@ def train_peer(name: str, params: Params, best: float | None = None) -> tuple[Pe
         student = peer.denoiser(unet, cache.schedule)
         progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
         return train(
-            distillation_objective(student, cache, config, unet.device),
+            distillation_objective([student], cache, config, unet.device),
             peer,
             config.train,
             run_hash=config_hash(config, cache.content_hash, name),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from components.cli import main
 from components.cluster import run_tasks
 from components.dataset import read_records
-from components.params import Params, teacher_guider
+from components.params import Params, companion_paths, teacher_guider
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
 from components.storage import Mirror, read_json, write_bytes
@@ -84,20 +84,22 @@ def run(params: Params) -> None:
 
 
 def cache_builder(params: Params) -> "CacheBuilder":
-    from components.device import load_base
+    from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, CacheConfig, Example
     from pnp_core.models import weights_hash
 
     records = read_records(
         PREPARED / "train.parquet", image_column="image", caption_column="prompt"
     )
+    pipe = load_base(params.base)
     return CacheBuilder(
-        load_base(params.base),
+        pipe,
         [Example(image=record.image, prompt=record.caption) for record in records],
         CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params)),
         CACHE,
         base_hash=weights_hash(params.base),
         data_hash=read_json(PREPARED / "manifest.json")["hash"],
+        companions=load_companions(companion_paths(params), pipe),
     )
 
 

@@ -1,11 +1,13 @@
 """Where this process computes, and the base model there."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 
 def device() -> torch.device:
@@ -20,13 +22,30 @@ def load_base(path: str) -> "DiffusionPipeline":
     return frozen(load_pipeline(path, device=device()))
 
 
+def load_companions(
+    paths: Sequence[Path], base: "DiffusionPipeline"
+) -> dict[str, "UNet2DConditionModel"]:
+    """The UNets of these fine-tunes, frozen, by their identities."""
+    from pnp_core.models import load_unet, weights_hash
+
+    companions = {}
+    for path in paths:
+        companions[weights_hash(path)] = unet = load_unet(path, base=base)
+        freeze(unet)
+    return companions
+
+
 def frozen(pipe: "DiffusionPipeline") -> "DiffusionPipeline":
     """The pipeline with its UNet and VAE frozen, and as fast here as they can be."""
+    freeze(pipe.unet)
+    pipe.vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    return pipe
+
+
+def freeze(unet: "UNet2DConditionModel") -> None:
     from diffusers.models.attention_processor import AttnProcessor
 
-    for part in (pipe.unet, pipe.vae):
-        part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)
     if device().type == "cpu":
         # The fused kernel's backward pass takes a third of a training step on a CPU.
-        pipe.unet.set_attn_processor(AttnProcessor())
-    return pipe
+        unet.set_attn_processor(AttnProcessor())

@@ -6,7 +6,7 @@ checkpoint in runs/distill.
 
 from components.cli import main
 from components.cluster import Report
-from components.params import Params, teacher_guider
+from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
 
@@ -18,7 +18,7 @@ def run(params: Params) -> None:
 
 def train_guide(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
-    from components.device import load_base
+    from components.device import load_base, load_companions
     from pnp_core.distill import DistillConfig, distill
     from pnp_core.files import write_directory
     from pnp_core.guide import GuideConfig
@@ -31,10 +31,12 @@ def train_guide(params: Params, report: Report) -> None:
         guider=teacher_guider(params),
     )
     pipeline = load_base(params.base)
+    companions = load_companions(companion_paths(params), pipeline)
     guide = distill(
         pipeline.unet,
         open_cache(params, pipeline.scheduler),
         config,
+        companions=list(companions.values()),
         checkpoint=checkpoint_folder("distill") / "checkpoint.pt",
         report=report,
     )

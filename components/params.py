@@ -187,6 +187,7 @@ class Cluster(Section):
 class Params(Section):
     base: str
     models: Annotated[dict[ModelName, Model], Field(min_length=1)]
+    companions: str  # folder of fine-tunes
     storage: str | None  # s3://bucket/prefix to keep teacher caches and checkpoints in
     teacher: Teacher
     prepare: Prepare
@@ -245,6 +246,7 @@ def check_files(params: Params) -> None:
         raise ParamsError(f"params.yaml: teacher: {error}") from None
     models = {"base": params.base}
     models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
+    models |= {f"companions/{path.name}": str(path) for path in companion_paths(params)}
     for key, path in models.items():
         try:
             check_model_files(path)
@@ -257,6 +259,24 @@ def check_files(params: Params) -> None:
                     f"params.yaml: {key}: {path} is no fine-tune of {params.base}: its UNet has "
                     f"{field} {theirs.get(field)}, the base's {ours.get(field)}"
                 )
+
+
+def companion_paths(params: Params) -> list[Path]:
+    """The fine-tunes in the folder of companions, in the order of their names.
+
+    Raises ParamsError if there is no such folder.
+    """
+    folder = Path(params.companions)
+    if not folder.is_dir():
+        raise ParamsError(
+            f"params.yaml: companions: there is no folder {folder}: make it, and leave it empty to "
+            "train the guide on the base alone"
+        )
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".safetensors")
+    )
 
 
 def teacher_guider(params: Params) -> "GuiderConfig":

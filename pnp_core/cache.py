@@ -7,6 +7,9 @@ A cache is a folder of safetensors shards with an ``index.json`` of their checks
 - ``moments-*.safetensors``: mean and std of each image's latent, scaled as the UNet sees them.
 - ``pairs-*.safetensors``: ``z_t``, ``timestep``, ``eps_c`` and ``eps_n`` with the rows of the two
   prompts; at forward-noised states and along CFG trajectories, which guided sampling really visits.
+
+The teacher is the base; beside it, fine-tunes of it may be, its companions. Trajectories are the
+teachers' in equal parts, noised data are the base's alone.
 """
 
 import dataclasses
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -39,7 +42,15 @@ from pnp_core.models import (
 )
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
-from pnp_core.shards import Fetch, Shard, ShardReader, fetch_from, read_shard, shuffled
+from pnp_core.shards import (
+    SHARDS_SHUFFLED,
+    Fetch,
+    Shard,
+    ShardReader,
+    fetch_from,
+    read_shard,
+    shuffled,
+)
 from pnp_core.train import config_hash, step_generator
 
 TEXT = "text"
@@ -60,7 +71,7 @@ class CacheConfig:
 
     Attributes:
         num_forward: teacher pairs at forward-noised states.
-        num_trajectory: teacher pairs along CFG trajectories.
+        num_trajectory: teacher pairs along CFG trajectories, of all teachers together.
         trajectory_steps: DDIM steps of a trajectory.
         guidance_scale: range of the trajectories' ``w``, drawn uniformly.
         guider: the teacher's rule, which the trajectories follow.
@@ -131,6 +142,7 @@ class CachePlan:
         phases: names of shards; those of one phase are independent and need the phase before.
         num_rows: of each shard.
         num_bytes: of each shard, without its header of a few hundred bytes.
+        teachers: of each shard of pairs: 0 is the base, 1 its first companion.
         num_pairs: teacher pairs in all.
         num_forwards: UNet forwards of one sample.
     """
@@ -138,6 +150,7 @@ class CachePlan:
     phases: tuple[tuple[str, ...], ...]
     num_rows: dict[str, int]
     num_bytes: dict[str, int]
+    teachers: dict[str, int]
     num_pairs: int
     num_forwards: int
 
@@ -165,7 +178,12 @@ class Latents(NamedTuple):
 
 
 def plan_cache(
-    pipe: DiffusionPipeline, *, num_images: int, num_prompts: int, config: CacheConfig
+    pipe: DiffusionPipeline,
+    *,
+    num_images: int,
+    num_prompts: int,
+    config: CacheConfig,
+    num_companions: int = 0,
 ) -> CachePlan:
     """Shards, bytes and forwards, known before anything is computed."""
     size = pipe.unet.config.sample_size
@@ -175,10 +193,14 @@ def plan_cache(
         pooled=pipe.text_encoder_2.config.projection_dim if is_xl(pipe) else 0,
     )
     num_steps = config.trajectory_steps
-    num_trajectories = math.ceil(config.num_trajectory / num_steps)
+    num_trajectories = math.ceil(config.num_trajectory / num_steps / (1 + num_companions))
     moments = split(num_images, config.shard_size)
     pairs = split(config.num_forward, config.shard_size)
-    pairs += [n * num_steps for n in split(num_trajectories, config.trajectories_per_shard)]
+    teachers = [0] * len(pairs)
+    for teacher in range(1 + num_companions):
+        parts = split(num_trajectories, config.trajectories_per_shard)
+        pairs += [n * num_steps for n in parts]
+        teachers += [teacher] * len(parts)
     phases = (
         {TEXT: num_prompts + 1, **{f"moments-{i:05d}": n for i, n in enumerate(moments)}},
         {f"pairs-{i:05d}": n for i, n in enumerate(pairs)},
@@ -189,6 +211,7 @@ def plan_cache(
         phases=tuple(tuple(phase) for phase in phases),
         num_rows=num_rows,
         num_bytes={name: n * bytes_of[name.partition("-")[0]] for name, n in num_rows.items()},
+        teachers=dict(zip(phases[1], teachers, strict=True)),
         num_pairs=sum(pairs),
         num_forwards=2 * sum(pairs),
     )
@@ -205,6 +228,7 @@ class CacheBuilder:
     Args:
         base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
         data_hash: identity of the examples.
+        companions: further teachers by identity: UNets of fine-tunes of the base.
 
     Raises:
         ValueError: no examples.
@@ -219,6 +243,7 @@ class CacheBuilder:
         *,
         base_hash: str,
         data_hash: str,
+        companions: Mapping[str, UNet2DConditionModel] | None = None,
     ) -> None:
         if not examples:
             raise ValueError("There are no examples to cache: the data set is empty.")
@@ -228,19 +253,26 @@ class CacheBuilder:
         self.directory = directory
         self.base_hash = base_hash
         self.data_hash = data_hash
+        self.companions = dict(companions or {})
         self.prompts = ["", *sorted({e.prompt for e in examples} - {""})]
         self.prompt_row = {prompt: row for row, prompt in enumerate(self.prompts)}
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.guider = Guider(config.guider, self.schedule.num_train_timesteps)
         self.plan = plan_cache(
-            pipe, num_images=len(examples), num_prompts=len(self.prompts) - 1, config=config
+            pipe,
+            num_images=len(examples),
+            num_prompts=len(self.prompts) - 1,
+            config=config,
+            num_companions=len(self.companions),
         )
-        pipe.unet.requires_grad_(False).eval()
+        self.teachers = [pipe.unet, *self.companions.values()]
+        for unet in self.teachers:
+            unet.requires_grad_(False).eval()
         pipe.vae.requires_grad_(False).eval()
 
     def key(self, name: str) -> str:
         """What a shard's content depends on."""
-        return config_hash(self.config, self.base_hash, self.data_hash, name)
+        return config_hash(self.config, self.base_hash, self.data_hash, *self.companions, name)
 
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
@@ -317,9 +349,9 @@ class CacheBuilder:
 
     def build_pairs(self, number: int) -> dict[str, Tensor]:
         config = self.config
-        num_forward_shards = math.ceil(config.num_forward / config.shard_size)
+        name = self.plan.phases[1][number]
         generator = step_generator(config.seed, number)
-        if number < num_forward_shards:
+        if number < math.ceil(config.num_forward / config.shard_size):
             done = number * config.shard_size
             rows = min(config.shard_size, config.num_forward - done)
             batches = [
@@ -327,12 +359,10 @@ class CacheBuilder:
                 for start in range(0, rows, config.batch_size)
             ]
         else:
-            per_shard = config.trajectories_per_shard
-            done = (number - num_forward_shards) * per_shard
-            total = math.ceil(config.num_trajectory / config.trajectory_steps)
-            count = min(per_shard, total - done)
+            unet = self.teachers[self.plan.teachers[name]]
+            count = self.plan.num_rows[name] // config.trajectory_steps
             batches = [
-                self.trajectory_pairs(min(config.batch_size, count - start), generator)
+                self.trajectory_pairs(unet, min(config.batch_size, count - start), generator)
                 for start in range(0, count, config.batch_size)
             ]
         with torch.autocast("cpu", enabled=False):
@@ -344,9 +374,13 @@ class CacheBuilder:
         return torch.where(other, others, 0)
 
     def predict(
-        self, z_t: Tensor, t_B: Tensor, prompt_B: Tensor, negative_B: Tensor
+        self,
+        unet: UNet2DConditionModel,
+        z_t: Tensor,
+        t_B: Tensor,
+        prompt_B: Tensor,
+        negative_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        unet = self.pipe.unet
         teacher = CFGDenoiser(unet, self.schedule)
         z_t, c, n = (
             x.to(unet.device, unet.dtype)
@@ -369,7 +403,7 @@ class CacheBuilder:
         z_t = self.schedule.add_noise(x, torch.randn(x.shape, generator=generator), t_B).half()
         prompt_B = self.moments["prompt"][image_B]
         negative_B = self.negatives(count, generator)
-        eps_c, eps_n = self.predict(z_t.float(), t_B, prompt_B, negative_B)
+        eps_c, eps_n = self.predict(self.pipe.unet, z_t.float(), t_B, prompt_B, negative_B)
         return {
             "z_t": z_t,
             "timestep": t_B,
@@ -379,7 +413,9 @@ class CacheBuilder:
             "negative": negative_B,
         }
 
-    def trajectory_pairs(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def trajectory_pairs(
+        self, unet: UNet2DConditionModel, count: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Teacher predictions along CFG sampling, with timesteps jittered within each interval."""
         config = self.config
         grid = sampling_timesteps(self.pipe.scheduler, config.trajectory_steps, "trailing")
@@ -396,7 +432,7 @@ class CacheBuilder:
             t_B = torch.full((count,), t) if t == grid[0] else (t - jitter_B).clamp(min=0)
             s_B = torch.full((count,), s) if s < 0 else (s - jitter_B).clamp(min=0)
             z_t = z_t.half()
-            eps_c, eps_n = self.predict(z_t.float(), t_B, prompt_B, negative_B)
+            eps_c, eps_n = self.predict(unet, z_t.float(), t_B, prompt_B, negative_B)
             steps.append(
                 {
                     "z_t": z_t,
@@ -436,6 +472,8 @@ class CacheBuilder:
             "config": dataclasses.asdict(self.config),
             "base_hash": self.base_hash,
             "data_hash": self.data_hash,
+            "companions": list(self.companions),
+            "teachers": self.plan.teachers,
             "scheduler": {k: v for k, v in self.pipe.scheduler.config.items() if k[0] != "_"},
             "prompts": self.prompts,
             "files": files,
@@ -464,6 +502,7 @@ class TeacherCache:
 
     Attributes:
         base_hash: identity of the base whose predictions it holds.
+        companions: identities of the further teachers.
         content_hash: identity of the cache.
         num_pairs: teacher predictions.
         num_latents: images.
@@ -471,6 +510,7 @@ class TeacherCache:
 
     def __init__(self, index: dict[str, Any], fetch: Fetch) -> None:
         self.base_hash: str = index["base_hash"]
+        self.companions: list[str] = index["companions"]
         self.prompts: list[str] = index["prompts"]
         self.content_hash = hashlib.sha256(json.dumps(index["files"]).encode()).hexdigest()[:16]
         self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
@@ -481,11 +521,19 @@ class TeacherCache:
         )
         self.text = read_shard(text, fetch)
         self.text_N = self.text["states"]
-        self.pair_shards, self.moment_shards = (
-            ShardReader([s for s in shards if s.name.startswith(kind)], fetch)
-            for kind in ("pairs", "moments")
-        )
-        self.num_pairs = self.pair_shards.num_rows
+        num_teachers = 1 + len(self.companions)
+        # Of each teacher. What is held in memory does not grow with their number.
+        self.pair_shards = [
+            ShardReader(
+                [s for s in shards if index["teachers"].get(s.name) == teacher],
+                fetch,
+                num_shuffled=max(1, SHARDS_SHUFFLED // num_teachers),
+            )
+            for teacher in range(num_teachers)
+        ]
+        self.moment_shards = ShardReader([s for s in shards if s.name.startswith("moments")], fetch)
+        self.starts = torch.tensor([0, *(reader.num_rows for reader in self.pair_shards)]).cumsum(0)
+        self.num_pairs = int(self.starts[-1])
         self.num_latents = self.moment_shards.num_rows
 
     @classmethod
@@ -495,6 +543,7 @@ class TeacherCache:
         *,
         base_hash: str | None = None,
         data_hash: str | None = None,
+        companions: Sequence[str] | None = None,
         scheduler: Any = None,
         fetch: Fetch | None = None,
     ) -> "TeacherCache":
@@ -503,6 +552,7 @@ class TeacherCache:
         Args:
             base_hash: refuse a cache of another base.
             data_hash: refuse a cache of other examples.
+            companions: refuse a cache of other companions.
             scheduler: refuse a cache made with another noise schedule than this one's.
             fetch: where the shards are; default: ``directory``.
 
@@ -514,13 +564,18 @@ class TeacherCache:
         if not path.exists():
             raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
         index = json.loads(path.read_text())
-        if "num_rows" not in index:
+        if "teachers" not in index:
             raise ValueError(f"{path} was written by an earlier version: run the stage cache.")
         made = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
         if scheduler is not None and (why := made.differs(NoiseSchedule.from_scheduler(scheduler))):
             raise ValueError(
                 f"The cache in {directory} was made with another scheduler than the base's: {why}. "
                 "Build the cache again."
+            )
+        if companions is not None and index["companions"] != list(companions):
+            raise ValueError(
+                f"The cache in {directory} was made with other companions of the base than there "
+                "are now: build the cache again."
             )
         for what, there, given in (
             ("base", index["base_hash"], base_hash),
@@ -533,17 +588,18 @@ class TeacherCache:
                 )
         return cls(index, fetch or fetch_from(directory))
 
-    def pair_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
-        """Which pairs make step ``step``'s global batch; they are read in the background."""
-        return self.pair_shards.batch(batch_size=batch_size, seed=seed, step=step)
+    def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
+        """Which pairs make a teacher's batch number ``step``; they are read in the background."""
+        reader = self.pair_shards[teacher]
+        return self.starts[teacher] + reader.batch(batch_size=batch_size, seed=seed, step=step)
 
     def latent_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
         """Which latents make step ``step``'s global batch; they are read in the background."""
         return self.moment_shards.batch(batch_size=batch_size, seed=seed, step=step)
 
     def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
-        """The teacher pairs at ``indices``, in float32."""
-        rows = self.pair_shards.rows(indices)
+        """The teacher pairs at ``indices``, in float32; the base's come first."""
+        rows = self.pair_rows(indices)
         return Pairs(
             z_t=rows["z_t"].float().to(device),
             timestep=rows["timestep"].to(device),
@@ -553,6 +609,21 @@ class TeacherCache:
             negative_text=self.text_N[rows["negative"]].float().to(device),
             added=added_rows(self.text, rows["prompt"], rows["negative"], device),
         )
+
+    def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
+        teacher_B = torch.searchsorted(self.starts, indices, right=True) - 1
+        parts = [
+            (here, self.pair_shards[teacher].rows(indices[here] - self.starts[teacher]))
+            for teacher in teacher_B.unique().tolist()
+            for here in [(teacher_B == teacher).nonzero().flatten()]
+        ]
+        order = torch.cat([here for here, _ in parts]).argsort()
+        return {key: torch.cat([rows[key] for _, rows in parts])[order] for key in parts[0][1]}
+
+    def name_pair(self, index: int) -> str:
+        """Where a pair lies, for messages."""
+        teacher = int(torch.searchsorted(self.starts, index, right=True)) - 1
+        return self.pair_shards[teacher].name_row(index - int(self.starts[teacher]))
 
     def latents(
         self, indices: Tensor, generator: torch.Generator, part: slice, device: torch.device

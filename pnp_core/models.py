@@ -272,7 +272,8 @@ def added_conditions(
 
 
 def weights_hash(path: str | Path) -> str:
-    """Identity of a base: SHA-256 over its UNet's weights and its scheduler's config.
+    """Identity of a base or a fine-tune: SHA-256 over its UNet's weights, or its LoRA's, and its
+    scheduler's config.
 
     Raises:
         ValueError: see :func:`check_model_files`.
@@ -283,7 +284,7 @@ def weights_hash(path: str | Path) -> str:
     if path.is_file():
         files = [path, *sorted(path.with_suffix("").glob("scheduler/*.json"))]
     elif path.is_dir():
-        files = sorted((path / "unet").glob("*.safetensors"))
+        files = sorted((path / "unet").glob("*.safetensors")) or [path / LORA_FILE]
         files += sorted((path / "scheduler").glob("*.json"))
     else:
         digest.update(str(path).encode())

@@ -63,12 +63,12 @@ def roused(guide: Guide, scale: float = 0.1) -> Guide:
     return guide.eval()
 
 
-def changed(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def changed(unet: UNet2DConditionModel, scale: float = 0.01) -> UNet2DConditionModel:
     """As if it had been fine-tuned."""
     other = UNet2DConditionModel.from_config(unet.config)
     torch.manual_seed(1)
     other.load_state_dict(
-        {k: v + 0.01 * torch.randn(v.shape) for k, v in unet.state_dict().items()}
+        {k: v + scale * torch.randn(v.shape) for k, v in unet.state_dict().items()}
     )
     return other
 

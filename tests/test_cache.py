@@ -2,21 +2,33 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache, plan_cache
-from tests.conftest import CACHE_CONFIG
+from tests.conftest import CACHE_CONFIG, changed
 
 
 def builder(
-    pipe: StableDiffusionPipeline, examples: list[Example], folder: Path, **changes: object
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    folder: Path,
+    companions: Mapping[str, UNet2DConditionModel] | None = None,
+    **changes: object,
 ) -> CacheBuilder:
-    config = dataclasses.replace(CACHE_CONFIG, **changes)
-    return CacheBuilder(pipe, examples, config, folder, base_hash="base", data_hash="data")
+    return CacheBuilder(
+        pipe,
+        examples,
+        dataclasses.replace(CACHE_CONFIG, **changes),
+        folder,
+        base_hash="base",
+        data_hash="data",
+        companions=companions,
+    )
 
 
 @torch.no_grad()
@@ -155,6 +167,34 @@ def test_an_incomplete_cache_is_refused(
         unfinished.finish()
     with pytest.raises(ValueError, match="no complete cache"):
         TeacherCache.open(tmp_path)
+
+
+@torch.no_grad()
+def test_each_companion_teaches_along_trajectories_of_its_own(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    unets = [pipe.unet, changed(pipe.unet)]
+    build_cache(builder(pipe, examples, tmp_path, {"other": unets[1]}))
+    cache, device = TeacherCache.open(tmp_path, companions=["other"]), torch.device("cpu")
+    assert cache.num_pairs == 60
+    for teacher, num_pairs in ((0, 50), (1, 10)):  # noised data are the base's
+        drawn = cache.pair_indices(batch_size=num_pairs, seed=0, step=0, teacher=teacher)
+        assert len(drawn.unique()) == num_pairs
+        pairs = cache.pairs(drawn, device)
+        eps = [unet(pairs.z_t, pairs.timestep, pairs.text).sample for unet in unets]
+        torch.testing.assert_close(pairs.eps_c, eps[teacher], atol=2e-3, rtol=2e-3)
+        assert not torch.allclose(pairs.eps_c, eps[1 - teacher], atol=2e-3, rtol=2e-3)
+    everything = torch.arange(60).flip(0)
+    assert torch.equal(
+        cache.pairs(everything, device).z_t.flip(0), cache.pairs(everything.flip(0), device).z_t
+    )
+    assert cache.name_pair(55).startswith("row 5 of shard pairs-")
+
+
+def test_a_cache_of_other_companions_is_refused(cache_folder: Path) -> None:
+    TeacherCache.open(cache_folder, companions=[])
+    with pytest.raises(ValueError, match="made with other companions of the base"):
+        TeacherCache.open(cache_folder, companions=["other"])
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "delete"])

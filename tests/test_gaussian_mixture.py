@@ -111,12 +111,13 @@ class ExactCache:
 
     base_hash = content_hash = "mixture"
     schedule = SCHEDULE
+    companions: tuple[str, ...] = ()
     num_pairs = 8192
 
     def __init__(self) -> None:
         self.states = draw(self.num_pairs, seed=1)
 
-    def pair_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+    def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
         positions = torch.arange(step * batch_size, (step + 1) * batch_size)
         return shuffled(positions, (self.num_pairs,), num_shuffled=1, seed=seed)
 

@@ -1,5 +1,6 @@
 """params.yaml: frozen, typed, strict; every complaint is one line that names the key."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_half_downloaded_base_is_named(world: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ParamsError, match=r"params\.yaml: base: .*unet.*partly downloaded"):
         check_files(load(world, toy.toy_params()))
+
+
+def test_companions_are_looked_at_too(world: Path) -> None:
+    with pytest.raises(ParamsError, match="companions: there is no folder nowhere: make it"):
+        check_files(load(world, changed("companions", "nowhere")))
+    weights = world / "companions/other/unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ParamsError, match="companions/other: .*unet.*partly downloaded"):
+        check_files(load(world, toy.toy_params()))
+    shutil.rmtree(world / "companions/other")
+    check_files(load(world, toy.toy_params()))
 
 
 def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:

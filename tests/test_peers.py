@@ -56,7 +56,7 @@ def test_training_a_peer_explains_guidance_and_leaves_the_base_alone(
     student: Any = peer.denoiser(pipe.unet, cache.schedule)
     losses: list[float] = []
     train(
-        distillation_objective(student, cache, training, torch.device("cpu")),
+        distillation_objective([student], cache, training, torch.device("cpu")),
         peer,
         training.train,
         run_hash="r",

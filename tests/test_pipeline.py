@@ -202,4 +202,4 @@ def test_two_ray_workers_of_which_one_dies_build_the_cache_that_one_process_does
     cache.run(load_params(Path("params.yaml")))
     assert Path("killed").exists()
     assert {path.name: path.read_bytes() for path in Path("data/cache").iterdir()} == alone
-    assert "cache: 6/6 shards, 100%" in capsys.readouterr().out
+    assert "cache: 7/7 shards, 100%" in capsys.readouterr().out

@@ -175,7 +175,7 @@ def test_with_storage_shards_are_kept_there_alone_and_never_built_twice(
     monkeypatch.setattr(CacheBuilder, "finish", None)
     cache.run(params)
     assert index.read_bytes() == written
-    assert "; 6 shards are there" in capsys.readouterr().out
+    assert "; 7 shards are there" in capsys.readouterr().out
 
 
 def test_an_interrupted_cache_goes_on_from_what_is_at_storage(
@@ -199,7 +199,7 @@ def test_an_interrupted_cache_goes_on_from_what_is_at_storage(
     shutil.rmtree("data/cache")  # another machine goes on
     monkeypatch.setattr(CacheBuilder, "build", lambda b, n: (build(b, n), built.append(n)))
     cache.run(params)
-    assert len(built) == len(set(built)) == 6
+    assert len(built) == len(set(built)) == 7
 
     cache.run(params_with(storage=None))
     alone = read_json(Path("data/cache/index.json"))

@@ -11,15 +11,15 @@ import torch.multiprocessing as mp
 from diffusers import StableDiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
-from pnp_core.cache import TeacherCache
+from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
 from pnp_core.plug import plug, unplug
-from pnp_core.schedule import NoiseSchedule
+from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, train
-from tests.conftest import roused
+from tests.conftest import CACHE_CONFIG, changed, roused
 
 TRAIN = TrainConfig(
     num_images=96,
@@ -53,6 +53,47 @@ def test_distillation_moves_the_guide_only_and_lowers_the_loss(
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert guide.config.base_hash == "base"
     assert not guide.training
+
+
+def test_companions_bring_a_guide_closer_to_their_own_guidance(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    other = changed(pipe.unet, scale=0.05)
+    config = dataclasses.replace(CACHE_CONFIG, num_forward=0, num_trajectory=200)
+    builder = CacheBuilder(
+        pipe,
+        examples,
+        config,
+        tmp_path,
+        base_hash="base",
+        data_hash="data",
+        companions={"other": other},
+    )
+    build_cache(builder)
+    cache = TeacherCache.open(tmp_path)
+    training = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=1600))
+    taught = distill(pipe.unet, cache, training, companions=[other])
+    cache.companions = []  # as if there were the base's pairs alone
+    untaught = distill(pipe.unet, cache, training)
+
+    held = cache.pairs(torch.arange(100, 200), torch.device("cpu"))
+    w = torch.full((100,), 4.0)
+    target = cfg_target(eps_c=held.eps_c, eps_n=held.eps_n, guidance_scale_B=w)
+
+    def error(guide: Guide) -> float:
+        student = GuidedDenoiser(other, guide, cache.schedule)
+        with torch.no_grad():
+            eps = student(held.z_t, held.timestep, held.text, w, held.negative_text)
+        return float((eps - target).square().mean())
+
+    assert error(taught) < 0.9 * error(untaught)
+
+
+def test_companions_that_the_cache_does_not_know_are_refused(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    with pytest.raises(ValueError, match="made with 0 companions of the base, but 1 are given"):
+        distill(pipe.unet, cache, DISTILL, companions=[pipe.unet])
 
 
 def interrupted(report_at: int):  # type: ignore[no-untyped-def]
@@ -158,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
 def test_a_sample_that_is_not_finite_is_named_by_its_shard(
     pipe: StableDiffusionPipeline, cache: TeacherCache
 ) -> None:
-    shard = cache.pair_shards._shard(2)
+    shard = cache.pair_shards[0]._shard(2)
     shard["eps_c"][5] = torch.inf
     with pytest.raises(ValueError, match=r"not finite at row 5 of shard pairs-00002\. Lower"):
         distill(pipe.unet, cache, DISTILL)

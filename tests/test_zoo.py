@@ -13,10 +13,21 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
-from zoo import pack, training
+from zoo import pack, training, world
 from zoo.autoencoder import decode, encode, grown, standardise
 from zoo.base import grown_unet, load_pipeline, run_tokenizer
-from zoo.dataset import ALL_STYLES, BASE_STYLES, DATA, background_mask, jitter, may_flip
+from zoo.dataset import (
+    ALL_STYLES,
+    BASE_STYLES,
+    DATA,
+    FINAL_STYLE,
+    FINETUNE_STYLES,
+    LORA_STYLE,
+    REDRAWN,
+    background_mask,
+    jitter,
+    may_flip,
+)
 from zoo.judge import retrieval_top1
 from zoo.report import frechet_distance, kernel_distance
 
@@ -153,6 +164,36 @@ def test_jitter_keeps_white_white_and_backgrounds_end_at_the_subject() -> None:
     outside = background_mask(images)
     assert outside[0, 0, 0, 0] == 1 and outside[0, 0, 8, 8] == 0
     assert outside[0].sum() == 16 * 16 - 8 * 8
+
+
+def test_redrawn_pictures_are_other_pictures_of_the_same_size_and_range() -> None:
+    images = 2 * torch.rand(4, 3, 16, 16, generator=torch.manual_seed(0)) - 1
+    images[:, :, :8] = 1  # white
+    for name, redraw in REDRAWN.items():
+        drawn = redraw(images)
+        assert drawn.shape == images.shape and drawn.abs().max() <= 1
+        assert not torch.allclose(drawn, images, atol=0.1)
+        if name != "negative":
+            torch.testing.assert_close(drawn[:, :, :7], images[:, :, :7], atol=1e-3, rtol=0)
+    assert torch.equal(REDRAWN["negative"](REDRAWN["negative"](images)), images)
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_the_world_has_every_model_and_takes_the_minutes_it_was_given(side_by_side: bool) -> None:
+    stages = world.stages(Path("models"), Path("runs"), side_by_side=side_by_side)
+    made = {job.command[-1].removeprefix("models/") for jobs in stages for job in jobs}
+    tuned = {*FINETUNE_STYLES, FINAL_STYLE, f"{LORA_STYLE}-lora"}
+    assert made == {"runs/vae", "judge", "base", *tuned}
+    longest = max if side_by_side else sum
+    assert sum(longest(job.share for job in jobs) for jobs in stages) == pytest.approx(1)
+
+
+def test_a_model_that_fails_to_train_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = world.Job(1.0, 8, ("zoo.autoencoder", "--no-such-option"))
+    monkeypatch.setattr(world, "stages", lambda *args, **options: [[job]])
+    monkeypatch.setattr("sys.argv", ["zoo.world", "--minutes", "1"])
+    with pytest.raises(SystemExit, match="zoo.autoencoder --no-such-option .* failed with 2"):
+        world.main()
 
 
 def test_base_opens_as_a_stock_pipeline_and_draws() -> None:

@@ -53,6 +53,10 @@ def make_world(folder: Path) -> None:
     make_judge(base.tokenizer, folder / "models/judge")
     make_art(folder / "art/main.parquet", brightness=0.7)
     make_art(folder / "art/tuned.parquet", brightness=1.0)
+    with torch.no_grad():
+        for parameter in base.unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    base.unet.save_pretrained(folder / "companions/other/unet")
     write_params(folder, toy_params())
 
 
@@ -239,6 +243,7 @@ def toy_params() -> dict[str, Any]:
             "base": {"path": "models/base", "reference": "data/prepared"},
             "tuned": {"path": "models/tuned", "reference": "art/tuned.parquet"},
         },
+        "companions": "companions",
         "storage": None,
         "teacher": {"guider": "ClassifierFreeGuidance", "arguments": {}},
         "prepare": {

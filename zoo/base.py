@@ -8,10 +8,12 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,7 @@ def augmented_latents(
     seed: int,
     background_share: float = 0.15,
     plain_captions: bool = False,
+    redraw: Callable[[Tensor], Tensor] | None = None,
 ) -> Latents:
     """Everything the loop needs, computed once: the first copy is the picture as drawn."""
     generator = torch.Generator().manual_seed(seed)
@@ -229,6 +232,8 @@ def augmented_latents(
                 backgrounds[row] = rng.choice(names)
             colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds if b])
             batch[painted] = paint_background(batch[painted], colours)
+        if redraw is not None:
+            batch = redraw(batch)
         latents.append((encode(encoder, batch) * vae.config.scaling_factor).half())
         for row, caption in enumerate(pictures.captions):
             for _ in range(CAPTIONS_PER_LATENT):
@@ -354,7 +359,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     pictures = load_pictures(BASE_STYLES)
     vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(config.device)
-    run_name = f"base-{vae.config.latent_channels}"
+    run_name = f"base-{encoder_id(vae)}"  # other latents are another run
     if args.grow:
         pipe = load_pipeline(args.grow)
         unet = grown_unet(pipe.unet, vae.config.latent_channels)
@@ -401,6 +406,15 @@ def main() -> None:
     )
     add_samples(load_pipeline(args.out, config.device), args.out)
     training.log(f"{args.out}: {run}, {psnr_by_style(vae, 'heldout', BASE_STYLES)}")
+
+
+def encoder_id(vae: AutoencoderKL) -> str:
+    """Eight hex digits that tell one latent space from another."""
+    digest = hashlib.sha256()
+    for part in (vae.encoder, vae.quant_conv):
+        for value in part.state_dict().values():
+            digest.update(value.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def count(module: nn.Module) -> int:
