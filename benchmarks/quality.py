@@ -10,7 +10,8 @@
 
 Every peer sees as many images of that cache as `distill` did, at the best of three learning rates,
 each tried for a tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row
-that is there is not made again, so delete the file after a change of the models.
+that is there is not made again: delete the file after a change of the models, and say `--run --anew
+guided` after one of the guide.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -32,7 +33,7 @@ from components.device import frozen, load_base
 from components.environment import quiet
 from components.evaluate import Sampler, batches, choose_tasks, reference_images
 from components.judging import Judge, fid, kid
-from components.params import Model, Params, load_params, teacher_guider
+from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
 from components.storage import read_json, write_json
@@ -49,7 +50,7 @@ from pnp_core.train import TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (1e-3, 3e-3, 1e-2), "dice": (1e-3, 3e-3, 1e-2)}
-TRIAL_SHARE = 0.2
+TRIAL_SHARE = 0.1
 STEPS = (50, 16, 8, 4)
 PEER_STEPS = (16,)
 ADD_ONS = ("agd", "dice")
@@ -147,9 +148,16 @@ def train_peer(name: str, params: Params, best: float | None = None) -> tuple[Pe
     return fit(best, full.num_images), best
 
 
-def run(params: Params) -> None:
-    """Fill in what the results lack. Raises ValueError if there is no cache or no bundle."""
+def run(params: Params, anew: str | None = None) -> None:
+    """Fill in what the results lack, or make the rows of one method ``anew``.
+
+    Raises ValueError if there is no cache or no bundle.
+    """
     results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
+    wanted = [anew] if anew else list(LABELS)
+    if anew:
+        for rows in results.get("models", {}).values():
+            rows.pop(anew, None)
     judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
     results["setting"] = {
         "judge": judge.name,
@@ -158,10 +166,11 @@ def run(params: Params) -> None:
         "images_seen": params.distill.num_images,
         "images_seen_in_a_round": params.halve.num_images,
         "pairs": [params.cache.num_forward, params.cache.num_trajectory],
+        "companions": len(companion_paths(params)),
         "base_hash": weights_hash(params.base)[:16],
     }
     peers, costs = {}, results.setdefault("costs", {})
-    for name in PEERS:
+    for name in [name for name in PEERS if name in wanted]:
         known = costs.get(name, {}).get("learning_rate")
         peers[name], rate = train_peer(name, params, known)
         costs[name] = cost_of(name, params, peers[name]) | {"learning_rate": rate}
@@ -173,7 +182,7 @@ def run(params: Params) -> None:
         done = rows.setdefault(model, {})
         todo = [
             (method, n)
-            for method in LABELS
+            for method in wanted
             for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
             if str(n) not in done.get(method, {})
         ]
@@ -265,7 +274,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"{setting['images_seen']:,} images seen in training and "
         f"{setting['images_seen_in_a_round']:,} more in a round of halving, of "
         f"{setting['pairs'][0]:,} teacher pairs at noised images and {setting['pairs'][1]:,} along "
-        f"trajectories. Judge: {setting['judge']}.",
+        f"trajectories, the latter shared with {setting['companions']} companions that this guide "
+        "was trained on beside the base; the others were trained on the base alone. "
+        f"Judge: {setting['judge']}.",
     ]
     for model, rows in models.items():
         lines += [
@@ -295,11 +306,12 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="make the results")
+    parser.add_argument("--anew", choices=LABELS, help="with --run: this method's rows alone, anew")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()
     quiet()
     if arguments.run:
-        run(load_params(Path("params.yaml")))
+        run(load_params(Path("params.yaml")), arguments.anew)
     if not RESULTS.exists():
         sys.exit(f"error: there is no {RESULTS} yet: run `dvc repro`, then this with --run")
     results = read_json(RESULTS)

@@ -1,5 +1,6 @@
 """The ablations compare what they say they compare."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from benchmarks.guides import (
 from components import cache as cache_stage
 from components import distill, halve, prepare
 from components.params import load_params
-from components.storage import read_json
+from components.storage import read_json, write_json
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import Guide, GuideConfig
@@ -151,7 +152,10 @@ def test_both_tables_are_made_resumed_and_read(
     params = load_params(world / "params.yaml")
     for stage in (prepare, cache_stage, distill, halve):
         stage.run(params)
-    chosen = {"shape": {"as it is": Variant(), "external": Variant(shape=External)}}
+    chosen = {
+        "shape": {"as it is": Variant(), "external": Variant(shape=External)},
+        "bases": {"companions": Variant(companions=True)},
+    }
     monkeypatch.setattr(ablations, "VARIANTS", chosen)
     monkeypatch.setattr(ablations, "NUM_IMAGES", 64)
     monkeypatch.setattr(ablations, "models_of", lambda params: params.models)
@@ -168,6 +172,12 @@ def test_both_tables_are_made_resumed_and_read(
     monkeypatch.setattr(quality, "models_of", lambda params: params.models)
     quality.run(params)
     results = read_json(quality.RESULTS)
+    stale = copy.deepcopy(results)
+    for rows in stale["models"].values():
+        rows["guided"]["4"]["fid"] = -1.0
+    write_json(quality.RESULTS, stale)
+    quality.run(params, anew="guided")
+    assert read_json(quality.RESULTS) == results
     monkeypatch.setattr(quality, "images", None)  # nothing is sampled twice
     quality.run(params)
     assert read_json(quality.RESULTS) == results
