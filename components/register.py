@@ -16,7 +16,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from components.cli import main
-from components.params import Params
+from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.pictures import stacked
 from components.storage import atomic_folder, read_json, write_json
@@ -39,6 +39,7 @@ def run(params: Params) -> None:
         "data_hash": data_hash(),
         "base": params.base,
         "base_hash": weights_hash(params.base),
+        "companions": ", ".join(path.stem for path in companion_paths(params)) or "none",
         "num_steps": ", ".join(map(str, bundle.num_steps)),
         "guidance_scale": "{:g} to {:g}".format(*params.distill.guidance_scale),
         "judge": next(iter(results.values()))["judge"],
