@@ -5,7 +5,8 @@
 
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed results are of
 
-    dvc exp run -S cache.num_forward=12000 -S cache.num_trajectory=20000 \\
+    mkdir alone && dvc exp run -S companions=alone -S cache.num_forward=12000 \\
+        -S cache.num_trajectory=20000 -S cache.trajectory_steps=20 \\
         -S distill.num_images=72000 -S halve.end_steps=4
 
 Every peer sees as many images of that cache as `distill` did, at the best of three learning rates,
@@ -274,9 +275,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"{setting['images_seen']:,} images seen in training and "
         f"{setting['images_seen_in_a_round']:,} more in a round of halving, of "
         f"{setting['pairs'][0]:,} teacher pairs at noised images and {setting['pairs'][1]:,} along "
-        f"trajectories, the latter shared with {setting['companions']} companions that this guide "
-        "was trained on beside the base; the others were trained on the base alone. "
-        f"Judge: {setting['judge']}.",
+        f"trajectories. This guide was trained on {setting['companions']} companions beside the "
+        f"base, the others on the base alone. Judge: {setting['judge']}.",
     ]
     for model, rows in models.items():
         lines += [

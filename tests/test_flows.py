@@ -10,7 +10,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,12 +191,14 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     try:
         yield
     finally:
-        started.send_signal(signal.SIGINT)
-        try:
-            started.wait(timeout=180)
-        except subprocess.TimeoutExpired:
+        for _ in range(2):  # an idle Prefect worker now and then waits for a second Ctrl-C
+            started.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                started.wait(timeout=60)
+                break
+        else:
             started.kill()
-            raise
+            pytest.fail(f"{command} does not stop")
 
 
 def free_port() -> int:

@@ -201,7 +201,8 @@ def test_the_stages_train_and_evaluate_a_guide_of_an_sdxl_base(
     for name in ("base", "tuned"):
         shutil.rmtree(world / "models" / name)
     xl_pipe.save_pretrained(world / "models/base")
-    changed(xl_pipe.unet).save_pretrained(world / "models/tuned/unet")
+    for name in ("models/tuned", "companions/other"):
+        changed(xl_pipe.unet).save_pretrained(world / name / "unet")
     params = load_params(world / "params.yaml")
     for stage in (prepare, cache_stage, distill_stage, halve_stage):
         stage.run(params)
