@@ -157,8 +157,8 @@ def run(params: Params, anew: str | None = None) -> None:
     results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
     wanted = [anew] if anew else list(LABELS)
     if anew:
-        for rows in results.get("models", {}).values():
-            rows.pop(anew, None)
+        for made in results.get("models", {}).values():
+            made.pop(anew, None)
     judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
     results["setting"] = {
         "judge": judge.name,
@@ -170,30 +170,34 @@ def run(params: Params, anew: str | None = None) -> None:
         "companions": len(companion_paths(params)),
         "base_hash": weights_hash(params.base)[:16],
     }
+    rows = results.setdefault("models", {})
+    todo = {
+        model: [
+            (method, n)
+            for method in wanted
+            for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
+            if str(n) not in rows.setdefault(model, {}).get(method, {})
+        ]
+        for model in models_of(params)
+    }
     peers, costs = {}, results.setdefault("costs", {})
-    for name in [name for name in PEERS if name in wanted]:
+    missing = {method for pairs in todo.values() for method, _ in pairs}
+    for name in [name for name in PEERS if name in missing]:
         known = costs.get(name, {}).get("learning_rate")
         peers[name], rate = train_peer(name, params, known)
         costs[name] = cost_of(name, params, peers[name]) | {"learning_rate": rate}
         write_json(RESULTS, results)
     costs["guided"] = cost_of("guided", params, None)
-    rows = results.setdefault("models", {})
     tasks = choose_tasks(params.evaluate)
     for model, row in models_of(params).items():
-        done = rows.setdefault(model, {})
-        todo = [
-            (method, n)
-            for method in wanted
-            for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
-            if str(n) not in done.get(method, {})
-        ]
-        if not todo:
+        done = rows[model]
+        if not todo[model]:
             continue
         methods = methods_on(row, params, peers)
         references = judge.features(reference_images(row.reference, params))
-        progress = Progress(f"quality of {model}", len(todo), "rows")
+        progress = Progress(f"quality of {model}", len(todo[model]), "rows")
         cfg: dict[int, np.ndarray] = {}
-        for number, (method, num_steps) in enumerate(todo, 1):
+        for number, (method, num_steps) in enumerate(todo[model], 1):
             if num_steps not in cfg:
                 cfg[num_steps] = images(methods, "cfg", num_steps, params)
             actual = num_steps // 2 if method == "cfg_half" else num_steps

@@ -36,7 +36,7 @@ def train_guide(params: Params, report: Report) -> None:
         pipeline.unet,
         open_cache(params, pipeline.scheduler),
         config,
-        companions=list(companions.values()),
+        companions=companions,
         checkpoint=checkpoint_folder("distill") / "checkpoint.pt",
         report=report,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cluster import Report, run_training
-from components.params import Params, Train, companion_paths
+from components.params import Params, Train
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.storage import Mirror, read_json
@@ -48,8 +48,7 @@ def train_config(section: Train) -> "TrainConfig":
 def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """The teacher cache, read from where its index says that it lies.
 
-    Raises ValueError if it was made with another base, companions, `scheduler` or data than there
-    are now.
+    Raises ValueError if it was made with another base, `scheduler` or data than there are now.
     (Training needs no data; where data/prepared is not at hand, that is not compared.)
     """
     from pnp_core.cache import TeacherCache
@@ -61,7 +60,6 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
         CACHE,
         base_hash=weights_hash(params.base),
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
-        companions=[weights_hash(path) for path in companion_paths(params)],
         scheduler=scheduler,
         fetch=Mirror(storage).read if storage else None,
     )

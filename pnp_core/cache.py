@@ -231,7 +231,7 @@ class CacheBuilder:
         companions: further teachers by identity: UNets of fine-tunes of the base.
 
     Raises:
-        ValueError: no examples.
+        ValueError: no examples; companions, but no trajectories for them.
     """
 
     def __init__(
@@ -247,6 +247,10 @@ class CacheBuilder:
     ) -> None:
         if not examples:
             raise ValueError("There are no examples to cache: the data set is empty.")
+        if companions and not config.num_trajectory:
+            raise ValueError(
+                "There are companions, which teach along trajectories, but num_trajectory is 0."
+            )
         self.pipe = pipe
         self.examples = examples
         self.config = config
@@ -543,7 +547,6 @@ class TeacherCache:
         *,
         base_hash: str | None = None,
         data_hash: str | None = None,
-        companions: Sequence[str] | None = None,
         scheduler: Any = None,
         fetch: Fetch | None = None,
     ) -> "TeacherCache":
@@ -552,7 +555,6 @@ class TeacherCache:
         Args:
             base_hash: refuse a cache of another base.
             data_hash: refuse a cache of other examples.
-            companions: refuse a cache of other companions.
             scheduler: refuse a cache made with another noise schedule than this one's.
             fetch: where the shards are; default: ``directory``.
 
@@ -571,11 +573,6 @@ class TeacherCache:
             raise ValueError(
                 f"The cache in {directory} was made with another scheduler than the base's: {why}. "
                 "Build the cache again."
-            )
-        if companions is not None and index["companions"] != list(companions):
-            raise ValueError(
-                f"The cache in {directory} was made with other companions of the base than there "
-                "are now: build the cache again."
             )
         for what, there, given in (
             ("base", index["base_hash"], base_hash),

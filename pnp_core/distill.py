@@ -8,7 +8,7 @@ Where the cache has companions, fine-tunes of the base, steps are the base's and
 one guide for all of them does better on fine-tunes that it never saw, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,7 +123,7 @@ def distill(
     cache: TeacherCache,
     config: DistillConfig,
     *,
-    companions: Sequence[UNet2DConditionModel] = (),
+    companions: Mapping[str, UNet2DConditionModel] | None = None,
     checkpoint: Path | None = None,
     report: Report = lambda num_images, metrics: None,
 ) -> Guide:
@@ -131,23 +131,26 @@ def distill(
 
     Args:
         unet: the base; it is not changed. Its device is where training runs.
-        companions: the cache's further teachers, in its order.
+        companions: the cache's further teachers by identity, in its order.
         checkpoint: resumes from this file, and saves to it.
 
     Returns:
         The guide, with its averaged weights.
 
     Raises:
-        ValueError: other companions than the cache's, by their number; a loss that diverges or is
-            not finite.
+        ValueError: other companions than the cache's; a loss that diverges or is not finite.
     """
-    if len(companions) != len(cache.companions):
+    companions = companions or {}
+    if list(companions) != list(cache.companions):
+        given, known = (
+            ", ".join(i[:12] for i in ids) or "none" for ids in (companions, cache.companions)
+        )
         raise ValueError(
-            f"The cache was made with {len(cache.companions)} companions of the base, but "
-            f"{len(companions)} are given."
+            f"The cache was made with other companions of the base ({known}) than are given "
+            f"({given}): build the cache again."
         )
     device = unet.device
-    teachers = (unet, *companions)
+    teachers = (unet, *companions.values())
     for teacher in teachers:
         teacher.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)

@@ -175,7 +175,8 @@ def test_each_companion_teaches_along_trajectories_of_its_own(
 ) -> None:
     unets = [pipe.unet, changed(pipe.unet)]
     build_cache(builder(pipe, examples, tmp_path, {"other": unets[1]}))
-    cache, device = TeacherCache.open(tmp_path, companions=["other"]), torch.device("cpu")
+    cache, device = TeacherCache.open(tmp_path), torch.device("cpu")
+    assert cache.companions == ["other"]
     assert cache.num_pairs == 60
     for teacher, num_pairs in ((0, 50), (1, 10)):  # noised data are the base's
         drawn = cache.pair_indices(batch_size=num_pairs, seed=0, step=0, teacher=teacher)
@@ -191,10 +192,11 @@ def test_each_companion_teaches_along_trajectories_of_its_own(
     assert cache.name_pair(55).startswith("row 5 of shard pairs-")
 
 
-def test_a_cache_of_other_companions_is_refused(cache_folder: Path) -> None:
-    TeacherCache.open(cache_folder, companions=[])
-    with pytest.raises(ValueError, match="made with other companions of the base"):
-        TeacherCache.open(cache_folder, companions=["other"])
+def test_companions_without_trajectories_are_refused(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="num_trajectory is 0"):
+        builder(pipe, examples, tmp_path, {"other": pipe.unet}, num_trajectory=0)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "delete"])

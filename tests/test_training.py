@@ -72,7 +72,7 @@ def test_companions_bring_a_guide_closer_to_their_own_guidance(
     build_cache(builder)
     cache = TeacherCache.open(tmp_path)
     training = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=1600))
-    taught = distill(pipe.unet, cache, training, companions=[other])
+    taught = distill(pipe.unet, cache, training, companions={"other": other})
     cache.companions = []  # as if there were the base's pairs alone
     untaught = distill(pipe.unet, cache, training)
 
@@ -92,8 +92,8 @@ def test_companions_bring_a_guide_closer_to_their_own_guidance(
 def test_companions_that_the_cache_does_not_know_are_refused(
     pipe: StableDiffusionPipeline, cache: TeacherCache
 ) -> None:
-    with pytest.raises(ValueError, match="made with 0 companions of the base, but 1 are given"):
-        distill(pipe.unet, cache, DISTILL, companions=[pipe.unet])
+    with pytest.raises(ValueError, match=r"other companions of the base \(none\) .* \(other\)"):
+        distill(pipe.unet, cache, DISTILL, companions={"other": pipe.unet})
 
 
 def interrupted(report_at: int):  # type: ignore[no-untyped-def]
