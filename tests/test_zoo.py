@@ -183,6 +183,7 @@ def test_the_world_has_every_model_and_takes_the_minutes_it_was_given(side_by_si
     stages = world.stages(Path("models"), Path("runs"), side_by_side=side_by_side)
     made = {job.command[-1].removeprefix("models/") for jobs in stages for job in jobs}
     tuned = {*FINETUNE_STYLES, FINAL_STYLE, f"{LORA_STYLE}-lora"}
+    tuned |= {f"companions/{rule}" for rule in REDRAWN}  # of the new base too
     assert made == {"runs/vae", "judge", "base", *tuned}
     longest = max if side_by_side else sum
     assert sum(longest(job.share for job in jobs) for jobs in stages) == pytest.approx(1)

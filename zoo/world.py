@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.dataset import FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE
+from zoo.dataset import FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE, REDRAWN
 
 LATENT_CHANNELS = 32  # 8 are too few for line art: docs/LOG.md, "A CPU without bf16"
 GPU_BATCH = 4  # times the batch of a CPU
@@ -30,8 +30,10 @@ class Job(NamedTuple):
 
 def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
     """What to train: jobs of one stage need those of the stages before."""
-    finetunes = [*FINETUNE_STYLES, FINAL_STYLE]
-    each = 0.2 if side_by_side else 0.2 / (len(finetunes) + 1)
+    options = {style: ("--style", style) for style in (*FINETUNE_STYLES, FINAL_STYLE)}
+    options[f"{LORA_STYLE}-lora"] = ("--style", LORA_STYLE, "--lora")
+    options |= {f"companions/{rule}": ("--redraw", rule, "--lora") for rule in REDRAWN}
+    each = 0.2 if side_by_side else 0.2 / len(options)
     base, vae = str(out / "base"), str(runs / "vae")
     channels = str(LATENT_CHANNELS)
     return [
@@ -42,14 +44,8 @@ def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
         ],
         [Job(0.5 if side_by_side else 0.4, 64, ("zoo.base", "--vae", vae, "--out", base))],
         [
-            *(
-                Job(each, 64, (
-                    "zoo.finetune", "--style", style, "--base", base, "--out", str(out / style)))
-                for style in finetunes
-            ),
-            Job(each, 64, (
-                "zoo.finetune", "--style", LORA_STYLE, "--lora", "--base", base,
-                "--out", str(out / f"{LORA_STYLE}-lora"))),
+            Job(each, 64, ("zoo.finetune", *style, "--base", base, "--out", str(out / name)))
+            for name, style in options.items()
         ],
     ]  # fmt: skip
 
