@@ -30,7 +30,9 @@ class Job(NamedTuple):
 
 def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
     """What to train: jobs of one stage need those of the stages before."""
-    options = {style: ("--style", style) for style in (*FINETUNE_STYLES, FINAL_STYLE)}
+    options: dict[str, tuple[str, ...]] = {
+        style: ("--style", style) for style in (*FINETUNE_STYLES, FINAL_STYLE)
+    }
     options[f"{LORA_STYLE}-lora"] = ("--style", LORA_STYLE, "--lora")
     options |= {f"companions/{rule}": ("--redraw", rule, "--lora") for rule in REDRAWN}
     each = 0.2 if side_by_side else 0.2 / len(options)
