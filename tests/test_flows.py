@@ -191,10 +191,10 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
     try:
         yield
     finally:
-        for _ in range(2):  # an idle Prefect worker now and then waits for a second Ctrl-C
+        for patience_s in (20, 60):  # an idle Prefect worker now and then wants a second Ctrl-C
             started.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
-                started.wait(timeout=60)
+                started.wait(timeout=patience_s)
                 break
         else:
             started.kill()

@@ -82,6 +82,7 @@ def results(**fvu: float) -> dict[str, Any]:
         "images_seen": 10,
         "images_seen_in_a_round": 5,
         "pairs": [3, 4],
+        "companions": 2,
     }
     return {"setting": setting, "models": models, "costs": {}}
 
@@ -97,3 +98,4 @@ def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
     ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
     assert not quality.summary(ahead)["beats_all_peers"]
     assert "| this guide |" in quality.as_markdown(ahead)
+    assert "trained on 2 companions beside the base" in quality.as_markdown(ahead)
