@@ -33,15 +33,16 @@ from benchmarks.guides import (
     WithoutText,
     shaped_guide,
 )
-from benchmarks.quality import methods_on, models_of
+from benchmarks.quality import models_of, pipe_of
 from components.device import load_base, load_companions
 from components.environment import quiet
-from components.evaluate import choose_tasks
+from components.evaluate import Sampler, choose_tasks
 from components.params import Model, Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
 from components.storage import read_json, write_json
 from components.training import train_config
+from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import guidance_power
@@ -288,12 +289,14 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def probe(row: Model, params: Params) -> Probe:
-    methods = methods_on(row, params, {})
+    pipe = pipe_of(row, params)
+    fresh = Guide.from_unet(pipe.unet, GuideConfig(**params.distill.guide.model_dump()))
+    sampler = Sampler(pipe, GuideBundle({1: fresh}), params)  # only CFG samples here
     tasks = [task for task in choose_tasks(params.evaluate) if task.is_heldout][:NUM_PROMPTS]
-    inputs = methods.inputs(tasks)
+    inputs = sampler.inputs(tasks)
     z, c, n = inputs["z_T"], inputs["c_BLD"], inputs["n_BLD"]
-    teacher = methods.teacher()
-    grid = sampling_timesteps(methods.pipe.scheduler, params.evaluate.num_steps[0], methods.spacing)
+    teacher = sampler.teacher()
+    grid = sampling_timesteps(pipe.scheduler, params.evaluate.num_steps[0], sampler.spacing)
     w_B = torch.full((len(z),), params.evaluate.guidance_scale, device=z.device)
     states = []
     for t, s in zip(grid[:-1], grid[1:], strict=True):
@@ -301,7 +304,7 @@ def probe(row: Model, params: Params) -> Probe:
         eps_c, eps_n = teacher.pair(z, t_B, c, n)
         eps_w = teacher.guider(eps_c, eps_n, t_B, w_B)
         states.append((z, t_B, eps_c, eps_w))
-        z = methods.schedule.ddim_step(z, eps_w, t_B, s.expand(len(z)))
+        z = sampler.schedule.ddim_step(z, eps_w, t_B, s.expand(len(z)))
     return Probe(c, n, states)
 
 

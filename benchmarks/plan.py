@@ -99,6 +99,7 @@ def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, fl
         "hours": sum(hours.values()),
         "cache_gb": num_pairs * architecture_bytes(name).pair / 1e9,
         "weights_and_optimizer_gb": (num_base + 5 * num_guide) * 4 / 1e9,
+        "companion_gb": num_base * 4 / 1e9,
         "guide_parameters": num_guide,
         "params_ratio": num_guide / num_base,
     }
@@ -134,6 +135,7 @@ def main() -> None:
         print(f"  {stage}: {result[f'{stage}_hours']:.1f} hours")
     print(f"  cache on disk: {result['cache_gb']:.0f} GB")
     print(f"  weights, gradients, optimizer: {result['weights_and_optimizer_gb']:.1f} GB a GPU")
+    print(f"  each companion: {result['companion_gb']:.1f} GB more while distilling")
     print(f"  guide: {result['guide_parameters']:,} parameters, {result['params_ratio']:.2%}")
     if arguments.dry_run:
         result |= dry_run(arguments.preset, params)

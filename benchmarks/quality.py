@@ -3,16 +3,19 @@
     python -m benchmarks.quality --run      # train the peers, sample everything: hours on a CPU
     python -m benchmarks.quality --json     # what the committed results say
 
-`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed results are of
+`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows of this
+guide are of
 
-    mkdir alone && dvc exp run -S companions=alone -S cache.num_forward=12000 \\
-        -S cache.num_trajectory=20000 -S cache.trajectory_steps=20 \\
+    dvc exp run -S cache.num_forward=4000 -S cache.num_trajectory=72000 \\
         -S distill.num_images=72000 -S halve.end_steps=4
 
-Every peer sees as many images of that cache as `distill` did, at the best of three learning rates,
-each tried for a tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row
-that is there is not made again: delete the file after a change of the models, and say `--run --anew
-guided` after one of the guide.
+and those of the others of a cache of 12,000 pairs at noised images and 20,000 along trajectories of
+20 steps, all of them the base's.
+
+Every peer sees as many images as `distill` did, of the base's pairs in the cache, at the best of
+three learning rates, each tried for a tenth of them. Results go to
+benchmarks/results/quality.json and quality.md; a row that is there is not made again: delete the
+file after a change of the models, and say `--run --anew guided` after one of the guide.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -28,13 +31,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 
 from benchmarks.peers import PEERS, Peer
 from components.device import frozen, load_base
 from components.environment import quiet
 from components.evaluate import Sampler, batches, choose_tasks, reference_images
 from components.judging import Judge, fid, kid
-from components.params import Model, Params, companion_paths, load_params, teacher_guider
+from components.params import Model, Params, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
 from components.storage import read_json, write_json
@@ -92,23 +96,29 @@ def models_of(params: Params) -> dict[str, Model]:
     return models
 
 
-def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:
+def pipe_of(row: Model, params: Params) -> DiffusionPipeline:
     pipe = load_base(params.base)
     if row.path != params.base:
         pipe.unet = load_unet(row.path, base=pipe)
         frozen(pipe)
+    return pipe
+
+
+def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:
+    pipe = pipe_of(row, params)
     bundle = GuideBundle.load(BUNDLE).to(pipe.unet.device)
     return Methods(pipe, bundle, params, peers=peers)
 
 
-def train_peer(name: str, params: Params, best: float | None = None) -> tuple[Peer, float]:
-    """A peer that has seen as many images as the guide, and its learning rate.
+def train_peer(
+    name: str, params: Params, cache: TeacherCache, best: float | None = None
+) -> tuple[Peer, float]:
+    """A peer that has seen as many images as the guide, of the base's pairs, and its learning rate.
 
     Without ``best``, rates are tried. An interrupted training goes on from its checkpoint in
     runs/peers.
     """
     unet = load_base(params.base).unet
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     full = train_config(params.distill)
 
     def fit(learning_rate: float, num_images: int) -> Peer:
@@ -159,6 +169,7 @@ def run(params: Params, anew: str | None = None) -> None:
     if anew:
         for made in results.get("models", {}).values():
             made.pop(anew, None)
+    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
     results["setting"] = {
         "judge": judge.name,
@@ -166,8 +177,6 @@ def run(params: Params, anew: str | None = None) -> None:
         "num_images": params.evaluate.num_images,
         "images_seen": params.distill.num_images,
         "images_seen_in_a_round": params.halve.num_images,
-        "pairs": [params.cache.num_forward, params.cache.num_trajectory],
-        "companions": len(companion_paths(params)),
         "base_hash": weights_hash(params.base)[:16],
     }
     rows = results.setdefault("models", {})
@@ -184,10 +193,12 @@ def run(params: Params, anew: str | None = None) -> None:
     missing = {method for pairs in todo.values() for method, _ in pairs}
     for name in [name for name in PEERS if name in missing]:
         known = costs.get(name, {}).get("learning_rate")
-        peers[name], rate = train_peer(name, params, known)
-        costs[name] = cost_of(name, params, peers[name]) | {"learning_rate": rate}
+        peers[name], rate = train_peer(name, params, cache, known)
+        costs[name] = cost_of(name, params, peers[name])
+        costs[name] |= {"learning_rate": rate, "pairs": int(cache.starts[1]), "companions": 0}
         write_json(RESULTS, results)
     costs["guided"] = cost_of("guided", params, None)
+    costs["guided"] |= {"pairs": int(cache.starts[-1]), "companions": len(cache.companions)}
     tasks = choose_tasks(params.evaluate)
     for model, row in models_of(params).items():
         done = rows[model]
@@ -277,10 +288,16 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         f"Guidance scale {setting['guidance_scale']:g}, {setting['num_images']} images a row, "
         f"{setting['images_seen']:,} images seen in training and "
-        f"{setting['images_seen_in_a_round']:,} more in a round of halving, of "
-        f"{setting['pairs'][0]:,} teacher pairs at noised images and {setting['pairs'][1]:,} along "
-        f"trajectories. This guide was trained on {setting['companions']} companions beside the "
-        f"base, the others on the base alone. Judge: {setting['judge']}.",
+        f"{setting['images_seen_in_a_round']:,} more in a round of halving. Judge: "
+        f"{setting['judge']}.",
+        "",
+        "Teacher pairs trained on: "
+        + ", ".join(
+            f"{LABELS[method]} {cost['pairs']:,} of the base"
+            + (f" and {cost['companions']} companions" if cost["companions"] else "")
+            for method, cost in costs.items()
+        )
+        + ".",
     ]
     for model, rows in models.items():
         lines += [

@@ -118,6 +118,8 @@ def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> N
     pairs = params.cache.num_forward + params.cache.num_trajectory
     assert one["cache_gb"] == pytest.approx(pairs * cache_cost.architecture_bytes(name).pair / 1e9)
     assert one["params_ratio"] <= params.distill.guide.max_parameters_ratio
+    num_base = one["guide_parameters"] / one["params_ratio"]
+    assert one["companion_gb"] == pytest.approx(4 * num_base / 1e9)
 
 
 def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:

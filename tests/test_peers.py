@@ -81,10 +81,9 @@ def results(**fvu: float) -> dict[str, Any]:
         "num_images": 8,
         "images_seen": 10,
         "images_seen_in_a_round": 5,
-        "pairs": [3, 4],
-        "companions": 2,
     }
-    return {"setting": setting, "models": models, "costs": {}}
+    cost = {"params_ratio": 0.01, "flops_ratio": 0.5, "pairs": 7, "companions": 2}
+    return {"setting": setting, "models": models, "costs": {"guided": cost}}
 
 
 def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
@@ -98,4 +97,4 @@ def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
     ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
     assert not quality.summary(ahead)["beats_all_peers"]
     assert "| this guide |" in quality.as_markdown(ahead)
-    assert "trained on 2 companions beside the base" in quality.as_markdown(ahead)
+    assert "this guide 7 of the base and 2 companions" in quality.as_markdown(ahead)
