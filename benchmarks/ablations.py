@@ -1,12 +1,13 @@
-"""Which choices make the best guide: one change each to a guide trained on the base alone.
+"""Which choices make the best guide: one change each to a simple start, trained on the base alone.
 
     python -m benchmarks.ablations --run            # trains some twenty guides: hours on a CPU
     python -m benchmarks.ablations --json           # what the committed results say
 
 `--run` needs what `dvc repro cache` leaves, and takes everything not named here from params.yaml. A
 row that is in benchmarks/results/ablations.json is not made again: delete the file after a change
-of the base. `guidance_fvu` is along CFG trajectories of held-out prompts, at the scale of
-`evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
+of the base. What won became the default. `guidance_fvu` is along CFG trajectories of held-out
+prompts, at the scale of `evaluate.guidance_scale`; what a variant's training loss is says nothing
+about it.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.distill import guidance_power
+from pnp_core.distill import FLOOR, guidance_power
 from pnp_core.files import write_text
 from pnp_core.guide import Guide, GuideConfig, hold_offsets, text_attentions
 from pnp_core.inject import injecting
@@ -78,8 +79,8 @@ class Variant:
     """One guide to train.
 
     Attributes:
-        shape: of the guide's network; None: the default's.
-        size: parameters of the default shape, over those that params.yaml allows.
+        shape: of the guide's network; None: the tiny guide's.
+        size: parameters of the tiny guide, over those that params.yaml allows.
         in_decoder: what acts on the text acts in the decoder alone.
         states: which pairs of the cache: ``mixed``, ``forward`` or ``trajectory``.
         weight: of an error of eps, a field of :class:`Weights`.
@@ -105,15 +106,15 @@ class Variant:
 
 
 VARIANTS = {
-    "the base alone": {"the default's shape, states, loss and scales": Variant()},
+    "the start": {"mixed states, absolute errors of eps, w in [1, 8]": Variant()},
     "the guide's shape, at equal parameters": {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
         "text residual alone": Variant(shape=TextResidual),
-        "the default without gains on attention": Variant(shape=WithoutGains),
-        "the default without text residual": Variant(shape=WithoutText),
-        "the default in the decoder alone": Variant(in_decoder=True),
-        "the default, 2.5 times as large": Variant(size=2.5),
+        "without gains on attention": Variant(shape=WithoutGains),
+        "without text residual": Variant(shape=WithoutText),
+        "in the decoder alone": Variant(in_decoder=True),
+        "2.5 times as large": Variant(size=2.5),
     },
     "states": {
         "forward-noised alone": Variant(states="forward"),
@@ -273,7 +274,7 @@ def objective(
         error = error * weight_t[p.timestep.cpu()].to(error)
         if variant.relative:
             own = (p.eps_c - p.eps_n).square().mean(dim=(1, 2, 3)) / power
-            error = error / (own + 0.1)
+            error = error / (own + FLOOR)
         return error / (w_B - 1).clamp(min=1).square() if variant.w_weighted else error / 16
 
     return loss_fn

@@ -31,6 +31,7 @@ from pnp_core.halve import halving_rounds
 from pnp_core.metrics import count_flops
 from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.soap import sides
 from pnp_core.train import TrainConfig, train
 
 PRESETS = Path("presets")
@@ -93,12 +94,14 @@ def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, fl
     num_base, num_guide = (
         sum(p.numel() for p in module.parameters()) for module in (step.unet, step.guide)
     )
-    # fp32: the base; the guide with its gradients, Adam's two moments and the averaged weights
+    # fp32: the base; the guide with its gradients, SOAP's mean and square and the averaged weights;
+    # the moments along the guide's sides, and their bases
+    num_turned = sum(2 * side**2 for p in step.guide.parameters() for side in sides(p))
     return {
         **hours,
         "hours": sum(hours.values()),
         "cache_gb": num_pairs * architecture_bytes(name).pair / 1e9,
-        "weights_and_optimizer_gb": (num_base + 5 * num_guide) * 4 / 1e9,
+        "weights_and_optimizer_gb": (num_base + 5 * num_guide + num_turned) * 4 / 1e9,
         "companion_gb": num_base * 4 / 1e9,
         "guide_parameters": num_guide,
         "params_ratio": num_guide / num_base,

@@ -54,17 +54,18 @@ def naive_losses(
 ) -> Tensor:
     """Losses ``(B,)`` without cached predictions and with gradients through the whole UNet."""
     with torch.no_grad():
-        target = teacher(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+        eps_c, eps_n = teacher.pair(pairs.z_t, pairs.timestep, pairs.text, pairs.negative_text)
+        target = torch.lerp(eps_n, eps_c, w_B.reshape(-1, 1, 1, 1))
     z_t = pairs.z_t.detach().requires_grad_(True)
     eps = student(z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
-    return distillation_loss(eps, target, w_B)
+    return distillation_loss(eps, target, eps_c - eps_n, w_B, power=1.0)
 
 
 def cached_losses(student: GuidedDenoiser, pairs: Pairs, w_B: Tensor) -> Tensor:
     """Losses ``(B,)`` as :func:`pnp_core.distill.distill` has them."""
     target = torch.lerp(pairs.eps_n, pairs.eps_c, w_B.reshape(-1, 1, 1, 1))
     eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
-    return distillation_loss(eps, target, w_B)
+    return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power=1.0)
 
 
 def flops_ratio(

@@ -22,6 +22,8 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider, GuiderConfig
 from pnp_core.train import Report, TrainConfig, config_hash, step_generator, train
 
+FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
@@ -57,20 +59,25 @@ def draw_guidance_scale(
     return low + (high - low) * torch.rand(batch_size, generator=generator)
 
 
-def distillation_loss(student: Tensor, target: Tensor, guidance_scale_B: Tensor) -> Tensor:
-    """Squared error of eps, one a sample, over ``max(w - 1, 1)^2``.
+def distillation_loss(
+    student: Tensor, target: Tensor, guidance: Tensor, guidance_scale_B: Tensor, power: float
+) -> Tensor:
+    """Squared error of eps, one a sample, over that of no guide, about: the share not explained.
 
-    The part of ``eps_w`` that a guide adds grows with ``w - 1``; without the weight the largest
-    ``w`` would have all the say.
+    No guide is off by ``(w - 1) (eps_c - eps_n)``. Were errors not relative to this, the largest
+    ``w`` and the first steps of sampling, where guidance is strongest, would have all the say.
+
+    Args:
+        guidance: ``eps_c - eps_n``, ``(B, C, H, W)``.
+        power: mean square of the guidance over all samples; those with far less count less.
     """
     error = (student.float() - target.float()).square().mean(dim=(1, 2, 3))
-    return error / (guidance_scale_B.to(error) - 1).clamp(min=1).square()
+    own = guidance.float().square().mean(dim=(1, 2, 3)) + FLOOR * power
+    return error / (own * (guidance_scale_B.to(error) - 1).clamp(min=1).square())
 
 
 def guidance_power(cache: TeacherCache, seed: int, num_pairs: int = 1024) -> float:
     """Mean square of ``eps_c - eps_n`` over the first pairs that training will see.
-
-    Over it, a loss of 1 is no guide at all, whatever the base.
 
     Raises:
         ValueError: they are all zero.
@@ -94,7 +101,7 @@ def distillation_objective(
 ) -> Callable[[int, slice], Tensor]:
     """What :func:`pnp_core.train.train` minimises: a student's distance from its cached teacher.
 
-    In units of the guidance itself: 1 is no guide, 0 is CFG.
+    In units of the guidance itself: no guide is near 1, CFG is 0.
 
     Args:
         students: of the base, and of each companion whose pairs are to be used.
@@ -113,7 +120,7 @@ def distillation_objective(
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
         student = students[turn]
         eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
-        return distillation_loss(eps, target, w_B) / power
+        return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
 
     return loss_fn
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pnp_core.files import write_state
 from pnp_core.precision import PRECISIONS, mixed_precision
+from pnp_core.soap import SOAP
 
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
@@ -140,7 +141,7 @@ def train(
     parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
     device = parameters[0].device
     autocast = partial(mixed_precision, device.type, config.precision)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    optimizer = SOAP(parameters, lr=config.learning_rate)
     ema = [p.detach().clone() for p in parameters]
     decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
     step = 0

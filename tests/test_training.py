@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
-from pnp_core.distill import DistillConfig, distill
+from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
 from pnp_core.plug import plug, unplug
@@ -53,6 +53,21 @@ def test_distillation_moves_the_guide_only_and_lowers_the_loss(
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert guide.config.base_hash == "base"
     assert not guide.training
+
+
+def test_the_loss_is_the_share_of_each_samples_own_guidance_that_is_missing() -> None:
+    torch.manual_seed(0)
+    eps_n, direction = torch.randn(2, 4, 8, 4, 4).unbind()
+    guidance = direction * torch.tensor([0.01, 0.1, 1.0, 10.0]).reshape(-1, 1, 1, 1)
+    w = torch.tensor([2.0, 3.0, 5.0, 8.0])
+    target = cfg_target(eps_c=eps_n + guidance, eps_n=eps_n, guidance_scale_B=w)
+    for share in (0.0, 0.5, 1.0):
+        student = torch.lerp(target, eps_n + guidance, share)
+        loss = distillation_loss(student, target, guidance, w, power=1e-6)
+        torch.testing.assert_close(loss, torch.full((4,), share**2), atol=1e-3, rtol=1e-2)
+    own = guidance.square().mean(dim=(1, 2, 3))
+    loss = distillation_loss(eps_n + guidance, target, guidance, w, power=1.0)
+    torch.testing.assert_close(loss, own / (own + FLOOR))
 
 
 def test_companions_bring_a_guide_closer_to_their_own_guidance(
