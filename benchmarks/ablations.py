@@ -5,9 +5,10 @@
 
 `--run` needs what `dvc repro cache` leaves, and takes everything not named here from params.yaml. A
 row that is in benchmarks/results/ablations.json is not made again: delete the file after a change
-of the base. What won became the default. `guidance_fvu` is along CFG trajectories of held-out
-prompts, at the scale of `evaluate.guidance_scale`; what a variant's training loss is says nothing
-about it.
+of the base. What won became the default. The committed rows were trained with AdamW.
+
+`guidance_fvu` is along CFG trajectories of held-out prompts, at the scale of
+`evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
 """
 
 import argparse
@@ -402,7 +403,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         " the fine-tunes never.",
         "",
     ]
-    for group, variants in results["rows"].items():
+    for group, known in VARIANTS.items():
+        made = results["rows"].get(group, {})
+        variants = {label: made[label] for label in known if label in made}
+        if not variants:
+            continue
         models = list(next(iter(variants.values()))["guidance_fvu"])
         titles = [group, "parameters", "samples/s", *models, "mean of fine-tunes"]
         lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
