@@ -42,7 +42,7 @@ class SOAP(torch.optim.Optimizer):
         self.max_side = max_side
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
