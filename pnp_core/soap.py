@@ -46,10 +46,11 @@ class SOAP(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    p.sub_(group["lr"] * self.update(p, *group["betas"], group["eps"]))
+                    p.sub_(group["lr"] * self.update(p, group["betas"], group["eps"]))
 
-    def update(self, p: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    def update(self, p: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
         """What this step subtracts, over the learning rate; in the shape of ``p``."""
+        beta1, beta2 = betas
         assert p.grad is not None
         grad = p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None]
         state = self.state[p]
