@@ -47,7 +47,7 @@ from pnp_core.files import write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.metrics import count_flops, psnr
 from pnp_core.models import load_unet, weights_hash
-from pnp_core.train import TrainConfig, config_hash, train
+from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (1e-4, 3e-4, 1e-3), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
@@ -134,7 +134,7 @@ def train_peer(
             distillation_objective([student], cache, config, unet.device),
             peer,
             config.train,
-            run_hash=config_hash(config, cache.content_hash, name),
+            run_hash=config_hash(config, cache.content_hash, name, RECIPE),
             checkpoint=RUNS / "peers" / f"{name}-{learning_rate:g}-{num_images}.pt",
             report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
         )

@@ -21,10 +21,11 @@ def train_stage(
 ) -> None:
     """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes."""
     from components.tracking import Run
+    from pnp_core.train import RECIPE
 
     section = getattr(params, stage)
     settings = {"base": params.base, stage: section.model_dump(mode="json")}
-    identity = f"{stage}\n{settings}\n{(CACHE / 'index.json').read_text()}"
+    identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     with Run(params.tracking, stage, key=key, params=settings) as run:

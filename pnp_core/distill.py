@@ -20,7 +20,7 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider, GuiderConfig
-from pnp_core.train import Report, TrainConfig, config_hash, step_generator, train
+from pnp_core.train import RECIPE, Report, TrainConfig, config_hash, step_generator, train
 
 FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
 
@@ -183,7 +183,7 @@ def distill(
         distillation_objective(students, cache, config, device),
         guide,
         config.train,
-        run_hash=config_hash(config, cache.content_hash),
+        run_hash=config_hash(config, cache.content_hash, RECIPE),
         checkpoint=checkpoint,
         report=report,
         name_row=name_row,

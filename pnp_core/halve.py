@@ -21,6 +21,7 @@ from pnp_core.guide import Guide
 from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
 from pnp_core.train import (
+    RECIPE,
     Report,
     TrainConfig,
     config_hash,
@@ -133,7 +134,8 @@ def halve(
     batch_size = config.train.batch_size
     guides = {config.start_steps: guide}
     for number, num_steps in enumerate(halving_rounds(config.start_steps, config.end_steps)):
-        run_hash = config_hash(config, cache.content_hash, guides[2 * num_steps].weights_digest())
+        teacher_digest = guides[2 * num_steps].weights_digest()
+        run_hash = config_hash(config, cache.content_hash, teacher_digest, RECIPE)
         finished = directory / f"steps-{num_steps}-{run_hash}"
         if finished.exists():
             guides[num_steps] = Guide.from_pretrained(finished).to(device)

@@ -149,6 +149,32 @@ def test_a_checkpoint_of_another_configuration_is_ignored(
     assert fresh.weights_digest() == beside.weights_digest()
 
 
+def test_a_checkpoint_of_another_recipe_is_ignored(
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A finished run's too: after an upgrade, it must not pass for the new training's result."""
+    checkpoint = tmp_path / "checkpoint.pt"
+
+    def num_reports() -> int:
+        reports: list[int] = []
+        distill(
+            pipe.unet,
+            cache,
+            DISTILL,
+            checkpoint=checkpoint,
+            report=lambda num_images, metrics: reports.append(num_images),
+        )
+        return len(reports)
+
+    assert num_reports() == 6
+    assert num_reports() == 0
+    monkeypatch.setattr("pnp_core.distill.RECIPE", "another")
+    assert num_reports() == 6
+
+
 def train_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
