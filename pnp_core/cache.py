@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from pnp_core.models import (
     time_ids_of,
 )
 from pnp_core.precision import mixed_precision
-from pnp_core.schedule import NoiseSchedule, sampling_timesteps
+from pnp_core.schedule import NoiseSchedule
 from pnp_core.shards import (
     SHARDS_SHUFFLED,
     Fetch,
@@ -72,7 +73,7 @@ class CacheConfig:
     Attributes:
         num_forward: teacher pairs at forward-noised states.
         num_trajectory: teacher pairs along CFG trajectories, of all teachers together.
-        trajectory_steps: DDIM steps of a trajectory.
+        trajectory_steps: DDIM steps of a trajectory, and so its states.
         guidance_scale: range of the trajectories' ``w``, drawn uniformly.
         guider: the teacher's rule, which the trajectories follow.
         negative_fraction: share of pairs whose negative is another sample's prompt, not null.
@@ -420,21 +421,25 @@ class CacheBuilder:
     def trajectory_pairs(
         self, unet: UNet2DConditionModel, count: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Teacher predictions along CFG sampling, with timesteps jittered within each interval."""
-        config = self.config
-        grid = sampling_timesteps(self.pipe.scheduler, config.trajectory_steps, "trailing")
-        interval = self.schedule.num_train_timesteps // config.trajectory_steps
-        jitter_B = torch.randint(interval, (count,), generator=generator)
+        """Teacher predictions along CFG sampling.
+
+        A trajectory starts at pure noise and has a further state in each of equal intervals of
+        timesteps, anywhere in it: samplers of every step count find their timesteps among them.
+        """
+        config, num_timesteps = self.config, self.schedule.num_train_timesteps
+        jitter_B = torch.rand(count, generator=generator)
         low, high = config.guidance_scale
         w_B = low + (high - low) * torch.rand(count, generator=generator)
         image_B = torch.randint(len(self.examples), (count,), generator=generator)
         prompt_B, negative_B = self.moments["prompt"][image_B], self.negatives(count, generator)
         z_t = torch.randn((count, *self.moments["mean"].shape[1:]), generator=generator)
+        interval = num_timesteps / max(1, config.trajectory_steps - 1)
+        grid = [torch.full((count,), num_timesteps - 1)]
+        for k in range(config.trajectory_steps - 1):
+            grid.append((num_timesteps - 1 - interval * (k + jitter_B)).long().clamp(min=0))
+        grid.append(torch.full((count,), -1))
         steps: list[dict[str, Tensor]] = []
-        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
-            # The first step stays at the start of the noise; the last ends where sampling does.
-            t_B = torch.full((count,), t) if t == grid[0] else (t - jitter_B).clamp(min=0)
-            s_B = torch.full((count,), s) if s < 0 else (s - jitter_B).clamp(min=0)
+        for t_B, s_B in pairwise(grid):
             z_t = z_t.half()
             eps_c, eps_n = self.predict(unet, z_t.float(), t_B, prompt_B, negative_B)
             steps.append(

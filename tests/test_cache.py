@@ -80,6 +80,17 @@ def test_trajectories_go_down_from_pure_noise(
     assert spread[0] == pytest.approx(1.0, abs=0.15)
 
 
+def test_trajectories_leave_no_stretch_of_timesteps_out(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    one = builder(pipe, examples, tmp_path, num_forward=0, num_trajectory=400, shard_size=400)
+    build_cache(one)
+    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(400), torch.device("cpu"))
+    counts = torch.histc(pairs.timestep[pairs.timestep < 999].float(), 20, 0, 999)
+    assert counts.sum() == 320
+    assert counts.min() >= 4  # of 16 on average
+
+
 @torch.no_grad()
 def test_each_state_of_a_trajectory_follows_from_the_one_before_by_a_guided_ddim_step(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
