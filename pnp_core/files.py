@@ -51,6 +51,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     """Write a safetensors file in one atomic step."""
     with replacing(path) as partial:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
+        let_read(partial)
+
+
+def let_read(path: Path) -> None:
+    """Give a file the permissions that new files have: safetensors keeps it to its owner."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_state(path: Path, state: Any) -> None:
@@ -67,6 +75,8 @@ def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     try:
         fill(partial)
+        for file in partial.rglob("*.safetensors"):
+            let_read(file)
         if path.exists():
             os.replace(path, old)
         os.replace(partial, path)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -539,6 +540,20 @@ def test_a_write_that_fails_half_way_leaves_what_was_there_and_nothing_else(
     assert (path / "old").exists() if kind == "directory" else path.read_text() == "old"
     writes[kind]()
     assert not path.is_file() or path.read_bytes() != b"old"
+
+
+def test_what_is_written_may_be_read_by_whom_other_new_files_may(tmp_path: Path) -> None:
+    content = {"x": torch.zeros(4)}
+    umask = os.umask(0o027)
+    try:
+        files.write_tensors(tmp_path / "shard", content, {})
+        files.write_directory(
+            tmp_path / "guide", lambda folder: save_file(content, folder / "weights.safetensors")
+        )
+    finally:
+        os.umask(umask)
+    for written in (tmp_path / "shard", tmp_path / "guide/weights.safetensors"):
+        assert written.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(
