@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPProcessor
 
+from pnp_core import GuideBundle, plug
 from zoo import pack, training, world
 from zoo.autoencoder import decode, encode, grown, standardise
 from zoo.base import grown_unet, load_pipeline, run_tokenizer
@@ -30,6 +31,7 @@ from zoo.dataset import (
 )
 from zoo.judge import retrieval_top1
 from zoo.report import frechet_distance, kernel_distance
+from zoo.sampling import prompts_of
 
 MODELS = Path("zoo/models")
 SPDX = {"Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0", "MIT", "OFL-1.1"}
@@ -305,3 +307,29 @@ def test_retrieval_counts_own_captions() -> None:
 def test_prompts_and_styles_agree() -> None:
     assert set(BASE_STYLES) < set(ALL_STYLES)
     assert {source.style for source in pack.SOURCES} == set(ALL_STYLES)
+
+
+@torch.no_grad()
+def test_the_shipped_guide_comes_nearer_to_cfg_than_no_guidance_on_a_style_it_never_saw() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base", dtype=torch.float32)
+    pipe.unet = UNet2DConditionModel.from_pretrained(MODELS / "openmoji/unet", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    heldout = prompts_of("heldout", "noto", 12, seed=2)
+
+    def latents(guidance_scale: float) -> torch.Tensor:
+        return pipe(
+            heldout,
+            num_inference_steps=8,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(n) for n in range(len(heldout))],
+            output_type="latent",
+        ).images
+
+    unguided, cfg = latents(1.0), latents(3.0)
+    bundle = GuideBundle.load(MODELS.parent / "guide")
+    plug(pipe, bundle)
+    guided = latents(3.0)
+    assert (guided - cfg).square().mean() < 0.6 * (unguided - cfg).square().mean()
+    for guide in bundle.guides.values():
+        own, base = (sum(p.numel() for p in m.parameters()) for m in (guide, pipe.unet))
+        assert own <= 0.01 * base
