@@ -3,13 +3,13 @@
     python -m benchmarks.quality --run      # train the peers, sample everything: hours on a CPU
     python -m benchmarks.quality --json     # what the committed results say
 
-`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows
-are of a cache of 12,000 pairs at noised images and 20,000 along trajectories of 20 steps, all of
-them the base's, 72,000 images and halving down to 4 steps, trained with AdamW on absolute errors:
-today's training does better (docs/LOG.md), and all rows are yet to be made anew with it.
+`--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows are of
 
-Every peer sees as many images as `distill` did, of the base's pairs in the cache, at the best of
-three learning rates, each tried for a tenth of them. Results go to
+    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=72000 -S halve.end_steps=4 halve
+
+whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
+optimizer, of the base's pairs in the cache, at the best of three learning rates, each tried for a
+tenth of them. Results go to
 benchmarks/results/quality.json and quality.md; a row that is there is not made again: delete the
 file after a change of the models, and say `--run --anew guided` after one of the guide.
 
@@ -50,7 +50,7 @@ from pnp_core.models import load_unet, weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
-LEARNING_RATES = {"meng": (1e-4, 3e-4, 1e-3), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
+LEARNING_RATES = {"meng": (1e-4, 3e-4, 1e-3), "agd": (3e-3, 1e-2, 3e-2), "dice": (3e-3, 1e-2, 3e-2)}
 TRIAL_SHARE = 0.1
 STEPS = (50, 16, 8, 4)
 PEER_STEPS = (16,)
