@@ -1,11 +1,12 @@
-"""Which choices make the best guide: one change each to a simple start, trained on the base alone.
+"""Which choices make the best guide: one change each to the default.
 
+    dvc exp run -S cache.num_forward=8000 -S cache.num_trajectory=40000 cache
     python -m benchmarks.ablations --run            # trains some twenty guides: hours on a CPU
     python -m benchmarks.ablations --json           # what the committed results say
 
-`--run` needs what `dvc repro cache` leaves, and takes everything not named here from params.yaml. A
-row that is in benchmarks/results/ablations.json is not made again: delete the file after a change
-of the base. What won became the default. The committed rows were trained with AdamW.
+`--run` needs a cache with both kinds of pairs, and takes everything not named here from
+params.yaml. A row that is in benchmarks/results/ablations.json is not made again: delete the file
+after a change of the base or of training.
 
 `guidance_fvu` is along CFG trajectories of held-out prompts, at the scale of
 `evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
@@ -83,7 +84,7 @@ class Variant:
         shape: of the guide's network; None: the tiny guide's.
         size: parameters of the tiny guide, over those that params.yaml allows.
         in_decoder: what acts on the text acts in the decoder alone.
-        states: which pairs of the cache: ``mixed``, ``forward`` or ``trajectory``.
+        states: which of the base's pairs: ``trajectory``, ``forward`` or ``mixed``.
         weight: of an error of eps, a field of :class:`Weights`.
         relative: errors count relative to the guidance of the same pair.
         guidance_scale: range of w in training.
@@ -96,18 +97,18 @@ class Variant:
     shape: Shape | None = None
     size: float = 1.0
     in_decoder: bool = False
-    states: str = "mixed"
+    states: str = "trajectory"
     weight: str = "eps"
-    relative: bool = False
+    relative: bool = True
     guidance_scale: tuple[float, float] = (1.0, 8.0)
     power: float = 1.0
     w_weighted: bool = True
-    companions: bool = False
+    companions: bool = True
     perturbed: bool = False
 
 
 VARIANTS = {
-    "the start": {"mixed states, absolute errors of eps, w in [1, 8]": Variant()},
+    "the default": {"trained on the base and companions in turns": Variant()},
     "the guide's shape, at equal parameters": {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
@@ -117,24 +118,22 @@ VARIANTS = {
         "in the decoder alone": Variant(in_decoder=True),
         "2.5 times as large": Variant(size=2.5),
     },
-    "states": {
-        "forward-noised alone": Variant(states="forward"),
-        "trajectories alone": Variant(states="trajectory"),
-    },
-    "loss": {
-        "on v": Variant(weight="v"),
-        "on x": Variant(weight="x"),
-        "on x, min-SNR 5": Variant(weight="min_snr"),
-        "relative to each pair's guidance": Variant(relative=True),
+    "loss: not relative to each pair's guidance": {
+        "on eps": Variant(relative=False),
+        "on v": Variant(relative=False, weight="v"),
+        "on x": Variant(relative=False, weight="x"),
+        "on x, min-SNR 5": Variant(relative=False, weight="min_snr"),
     },
     "guidance scales in training": {
         "uniform in [1, 5]": Variant(guidance_scale=(1.0, 5.0)),
         "more low ones: 1 + 7 u^2": Variant(power=2.0),
         "errors not divided by (w - 1)^2": Variant(w_weighted=False),
     },
-    "more than the base": {
-        "companions": Variant(companions=True),
-        "the base with noise in its weights": Variant(perturbed=True),
+    "trained on the base alone": {
+        "trajectories": Variant(companions=False),
+        "noised images": Variant(companions=False, states="forward"),
+        "both": Variant(companions=False, states="mixed"),
+        "trajectories, also with noise in the weights": Variant(companions=False, perturbed=True),
     },
 }
 
@@ -217,7 +216,7 @@ def pairs_of(
     for number in range(NUM_PERTURBED):
         generator = torch.Generator().manual_seed(number)
         other = perturb(unet, generator)
-        chosen = torch.randint(starts[1], (PAIRS_PERTURBED,), generator=generator)
+        chosen = start + torch.randint(stop - start, (PAIRS_PERTURBED,), generator=generator)
         perturbed.append(repaired(other, cache, chosen))
     return [own, *perturbed]
 
@@ -358,7 +357,14 @@ def train_variant(variant: Variant, params: Params, name: str) -> Guide:
 
 
 def run(params: Params) -> None:
-    """Fill in what the results lack."""
+    """Fill in what the results lack. Raises ValueError if the cache lacks a kind of pairs."""
+    made = read_json(CACHE / "index.json")["config"]
+    if not (made["num_forward"] and made["num_trajectory"]):
+        raise ValueError(
+            f"{CACHE} has {made['num_forward']} pairs at noised images and "
+            f"{made['num_trajectory']} along trajectories; the ablations compare the two. Set "
+            "cache.num_forward and cache.num_trajectory, and run `dvc repro cache`."
+        )
     results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
     results["setting"] = {
         "guidance_scale": params.evaluate.guidance_scale,
@@ -426,14 +432,16 @@ def of_finetunes(fvu: Mapping[str, float]) -> float:
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Base and mean of fine-tunes for each variant."""
+    """Base and mean of fine-tunes for each variant, group by group."""
     return {
-        label: {
-            "fvu_base": row["guidance_fvu"]["base"],
-            "fvu_finetunes": of_finetunes(row["guidance_fvu"]),
+        group: {
+            label: {
+                "fvu_base": row["guidance_fvu"]["base"],
+                "fvu_finetunes": of_finetunes(row["guidance_fvu"]),
+            }
+            for label, row in variants.items()
         }
-        for variants in results["rows"].values()
-        for label, row in variants.items()
+        for group, variants in results["rows"].items()
     }
 
 

@@ -100,7 +100,8 @@ def test_pairs_of_a_perturbed_base_are_its_own(
 ) -> None:
     monkeypatch.setattr(ablations, "CACHE", cache_folder)
     monkeypatch.setattr(ablations, "PAIRS_PERTURBED", 6)
-    own, *perturbed = ablations.pairs_of(cache, pipe.unet, Variant(perturbed=True))
+    variant = Variant(companions=False, perturbed=True)
+    own, *perturbed = ablations.pairs_of(cache, pipe.unet, variant)
     assert own.unet is pipe.unet and len(perturbed) == ablations.NUM_PERTURBED
     for other in perturbed:
         p = other.rows(torch.arange(other.num_rows))
@@ -154,7 +155,7 @@ def test_both_tables_are_made_resumed_and_read(
         stage.run(params)
     chosen = {
         "shape": {"as it is": Variant(), "external": Variant(shape=External)},
-        "bases": {"companions": Variant(companions=True)},
+        "bases": {"the base alone": Variant(companions=False)},
     }
     monkeypatch.setattr(ablations, "VARIANTS", chosen)
     monkeypatch.setattr(ablations, "NUM_IMAGES", 64)
@@ -164,7 +165,7 @@ def test_both_tables_are_made_resumed_and_read(
     monkeypatch.setattr(ablations, "train_variant", None)  # nothing is trained twice
     ablations.run(params)
     assert read_json(ablations.RESULTS) == results
-    assert ablations.summary(results)["external"]["fvu_base"] > 0
+    assert ablations.summary(results)["shape"]["external"]["fvu_base"] > 0
     assert "| external |" in ablations.as_markdown(results)
 
     for stage in (distill, halve):
