@@ -454,7 +454,7 @@ def main() -> None:
     if arguments.run:
         run(load_params(Path("params.yaml")))
     if not RESULTS.exists():
-        sys.exit(f"error: there is no {RESULTS} yet: run `dvc repro cache`, then this with --run")
+        sys.exit(f"error: there is no {RESULTS} yet: --run makes it")
     results = read_json(RESULTS)
     print(as_markdown(results))
     if arguments.json:
