@@ -357,7 +357,11 @@ def train_variant(variant: Variant, params: Params, name: str) -> Guide:
 
 
 def run(params: Params) -> None:
-    """Fill in what the results lack. Raises ValueError if the cache lacks a kind of pairs."""
+    """Fill in what the results lack.
+
+    Raises ValueError if there is no cache of this base, or if it lacks a kind of pairs.
+    """
+    TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     made = read_json(CACHE / "index.json")["config"]
     if not (made["num_forward"] and made["num_trajectory"]):
         raise ValueError(

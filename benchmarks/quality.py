@@ -9,9 +9,9 @@
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
 optimizer, of the base's pairs in the cache, at the best of three learning rates, each tried for a
-tenth of them. Results go to
-benchmarks/results/quality.json and quality.md; a row that is there is not made again: delete the
-file after a change of the models, and say `--run --anew guided` after one of the guide.
+tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row that is there is
+not made again: delete the file after a change of the models, and say `--run --anew guided` after
+one of the guide.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -290,12 +290,13 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 def as_markdown(results: Mapping[str, Any]) -> str:
     setting, models, costs = results["setting"], results["models"], results["costs"]
     lines = [
-        f"Guidance scale {setting['guidance_scale']:g}; "
-        + ", ".join(f"{images} images at {n} steps" for n, images in setting["num_images"].items())
-        + "; "
-        f"{setting['images_seen']:,} images seen in training and "
-        f"{setting['images_seen_in_a_round']:,} more in a round of halving. Judge: "
+        f"Guidance scale {setting['guidance_scale']:g}; {setting['images_seen']:,} images seen in "
+        f"training and {setting['images_seen_in_a_round']:,} more in a round of halving. Judge: "
         f"{setting['judge']}.",
+        "",
+        "Images made: "
+        + ", ".join(f"{setting['num_images'][str(n)]} at {n} steps" for n in STEPS)
+        + ". The FID of few images is biased upwards: compare down a column, not along a row.",
         "",
         "Teacher pairs trained on: "
         + ", ".join(

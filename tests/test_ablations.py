@@ -147,6 +147,16 @@ def test_without_a_guide_the_loss_is_the_guidance_that_is_missing(
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-2)  # pairs are stored in half
 
 
+def test_ablations_refuse_a_cache_without_noised_images(world: Path) -> None:
+    params = load_params(world / "params.yaml")
+    section = params.cache.model_copy(update={"num_forward": 0})
+    params = params.model_copy(update={"cache": section})
+    for stage in (prepare, cache_stage):
+        stage.run(params)
+    with pytest.raises(ValueError, match="0 pairs at noised images and 16 along trajectories"):
+        ablations.run(params)
+
+
 def test_both_tables_are_made_resumed_and_read(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache, plan_cache
+from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache, plan_cache
 from tests.conftest import CACHE_CONFIG, changed
 
 
@@ -67,12 +68,25 @@ def test_a_row_of_latents_does_not_depend_on_the_part_asked_for(cache: TeacherCa
         assert torch.equal(all_rows[4:], half)
 
 
-def test_trajectories_go_down_from_pure_noise(
+Trajectories = Callable[..., Pairs]
+
+
+@pytest.fixture
+def trajectories(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
-) -> None:
-    one = builder(pipe, examples, tmp_path, num_forward=0, num_trajectory=20, shard_size=20)
-    build_cache(one)
-    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(20), torch.device("cpu"))
+) -> Trajectories:
+    """Builds a cache of one shard of pairs along trajectories of five states, and reads them."""
+
+    def build(num_pairs: int, **more: Any) -> Pairs:
+        config = {"num_forward": 0, "num_trajectory": num_pairs, "shard_size": num_pairs, **more}
+        build_cache(builder(pipe, examples, tmp_path, **config))
+        return TeacherCache.open(tmp_path).pairs(torch.arange(num_pairs), torch.device("cpu"))
+
+    return build
+
+
+def test_trajectories_go_down_from_pure_noise(trajectories: Trajectories) -> None:
+    pairs = trajectories(20)
     timesteps = pairs.timestep.reshape(5, 4)
     assert (timesteps.diff(dim=0) < 0).all()
     assert (timesteps[0] == 999).all()
@@ -80,32 +94,18 @@ def test_trajectories_go_down_from_pure_noise(
     assert spread[0] == pytest.approx(1.0, abs=0.15)
 
 
-def test_trajectories_leave_no_stretch_of_timesteps_out(
-    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
-) -> None:
-    one = builder(pipe, examples, tmp_path, num_forward=0, num_trajectory=400, shard_size=400)
-    build_cache(one)
-    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(400), torch.device("cpu"))
-    counts = torch.histc(pairs.timestep[pairs.timestep < 999].float(), 20, 0, 999)
+def test_trajectories_leave_no_stretch_of_timesteps_out(trajectories: Trajectories) -> None:
+    timestep = trajectories(400).timestep
+    counts = torch.histc(timestep[timestep < 999].float(), 20, 0, 999)
     assert counts.sum() == 320
     assert counts.min() >= 4  # of 16 on average
 
 
 @torch.no_grad()
 def test_each_state_of_a_trajectory_follows_from_the_one_before_by_a_guided_ddim_step(
-    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+    pipe: StableDiffusionPipeline, trajectories: Trajectories
 ) -> None:
-    one = builder(
-        pipe,
-        examples,
-        tmp_path,
-        num_forward=0,
-        num_trajectory=5,
-        shard_size=5,
-        guidance_scale=(3.0, 3.0001),
-    )
-    build_cache(one)
-    pairs = TeacherCache.open(tmp_path).pairs(torch.arange(5), torch.device("cpu"))
+    pairs = trajectories(5, guidance_scale=(3.0, 3.0001))
     reference = DDIMScheduler.from_config(pipe.scheduler.config)
     for i in range(4):
         eps = pairs.eps_n[i] + 3 * (pairs.eps_c[i] - pairs.eps_n[i])

@@ -78,7 +78,7 @@ def results(**fvu: float) -> dict[str, Any]:
     setting = {
         "judge": "j",
         "guidance_scale": 4.0,
-        "num_images": {"16": 8},
+        "num_images": {"50": 8, "16": 24, "8": 8, "4": 8},
         "images_seen": 10,
         "images_seen_in_a_round": 5,
     }
