@@ -131,3 +131,11 @@ def test_pushing_a_guide_uploads_its_config_and_safetensors(here: None) -> None:
     pulled = Guide.from_pretrained("me/my-guide")
     assert pulled.weights_digest() == guide.weights_digest()
     assert (pulled.config.base_hash, pulled.config.guidance_scale_range) == ("abc", [1, 6])
+
+
+@pytest.mark.parametrize("page", ["README.md", "zoo/README.md"])
+def test_the_example_on_the_front_page_runs_on_the_embedded_world(page: str) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", Path(page).read_text(), re.S)
+    found: dict[str, Any] = {}
+    exec(code.replace("\npipe(", "\nimage = pipe("), found)
+    assert found["image"].size == (64, 64)

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPProcessor
 from pnp_core import GuideBundle, plug
 from zoo import pack, training, world
 from zoo.autoencoder import decode, encode, grown, standardise
-from zoo.base import grown_unet, load_pipeline, run_tokenizer
+from zoo.base import grown_unet, load_pipeline, run_tokenizer, save_pipeline
 from zoo.dataset import (
     ALL_STYLES,
     BASE_STYLES,
@@ -200,13 +200,19 @@ def test_a_model_that_fails_to_train_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_base_opens_as_a_stock_pipeline_and_draws() -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base", dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base")
     pipe.set_progress_bar_config(disable=True)
     image = pipe("red apple", num_inference_steps=2, generator=torch.manual_seed(0)).images[0]
     assert image.size == (64, 64)
     assert sum(p.numel() for p in pipe.unet.parameters()) <= 6_500_000
     assert sum(p.numel() for p in pipe.vae.parameters()) <= 3_500_000
     assert "_name_or_path" not in json.loads((MODELS / "base/vae/config.json").read_text())
+
+
+def test_a_saved_pipeline_opens_again_in_one_dtype(tmp_path: Path) -> None:
+    save_pipeline(load_pipeline(MODELS / "base"), tmp_path / "base")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float32}
 
 
 def test_judge_opens_and_sees() -> None:

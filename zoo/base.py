@@ -304,6 +304,9 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     StableDiffusionPipeline(
         **{**pipe.components, **fp16}, requires_safety_checker=False
     ).save_pretrained(scratch)
+    # A stock pipeline opens UNet and VAE in fp32, but a text encoder as its config says.
+    config = scratch / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2))
     publish(scratch, folder)
 
 
