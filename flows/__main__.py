@@ -65,7 +65,7 @@ def summary(params: Params) -> str:
 {(REPORT / "table.md").read_text()}
 Images, CFG beside the guide:  {REPORT / "grid.png"}
 Compare runs in MLflow:        {mlflow}
-Make an image with the guide:  {python} -m components.generate --model {model} "red apple"
+Make an image with the guide:  {python} -m components.generate --model {model} "blue heart"
 Make it the champion:          {python} -m flows promote"""
 
 
