@@ -58,7 +58,7 @@ from pnp_core.train import TrainConfig, step_generator, train
 
 RESULTS = Path("benchmarks/results/ablations.json")
 NUM_IMAGES = 12_000  # training samples of each variant
-NUM_PROMPTS = 32
+NUM_PROMPTS = 32  # the same for every row
 PERTURBATION = 0.05  # of a weight tensor's root mean square
 NUM_PERTURBED = 3
 PAIRS_PERTURBED = 2_000  # of each perturbed base

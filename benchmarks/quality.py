@@ -9,9 +9,9 @@
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
 optimizer, of the base's pairs in the cache, at the best of three learning rates, each tried for a
-tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row that is there is
-not made again: delete the file after a change of the models, and say `--run --anew guided` after
-one of the guide.
+tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row that is there, of
+as many images as are wanted, is not made again: delete the file after a change of the models, and
+say `--run --anew guided` after one of the guide.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -55,8 +55,8 @@ TRIAL_SHARE = 0.1
 STEPS = (50, 16, 8, 4)
 PEER_STEPS = (16,)
 # Images at those steps, over `evaluate.num_images`: with other seeds the FID of 192 images is
-# another by half a point, which is more than some methods are apart.
-MORE_IMAGES = 3
+# another by half a point, which is more than some methods are apart, on the base above all.
+MORE_IMAGES, MORE_IMAGES_ON_BASE = 3, 10
 ADD_ONS = ("agd", "dice")
 LABELS = {
     "unguided": "no guidance",
@@ -173,7 +173,6 @@ def run(params: Params, anew: str | None = None) -> None:
     results["setting"] = {
         "judge": judge.name,
         "guidance_scale": params.evaluate.guidance_scale,
-        "num_images": {str(n): len(tasks_at(n, params)) for n in STEPS},
         "images_seen": params.distill.num_images,
         "images_seen_in_a_round": params.halve.num_images,
         "base_hash": weights_hash(params.base)[:16],
@@ -184,7 +183,8 @@ def run(params: Params, anew: str | None = None) -> None:
             (method, n)
             for method in wanted
             for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
-            if str(n) not in rows.setdefault(model, {}).get(method, {})
+            if rows.setdefault(model, {}).get(method, {}).get(str(n), {}).get("num_images")
+            != len(tasks_at(model, n, params))
         ]
         for model in models_of(params)
     }
@@ -207,20 +207,22 @@ def run(params: Params, anew: str | None = None) -> None:
         progress = Progress(f"quality of {model}", len(todo[model]), "rows")
         cfg: dict[int, np.ndarray] = {}
         for number, (method, num_steps) in enumerate(todo[model], 1):
-            tasks = tasks_at(num_steps, params)
+            tasks = tasks_at(model, num_steps, params)
             if num_steps not in cfg:
                 cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
             actual = num_steps // 2 if method == "cfg_half" else num_steps
             made = cfg[num_steps] if method == "cfg" else images(methods, method, actual, tasks)
             features = judge.features(made)
             done.setdefault(method, {})[str(num_steps)] = {
+                "num_images": len(tasks),
                 "fid": fid(features, references),
                 "kid": kid(features, references),
                 "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
                 "cfg_psnr": float(psnr(made, cfg[num_steps]).mean()),
             }
             if method in (*PEERS, "guided") and "guidance_fvu" not in done[method]:
-                heldout = [task for task in tasks if task.is_heldout]
+                most = tasks_at(model, PEER_STEPS[0], params)
+                heldout = [task for task in most if task.is_heldout]
                 done[method]["guidance_fvu"] = methods.guidance_fvu(heldout, method)
             progress(number, f"{LABELS[method]}, {num_steps} steps")
             write_json(RESULTS, results)
@@ -228,9 +230,11 @@ def run(params: Params, anew: str | None = None) -> None:
     write_text(RESULTS.with_suffix(".md"), as_markdown(results))
 
 
-def tasks_at(num_steps: int, params: Params) -> list[Task]:
+def tasks_at(model: str, num_steps: int, params: Params) -> list[Task]:
     config = params.evaluate
-    more = MORE_IMAGES if num_steps in PEER_STEPS else 1
+    more = 1
+    if num_steps in PEER_STEPS:
+        more = MORE_IMAGES_ON_BASE if model == "base" else MORE_IMAGES
     return choose_tasks(config.model_copy(update={"num_images": more * config.num_images}))
 
 
@@ -294,9 +298,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"training and {setting['images_seen_in_a_round']:,} more in a round of halving. Judge: "
         f"{setting['judge']}.",
         "",
-        "Images made: "
-        + ", ".join(f"{setting['num_images'][str(n)]} at {n} steps" for n in STEPS)
-        + ". The FID of few images is biased upwards: compare down a column, not along a row.",
+        "The FID of few images is biased upwards: compare down a column, not along a row.",
         "",
         "Teacher pairs trained on: "
         + ", ".join(
@@ -307,9 +309,12 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         + ".",
     ]
     for model, rows in models.items():
+        made = ", ".join(f"{rows['cfg'][str(n)]['num_images']:,} at {n} steps" for n in STEPS)
         lines += [
             "",
             f"## {model}",
+            "",
+            f"Images: {made}.",
             "",
             "| method | parameters | FLOPs / CFG | guidance_fvu | "
             + " | ".join(f"FID, {n} steps" for n in STEPS)

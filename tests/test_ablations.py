@@ -191,6 +191,11 @@ def test_both_tables_are_made_resumed_and_read(
     write_json(quality.RESULTS, stale)
     quality.run(params, anew="guided")
     assert read_json(quality.RESULTS) == results
+    fewer = copy.deepcopy(results)
+    fewer["models"]["base"]["cfg"]["8"] |= {"num_images": 1, "fid": -1.0}
+    write_json(quality.RESULTS, fewer)
+    quality.run(params)
+    assert read_json(quality.RESULTS) == results
     monkeypatch.setattr(quality, "images", None)  # nothing is sampled twice
     quality.run(params)
     assert read_json(quality.RESULTS) == results

@@ -70,7 +70,8 @@ def test_training_a_peer_explains_guidance_and_leaves_the_base_alone(
 def results(**fvu: float) -> dict[str, Any]:
     def row(method: str) -> dict[str, Any]:
         steps = {
-            str(n): {"fid": 10 * fvu.get(method, 1.0) + 1, "cfg_psnr": 20.0} for n in (50, 16, 8, 4)
+            str(n): {"num_images": n, "fid": 10 * fvu.get(method, 1.0) + 1, "cfg_psnr": 20.0}
+            for n in (50, 16, 8, 4)
         }
         return {"guidance_fvu": fvu.get(method, 1.0), **steps}
 
@@ -78,7 +79,6 @@ def results(**fvu: float) -> dict[str, Any]:
     setting = {
         "judge": "j",
         "guidance_scale": 4.0,
-        "num_images": {"50": 8, "16": 24, "8": 8, "4": 8},
         "images_seen": 10,
         "images_seen_in_a_round": 5,
     }
