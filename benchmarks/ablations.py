@@ -116,7 +116,7 @@ VARIANTS = {
         "without gains on attention": Variant(shape=WithoutGains),
         "without text residual": Variant(shape=WithoutText),
         "in the decoder alone": Variant(in_decoder=True),
-        "2.5 times as large": Variant(size=2.5),
+        "up to 2.5 times as large": Variant(size=2.5),
     },
     "loss: not relative to each pair's guidance": {
         "on eps": Variant(relative=False),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pnp_core.denoiser import CFGDenoiser, Denoiser
 
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}  # name -> label
-NUM_FVU_PROMPTS = 128  # at most; with 32 another choice of them moves it by 0.03
+NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_TIMED_STEPS = 2
 TIMING_REPEATS = 5
 
