@@ -31,7 +31,7 @@ mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http:/
 	    --backend-store-uri sqlite:///mlflow.db
 
 test: need-git $(INSTALLED)  ## run all tests
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)  ## lint, types, import contracts
 	@$(PY) -m ruff check .
