@@ -6,7 +6,7 @@
 
 `--run` needs a cache with both kinds of pairs, and takes everything not named here from
 params.yaml. A row that is in benchmarks/results/ablations.json is not made again: delete the file
-after a change of the base or of training.
+after a change of training. Rows of another base are dropped.
 
 `guidance_fvu` is along CFG trajectories of held-out prompts, at the scale of
 `evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
@@ -36,7 +36,7 @@ from benchmarks.guides import (
     WithoutText,
     shaped_guide,
 )
-from benchmarks.quality import models_of, pipe_of
+from benchmarks.quality import models_of, pipe_of, results_so_far
 from components.device import load_base, load_companions
 from components.environment import quiet
 from components.evaluate import Sampler, choose_tasks
@@ -48,7 +48,7 @@ from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.distill import FLOOR, guidance_power
+from pnp_core.distill import FLOOR, guidance_power, turn_of
 from pnp_core.files import write_text
 from pnp_core.guide import Guide, GuideConfig, hold_offsets, text_attentions
 from pnp_core.inject import injecting
@@ -262,7 +262,7 @@ def objective(
     low, high = variant.guidance_scale
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        turn = step % len(pairs)
+        turn, _ = turn_of(step, len(pairs))
         generator = step_generator(config.seed, step)
         rows = torch.randint(pairs[turn].num_rows, (config.batch_size,), generator=generator)
         drawn = torch.rand(config.batch_size, generator=generator) ** variant.power
@@ -369,12 +369,12 @@ def run(params: Params) -> None:
             f"{made['num_trajectory']} along trajectories; the ablations compare the two. Set "
             "cache.num_forward and cache.num_trajectory, and run `dvc repro cache`."
         )
-    results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
-    results["setting"] = {
+    setting = {
         "guidance_scale": params.evaluate.guidance_scale,
         "images_seen": NUM_IMAGES,
         "base_hash": weights_hash(params.base)[:16],
     }
+    results = results_so_far(RESULTS, setting)
     rows = results.setdefault("rows", {})
     models = models_of(params)
     probes: dict[str, Probe] = {}

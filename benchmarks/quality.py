@@ -10,8 +10,8 @@
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
 optimizer, of the base's pairs in the cache, at the best of three learning rates, each tried for a
 tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row that is there, of
-as many images as are wanted, is not made again: delete the file after a change of the models, and
-say `--run --anew guided` after one of the guide.
+as many images as are wanted, is not made again: after a change of the guide, `--run --anew guided`.
+Rows of another base, judge or setting are dropped, and all are made anew.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -55,8 +55,8 @@ TRIAL_SHARE = 0.1
 STEPS = (50, 16, 8, 4)
 PEER_STEPS = (16,)
 # Images at those steps, over `evaluate.num_images`: with other seeds the FID of 192 images is
-# another by half a point, which is more than some methods are apart, on the base above all.
-MORE_IMAGES, MORE_IMAGES_ON_BASE = 3, 10
+# another by half a point, which can be more than methods are apart.
+MORE_IMAGES = 3
 ADD_ONS = ("agd", "dice")
 LABELS = {
     "unguided": "no guidance",
@@ -158,25 +158,35 @@ def train_peer(
     return fit(best, full.num_images), best
 
 
+def results_so_far(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """What a file of results holds, or nothing if it was made in another setting."""
+    if path.exists():
+        results: dict[str, Any] = read_json(path)
+        if results["setting"] == setting:
+            return results
+        print(f"{path} is of another base or setting: all is made anew", file=sys.stderr)
+    return {"setting": setting}
+
+
 def run(params: Params, anew: str | None = None) -> None:
     """Fill in what the results lack, or make the rows of one method ``anew``.
 
     Raises ValueError if there is no cache or no bundle.
     """
-    results: dict[str, Any] = read_json(RESULTS) if RESULTS.exists() else {}
-    wanted = [anew] if anew else list(LABELS)
-    if anew:
-        for made in results.get("models", {}).values():
-            made.pop(anew, None)
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
-    results["setting"] = {
+    setting = {
         "judge": judge.name,
         "guidance_scale": params.evaluate.guidance_scale,
         "images_seen": params.distill.num_images,
         "images_seen_in_a_round": params.halve.num_images,
         "base_hash": weights_hash(params.base)[:16],
     }
+    results = results_so_far(RESULTS, setting)
+    wanted = [anew] if anew else list(LABELS)
+    if anew:
+        for made in results.get("models", {}).values():
+            made.pop(anew, None)
+    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
     rows = results.setdefault("models", {})
     todo = {
         model: [
@@ -184,7 +194,7 @@ def run(params: Params, anew: str | None = None) -> None:
             for method in wanted
             for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
             if rows.setdefault(model, {}).get(method, {}).get(str(n), {}).get("num_images")
-            != len(tasks_at(model, n, params))
+            != len(tasks_at(n, params))
         ]
         for model in models_of(params)
     }
@@ -207,7 +217,7 @@ def run(params: Params, anew: str | None = None) -> None:
         progress = Progress(f"quality of {model}", len(todo[model]), "rows")
         cfg: dict[int, np.ndarray] = {}
         for number, (method, num_steps) in enumerate(todo[model], 1):
-            tasks = tasks_at(model, num_steps, params)
+            tasks = tasks_at(num_steps, params)
             if num_steps not in cfg:
                 cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
             actual = num_steps // 2 if method == "cfg_half" else num_steps
@@ -221,7 +231,7 @@ def run(params: Params, anew: str | None = None) -> None:
                 "cfg_psnr": float(psnr(made, cfg[num_steps]).mean()),
             }
             if method in (*PEERS, "guided") and "guidance_fvu" not in done[method]:
-                most = tasks_at(model, PEER_STEPS[0], params)
+                most = tasks_at(PEER_STEPS[0], params)
                 heldout = [task for task in most if task.is_heldout]
                 done[method]["guidance_fvu"] = methods.guidance_fvu(heldout, method)
             progress(number, f"{LABELS[method]}, {num_steps} steps")
@@ -230,11 +240,9 @@ def run(params: Params, anew: str | None = None) -> None:
     write_text(RESULTS.with_suffix(".md"), as_markdown(results))
 
 
-def tasks_at(model: str, num_steps: int, params: Params) -> list[Task]:
+def tasks_at(num_steps: int, params: Params) -> list[Task]:
     config = params.evaluate
-    more = 1
-    if num_steps in PEER_STEPS:
-        more = MORE_IMAGES_ON_BASE if model == "base" else MORE_IMAGES
+    more = MORE_IMAGES if num_steps in PEER_STEPS else 1
     return choose_tasks(config.model_copy(update={"num_images": more * config.num_images}))
 
 
@@ -257,7 +265,7 @@ def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that the project answers for."""
+    """The numbers that the project answers for; None where rows of peers are not made yet."""
     models: Mapping[str, Any] = results["models"]
     tuned = [name for name in models if name != "base"]
 
@@ -273,13 +281,15 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         )
 
     (at,) = PEER_STEPS
-    ahead = all(
-        figure("guided", names) < figure(peer, names)
-        for peer in ADD_ONS
-        for names in (["base"], tuned)
-        for figure in (fvu, lambda method, names: distance(method, names, at))
-    )
-    behind = distance("guided", ["base"], at) / distance("meng", ["base"], at) - 1
+    ahead = behind = None
+    if all(peer in rows for rows in models.values() for peer in PEERS):
+        ahead = all(
+            figure("guided", names) < figure(peer, names)
+            for peer in ADD_ONS
+            for names in (["base"], tuned)
+            for figure in (fvu, lambda method, names: distance(method, names, at))
+        )
+        behind = distance("guided", ["base"], at) / distance("meng", ["base"], at) - 1
     return {
         "judge": results["setting"]["judge"],
         "fvu_base": fvu("guided", ["base"]),
@@ -322,7 +332,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             "|---" * (5 + len(STEPS)) + "|",
         ]
         for method, label in LABELS.items():
-            row, cost = rows.get(method, {}), costs.get(method, {})
+            if method not in rows:
+                continue
+            row, cost = rows[method], costs.get(method, {})
             fids = [f"{row[str(n)]['fid']:.2f}" if str(n) in row else "" for n in STEPS]
             cells = [
                 label,

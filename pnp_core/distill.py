@@ -4,8 +4,8 @@ The teacher's ``eps_c`` and ``eps_n`` come from the cache; CFG is linear in them
 serves every guidance scale. Gradients flow through the frozen UNet from the first layer that reads
 the text on, and for a full guide, which steers the decoder alone, through the decoder only.
 
-Where the cache has companions, fine-tunes of the base, steps are the base's and theirs in turns:
-one guide for all of them does better on fine-tunes that it never saw, too.
+Where the cache has companions, fine-tunes of the base, every other step is the base's and they take
+turns in the rest: one guide for all of them does better on fine-tunes that it never saw, too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +93,17 @@ def guidance_power(cache: TeacherCache, seed: int, num_pairs: int = 1024) -> flo
     return power
 
 
+def turn_of(step: int, num_teachers: int) -> tuple[int, int]:
+    """Whose step it is, the base's (0) or a companion's, and how many it has had before."""
+    if num_teachers == 1:
+        return 0, step
+    turn, is_companions = divmod(step, 2)
+    if not is_companions:
+        return 0, turn
+    before, companion = divmod(turn, num_teachers - 1)
+    return 1 + companion, before
+
+
 def distillation_objective(
     students: Sequence[Denoiser],
     cache: TeacherCache,
@@ -111,14 +122,12 @@ def distillation_objective(
     power = guidance_power(cache, seed)
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        turn = step % len(students)
-        indices = cache.pair_indices(
-            batch_size=batch_size, seed=seed, step=step // len(students), teacher=turn
-        )
+        teacher, number = turn_of(step, len(students))
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=number, teacher=teacher)
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
-        student = students[turn]
+        student = students[teacher]
         eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
         return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
 
@@ -171,11 +180,12 @@ def distill(
     students = [GuidedDenoiser(teacher, guide, cache.schedule) for teacher in teachers]
 
     def name_row(step: int, row: int) -> str:
+        teacher, number = turn_of(step, len(teachers))
         indices = cache.pair_indices(
             batch_size=config.train.batch_size,
             seed=config.train.seed,
-            step=step // len(teachers),
-            teacher=step % len(teachers),
+            step=number,
+            teacher=teacher,
         )
         return cache.name_pair(int(indices[row]))
 

@@ -204,6 +204,8 @@ def test_both_tables_are_made_resumed_and_read(
         assert rows["cfg"]["8"]["cfg_psnr"] > 60 and rows["unguided"]["8"]["cfg_psnr"] < 60
     found = quality.summary(results)
     assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
+    other = {**results["setting"], "base_hash": "another"}
+    assert quality.results_so_far(quality.RESULTS, other) == {"setting": other}
 
     monkeypatch.setattr(halving, "models_of", lambda params: params.models)
     halving.run(params)

@@ -95,6 +95,16 @@ def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
     ahead["models"]["b"]["guided"]["8"]["fid"] = 10.0
     assert quality.summary(ahead)["fid_ratio_worst"] == pytest.approx(10 / 2)  # of any model
     ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
-    assert not quality.summary(ahead)["beats_all_peers"]
+    assert quality.summary(ahead)["beats_all_peers"] is False
     assert "| this guide |" in quality.as_markdown(ahead)
     assert "this guide 7 of the base and 2 companions" in quality.as_markdown(ahead)
+
+
+def test_rows_that_are_not_made_yet_decide_nothing() -> None:
+    part = results(guided=0.3)
+    for rows in part["models"].values():
+        del rows["meng"]
+    found = quality.summary(part)
+    assert found["beats_all_peers"] is None and found["fid_behind_whole_unet"] is None
+    assert found["fvu_base"] == 0.3
+    assert quality.LABELS["meng"] not in quality.as_markdown(part)

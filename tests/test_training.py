@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
-from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss
+from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss, turn_of
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
 from pnp_core.plug import plug, unplug
@@ -53,6 +53,20 @@ def test_distillation_moves_the_guide_only_and_lowers_the_loss(
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert guide.config.base_hash == "base"
     assert not guide.training
+
+
+@pytest.mark.parametrize("num_companions", [0, 1, 4])
+def test_every_other_step_is_the_bases_and_companions_share_the_rest(num_companions: int) -> None:
+    num_steps = 2 * max(1, num_companions) * 3
+    had: dict[int, list[int]] = {}
+    for step in range(num_steps):
+        teacher, number = turn_of(step, 1 + num_companions)
+        had.setdefault(teacher, []).append(number)
+    assert set(had) == set(range(1 + num_companions))
+    assert all(numbers == list(range(len(numbers))) for numbers in had.values())
+    of_base, *of_companions = (len(numbers) for _, numbers in sorted(had.items()))
+    assert of_base == sum(of_companions) or not of_companions
+    assert set(of_companions) <= {3}
 
 
 def test_the_loss_is_the_share_of_each_samples_own_guidance_that_is_missing() -> None:
