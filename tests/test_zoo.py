@@ -11,12 +11,19 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from torch import nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from pnp_core import GuideBundle, plug
 from zoo import pack, training, world
-from zoo.autoencoder import decode, encode, grown, standardise
-from zoo.base import grown_unet, load_pipeline, run_tokenizer, save_pipeline
+from zoo.autoencoder import (
+    decode,
+    encode,
+    pruned,
+    psnr_by_style,
+    standardise,
+    telling_channels,
+)
+from zoo.base import load_pipeline, run_tokenizer, save_pipeline
 from zoo.dataset import (
     ALL_STYLES,
     BASE_STYLES,
@@ -27,10 +34,12 @@ from zoo.dataset import (
     REDRAWN,
     background_mask,
     jitter,
+    load_pictures,
     may_flip,
+    to_float,
 )
-from zoo.judge import retrieval_top1
-from zoo.report import frechet_distance, kernel_distance
+from zoo.judge import image_features, retrieval_top1, text_features
+from zoo.report import BOUNDS, frechet_distance, kernel_distance, weight_sizes
 from zoo.sampling import prompts_of
 
 MODELS = Path("zoo/models")
@@ -199,6 +208,38 @@ def test_a_model_that_fails_to_train_is_named(monkeypatch: pytest.MonkeyPatch) -
         world.main()
 
 
+def test_the_world_is_as_good_as_its_report_promises() -> None:
+    report = json.loads((MODELS / "report/report.json").read_text())
+    assert report["num_images"] >= 1000 and FINAL_STYLE in report["finetune_kid_ratio"]
+    for key, bound in BOUNDS.items():
+        sign, number = bound.split()[:2]
+        assert report[key] >= float(number) if sign == ">=" else report[key] <= float(number), key
+    assert weight_sizes(MODELS) == (report["weights_mb"], report["largest_file_mb"])
+
+
+def test_the_autoencoder_keeps_the_lines_of_the_style_it_does_worst() -> None:
+    report = json.loads((MODELS / "report/report.json").read_text())
+    worst = min(report["ae_psnr"], key=report["ae_psnr"].get)
+    vae = load_pipeline(MODELS / "base").vae
+    found = psnr_by_style(vae, "heldout", (worst,))[worst]
+    assert found >= 26 and found == pytest.approx(report["ae_psnr_worst"], abs=0.1)
+
+
+def test_the_judge_finds_the_caption_of_real_pictures() -> None:
+    judge = CLIPModel.from_pretrained(MODELS / "judge", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(MODELS / "judge")
+    real = load_pictures(("noto", "openmoji"))
+    rows = list(range(0, len(real), 12))
+    pool = sorted(set(real.captions))
+    top1 = retrieval_top1(
+        image_features(judge, to_float(real.images_BCHW[rows])),
+        [real.captions[row] for row in rows],
+        text_features(judge, tokenizer, pool),
+        pool,
+    )
+    assert top1 >= 0.90
+
+
 def test_base_opens_as_a_stock_pipeline_and_draws() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base")
     pipe.set_progress_bar_config(disable=True)
@@ -223,23 +264,33 @@ def test_judge_opens_and_sees() -> None:
     assert judge(**inputs).logits_per_image.shape == (1, 2)
 
 
-def test_a_grown_model_does_what_the_smaller_one_did() -> None:
-    pipe = load_pipeline(MODELS / "base")
-    before = pipe.vae.config.latent_channels
-    images = 2 * torch.rand(2, 3, 64, 64, generator=torch.manual_seed(0)) - 1
-    vae = grown(pipe.vae, before + 4)
+def test_an_autoencoder_without_its_silent_channels_decodes_as_if_they_were_their_mean() -> None:
+    vae = load_pipeline(MODELS / "base").vae
+    images = 2 * torch.rand(4, 3, 64, 64, generator=torch.manual_seed(0)) - 1
+    kept = torch.arange(vae.config.latent_channels) % 4 != 0
+    smaller = pruned(vae, kept)
     latents = encode(vae, images)
-    torch.testing.assert_close(latents[:, :before], encode(pipe.vae, images))
-    assert latents[:, before:].std() > 0
-    torch.testing.assert_close(decode(vae, latents), decode(pipe.vae, latents[:, :before]))
-    t, text = torch.tensor([900, 100]), pipe.encode_prompt(["a cat", "a dog"], "cpu", 1, False)[0]
+    torch.testing.assert_close(encode(smaller, images), latents[:, kept], atol=1e-4, rtol=1e-4)
+    assert smaller.config.latent_channels == int(kept.sum())
+    # the decoder's first layer: the same but at the border
+    latents[:, ~kept] = 0
+    whole, part = (
+        model.decoder.conv_in(model.post_quant_conv(z)).detach()[:, :, 1:-1, 1:-1]
+        for model, z in ((vae, latents), (smaller, latents[:, kept]))
+    )
+    torch.testing.assert_close(part, whole, atol=1e-4, rtol=1e-4)
+
+
+def test_channels_that_are_all_noise_say_nothing() -> None:
+    vae = load_pipeline(MODELS / "base").vae
+    channels = vae.config.latent_channels
+    images = 2 * torch.rand(8, 3, 64, 64, generator=torch.manual_seed(0)) - 1
+    standardise(vae, images)
     with torch.no_grad():
-        eps = grown_unet(pipe.unet, before + 4)(latents, t, text).sample
-        expected = pipe.unet(latents[:, :before], t, text).sample
-    torch.testing.assert_close(eps[:, :before], expected)
-    assert not eps[:, before:].any()
-    with pytest.raises(ValueError, match="has 8 latent channels already"):
-        grown(pipe.vae, before)
+        vae.quant_conv.weight[channels:] = 0  # log variances
+        vae.quant_conv.bias[channels:] = -2.0
+        vae.quant_conv.bias[channels + 3] = 1.0
+    assert (~telling_channels(vae, images)).nonzero().tolist() == [[3]]
 
 
 def test_standardised_latents_have_unit_variance_and_decode_to_the_same() -> None:
@@ -252,8 +303,10 @@ def test_standardised_latents_have_unit_variance_and_decode_to_the_same() -> Non
         after = vae.encode(images).latent_dist
     torch.testing.assert_close(decode(vae, after.mean), decoded, atol=1e-4, rtol=1e-4)
     channels = after.mean.transpose(0, 1).flatten(1)
-    torch.testing.assert_close(channels.std(dim=1), torch.ones(8), atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(channels.mean(dim=1), torch.zeros(8), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(channels.std(dim=1), torch.ones(len(channels)), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        channels.mean(dim=1), torch.zeros(len(channels)), atol=1e-3, rtol=1e-3
+    )
     spread = before.mean.transpose(0, 1).flatten(1).std(dim=1).reshape(1, -1, 1, 1)
     torch.testing.assert_close(after.std * spread, before.std)
 
@@ -264,14 +317,18 @@ def toy_run(num_steps: int, checkpoint: Path, stop_after: int | None = None) -> 
     model = nn.Linear(4, 1)
     config = training.TrainConfig(num_steps=num_steps, batch_size=8, checkpoint_every_s=0.0)
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
-        if step == stop_after:
+    steps = iter(range(num_steps))
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor]:
+        if next(steps) == stop_after:
             raise KeyboardInterrupt
-        x = torch.randn(8, 4, generator=generator)
+        return (torch.randn(8, 4, generator=generator),)
+
+    def loss_fn(x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         error = model(x.to(config.dtype)).float() - x.sum(1, keepdim=True)
         return error.square().mean(), {}
 
-    ema, run = training.train(model, loss_fn, config, checkpoint)
+    ema, run = training.train(model, draw, loss_fn, config, checkpoint)
     assert run.num_steps == num_steps and run.num_images == 8 * num_steps
     return torch.cat([p.flatten() for p in ema.parameters()])
 
@@ -281,6 +338,27 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         toy_run(12, tmp_path / "killed.pt", stop_after=7)
     assert torch.equal(toy_run(12, tmp_path / "killed.pt"), whole)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_gives_every_batch_the_gradients_of_the_two_passes() -> None:
+    model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 1)).cuda()
+
+    def loss_fn(x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        error = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        return error, {"twice": 2 * error.detach()}
+
+    def outcome(passes: training.EagerGradients, x: torch.Tensor) -> list[torch.Tensor]:
+        metrics = passes((x,))
+        found = [metrics["loss"], metrics["twice"], *(p.grad for p in model.parameters())]
+        return [value.clone() for value in found]
+
+    batches = torch.randn(3, 8, 4, generator=torch.manual_seed(0)).cuda()
+    graphed = training.GraphedGradients(model, loss_fn)
+    found = [outcome(graphed, x) for x in batches]
+    model.zero_grad(set_to_none=True)
+    eager = training.EagerGradients(model, loss_fn)
+    torch.testing.assert_close(found, [outcome(eager, x) for x in batches])
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

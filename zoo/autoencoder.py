@@ -1,13 +1,9 @@
 """Train the autoencoder: 64x64 pictures of every style -> 8x8 latents.
 
-    python -m zoo.autoencoder --device cpu --minutes 17 --out zoo/runs/vae
-    python -m zoo.autoencoder --grow zoo/models/base/vae --latent-channels 32 --out zoo/runs/vae-32
-
-`--grow` takes up a trained autoencoder with more latent channels: it keeps what it has learnt.
+python -m zoo.autoencoder --device cuda --minutes 2.5 --batch-size 128 --out zoo/runs/vae
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +23,10 @@ from zoo.dataset import (
 )
 
 KL_WEIGHT = 1e-6
+NOISE_THRESHOLD = 0.8  # of a posterior's standard deviation, over that of its means
 
 
-def new_autoencoder(latent_channels: int = 8) -> AutoencoderKL:
+def new_autoencoder(latent_channels: int) -> AutoencoderKL:
     """Downsamples by 8; 3.5 M parameters at most."""
     return AutoencoderKL(
         block_out_channels=(24, 48, 96, 128),
@@ -41,39 +38,6 @@ def new_autoencoder(latent_channels: int = 8) -> AutoencoderKL:
         sample_size=64,
         mid_block_add_attention=False,
     )
-
-
-@torch.no_grad()
-def grown(vae: AutoencoderKL, latent_channels: int) -> AutoencoderKL:
-    """The same autoencoder with more latent channels, which its decoder does not read yet.
-
-    Raises:
-        ValueError: it has as many already.
-    """
-    before = vae.config.latent_channels
-    if latent_channels <= before:
-        raise ValueError(f"the autoencoder has {before} latent channels already")
-    config = {**public_config(vae), "latent_channels": latent_channels}
-    larger = AutoencoderKL.from_config(config)
-    own, theirs = larger.state_dict(), vae.state_dict()
-    for name, value in theirs.items():
-        if own[name].shape == value.shape:
-            own[name].copy_(value)
-    # Rows of the encoder's last layers: means, then log variances.
-    old = torch.cat([torch.arange(before), torch.arange(before) + latent_channels])
-    for name in ("encoder.conv_out.weight", "encoder.conv_out.bias"):
-        own[name][old] = theirs[name]
-    identity = torch.eye(2 * latent_channels)
-    identity[old[:, None], old] = theirs["quant_conv.weight"][:, :, 0, 0]
-    own["quant_conv.weight"][:, :, 0, 0] = identity
-    own["quant_conv.bias"].zero_()[old] = theirs["quant_conv.bias"]
-    identity = torch.eye(latent_channels)
-    identity[:before, :before] = theirs["post_quant_conv.weight"][:, :, 0, 0]
-    own["post_quant_conv.weight"][:, :, 0, 0] = identity
-    own["post_quant_conv.bias"].zero_()[:before] = theirs["post_quant_conv.bias"]
-    own["decoder.conv_in.weight"].zero_()[:, :before] = theirs["decoder.conv_in.weight"]
-    larger.load_state_dict(own)
-    return larger
 
 
 @torch.no_grad()
@@ -94,6 +58,53 @@ def standardise(vae: AutoencoderKL, images_BCHW: Tensor) -> None:
     quant.bias[channels:].sub_(2 * std_C.log())  # of the log variances
 
 
+@torch.no_grad()
+def pruned(vae: AutoencoderKL, kept_C: Tensor) -> AutoencoderKL:
+    """The same autoencoder without some latent channels, whose mean (0) the decoder takes for them.
+
+    Exact but at the border, and there nearly: the decoder's first layer pads with zeros, and what
+    remains of its input's bias once the kept channels have explained their part ends before it.
+    """
+    channels, kept = len(kept_C), kept_C.nonzero()[:, 0]
+    smaller = AutoencoderKL.from_config({**public_config(vae), "latent_channels": len(kept)})
+    own, theirs = smaller.state_dict(), vae.state_dict()
+    for name, value in theirs.items():
+        if own[name].shape == value.shape:
+            own[name].copy_(value)
+    rows = torch.cat([kept, kept + channels])  # means, then log variances
+    mix = theirs["quant_conv.weight"][rows, :, 0, 0]
+    conv, bias = theirs["encoder.conv_out.weight"], theirs["encoder.conv_out.bias"]
+    own["encoder.conv_out.weight"].copy_(torch.einsum("rc,cihw->rihw", mix, conv))
+    own["encoder.conv_out.bias"].copy_(mix @ bias + theirs["quant_conv.bias"][rows])
+    own["quant_conv.weight"].copy_(torch.eye(len(rows))[..., None, None])
+    own["quant_conv.bias"].zero_()
+    mix, bias = theirs["post_quant_conv.weight"][:, kept, 0, 0], theirs["post_quant_conv.bias"]
+    conv = theirs["decoder.conv_in.weight"]
+    explained = torch.linalg.lstsq(mix, bias[:, None]).solution[:, 0]
+    own["decoder.conv_in.weight"].copy_(torch.einsum("oihw,ic->ochw", conv, mix))
+    own["decoder.conv_in.bias"].copy_(
+        theirs["decoder.conv_in.bias"] + conv.sum((2, 3)) @ (bias - mix @ explained)
+    )
+    own["post_quant_conv.weight"].copy_(torch.eye(len(kept))[..., None, None])
+    own["post_quant_conv.bias"].copy_(explained)
+    smaller.load_state_dict(own)
+    return smaller
+
+
+@torch.no_grad()
+def telling_channels(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
+    """Whether a channel of standardised latents varies more than its posterior's noise.
+
+    Under the KL term an autoencoder leaves channels that it has no use for to the noise. A
+    denoiser would have to learn them all the same.
+    """
+    noise = [
+        vae.encode(batch.to(vae.device, vae.dtype)).latent_dist.std.mean((0, 2, 3))
+        for batch in images_BCHW.split(batch_size_on(vae.device))
+    ]
+    return (torch.stack(noise).mean(0) < NOISE_THRESHOLD).cpu()
+
+
 def reconstruction_loss(decoded_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
     """L1 and squared error on pixels, L1 on their differences: edges stay sharp."""
     error = decoded_BCHW.float() - target_BCHW
@@ -107,24 +118,42 @@ def psnr(decoded_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
     return 10 * torch.log10(4 / error_B.clamp(min=1e-10))
 
 
+def batch_size_on(device: torch.device) -> int:
+    """Of a forward pass: what fits a CPU's caches, or fills a GPU."""
+    return 64 if device.type == "cpu" else 512
+
+
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images_BCHW: Tensor, batch_size: int = 64) -> Tensor:
+def encode(vae: AutoencoderKL, images_BCHW: Tensor) -> Tensor:
     """Posterior means, unscaled, in fp32 on the CPU."""
     means = []
-    for batch in images_BCHW.split(batch_size):
+    for batch in images_BCHW.split(batch_size_on(vae.device)):
         batch = batch.to(vae.device, vae.dtype, memory_format=torch.channels_last)
         means.append(vae.encode(batch).latent_dist.mean.float().cpu())
     return torch.cat(means)
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents_BCHW: Tensor, batch_size: int = 64) -> Tensor:
+def decode(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
     """Unscaled latents -> pictures, in fp32 on the CPU."""
     images = []
-    for batch in latents_BCHW.split(batch_size):
+    for batch in latents_BCHW.split(batch_size_on(vae.device)):
         batch = batch.to(vae.device, vae.dtype, memory_format=torch.channels_last)
         images.append(vae.decode(batch).sample.float().cpu())
     return torch.cat(images)
+
+
+def on_backgrounds(images_BCHW: Tensor, seed: int = 0) -> Tensor:
+    """The same pictures (uint8), each on a plain background of some colour."""
+    palette = torch.tensor(list(BACKGROUNDS.values()))
+    generator = torch.Generator().manual_seed(seed)
+    colours = palette[torch.randint(len(palette), (len(images_BCHW),), generator=generator)]
+    colours = colours.to(images_BCHW.device)
+    painted = [
+        ((paint_background(to_float(images), colour) + 1) * 127.5).round().byte()
+        for images, colour in zip(images_BCHW.split(256), colours.split(256), strict=True)
+    ]
+    return torch.cat(painted)
 
 
 def psnr_by_style(vae: AutoencoderKL, split: str, styles: tuple[str, ...]) -> dict[str, float]:
@@ -141,10 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="zoo/runs/vae", minutes=17)
     parser.add_argument("--batch-size", type=int, default=16)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--decoder-of", type=Path, help="train this autoencoder's decoder alone")
-    start.add_argument("--grow", type=Path, help="start from this one, with more latent channels")
-    parser.add_argument("--latent-channels", type=int, default=8)
+    parser.add_argument(
+        "--latent-channels", type=int, default=40, help="at first; unused ones are dropped"
+    )
     args = parser.parse_args()
     config = training.config_from(
         args,
@@ -156,63 +184,58 @@ def main() -> None:
     )
     torch.manual_seed(config.seed)
     images = load_pictures(ALL_STYLES).images_BCHW
-    if args.decoder_of:
-        vae = AutoencoderKL.from_pretrained(args.decoder_of, dtype=torch.float32)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    elif args.grow:
-        smaller = AutoencoderKL.from_pretrained(args.grow, dtype=torch.float32)
-        vae = grown(smaller, args.latent_channels)
-    else:
-        vae = new_autoencoder(args.latent_channels)
+    vae = new_autoencoder(args.latent_channels)
     vae = vae.to(config.device, memory_format=torch.channels_last)
-    palette = torch.tensor(list(BACKGROUNDS.values()))
+    images = images.to(config.device)
+    painted = on_backgrounds(images[::4])
+    latent_shape = (config.batch_size, vae.config.latent_channels, 8, 8)
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        index = torch.randint(len(images), (config.batch_size,), generator=generator)
-        batch = to_float(images[index])
-        half = len(batch) // 2  # the other half stays as it is, pixel for pixel
-        flip = torch.rand(half, generator=generator) < 0.5
+    def draw(generator: torch.Generator) -> training.Batch:
+        def some(pictures: Tensor, count: int) -> Tensor:
+            rows = torch.randint(len(pictures), (count,), generator=generator, device=config.device)
+            return to_float(pictures[rows])
+
+        half = config.batch_size // 2  # the other half stays as it is, pixel for pixel
+        batch = torch.cat([some(painted, half // 4), some(images, config.batch_size - half // 4)])
+        flip = torch.rand(half, generator=generator, device=config.device) < 0.5
         batch[:half] = jitter(batch[:half], flip, generator)
-        colours = palette[torch.randint(len(palette), (half // 4,), generator=generator)]
-        batch[: half // 4] = paint_background(batch[: half // 4], colours)
-        batch = batch.to(config.device, memory_format=torch.channels_last)
-        posterior = vae.encode(batch.to(config.dtype)).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.std)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        mse = F.mse_loss(decoded.float(), batch)
-        loss = reconstruction_loss(decoded, batch) + KL_WEIGHT * posterior.kl().mean()
-        return loss, {"psnr": float(10 * torch.log10(4 / mse.detach()))}
+        noise = torch.randn(latent_shape, generator=generator, device=config.device)
+        return batch.contiguous(memory_format=torch.channels_last), noise
 
-    name = "decoder.pt" if args.decoder_of else f"autoencoder-{args.latent_channels}.pt"
-    ema, run = training.train(vae, loss_fn, config, args.runs / name)
+    def loss_fn(batch_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        posterior = vae.encode(batch_BCHW.to(config.dtype)).latent_dist
+        decoded = vae.decode(posterior.mean + posterior.std * noise_BCHW.to(config.dtype)).sample
+        mse = F.mse_loss(decoded.detach().float(), batch_BCHW)
+        loss = reconstruction_loss(decoded, batch_BCHW) + KL_WEIGHT * posterior.kl().mean()
+        return loss, {"psnr": 10 * torch.log10(4 / mse)}
+
+    name = f"autoencoder-{args.latent_channels}.pt"
+    ema, run = training.train(vae, draw, loss_fn, config, args.runs / name)
     assert isinstance(ema, AutoencoderKL)
-    save(ema, args.out, measure_scale=not args.decoder_of)
+    kept = finished(ema, to_float(load_pictures(ALL_STYLES).images_BCHW[::11]))
+    half = AutoencoderKL.from_config(public_config(kept))
+    half.load_state_dict(kept.state_dict())
+    half.half().save_pretrained(args.out)
     facts = training.run_facts(run, config, **{
-        "parameters": f"{sum(p.numel() for p in ema.parameters()):,}",
+        "parameters": f"{sum(p.numel() for p in kept.parameters()):,}",
         "data": f"train split of all styles, `{data_hash(ALL_STYLES)}`",
-        "PSNR on held-out concepts, dB": psnr_by_style(ema, "heldout", ALL_STYLES),
+        "PSNR on held-out concepts, dB": psnr_by_style(kept, "heldout", ALL_STYLES),
+        "latent channels": f"{kept.config.latent_channels} of the {args.latent_channels} it was "
+        "trained with; the others said nothing (`pruned`)",
     })  # fmt: skip
-    notes = ""
-    if began := args.decoder_of or args.grow:
-        earlier = (began / "README.md").read_text(encoding="utf-8")
-        what = "The decoder was trained further" if args.decoder_of else "It was grown"
-        notes = f"{what}, from:\n\n" + "\n".join(
-            line for line in earlier.splitlines() if line.startswith("- ")
-        )
-    training.write_card(args.out, "Autoencoder", facts, notes)
+    training.write_card(args.out, "Autoencoder", facts)
     training.log(f"{args.out}: {facts}")
 
 
-def save(vae: AutoencoderKL, folder: Path, *, measure_scale: bool) -> None:
-    """fp16, with latents of mean 0 and variance 1 in every channel."""
+def finished(vae: AutoencoderKL, images_BCHW: Tensor) -> AutoencoderKL:
+    """Standardised over these pictures, and without the channels that say nothing of them."""
     vae.eval()
-    if measure_scale:
-        standardise(vae, to_float(load_pictures(ALL_STYLES).images_BCHW[::11]))
-        vae.register_to_config(scaling_factor=1.0)
-    half = AutoencoderKL.from_config(public_config(vae))
-    half.load_state_dict(vae.state_dict())
-    half.half().save_pretrained(folder)
+    standardise(vae, images_BCHW)
+    vae.register_to_config(scaling_factor=1.0)
+    kept = telling_channels(vae, images_BCHW)
+    if kept.all() or not kept.any():  # none: it has hardly been trained
+        return vae
+    return pruned(vae.cpu(), kept)
 
 
 def public_config(model: AutoencoderKL | UNet2DConditionModel) -> dict[str, Any]:

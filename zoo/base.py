@@ -1,9 +1,6 @@
 """Train the base: text encoder and UNet together, on latents of the base's families.
 
-    python -m zoo.base --device cpu --minutes 65 --vae zoo/runs/vae --out zoo/models/base
-    python -m zoo.base --grow zoo/models/base --vae zoo/runs/vae-32 --out zoo/runs/base-32
-
-`--grow` takes up a trained base for an autoencoder that was grown from the base's own.
+python -m zoo.base --device cuda --minutes 4 --batch-size 1024 --vae zoo/runs/vae
 """
 
 import argparse
@@ -116,7 +113,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def new_unet(latent_channels: int = 8) -> UNet2DConditionModel:
+def new_unet(latent_channels: int) -> UNet2DConditionModel:
     """Stable Diffusion's blocks, small: 6.5 M parameters at most."""
     return UNet2DConditionModel(
         sample_size=8,
@@ -130,26 +127,6 @@ def new_unet(latent_channels: int = 8) -> UNet2DConditionModel:
         attention_head_dim=4,  # the number of heads, as in SD1.5's config
         norm_num_groups=16,
     )
-
-
-@torch.no_grad()
-def grown_unet(unet: UNet2DConditionModel, latent_channels: int) -> UNet2DConditionModel:
-    """The same UNet for more latent channels: it ignores the new ones and predicts 0 there."""
-    larger = UNet2DConditionModel.from_config(
-        {**public_config(unet), "in_channels": latent_channels, "out_channels": latent_channels}
-    )
-    state, theirs = larger.state_dict(), unet.state_dict()
-    before = unet.config.in_channels
-    state.update(
-        {name: value for name, value in theirs.items() if state[name].shape == value.shape}
-    )
-    state["conv_in.weight"] = torch.zeros_like(state["conv_in.weight"])
-    state["conv_in.weight"][:, :before] = theirs["conv_in.weight"]
-    for name in ("conv_out.weight", "conv_out.bias"):
-        state[name] = torch.zeros_like(state[name])
-        state[name][:before] = theirs[name]
-    larger.load_state_dict(state)
-    return larger
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -209,13 +186,14 @@ def augmented_latents(
     redraw: Callable[[Tensor], Tensor] | None = None,
 ) -> Latents:
     """Everything the loop needs, computed once: the first copy is the picture as drawn."""
-    generator = torch.Generator().manual_seed(seed)
+    device = vae.device
+    generator = torch.Generator(device).manual_seed(seed)
     rng = random.Random(seed)
     flippable = torch.tensor(
         [may_flip(c, g) for c, g in zip(pictures.captions, pictures.groups, strict=True)]
-    )
+    ).to(device)
     names = list(BACKGROUNDS)
-    images = to_float(pictures.images_BCHW)
+    images = to_float(pictures.images_BCHW.to(device))
     encoder = vae
     if has_bf16(vae.device.type):
         encoder = copy.deepcopy(vae).to(torch.bfloat16)
@@ -223,14 +201,15 @@ def augmented_latents(
     for copy_index in range(num_augmentations):
         batch = images.clone()
         if copy_index > 0:
-            flip = flippable & (torch.rand(len(images), generator=generator) < 0.5)
-            batch = jitter(batch, flip, generator)
+            flip = torch.rand(len(images), generator=generator, device=device) < 0.5
+            batch = jitter(batch, flip & flippable, generator)
         backgrounds: list[str | None] = [None] * len(images)
         if copy_index > 1:
-            painted = torch.rand(len(images), generator=generator) < background_share
+            painted = torch.rand(len(images), generator=generator, device=device)
+            painted = painted < background_share
             for row in painted.nonzero().flatten().tolist():
                 backgrounds[row] = rng.choice(names)
-            colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds if b])
+            colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds if b], device=device)
             batch[painted] = paint_background(batch[painted], colours)
         if redraw is not None:
             batch = redraw(batch)
@@ -267,26 +246,28 @@ class TextToNoise(nn.Module):
         return self.unet(z_BCHW, t_B, c_BLD).sample
 
 
-def denoising_loss(
-    model: TextToNoise,
-    latents: Latents,
-    null_ids_L: Tensor,
-    scheduler: DDIMScheduler,
-    config: training.TrainConfig,
-    generator: torch.Generator,
-) -> Tensor:
-    """Mean squared error of the predicted noise, captions dropped now and then for CFG."""
-    rows = torch.randint(len(latents.z_NCHW), (config.batch_size,), generator=generator)
-    which = torch.randint(CAPTIONS_PER_LATENT, (config.batch_size,), generator=generator)
-    dropped = torch.rand(config.batch_size, generator=generator) < CAPTION_DROPOUT
-    z_BCHW = latents.z_NCHW[rows].float()
-    ids_BL = torch.where(dropped[:, None], null_ids_L, latents.ids_NKL[rows, which].long())
-    noise = torch.randn(z_BCHW.shape, generator=generator)
-    t_B = torch.randint(scheduler.config.num_train_timesteps, rows.shape, generator=generator)
-    noisy = scheduler.add_noise(z_BCHW, noise, t_B)
-    device = config.device
-    eps = model(noisy.to(device, config.dtype), t_B.to(device), ids_BL.to(device))
-    return F.mse_loss(eps.float(), noise.to(device))
+@dataclass(frozen=True)
+class Noisy:
+    """A batch drawn for a denoiser: noisy latents, the noise in them, timesteps, rows drawn."""
+
+    noisy_BCHW: Tensor
+    noise_BCHW: Tensor
+    t_B: Tensor
+    rows_B: Tensor
+    dropped_B: Tensor  # whose caption is to be dropped, for CFG
+
+
+def draw_noisy(
+    z_NCHW: Tensor, scheduler: DDIMScheduler, batch_size: int, generator: torch.Generator
+) -> Noisy:
+    """Everything on the device of the latents and the generator."""
+    draw: dict[str, Any] = {"generator": generator, "device": z_NCHW.device}
+    rows_B = torch.randint(len(z_NCHW), (batch_size,), **draw)
+    z_BCHW = z_NCHW[rows_B].float()
+    noise = torch.randn(z_BCHW.shape, **draw)
+    t_B = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), **draw)
+    noisy = scheduler.add_noise(z_BCHW, noise, t_B).contiguous(memory_format=torch.channels_last)
+    return Noisy(noisy, noise, t_B, rows_B, torch.rand(batch_size, **draw) < CAPTION_DROPOUT)
 
 
 def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
@@ -354,7 +335,6 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augmentations", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=8e-4)
-    parser.add_argument("--grow", type=Path, help="start from this base")
     args = parser.parse_args()
     config = training.config_from(
         args, batch_size=args.batch_size, learning_rate=args.learning_rate, ema_decay=0.998
@@ -363,27 +343,34 @@ def main() -> None:
     pictures = load_pictures(BASE_STYLES)
     vae = AutoencoderKL.from_pretrained(args.vae, dtype=torch.float32).to(config.device)
     run_name = f"base-{encoder_id(vae)}"  # other latents are another run
-    if args.grow:
-        pipe = load_pipeline(args.grow)
-        unet = grown_unet(pipe.unet, vae.config.latent_channels)
-        pipe.register_modules(vae=vae, unet=unet)
-        tokenizer = pipe.tokenizer
-    else:
-        tokenizer = run_tokenizer(args.runs / f"{run_name}_tokenizer", training_texts(pictures))
-        pipe = new_pipeline(tokenizer, vae)
+    tokenizer = run_tokenizer(args.runs / f"{run_name}_tokenizer", training_texts(pictures))
+    pipe = new_pipeline(tokenizer, vae)
     latents = cached_latents(
         args.runs / f"{run_name}_latents.pt",
         lambda: augmented_latents(
             vae, tokenizer, pictures, num_augmentations=args.augmentations, seed=config.seed
         ),
     )
-    null_ids = tokenize(tokenizer, [""])[0]
-    prefer_plain_attention(pipe)
+    null_ids_L = tokenize(tokenizer, [""])[0].to(config.device)
+    z_NCHW, ids_NKL = (part.to(config.device) for part in (latents.z_NCHW, latents.ids_NKL))
     model = TextToNoise(pipe.text_encoder, pipe.unet)
     model.to(config.device).to(memory_format=torch.channels_last)
+    prefer_plain_attention(pipe)
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        return denoising_loss(model, latents, null_ids, pipe.scheduler, config, generator), {}
+    def draw(generator: torch.Generator) -> training.Batch:
+        noisy = draw_noisy(z_NCHW, pipe.scheduler, config.batch_size, generator)
+        which = torch.randint(
+            CAPTIONS_PER_LATENT, noisy.t_B.shape, generator=generator, device=config.device
+        )
+        ids_BL = ids_NKL[noisy.rows_B, which].long()
+        ids_BL = torch.where(noisy.dropped_B[:, None], null_ids_L, ids_BL)
+        return noisy.noisy_BCHW, noisy.noise_BCHW, noisy.t_B, ids_BL
+
+    def loss_fn(
+        noisy_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, ids_BL: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        eps = model(noisy_BCHW.to(config.dtype), t_B, ids_BL)
+        return F.mse_loss(eps.float(), noise_BCHW), {}
 
     def export(ema: nn.Module, run: training.Run) -> None:
         assert isinstance(ema, TextToNoise)
@@ -405,7 +392,7 @@ def main() -> None:
         shutil.copy(args.vae / "README.md", args.out / "vae" / "README.md")
 
     ema, run = training.train(
-        model, loss_fn, config, args.runs / f"{run_name}.pt", on_checkpoint=export
+        model, draw, loss_fn, config, args.runs / f"{run_name}.pt", on_checkpoint=export
     )
     add_samples(load_pipeline(args.out, config.device), args.out)
     training.log(f"{args.out}: {run}, {psnr_by_style(vae, 'heldout', BASE_STYLES)}")

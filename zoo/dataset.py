@@ -112,10 +112,10 @@ def vary_caption(
 
 def jitter(images_BCHW: Tensor, flip_B: Tensor, generator: torch.Generator) -> Tensor:
     """Shift and scale on white; flip where ``flip_B`` is true. In and out: float in [-1, 1]."""
-    num_images = len(images_BCHW)
-    scale_B, dx_B, dy_B = torch.rand(3, num_images, generator=generator)
+    num_images, device = len(images_BCHW), images_BCHW.device
+    scale_B, dx_B, dy_B = torch.rand(3, num_images, generator=generator, device=device)
     scale_B = 1.0 / (0.8 + 0.25 * scale_B)
-    theta = torch.zeros(num_images, 2, 3)
+    theta = torch.zeros(num_images, 2, 3, device=device)
     theta[:, 0, 0] = torch.where(flip_B, -scale_B, scale_B)
     theta[:, 1, 1] = scale_B
     theta[:, 0, 2] = 0.24 * dx_B - 0.12
@@ -166,7 +166,7 @@ def outline(images_BCHW: Tensor) -> Tensor:
 
 def stencil(images_BCHW: Tensor) -> Tensor:
     """Black where the picture is not bright."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images_BCHW.device).reshape(3, 1, 1)
     luma = (images_BCHW * weights).sum(1, keepdim=True)
     return (8 * (luma - 0.3)).tanh().expand_as(images_BCHW)
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from zoo import training
 from zoo.autoencoder import public_config
 from zoo.base import (
-    CAPTION_DROPOUT,
     augmented_latents,
     cached_latents,
+    draw_noisy,
     load_pipeline,
     prefer_plain_attention,
     publish,
@@ -113,20 +113,19 @@ def main() -> None:
         unet.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
     unet.to(memory_format=torch.channels_last)
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(len(row_of), (config.batch_size,), generator=generator)
-        dropped = torch.rand(config.batch_size, generator=generator) < CAPTION_DROPOUT
-        z_BCHW = latents.z_NCHW[rows].float()
-        noise = torch.randn(z_BCHW.shape, generator=generator)
-        t_B = torch.randint(1000, rows.shape, generator=generator)
-        noisy = pipe.scheduler.add_noise(z_BCHW, noise, t_B)
-        c_BLD = torch.where(
-            dropped.to(config.device)[:, None, None],
-            null_1LD,
-            states_NLD[row_of[rows].to(config.device)],
-        )
-        eps = unet(noisy.to(config.device, config.dtype), t_B.to(config.device), c_BLD).sample
-        return F.mse_loss(eps.float(), noise.to(config.device)), {}
+    z_NCHW, row_of = latents.z_NCHW.to(config.device), row_of.to(config.device)
+
+    def draw(generator: torch.Generator) -> training.Batch:
+        noisy = draw_noisy(z_NCHW, pipe.scheduler, config.batch_size, generator)
+        c_BLD = states_NLD[row_of[noisy.rows_B]]
+        c_BLD = torch.where(noisy.dropped_B[:, None, None], null_1LD, c_BLD)
+        return noisy.noisy_BCHW, noisy.noise_BCHW, noisy.t_B, c_BLD
+
+    def loss_fn(
+        noisy_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor, c_BLD: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        eps = unet(noisy_BCHW.to(config.dtype), t_B, c_BLD).sample
+        return F.mse_loss(eps.float(), noise_BCHW), {}
 
     def export(ema: nn.Module, run: training.Run) -> None:
         assert isinstance(ema, UNet2DConditionModel)
@@ -145,7 +144,7 @@ def main() -> None:
         publish(scratch, out)
 
     checkpoint = args.runs / f"{name}-{base_id}.pt"
-    training.train(unet, loss_fn, config, checkpoint, on_checkpoint=export)
+    training.train(unet, draw, loss_fn, config, checkpoint, on_checkpoint=export)
     add_samples(with_unet(load_pipeline(args.base, config.device), out), out)
 
 

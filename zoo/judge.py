@@ -7,6 +7,7 @@ import argparse
 import random
 import tempfile
 from collections import defaultdict
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -57,7 +58,9 @@ def new_image_processor() -> CLIPImageProcessor:
 
 def normalise(images_BCHW: Tensor) -> Tensor:
     """Float in [-1, 1] -> what the image processor would make of the same pictures."""
-    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (
+        torch.tensor(v, device=images_BCHW.device).reshape(3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD)
+    )
     return ((images_BCHW + 1) / 2 - mean) / std
 
 
@@ -94,18 +97,20 @@ def retrieval_top1(
 class ConceptBatches:
     """Batches of distinct concepts, each in a random style: no false negatives."""
 
-    def __init__(self, pictures: Pictures) -> None:
+    def __init__(self, pictures: Pictures, device: str) -> None:
         rows: dict[str, list[int]] = defaultdict(list)
         for row, caption in enumerate(pictures.captions):
             rows[caption].append(row)
-        self.rows = list(rows.values())
+        padded = zip_longest(*rows.values(), fillvalue=0)
+        self.rows_CS = torch.tensor(list(padded), device=device).T.contiguous()
+        self.num_styles_C = torch.tensor([len(r) for r in rows.values()], device=device)
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> list[int]:
-        concepts = torch.randperm(len(self.rows), generator=generator)[:batch_size].tolist()
-        pick = torch.rand(batch_size, generator=generator).tolist()
-        return [
-            self.rows[c][int(u * len(self.rows[c]))] for c, u in zip(concepts, pick, strict=True)
-        ]
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        device = self.rows_CS.device
+        concepts = torch.randperm(len(self.rows_CS), generator=generator, device=device)
+        concepts = concepts[:batch_size]
+        pick = torch.rand(len(concepts), generator=generator, device=device)
+        return self.rows_CS[concepts, (pick * self.num_styles_C[concepts]).long()]
 
 
 def save(judge: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Path:
@@ -133,24 +138,25 @@ def main() -> None:
     judge = new_judge(tokenizer).to(config.device)
     if config.device == "cpu":  # the fused kernel is slow there
         judge.set_attn_implementation("eager")
-    batches = ConceptBatches(pictures)
+    batches = ConceptBatches(pictures, config.device)
     flippable = torch.tensor(
         [may_flip(c, g) for c, g in zip(pictures.captions, pictures.groups, strict=True)]
-    )
-    ids_NL = tokenize(tokenizer, pictures.captions)
+    ).to(config.device)
+    ids_NL = tokenize(tokenizer, pictures.captions).to(config.device)
+    images_NCHW = pictures.images_BCHW.to(config.device)
 
-    def loss_fn(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def draw(generator: torch.Generator) -> training.Batch:
         rows = batches.draw(config.batch_size, generator)
-        flip = flippable[rows] & (torch.rand(len(rows), generator=generator) < 0.5)
-        images = jitter(to_float(pictures.images_BCHW[rows]), flip, generator)
-        output = judge(
-            input_ids=ids_NL[rows].to(config.device),
-            pixel_values=normalise(images).to(config.device, config.dtype),
-        )
+        flip = torch.rand(len(rows), generator=generator, device=config.device) < 0.5
+        images = jitter(to_float(images_NCHW[rows]), flip & flippable[rows], generator)
+        return ids_NL[rows], normalise(images)
+
+    def loss_fn(ids_BL: Tensor, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        output = judge(input_ids=ids_BL, pixel_values=pixels_BCHW.to(config.dtype))
         logits = output.logits_per_image.float()
-        target = torch.arange(len(rows), device=logits.device)
+        target = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        return loss, {"top1": float((logits.argmax(1) == target).float().mean())}
+        return loss, {"top1": (logits.argmax(1) == target).float().mean()}
 
     def export(ema: nn.Module, run: training.Run) -> None:
         assert isinstance(ema, CLIPModel)
@@ -173,7 +179,7 @@ def main() -> None:
         training.write_card(scratch, "Judge", facts)
         publish(scratch, args.out)
 
-    training.train(judge, loss_fn, config, args.runs / "judge.pt", on_checkpoint=export)
+    training.train(judge, draw, loss_fn, config, args.runs / "judge.pt", on_checkpoint=export)
 
 
 if __name__ == "__main__":

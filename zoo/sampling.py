@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from pnp_core.precision import mixed_precision
+from zoo.autoencoder import batch_size_on
 from zoo.dataset import load_pictures, to_pil
 
 CARD_SCALES = (1.0, 2.0, 4.0)
@@ -23,10 +24,10 @@ def sample(
     *,
     num_steps: int = 20,
     first_seed: int = 0,
-    batch_size: int = 64,
 ) -> Tensor:
     """Pictures in [-1, 1]; picture i has the seed ``first_seed + i``, whatever the batch size."""
     found = []
+    batch_size = batch_size_on(pipe.device)
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [

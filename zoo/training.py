@@ -3,7 +3,8 @@
 bf16 weights (where the hardware has bf16) beside fp32 masters, EMA, a learning rate that warms up
 and in the end falls to zero, atomic checkpoints from which the same command resumes, progress with
 an ETA. The randomness of a step is a function of (seed, step): a run interrupted and resumed gives
-the same weights as one that was not.
+the same weights as one that was not. On a GPU both passes are one CUDA graph: networks
+that small would spend most of their time on launching kernels.
 """
 
 import argparse
@@ -104,26 +105,73 @@ class ThreadTuner:
             torch.set_num_threads(self.trying)
 
 
-LossFn = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+Batch = tuple[Tensor, ...]
+DrawFn = Callable[[torch.Generator], Batch]
+LossFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
+def step_generator(seed: int, step: int, device: str = "cpu") -> torch.Generator:
     """The only source of randomness in a step."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+
+
+class EagerGradients:
+    """Forward and backward pass, op by op."""
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Leaves the gradients in the model; returns the metrics, the loss among them."""
+        self.model.zero_grad(set_to_none=True)
+        loss, metrics = self.loss_fn(*batch)
+        loss.backward()
+        return {"loss": loss.detach(), **metrics}
+
+
+class GraphedGradients(EagerGradients):
+    """The same as one CUDA graph, recorded at the first batch: all others have its shapes."""
+
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        if self.graph is None:
+            self.record(batch)
+            assert self.graph is not None
+        for own, new in zip(self.batch, batch, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        return self.metrics
+
+    def record(self, batch: Batch) -> None:
+        self.batch = tuple(tensor.clone() for tensor in batch)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose their kernels before the recording
+            for _ in range(3):
+                super().__call__(self.batch)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.model.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.metrics = super().__call__(self.batch)
 
 
 def train(
     model: nn.Module,
+    draw: DrawFn,
     loss_fn: LossFn,
     config: TrainConfig,
     checkpoint: Path,
     *,
     on_checkpoint: Callable[[nn.Module, Run], None] | None = None,
 ) -> tuple[nn.Module, Run]:
-    """Minimise ``loss_fn(step, generator)``; returns the EMA model and the run's tally.
+    """Minimise ``loss_fn(*draw(generator))``; returns the EMA model and the run's tally.
 
-    ``model`` is turned into the config's ``dtype``; bf16 weights are about twice as fast on a CPU
-    as autocast. The optimiser works on fp32 masters of them.
+    ``draw`` makes a batch, on the config's device and always of the same shapes; ``loss_fn`` has no
+    randomness and never waits for the GPU. ``model`` is turned into the config's ``dtype``; bf16
+    weights are about twice as fast on a CPU as autocast. The optimiser works on fp32 masters.
     """
     master = copy.deepcopy(model).float()
     ema = copy.deepcopy(master).requires_grad_(False)
@@ -139,6 +187,9 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    master_gradients = [torch.zeros_like(weight) for weight in master_weights]
+    for weight, gradient in zip(master_weights, master_gradients, strict=True):
+        weight.grad = gradient
     run = Run()
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=config.device, weights_only=True)
@@ -150,6 +201,7 @@ def train(
         log(f"resumed {checkpoint} at step {run.num_steps}")
 
     def save() -> None:
+        run.metrics = {key: float(value) for key, value in recent.items()} or run.metrics
         state = {
             "master": master.state_dict(),
             "ema": ema.state_dict(),
@@ -163,18 +215,21 @@ def train(
         if on_checkpoint is not None:
             on_checkpoint(ema, run)
 
-    tuner = ThreadTuner(torch.get_num_threads() if config.device == "cpu" else 1)
+    on_gpu = config.device == "cuda"
+    torch.backends.cudnn.benchmark = on_gpu
+    run_passes = (GraphedGradients if on_gpu else EagerGradients)(model, loss_fn)
+    tuner = ThreadTuner(1 if on_gpu else torch.get_num_threads())
     clock, saved_at, logged_at = time.monotonic(), time.monotonic(), 0.0
-    recent: dict[str, float] = {}
+    recent: dict[str, Tensor] = {}
     while (progress := config.progress(run.num_steps, run.elapsed_s)) < 1.0:
         for group in optimizer.param_groups:
             group["lr"] = config.rate(run.num_steps, progress)
-        loss, metrics = loss_fn(run.num_steps, step_generator(config.seed, run.num_steps))
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        for master_weight, weight in zip(master_weights, weights, strict=True):
-            assert weight.grad is not None
-            master_weight.grad = weight.grad.float()
+        metrics = run_passes(draw(step_generator(config.seed, run.num_steps, config.device)))
+        with torch.no_grad():
+            gradients = [g for w in weights if (g := w.grad) is not None]
+            torch._foreach_copy_(master_gradients, gradients)
+        for key, value in metrics.items():
+            recent[key] = recent[key].lerp(value, 0.02) if key in recent else value.clone()
         torch.nn.utils.clip_grad_norm_(master_weights, config.clip_norm)
         optimizer.step()
         with torch.no_grad():
@@ -189,9 +244,6 @@ def train(
         now = time.monotonic()
         tuner.after_step(now - clock)
         run.elapsed_s, clock = run.elapsed_s + now - clock, now
-        for key, value in {"loss": float(loss.detach()), **metrics}.items():
-            recent[key] = recent.get(key, value) * 0.98 + value * 0.02
-        run.metrics = dict(recent)
         if now - logged_at > 15:
             logged_at = now
             log_progress(run, config, recent)
@@ -208,7 +260,7 @@ def named_tensors(model: nn.Module, names: list[str]) -> list[Tensor]:
     return [parameters[name] for name in names]
 
 
-def log_progress(run: Run, config: TrainConfig, metrics: dict[str, float]) -> None:
+def log_progress(run: Run, config: TrainConfig, metrics: dict[str, Tensor]) -> None:
     progress = max(config.progress(run.num_steps, run.elapsed_s), 1e-9)
     left_s = run.elapsed_s * (1 - progress) / progress
     speed = run.num_images / max(run.elapsed_s, 1e-9)
@@ -245,11 +297,9 @@ def config_from(args: argparse.Namespace, **defaults: Any) -> TrainConfig:
     )
 
 
-def write_card(folder: Path, title: str, facts: dict[str, Any], notes: str = "") -> None:
+def write_card(folder: Path, title: str, facts: dict[str, Any]) -> None:
     """``README.md`` beside a model: what made it, and from what."""
     lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
-    if notes:
-        lines += [notes, ""]
     lines += ["The art it was trained on, its authors and licences: `zoo/data/ATTRIBUTION.md`.", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

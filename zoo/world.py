@@ -1,6 +1,6 @@
 """Train all models of the zoo anew, one after the other, and report on them.
 
-    python -m zoo.world --device cuda --minutes 25
+    python -m zoo.world --device cuda --minutes 8
     python -m zoo.world --minutes 1200              # on a CPU
 
 An interrupted run is taken up again by the same command. Models that need not wait for one another
@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zoo.dataset import FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE, REDRAWN
-
-LATENT_CHANNELS = 32  # 8 are too few for line art: docs/LOG.md, "A CPU without bf16"
-GPU_BATCH = 4  # times the batch of a CPU
 
 
 class Job(NamedTuple):
@@ -37,19 +34,26 @@ def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
     options |= {f"companions/{rule}": ("--redraw", rule, "--lora") for rule in REDRAWN}
     each = 0.2 if side_by_side else 0.2 / len(options)
     base, vae = str(out / "base"), str(runs / "vae")
-    channels = str(LATENT_CHANNELS)
+    ae = ("zoo.autoencoder", "--out", vae)
+    judge = ("zoo.judge", "--out", str(out / "judge"))
+    larger = ("--augmentations", "24", "--learning-rate", "1e-3") if side_by_side else ()
+    teacher = ("zoo.base", "--vae", vae, *larger, "--out", base)
+    more = ("--augmentations", "8") if side_by_side else ()
+    tuned = [
+        ("zoo.finetune", *style, *more, "--base", base, "--out", str(out / name))
+        for name, style in options.items()
+    ]
+    if side_by_side:
+        return [
+            [Job(0.3, 128, ae), Job(0.2, 512, judge)],
+            [Job(0.5, 1024, teacher)],
+            [Job(each, 256, command) for command in tuned],
+        ]
     return [
-        [
-            Job(0.3 if side_by_side else 0.25, 16, (
-                "zoo.autoencoder", "--latent-channels", channels, "--out", vae)),
-            Job(0.3 if side_by_side else 0.15, 128, ("zoo.judge", "--out", str(out / "judge"))),
-        ],
-        [Job(0.5 if side_by_side else 0.4, 64, ("zoo.base", "--vae", vae, "--out", base))],
-        [
-            Job(each, 64, ("zoo.finetune", *style, "--base", base, "--out", str(out / name)))
-            for name, style in options.items()
-        ],
-    ]  # fmt: skip
+        [Job(0.25, 16, ae), Job(0.15, 128, judge)],
+        [Job(0.4, 64, teacher)],
+        [Job(each, 64, command) for command in tuned],
+    ]
 
 
 def run_stage(jobs: list[Job], args: argparse.Namespace, *, side_by_side: bool) -> None:
@@ -59,7 +63,7 @@ def run_stage(jobs: list[Job], args: argparse.Namespace, *, side_by_side: bool) 
         command = [
             sys.executable, "-m", *job.command, "--device", args.device, "--runs", str(args.runs),
             "--minutes", f"{job.share * args.minutes:g}", "--seed", str(args.seed),
-            "--batch-size", str(job.batch_size * (GPU_BATCH if side_by_side else 1)),
+            "--batch-size", str(job.batch_size),
         ]  # fmt: skip
         if side_by_side:
             command += ["--threads", str(max(1, (os.cpu_count() or 1) // len(jobs)))]
