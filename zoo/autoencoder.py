@@ -183,10 +183,9 @@ def main() -> None:
         weight_decay=1e-4,
     )
     torch.manual_seed(config.seed)
-    images = load_pictures(ALL_STYLES).images_BCHW
+    images = load_pictures(ALL_STYLES).images_BCHW.to(config.device)
     vae = new_autoencoder(args.latent_channels)
     vae = vae.to(config.device, memory_format=torch.channels_last)
-    images = images.to(config.device)
     painted = on_backgrounds(images[::4])
     latent_shape = (config.batch_size, vae.config.latent_channels, 8, 8)
 
@@ -212,7 +211,7 @@ def main() -> None:
     name = f"autoencoder-{args.latent_channels}.pt"
     ema, run = training.train(vae, draw, loss_fn, config, args.runs / name)
     assert isinstance(ema, AutoencoderKL)
-    kept = finished(ema, to_float(load_pictures(ALL_STYLES).images_BCHW[::11]))
+    kept = finished(ema, to_float(images[::11]))
     half = AutoencoderKL.from_config(public_config(kept))
     half.load_state_dict(kept.state_dict())
     half.half().save_pretrained(args.out)
