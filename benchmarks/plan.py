@@ -4,9 +4,9 @@
     python -m benchmarks.plan --preset sd15 --dry-run    # one real training step, random weights
 
 FLOPs are counted by PyTorch on meta tensors and divided by the speed that `--tflops` says one GPU
-sustains; memory for weights and optimizer is counted, that for activations is what a dry run
-measures. A dry run takes one step of stage 1 at the true size with a batch of one on the GPU, or
-without one on the CPU, and reports the peak.
+sustains in bf16; memory for weights and optimizer is counted, that for activations is what a dry
+run measures. A dry run takes one step of stage 1 at the true size with a batch of one on the GPU,
+or without one on the CPU, and reports the peak.
 """
 
 import argparse
@@ -85,7 +85,8 @@ def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, fl
     num_pairs = cache.num_forward + num_trajectories * cache.trajectory_steps
     rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
     flops = {
-        "cache": num_pairs * 2 * forward,
+        # TF32, where fp32 is asked for, is half as fast as bf16
+        "cache": num_pairs * 2 * forward * (2 if cache.precision == "fp32" else 1),
         "distill": params.distill.num_images * trained,
         # the teacher's two steps, then the student's
         "halve": len(rounds) * params.halve.num_images * (2 * forward + trained),

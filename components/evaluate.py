@@ -238,7 +238,7 @@ class Sampler:
         """The share of guidance that a method, the guide before halving, leaves unexplained.
 
         Over states that guided sampling visits: CFG trajectories of held-out prompts, at the
-        timesteps of the sampler.
+        timesteps of the sampler. Always in fp32: the rounding of bf16 would count as unexplained.
         """
         import torch
 
@@ -254,7 +254,7 @@ class Sampler:
             z, texts = inputs["z_T"], (inputs["c_BLD"], inputs["n_BLD"])
             added = inputs["added"]
             w_B = torch.full((len(batch),), self.config.guidance_scale, device=self.device)
-            with torch.no_grad(), self.computing():
+            with torch.no_grad():
                 for t, s in zip(grid[:-1], grid[1:], strict=True):
                     t_B = t.expand(len(batch)).to(self.device)
                     terms = guidance_fvu_terms(

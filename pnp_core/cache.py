@@ -614,13 +614,15 @@ class TeacherCache:
 
     def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
         teacher_B = torch.searchsorted(self.starts, indices, right=True) - 1
-        parts = [
-            (here, self.pair_shards[teacher].rows(indices[here] - self.starts[teacher]))
-            for teacher in teacher_B.unique().tolist()
-            for here in [(teacher_B == teacher).nonzero().flatten()]
-        ]
-        order = torch.cat([here for here, _ in parts]).argsort()
-        return {key: torch.cat([rows[key] for _, rows in parts])[order] for key in parts[0][1]}
+        result: dict[str, Tensor] = {}
+        for teacher in teacher_B.unique().tolist():
+            here = teacher_B == teacher
+            rows = self.pair_shards[teacher].rows(indices[here] - self.starts[teacher])
+            for key, value in rows.items():
+                if key not in result:
+                    result[key] = torch.empty((len(indices), *value.shape[1:]), dtype=value.dtype)
+                result[key][here] = value
+        return result
 
     def name_pair(self, index: int) -> str:
         """Where a pair lies, for messages."""

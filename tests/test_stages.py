@@ -359,6 +359,23 @@ def test_evaluate_reports_all_methods_side_by_side(inside: Path) -> None:
         assert grid.width > 2 * 96 and grid.height > 6 * 96
 
 
+def test_rounding_in_bf16_is_no_part_of_guidance_fvu(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.device import load_base
+    from pnp_core.bundle import GuideBundle
+
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
+
+    def unexplained(precision: str) -> float:
+        params = params_with(evaluate={"precision": precision})
+        pipe, bundle = load_base(params.base), GuideBundle.load("guides/bundle")
+        sampler = evaluate.Sampler(pipe, bundle, params)
+        return sampler.guidance_fvu(evaluate.choose_tasks(params.evaluate))
+
+    assert unexplained("bf16") == unexplained("fp32")
+
+
 def test_evaluate_makes_the_same_images_again(inside: Path) -> None:
     before = pq.read_table("results/evaluate/base/images.parquet")
     evaluate.run(load_params(Path("params.yaml")), "base")

@@ -40,12 +40,18 @@ class Stop(Exception):
     """As if the process had been killed."""
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_distillation_moves_the_guide_only_and_lowers_the_loss(
-    pipe: StableDiffusionPipeline, cache: TeacherCache
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
     before = copy.deepcopy(pipe.unet.state_dict())
     losses: list[float] = []
-    config = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=1600))
+    training = dataclasses.replace(TRAIN, num_images=1600, precision=precision)
+    config = dataclasses.replace(DISTILL, train=training)
     guide = distill(
         pipe.unet, cache, config, report=lambda done, metrics: losses.append(metrics["loss"])
     )
@@ -336,15 +342,20 @@ def test_halving_gives_a_guide_a_round_and_resumes_after_a_stop(
         assert resumed[num_steps].weights_digest() == guide.weights_digest()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_halving_lowers_the_distance_to_two_teacher_steps(
-    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
     teacher_guide = roused(
         Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05
     )
-    config = dataclasses.replace(
-        HALVE, end_steps=4, train=dataclasses.replace(HALVE_TRAIN, num_images=1600)
-    )
+    training = dataclasses.replace(HALVE_TRAIN, num_images=1600, precision=precision)
+    config = dataclasses.replace(HALVE, end_steps=4, train=training)
     losses: list[float] = []
     halve(
         pipe.unet,
