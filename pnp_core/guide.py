@@ -1,34 +1,47 @@
 """The guide: a small external network that replaces classifier-free guidance.
 
 A guide returns residuals for the hidden states and skip connections that enter each block of the
-UNet's decoder, from what has been computed by then. A tiny one acts before that as well, where the
-text enters: by a residual on the text states, and by gains on what each cross-attention reads of
-the prompt beyond what it would read of the negative prompt. All of it carries the factor ``w - 1``
-and starts from zero projections: at ``guidance_scale = 1``, or untrained, the base is bitwise
-unchanged. Halving adds a learnt offset to that factor, since fewer steps need mending at every w.
+UNet's decoder, from what has been computed by then. A tiny one acts before that as well: by a
+residual on the text states, by gains on what each cross-attention reads of the prompt beyond what
+it would read of the negative prompt, and by modulating what the layers from there on give. All of
+it carries the factor ``w - 1`` and starts from zero projections: at ``guidance_scale = 1``, or
+untrained, the base is unchanged. Halving adds a learnt offset to that factor, since fewer steps
+need mending at every w.
 
 Shape legend: B batch, C channels, H W latent size, N positions, L text tokens, D text width,
-R rank, M width of the conditioning vector.
+R rank, M width of the conditioning vector, S modulated layers.
 """
 
 import copy
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin, Transformer2DModel, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import Tensor, nn
 
 KINDS = ("tiny", "full")
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
 GAIN_RANK = 4  # of the gains on one cross-attention
+MODULATED = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    Attention,
+    FeedForward,
+    ResnetBlock2D,
+    Transformer2DModel,
+    Downsample2D,
+    Upsample2D,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +50,7 @@ class GuideConfig:
 
     Attributes:
         kind: ``tiny`` (acts on the text states, on the cross-attentions and at the decoder's
-            entrances, with at most ``max_parameters_ratio`` of the base's parameters) or ``full``
+            entrances, and modulates layers, with at most ``max_parameters_ratio`` of the base's parameters) or ``full``
             (a trainable copy of the base's encoder).
         max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
 
@@ -68,6 +81,7 @@ class Conditioning(NamedTuple):
     text_residual_BLD: Tensor | None = None
     attention_gains: tuple[Tensor, ...] | None = None  # (B, C) for each cross-attention
     negative_BLD: Tensor | None = None  # text states of the negative prompt
+    code_BS: Tensor | None = None  # how far to modulate each layer
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
 
 
@@ -111,6 +125,52 @@ def text_attentions(unet: UNet2DConditionModel) -> list[Attention]:
         for block in getattr(transformer, "transformer_blocks", [])
         if block.attn2 is not None
     ]
+
+
+def modulated_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The layers whose outputs a tiny guide modulates, in the order in which they give them.
+
+    They start with the first cross-attention: what lies before it needs no gradients in training.
+    Parts that a LoRA may replace are not among them.
+    """
+    layers = [*in_order(unet), unet.conv_norm_out]
+    first = layers.index(text_attentions(unet)[0])
+    return [layer for layer in layers[first:] if isinstance(layer, MODULATED)]
+
+
+def in_order(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+    """All modules of the UNet's blocks, as their forwards end."""
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", []))
+        if block is unet.mid_block:
+            yield from inside_out(resnets.pop(0))
+            resnets, attentions = attentions, resnets
+        for index, resnet in enumerate(resnets):
+            yield from inside_out(resnet)
+            if index < len(attentions):
+                yield from inside_out(attentions[index])
+        for samplers in ("downsamplers", "upsamplers"):
+            for sampler in getattr(block, samplers, None) or []:
+                yield from inside_out(sampler)
+
+
+def inside_out(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from inside_out(child)
+    yield module
+
+
+def modulated_channels(layer: nn.Module) -> int:
+    match layer:
+        case nn.GroupNorm():
+            return layer.num_channels
+        case nn.LayerNorm():
+            return layer.normalized_shape[0]
+        case Attention():
+            return int(layer.out_dim)
+        case FeedForward():
+            return int(layer.net[-1].out_features)
+    return int(layer.out_channels)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
@@ -219,6 +279,47 @@ class AttentionGain(nn.Module):
         return gain_BC
 
 
+class Modulation(nn.Module):
+    """Scales and shifts what a layer gives along one direction, more so where it sees cause to."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.look = nn.Linear(channels, 1)
+        self.scale = zero_module(nn.Linear(1, channels, bias=False))
+        self.shift = zero_module(nn.Linear(1, channels, bias=False))
+
+    def forward(self, x: Tensor, code_B: Tensor) -> Tensor:
+        """What the layer is to have given in place of ``x``, ``(B, C, H, W)`` or ``(B, N, C)``.
+
+        Args:
+            code_B: how far to go; at 0 it is ``x``.
+        """
+        bias, look, code_B = (v.to(x.dtype) for v in (self.look.bias, self.look.weight, code_B))
+        scale, shift = (v.weight[:, 0].to(x.dtype) for v in (self.scale, self.shift))
+        code = code_B.reshape(-1, *[1] * (x.ndim - 1))
+        if x.ndim == 4:
+            seen = F.conv2d(x, look[..., None, None], bias)
+            scale, shift = scale[:, None, None], shift[:, None, None]
+        else:
+            seen = F.linear(x, look, bias)
+        return x + code * (1 + torch.tanh(seen)) * torch.addcmul(shift, x, scale)
+
+
+class LayerModulations(nn.Module):
+    """A modulation for each of :func:`modulated_layers`, and how far t and w take it."""
+
+    def __init__(self, channels: Sequence[int], embedding_dim: int) -> None:
+        super().__init__()
+        self.code = nn.Linear(embedding_dim, len(channels))
+        self.offset = nn.Parameter(torch.zeros(len(channels)))
+        self.layers = nn.ModuleList(Modulation(c) for c in channels)
+
+    def forward(self, embedding_BM: Tensor, gain_B: Tensor, strength: float) -> Tensor:
+        gain_BS = gain_B[:, None] + strength * self.offset
+        code_BS: Tensor = gain_BS.to(embedding_BM) * self.code(embedding_BM)
+        return code_BS
+
+
 class TinyShape(NamedTuple):
     """Widths of a tiny guide."""
 
@@ -228,7 +329,7 @@ class TinyShape(NamedTuple):
 
 
 class TinyGuide(nn.Module):
-    """Adapters of text, cross-attentions and decoder entrances that share a reading of t and w."""
+    """Adapters of text, attentions, layers and entrances that share a reading of t and w."""
 
     def __init__(
         self,
@@ -236,6 +337,7 @@ class TinyGuide(nn.Module):
         shape: TinyShape,
         text_dim: int,
         attention_channels: Sequence[int] = (),
+        modulated_channels: Sequence[int] = (),
     ) -> None:
         super().__init__()
         ranks, attention_dim, embedding_dim = shape
@@ -251,6 +353,9 @@ class TinyGuide(nn.Module):
         self.attentions = nn.ModuleList(
             AttentionGain(channels, embedding_dim) for channels in attention_channels
         )
+        self.modulations: LayerModulations | None = None
+        if modulated_channels:
+            self.modulations = LayerModulations(modulated_channels, embedding_dim)
         self.entrances = nn.ModuleList(
             EntranceAdapter(channels, rank, attention_dim, embedding_dim)
             for channels, rank in zip(entrances, ranks, strict=True)
@@ -273,6 +378,9 @@ class TinyGuide(nn.Module):
         embedding_BM = self.embed(embedding_B2.to(dtype))
         texts = [c_BLD.to(dtype), n_BLD.to(dtype)]
         normed = [F.rms_norm(text, text.shape[-1:]) for text in texts]
+        code_BS = None
+        if self.modulations is not None:
+            code_BS = self.modulations(embedding_BM, gain_B, strength)
         return Conditioning(
             gain_B=gain_B,
             strength=strength,
@@ -284,6 +392,7 @@ class TinyGuide(nn.Module):
                 attention_gain(embedding_BM, gain_B, strength) for attention_gain in self.attentions
             ),
             negative_BLD=n_BLD,
+            code_BS=code_BS,
         )
 
     def residuals(
@@ -298,6 +407,7 @@ def tiny_shape(
     *,
     text_dim: int,
     attention_channels: Sequence[int],
+    modulated_channels: Sequence[int],
     embedding_dim: int,
     max_parameters: int,
 ) -> TinyShape | None:
@@ -315,7 +425,7 @@ def tiny_shape(
         attention_dim = rank if rank < 32 else rank // 64 * 32 + 32
         shape = TinyShape(ranks, attention_dim, embedding_dim)
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape, text_dim, attention_channels)
+            net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
         if sum(p.numel() for p in net.parameters()) > max_parameters:
             break
         best = shape
@@ -439,6 +549,7 @@ class Guide(ModelMixin, ConfigMixin):
         text_dim: int,
         channels: list[list[int]],
         attention_channels: list[int],
+        modulated_channels: list[int],
         ranks: list[int] | None = None,
         attention_dim: int = 0,
         embedding_dim: int = 0,
@@ -455,7 +566,7 @@ class Guide(ModelMixin, ConfigMixin):
         if kind == "tiny":
             assert ranks is not None
             shape = TinyShape(ranks, attention_dim, embedding_dim)
-            self.net = TinyGuide(entrances, shape, text_dim, attention_channels)
+            self.net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
         else:
             assert unet_config is not None
             self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
@@ -487,6 +598,7 @@ class Guide(ModelMixin, ConfigMixin):
             decoder_entrances(unet),
             text_dim=architecture["text_dim"],
             attention_channels=architecture["attention_channels"],
+            modulated_channels=architecture["modulated_channels"],
             embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 8),
             max_parameters=int(config.max_parameters_ratio * base_parameters),
         )
@@ -584,6 +696,14 @@ class Guide(ModelMixin, ConfigMixin):
         gain = conditioning.attention_gains[index][:, None].to(read.dtype)
         return read + gain * (read - read_n.to(read.dtype))
 
+    def modulate(self, index: int, conditioning: Conditioning, output: Tensor) -> Tensor:
+        """What layer ``index`` of :func:`modulated_layers` is to have given."""
+        assert isinstance(self.net, TinyGuide) and self.net.modulations is not None
+        assert conditioning.code_BS is not None
+        modulation = self.net.modulations.layers[index]
+        modulated: Tensor = modulation(output, conditioning.code_BS[:, index])
+        return modulated
+
     def inject(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput
     ) -> DecoderInput:
@@ -614,6 +734,7 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
         "text_dim": unet.config.cross_attention_dim,
         "channels": [[e.hidden, *e.skips] for e in decoder_entrances(unet)],
         "attention_channels": [layer.inner_dim for layer in text_attentions(unet)],
+        "modulated_channels": [modulated_channels(layer) for layer in modulated_layers(unet)],
     }
 
 

@@ -1,4 +1,4 @@
-"""Letting a guide act in a UNet, by hooks on its cross-attentions and up blocks."""
+"""Letting a guide act in a UNet, by hooks on its cross-attentions, layers and up blocks."""
 
 import operator
 from collections.abc import Iterator
@@ -10,7 +10,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pnp_core.guide import Conditioning, DecoderInput, Guide, text_attentions
+from pnp_core.guide import (
+    Conditioning,
+    DecoderInput,
+    Guide,
+    modulated_layers,
+    text_attentions,
+)
 
 
 class UpBlockHook:
@@ -79,6 +85,22 @@ class AttentionHook:
         return (read, *args[1:])
 
 
+class LayerHook:
+    """Modulates what one layer gives, while there is a conditioning."""
+
+    def __init__(self, injector: "Injector", index: int) -> None:
+        self.injector = injector
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        conditioning, guide = self.injector.conditioning, self.injector.guide
+        if conditioning is None or guide is None or conditioning.code_BS is None:
+            return None
+        if isinstance(output, tuple):
+            return (guide.modulate(self.index, conditioning, output[0]), *output[1:])
+        return guide.modulate(self.index, conditioning, output)
+
+
 class Injector:
     """Hooks in one UNet. Inert until it has a guide and a conditioning."""
 
@@ -88,6 +110,10 @@ class Injector:
         self.handles: list[RemovableHandle] = [
             block.register_forward_pre_hook(UpBlockHook(self, index), with_kwargs=True)
             for index, block in enumerate(unet.up_blocks)
+        ]
+        self.handles += [
+            layer.register_forward_hook(LayerHook(self, index))
+            for index, layer in enumerate(modulated_layers(unet))
         ]
         self.attentions = [
             AttentionHook(self, index, layer) for index, layer in enumerate(text_attentions(unet))

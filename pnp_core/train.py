@@ -30,8 +30,9 @@ Report = Callable[[int, Mapping[str, float]], None]
 Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
-RECIPE = "SOAP, relative errors, every other step the base"
-"""How guides are trained, to change with it: work begun by another recipe is not gone on with."""
+RECIPE = "SOAP, relative errors, every other step the base, layers modulated"
+"""What guides are and how they are trained, to change with it: work begun by another recipe is not
+gone on with."""
 
 STEPS_BEFORE = 4  # over which the loss is taken before training
 
