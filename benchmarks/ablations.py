@@ -32,7 +32,9 @@ from benchmarks.guides import (
     FeatureReading,
     Shape,
     TextResidual,
+    WithoutEntrances,
     WithoutGains,
+    WithoutModulations,
     WithoutText,
     shaped_guide,
 )
@@ -50,7 +52,13 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import FLOOR, guidance_power, turn_of
 from pnp_core.files import write_text
-from pnp_core.guide import Guide, GuideConfig, hold_offsets, text_attentions
+from pnp_core.guide import (
+    Guide,
+    GuideConfig,
+    hold_offsets,
+    modulated_layers,
+    text_attentions,
+)
 from pnp_core.inject import injecting
 from pnp_core.models import AddedConditions, load_unet, weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
@@ -90,7 +98,7 @@ class Variant:
         guidance_scale: range of w in training.
         power: w is drawn as ``low + (high - low) u**power``.
         w_weighted: errors count ``1 / max(w - 1, 1)^2``.
-        companions: train on the base and on the cache's companions in turns.
+        companions: train on the cache's companions in turns in every other step, else on the base.
         perturbed: train on the base and on copies with noise in their weights in turns.
     """
 
@@ -108,13 +116,15 @@ class Variant:
 
 
 VARIANTS = {
-    "the default": {"trained on the base and companions in turns": Variant()},
+    "the default": {"every other step the base, companions in turns": Variant()},
     "the guide's shape, at equal parameters": {
         "external: reads the latent": Variant(shape=External),
         "reads features alone": Variant(shape=FeatureReading),
         "text residual alone": Variant(shape=TextResidual),
         "without gains on attention": Variant(shape=WithoutGains),
         "without text residual": Variant(shape=WithoutText),
+        "without modulating layers": Variant(shape=WithoutModulations),
+        "without adapters at the decoder's entrances": Variant(shape=WithoutEntrances),
         "in the decoder alone": Variant(in_decoder=True),
         "up to 2.5 times as large": Variant(size=2.5),
     },
@@ -156,20 +166,24 @@ class InDecoder:
     ) -> Tensor:
         found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
         steered = self.guide.steer(c_BLD, found)
-        in_decoder = {id(m) for m in self.plain.unet.up_blocks.modules()}
+        unet = self.plain.unet
+        in_decoder = {id(m) for m in (*unet.up_blocks.modules(), unet.conv_norm_out)}
         if found.attention_gains:
-            layers = text_attentions(self.plain.unet)
             found = found._replace(
                 attention_gains=tuple(
                     gain if id(layer) in in_decoder else torch.zeros_like(gain)
-                    for layer, gain in zip(layers, found.attention_gains, strict=True)
+                    for layer, gain in zip(
+                        text_attentions(unet), found.attention_gains, strict=True
+                    )
                 )
             )
+        if found.code_BS is not None:
+            kept = [id(layer) in in_decoder for layer in modulated_layers(unet)]
+            found = found._replace(code_BS=found.code_BS * torch.tensor(kept).to(found.code_BS))
 
         def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return args, {**kwargs, "encoder_hidden_states": steered}
 
-        unet = self.plain.unet
         blocks = [block for block in unet.up_blocks if hasattr(block, "attentions")]
         handles = [b.register_forward_pre_hook(with_text, with_kwargs=True) for b in blocks]
         try:

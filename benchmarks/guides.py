@@ -23,6 +23,8 @@ from pnp_core.guide import (
     attention,
     decoder_entrances,
     heads,
+    modulated_channels,
+    modulated_layers,
     text_attentions,
     zero_module,
 )
@@ -67,7 +69,8 @@ class WithoutGains(TinyGuide):
     def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
         entrances = decoder_entrances(unet)
         shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
-        super().__init__(entrances, shape, unet.config.cross_attention_dim)
+        text_dim = unet.config.cross_attention_dim
+        super().__init__(entrances, shape, text_dim, (), channels_of_layers(unet))
 
 
 class WithoutText(TinyGuide):
@@ -77,8 +80,38 @@ class WithoutText(TinyGuide):
         entrances = decoder_entrances(unet)
         shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
         channels = [layer.inner_dim for layer in text_attentions(unet)]
-        super().__init__(entrances, shape, unet.config.cross_attention_dim, channels)
+        text_dim = unet.config.cross_attention_dim
+        super().__init__(entrances, shape, text_dim, channels, channels_of_layers(unet))
         self.text = Silent()  # type: ignore[assignment]
+
+
+class WithoutModulations(TinyGuide):
+    """The default, wider, without modulating what layers give."""
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
+        entrances = decoder_entrances(unet)
+        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
+        channels = [layer.inner_dim for layer in text_attentions(unet)]
+        super().__init__(entrances, shape, unet.config.cross_attention_dim, channels)
+
+
+class WithoutEntrances(TinyGuide):
+    """The default, its text residual wider, without adapters at the decoder's entrances."""
+
+    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
+        shape = TinyShape([], rank, EMBEDDING_DIM)
+        channels = [layer.inner_dim for layer in text_attentions(unet)]
+        text_dim = unet.config.cross_attention_dim
+        super().__init__([], shape, text_dim, channels, channels_of_layers(unet))
+
+    def residuals(
+        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
+    ) -> list[Tensor | None]:
+        return [None] * (1 + len(entering.skips))
+
+
+def channels_of_layers(unet: UNet2DConditionModel) -> list[int]:
+    return [modulated_channels(layer) for layer in modulated_layers(unet)]
 
 
 class External(TinyGuide):

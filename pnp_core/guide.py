@@ -49,9 +49,9 @@ class GuideConfig:
     """What kind of guide to build.
 
     Attributes:
-        kind: ``tiny`` (acts on the text states, on the cross-attentions and at the decoder's
-            entrances, and modulates layers, with at most ``max_parameters_ratio`` of the base's parameters) or ``full``
-            (a trainable copy of the base's encoder).
+        kind: ``tiny`` (acts on the text states, the cross-attentions, the layers' outputs and at
+            the decoder's entrances, with at most ``max_parameters_ratio`` of the base's
+            parameters) or ``full`` (a trainable copy of the base's encoder).
         max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
 
     Raises:
@@ -170,6 +170,7 @@ def modulated_channels(layer: nn.Module) -> int:
             return int(layer.out_dim)
         case FeedForward():
             return int(layer.net[-1].out_features)
+    assert isinstance(layer, ResnetBlock2D | Transformer2DModel | Downsample2D | Upsample2D)
     return int(layer.out_channels)
 
 
@@ -285,8 +286,10 @@ class Modulation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.look = nn.Linear(channels, 1)
-        self.scale = zero_module(nn.Linear(1, channels, bias=False))
-        self.shift = zero_module(nn.Linear(1, channels, bias=False))
+        self.scale = nn.Linear(1, channels, bias=False)
+        self.shift = nn.Linear(1, channels, bias=False)
+        zero_module(self.scale)
+        zero_module(self.shift)
 
     def forward(self, x: Tensor, code_B: Tensor) -> Tensor:
         """What the layer is to have given in place of ``x``, ``(B, C, H, W)`` or ``(B, N, C)``.
@@ -418,6 +421,9 @@ def tiny_shape(
     """
     best = None
     widest = max(max(e.skips) for e in entrances)
+    with torch.device("meta"):  # the same at every rank, and slow to make
+        modulations = LayerModulations(modulated_channels, embedding_dim)
+    max_parameters -= sum(p.numel() for p in modulations.parameters())
     for rank in range(4, widest):
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
         # from 32 on, sizes that GPUs like
@@ -425,7 +431,7 @@ def tiny_shape(
         attention_dim = rank if rank < 32 else rank // 64 * 32 + 32
         shape = TinyShape(ranks, attention_dim, embedding_dim)
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
+            net = TinyGuide(entrances, shape, text_dim, attention_channels)
         if sum(p.numel() for p in net.parameters()) > max_parameters:
             break
         best = shape

@@ -1,15 +1,26 @@
 """What a guide promises about the base it is plugged into."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
 
 from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.guide import GAIN_RANK, Guide, GuideConfig, TinyGuide
+from pnp_core.guide import (
+    GAIN_RANK,
+    MODULATED,
+    Guide,
+    GuideConfig,
+    TinyGuide,
+    modulated_layers,
+    text_attentions,
+)
 from pnp_core.schedule import NoiseSchedule
 from tests.conftest import roused
 
@@ -85,6 +96,58 @@ def test_gains_of_minus_one_have_every_cross_attention_read_the_negative_prompt(
     guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all)
     under_negative = pipe.unet(inputs.z, inputs.t, inputs.n).sample
     torch.testing.assert_close(guided, under_negative)
+
+
+@torch.no_grad()
+def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
+    pipe: StableDiffusionPipeline, xl_pipe: StableDiffusionXLPipeline
+) -> None:
+    for unet in (pipe.unet, xl_pipe.unet):
+        ended: list[nn.Module] = []
+
+        def end(layer: nn.Module, args: object, output: object, ended: list[Any] = ended) -> None:
+            ended.append(layer)
+
+        for layer in unet.modules():
+            if isinstance(layer, MODULATED):
+                layer.register_forward_hook(end)
+        added = None
+        if unet is xl_pipe.unet:
+            pooled = unet.add_embedding.linear_1.in_features - 6 * unet.add_time_proj.num_channels
+            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+        text = torch.zeros(1, 16, unet.config.cross_attention_dim)
+        unet(torch.zeros(1, 4, 4, 4), 500, text, added_cond_kwargs=added)
+        reads = next(i for i, layer in enumerate(ended) if layer is text_attentions(unet)[0])
+        assert modulated_layers(unet) == ended[reads:]
+
+
+@torch.no_grad()
+def test_modulating_a_normalisation_changes_its_weights(pipe: StableDiffusionPipeline) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    assert isinstance(guide.net, TinyGuide) and guide.net.modulations is not None
+    torch.nn.init.zeros_(guide.net.modulations.code.weight)
+    torch.nn.init.ones_(guide.net.modulations.code.bias)
+    changed = copy.deepcopy(pipe.unet)
+    torch.manual_seed(0)
+    for layer, other, modulation in zip(
+        modulated_layers(pipe.unet),
+        modulated_layers(changed),
+        guide.net.modulations.layers,
+        strict=True,
+    ):
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            scale, shift = 0.3 * torch.randn(2, modulation.scale.out_features)
+            modulation.scale.weight.copy_(scale[:, None])
+            modulation.shift.weight.copy_(shift[:, None])
+            torch.nn.init.zeros_(modulation.look.weight)
+            torch.nn.init.zeros_(modulation.look.bias)
+            other.weight.mul_(1 + scale)
+            other.bias.mul_(1 + scale).add_(shift)
+    inputs = Inputs()
+    inputs.w = torch.full((4,), 2.0)
+    guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all)
+    expected = PlainDenoiser(changed, schedule(pipe))(*inputs.all)
+    torch.testing.assert_close(guided, expected)
 
 
 @torch.no_grad()
