@@ -8,10 +8,12 @@
     dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=72000 -S halve.end_steps=4 halve
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
-optimizer, of the base's pairs in the cache, at the best of three learning rates, each tried for a
-tenth of them. Results go to benchmarks/results/quality.json and quality.md; a row that is there, of
-as many images as are wanted, is not made again: after a change of the guide, `--run --anew guided`.
-Rows of another base, judge or setting are dropped, and all are made anew.
+optimizer, at the best of three learning rates, each tried for a tenth of them. Add-ons see what the
+guide sees, the base's pairs in every other step and the companions' in turns; the whole UNet, which
+can't sit in a companion, the base's. Results go to benchmarks/results/quality.json and quality.md;
+a row that is there, of as many images as are wanted, is not made again: after a change of the
+guide, `--run --anew guided`. Rows of another base, judge or setting are dropped, and all are made
+anew.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
@@ -30,11 +32,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.peers import PEERS, Peer
-from components.device import frozen, load_base
+from components.device import frozen, load_base, load_companions
 from components.environment import quiet
 from components.evaluate import Sampler, Task, batches, choose_tasks, reference_images
 from components.judging import Judge, fid, kid
-from components.params import Model, Params, load_params, teacher_guider
+from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
 from components.storage import read_json, write_json
@@ -112,12 +114,14 @@ def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods
 def train_peer(
     name: str, params: Params, cache: TeacherCache, best: float | None = None
 ) -> tuple[Peer, float]:
-    """A peer that has seen as many images as the guide, of the base's pairs, and its learning rate.
+    """A peer that has seen as many images as the guide, and its learning rate.
 
     Without ``best``, rates are tried. An interrupted training goes on from its checkpoint in
     runs/peers.
     """
-    unet = load_base(params.base).unet
+    pipe = load_base(params.base)
+    companions = load_companions(companion_paths(params), pipe) if name in ADD_ONS else {}
+    unet = pipe.unet
     full = train_config(params.distill)
 
     def fit(learning_rate: float, num_images: int) -> Peer:
@@ -131,10 +135,10 @@ def train_peer(
             guidance_scale=params.distill.guidance_scale,
             guider=teacher_guider(params),
         )
-        student = peer.denoiser(unet, cache.schedule)
+        students = [peer.denoiser(u, cache.schedule) for u in (unet, *companions.values())]
         progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
         return train(
-            distillation_objective([student], cache, config, unet.device),
+            distillation_objective(students, cache, config, unet.device),
             peer,
             config.train,
             run_hash=config_hash(config, cache.content_hash, name, RECIPE),
@@ -204,7 +208,12 @@ def run(params: Params, anew: str | None = None) -> None:
         known = costs.get(name, {}).get("learning_rate")
         peers[name], rate = train_peer(name, params, cache, known)
         costs[name] = cost_of(name, params, peers[name])
-        costs[name] |= {"learning_rate": rate, "pairs": int(cache.starts[1]), "companions": 0}
+        is_add_on = name in ADD_ONS
+        costs[name] |= {
+            "learning_rate": rate,
+            "pairs": int(cache.starts[-1 if is_add_on else 1]),
+            "companions": len(cache.companions) if is_add_on else 0,
+        }
         write_json(RESULTS, results)
     costs["guided"] = cost_of("guided", params, None)
     costs["guided"] |= {"pairs": int(cache.starts[-1]), "companions": len(cache.companions)}

@@ -54,7 +54,8 @@ def naive_losses(
 ) -> Tensor:
     """Losses ``(B,)`` without cached predictions and with gradients through the whole UNet."""
     with torch.no_grad():
-        eps_c, eps_n = teacher.pair(pairs.z_t, pairs.timestep, pairs.text, pairs.negative_text)
+        pair = teacher.pair(pairs.z_t, pairs.timestep, pairs.text, pairs.negative_text)
+        eps_c, eps_n = (eps.float() for eps in pair)
         target = torch.lerp(eps_n, eps_c, w_B.reshape(-1, 1, 1, 1))
     z_t = pairs.z_t.detach().requires_grad_(True)
     eps = student(z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)

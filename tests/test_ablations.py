@@ -202,6 +202,9 @@ def test_both_tables_are_made_resumed_and_read(
     for rows in results["models"].values():
         assert rows.keys() == quality.LABELS.keys()
         assert rows["cfg"]["8"]["cfg_psnr"] > 60 and rows["unguided"]["8"]["cfg_psnr"] < 60
+    guided, agd, meng = (results["costs"][name] for name in ("guided", "agd", "meng"))
+    assert agd["pairs"] == guided["pairs"] > meng["pairs"]
+    assert agd["companions"] == guided["companions"] > meng["companions"] == 0
     found = quality.summary(results)
     assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
     other = {**results["setting"], "base_hash": "another"}

@@ -376,6 +376,25 @@ def test_rounding_in_bf16_is_no_part_of_guidance_fvu(
     assert unexplained("bf16") == unexplained("fp32")
 
 
+@pytest.mark.parametrize("method", ["unguided", "cfg", "guided"])
+def test_images_sampled_in_bf16_are_nearly_those_of_fp32(
+    inside: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from components.device import load_base
+    from pnp_core.bundle import GuideBundle
+    from pnp_core.metrics import psnr
+
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
+
+    def images(precision: str) -> np.ndarray:
+        params = params_with(evaluate={"precision": precision})
+        pipe, bundle = load_base(params.base), GuideBundle.load("guides/bundle")
+        sampler = evaluate.Sampler(pipe, bundle, params)
+        return sampler.images(method, evaluate.choose_tasks(params.evaluate), 4)
+
+    assert psnr(images("bf16"), images("fp32")).mean() > 25
+
+
 def test_evaluate_makes_the_same_images_again(inside: Path) -> None:
     before = pq.read_table("results/evaluate/base/images.parquet")
     evaluate.run(load_params(Path("params.yaml")), "base")
