@@ -140,15 +140,16 @@ def modulated_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
 
 def in_order(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
     """All modules of the UNet's blocks, as their forwards end."""
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        resnets, attentions = list(block.resnets), list(getattr(block, "attentions", []))
-        if block is unet.mid_block:
-            yield from inside_out(resnets.pop(0))
-            resnets, attentions = attentions, resnets
-        for index, resnet in enumerate(resnets):
-            yield from inside_out(resnet)
-            if index < len(attentions):
-                yield from inside_out(attentions[index])
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    for block in (block for block in blocks if block is not None):
+        first, second = list(block.resnets), list(getattr(block, "attentions", []))
+        if block is unet.mid_block:  # which has a resnet more than attentions
+            yield from inside_out(first.pop(0))
+            first, second = second, first
+        for index, layer in enumerate(first):
+            yield from inside_out(layer)
+            if index < len(second):
+                yield from inside_out(second[index])
         for samplers in ("downsamplers", "upsamplers"):
             for sampler in getattr(block, samplers, None) or []:
                 yield from inside_out(sampler)
