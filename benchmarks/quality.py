@@ -13,7 +13,8 @@ guide sees, the base's pairs in every other step and the companions' in turns; t
 can't sit in a companion, the base's. Results go to benchmarks/results/quality.json and quality.md;
 a row that is there, of as many images as are wanted, is not made again: after a change of the
 guide, `--run --anew guided`. Rows of another base, judge or setting are dropped, and all are made
-anew.
+anew. The committed rows of add-ons are of rates that were best on an earlier base, without trials
+on this one.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
