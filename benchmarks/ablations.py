@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from torch.nn import Module
 
 from benchmarks.guides import (
     External,
@@ -168,18 +169,19 @@ class InDecoder:
         steered = self.guide.steer(c_BLD, found)
         unet = self.plain.unet
         in_decoder = {id(m) for m in (*unet.up_blocks.modules(), unet.conv_norm_out)}
-        if found.attention_gains:
-            found = found._replace(
-                attention_gains=tuple(
-                    gain if id(layer) in in_decoder else torch.zeros_like(gain)
-                    for layer, gain in zip(
-                        text_attentions(unet), found.attention_gains, strict=True
-                    )
-                )
+
+        def kept(layers: Sequence[Module], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(
+                gain if id(layer) in in_decoder else torch.zeros_like(gain)
+                for layer, gain in zip(layers, gains, strict=True)
             )
-        if found.code_BS is not None:
-            kept = [id(layer) in in_decoder for layer in modulated_layers(unet)]
-            found = found._replace(code_BS=found.code_BS * torch.tensor(kept).to(found.code_BS))
+
+        if found.attention_gains:
+            gains = kept(text_attentions(unet), found.attention_gains)
+            found = found._replace(attention_gains=gains)
+        if found.modulations:
+            modulations = kept(modulated_layers(unet), found.modulations)
+            found = found._replace(modulations=modulations)
 
         def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
             return args, {**kwargs, "encoder_hidden_states": steered}

@@ -22,7 +22,6 @@ from pnp_core.guide import (
     TinyShape,
     attention,
     decoder_entrances,
-    heads,
     modulated_channels,
     modulated_layers,
     text_attentions,
@@ -128,6 +127,8 @@ class External(TinyGuide):
         self.conv_in = nn.Conv2d(unet.config.in_channels, rank, 3, padding=1)
         self.blocks = nn.ModuleList(Block(rank, EMBEDDING_DIM) for _ in range(2))
         self.query = nn.Linear(rank, rank)
+        self.key = nn.Linear(text_dim, rank)
+        self.value = nn.Linear(text_dim, rank)
         self.attended = nn.Linear(rank, rank, bias=False)
         self.up = nn.ModuleList(
             zero_module(nn.Conv2d(rank, sum(parts), 1, bias=False)) for parts in self.split
@@ -144,12 +145,12 @@ class External(TinyGuide):
         negative_added: Mapping[str, Tensor] | None,
     ) -> Conditioning:
         found = super().condition(sample, timestep_B, c_BLD, n_BLD, w_B, strength, negative_added)
-        assert found.keys and found.values and found.embedding_BM is not None
+        assert found.embedding_BM is not None
         h = self.blocks[0](self.conv_in(sample), found.embedding_BM)
         query = heads(self.query(h.flatten(2).transpose(1, 2)))
+        normed = [F.rms_norm(text, text.shape[-1:]) for text in (c_BLD, n_BLD)]
         positive, negative = (
-            attention(query, key, value)
-            for key, value in zip(found.keys, found.values, strict=True)
+            attention(query, heads(self.key(text)), heads(self.value(text))) for text in normed
         )
         attended = self.attended((positive - negative).transpose(1, 2).flatten(2))
         h = h + attended.transpose(1, 2).reshape(h.shape)
@@ -164,6 +165,12 @@ class External(TinyGuide):
         height, width = entering.hidden_states.shape[-2:]
         h = F.adaptive_avg_pool2d(h, (height, width))
         return list(self.up[block_index](h).split(self.split[block_index], dim=1))
+
+
+def heads(x_BNA: Tensor) -> Tensor:
+    """``(B, N, A)`` to ``(B, heads, N, A / heads)``, with heads of at least 16 channels."""
+    num_heads = max(1, x_BNA.shape[-1] // 32)
+    return x_BNA.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class Block(nn.Module):

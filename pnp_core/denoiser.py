@@ -120,6 +120,8 @@ class GuidedDenoiser:
         added: AddedConditions | None = None,
     ) -> Tensor:
         negative = None if added is None else added.negative
+        if n_BLD.stride(0) == 0:  # one negative prompt, expanded
+            n_BLD = n_BLD[:1]
         conditioning = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD, negative_added=negative)
         text_BLD = self.guide.steer(c_BLD, conditioning)
         with injecting(self.plain.unet, self.guide, conditioning):

@@ -3,13 +3,13 @@
 A guide returns residuals for the hidden states and skip connections that enter each block of the
 UNet's decoder, from what has been computed by then. A tiny one acts before that as well: by a
 residual on the text states, by gains on what each cross-attention reads of the prompt beyond what
-it would read of the negative prompt, and by modulating what the layers from there on give. All of
-it carries the factor ``w - 1`` and starts from zero projections: at ``guidance_scale = 1``, or
-untrained, the base is unchanged. Halving adds a learnt offset to that factor, since fewer steps
-need mending at every w.
+it would read of the negative prompt, and by scaling and shifting the channels of what the layers
+from there on give. All of it carries the factor ``w - 1`` and starts from zero projections: at
+``guidance_scale = 1``, or untrained, the base is unchanged. Halving adds a learnt offset to that
+factor, since fewer steps need mending at every w.
 
 Shape legend: B batch, C channels, H W latent size, N positions, L text tokens, D text width,
-R rank, M width of the conditioning vector, S modulated layers.
+R rank, M width of the conditioning vector.
 """
 
 import copy
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 KINDS = ("tiny", "full")
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
-GAIN_RANK = 4  # of the gains on one cross-attention
+ATTENTION_RANK = 4  # of the gains on one cross-attention
 MODULATED = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -76,12 +76,12 @@ class Conditioning(NamedTuple):
     gain_B: Tensor  # strength * (w - 1)
     strength: float
     embedding_BM: Tensor | None = None  # of t and w
-    keys: tuple[Tensor, Tensor] | None = None  # of the prompt and of the negative prompt
-    values: tuple[Tensor, Tensor] | None = None
     text_residual_BLD: Tensor | None = None
     attention_gains: tuple[Tensor, ...] | None = None  # (B, C) for each cross-attention
-    negative_BLD: Tensor | None = None  # text states of the negative prompt
-    code_BS: Tensor | None = None  # how far to modulate each layer
+    negative_BLD: Tensor | None = (
+        None  # text states of the negative prompt; one row if all share it
+    )
+    modulations: tuple[Tensor, ...] | None = None  # scales and shifts (B, 2C) for each layer
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
 
 
@@ -188,22 +188,18 @@ def sinusoidal(value_B: Tensor, scale: float) -> Tensor:
 class EntranceAdapter(nn.Module):
     """Reads hidden states and skips at an up block's entrance, returns residuals for them."""
 
-    def __init__(
-        self, channels: EntranceChannels, rank: int, attention_dim: int, embedding_dim: int
-    ) -> None:
+    def __init__(self, channels: EntranceChannels, rank: int, embedding_dim: int) -> None:
         super().__init__()
         self.split = (channels.hidden, *channels.skips)
         total = sum(self.split)
         self.down = nn.Conv2d(total, rank, 1)
         self.modulation = nn.Linear(embedding_dim, 2 * rank)
-        self.query = nn.Linear(rank, attention_dim)
-        self.attended = nn.Linear(attention_dim, rank, bias=False)
         self.mix = nn.Conv2d(rank, rank, 3, padding=1)
         self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
         self.offset = nn.Parameter(torch.zeros(rank))
 
     def forward(self, features: Sequence[Tensor], conditioning: Conditioning) -> list[Tensor]:
-        assert conditioning.keys and conditioning.values and conditioning.embedding_BM is not None
+        assert conditioning.embedding_BM is not None
         # 1. down to the rank, features of different magnitudes brought to one scale; scaling what
         # comes out of the convolution costs less than scaling what goes in
         weight = self.down.weight
@@ -216,15 +212,7 @@ class EntranceAdapter(nn.Module):
         # 2. what t and w ask for
         scale, shift = self.modulation(conditioning.embedding_BM)[..., None, None].chunk(2, dim=1)
         h = F.silu(h * (1 + scale) + shift)
-        # 3. what the prompt says here that the negative prompt does not
-        query = heads(self.query(h.flatten(2).transpose(1, 2)))
-        positive, negative = (
-            attention(query, key, value)
-            for key, value in zip(conditioning.keys, conditioning.values, strict=True)
-        )
-        attended = self.attended((positive - negative).transpose(1, 2).flatten(2))
-        h = h + attended.transpose(1, 2).reshape(h.shape)
-        # 4. look around, then project back
+        # 3. look around, then project back
         h = h + self.mix(F.silu(h))
         gain_BR = conditioning.gain_B[:, None] + conditioning.strength * self.offset
         h = gain_BR.to(h.dtype)[..., None, None] * F.silu(h)
@@ -232,17 +220,24 @@ class EntranceAdapter(nn.Module):
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Written out on a CPU, where the fused kernel's backward pass is slow with so few channels."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key.to(query), value.to(query))
-    weights = (query @ key.to(query).mT * query.shape[-1] ** -0.5).softmax(dim=-1)
-    return weights.to(query) @ value.to(query)
+    """Written out on a CPU, where the fused kernel's backward pass is slow with so few channels.
 
+    There the softmax is taken in fp32, which is three times as fast as in bf16.
 
-def heads(x_BNA: Tensor) -> Tensor:
-    """``(B, N, A)`` to ``(B, heads, N, A / heads)``, with heads of at least 16 channels."""
-    num_heads = max(1, x_BNA.shape[-1] // 32)
-    return x_BNA.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    Args:
+        query: ``(B, heads, N, D)``.
+        key, value: ``(B, heads, L, D)``, or ``(1, heads, L, D)`` for all samples.
+    """
+    key, value = key.to(query), value.to(query)
+    batch = len(query)
+    if shared := len(key) < batch:  # all samples' positions make one attention
+        query = query.transpose(0, 1).flatten(1, 2)[None]
+    if query.device.type == "cpu":
+        weights = (query @ key.mT * query.shape[-1] ** -0.5).float().softmax(dim=-1)
+        read = weights.to(query) @ value
+    else:
+        read = F.scaled_dot_product_attention(query, key, value)
+    return read[0].unflatten(1, (batch, -1)).transpose(0, 1) if shared else read
 
 
 class TextAdapter(nn.Module):
@@ -266,14 +261,14 @@ class TextAdapter(nn.Module):
         return residual
 
 
-class AttentionGain(nn.Module):
-    """How much more a cross-attention is to make of what the prompt says, channel by channel."""
+class Gains(nn.Module):
+    """Factors that t and w set, channel by channel."""
 
-    def __init__(self, channels: int, embedding_dim: int) -> None:
+    def __init__(self, channels: int, rank: int, embedding_dim: int) -> None:
         super().__init__()
-        self.down = nn.Linear(embedding_dim, GAIN_RANK)
-        self.up = zero_module(nn.Linear(GAIN_RANK, channels, bias=False))
-        self.offset = nn.Parameter(torch.zeros(GAIN_RANK))
+        self.down = nn.Linear(embedding_dim, rank)
+        self.up = zero_module(nn.Linear(rank, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
 
     def forward(self, embedding_BM: Tensor, gain_B: Tensor, strength: float) -> Tensor:
         gain_BR = gain_B[:, None] + strength * self.offset
@@ -281,58 +276,11 @@ class AttentionGain(nn.Module):
         return gain_BC
 
 
-class Modulation(nn.Module):
-    """Scales and shifts what a layer gives along one direction, more so where it sees cause to."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.look = nn.Linear(channels, 1)
-        self.scale = nn.Linear(1, channels, bias=False)
-        self.shift = nn.Linear(1, channels, bias=False)
-        zero_module(self.scale)
-        zero_module(self.shift)
-
-    def forward(self, x: Tensor, code_B: Tensor) -> Tensor:
-        """What the layer is to have given in place of ``x``, ``(B, C, H, W)`` or ``(B, N, C)``.
-
-        Args:
-            code_B: how far to go; at 0 it is ``x``.
-        """
-        bias, look, code_B = (v.to(x.dtype) for v in (self.look.bias, self.look.weight, code_B))
-        scale, shift = (v.weight[:, 0].to(x.dtype) for v in (self.scale, self.shift))
-        code = code_B.reshape(-1, *[1] * (x.ndim - 1))
-        if x.ndim == 4:
-            scale, shift = scale[:, None, None], shift[:, None, None]
-            if x.is_contiguous(memory_format=torch.channels_last):  # a matrix product is faster
-                seen = F.linear(x.permute(0, 2, 3, 1), look, bias).permute(0, 3, 1, 2)
-            else:
-                seen = F.conv2d(x, look[..., None, None], bias)
-        else:
-            seen = F.linear(x, look, bias)
-        # Written so that few passes go over as much memory as x has.
-        return torch.addcmul(x, code * (1 + torch.tanh(seen)), torch.addcmul(shift, x, scale))
-
-
-class LayerModulations(nn.Module):
-    """A modulation for each of :func:`modulated_layers`, and how far t and w take it."""
-
-    def __init__(self, channels: Sequence[int], embedding_dim: int) -> None:
-        super().__init__()
-        self.code = nn.Linear(embedding_dim, len(channels))
-        self.offset = nn.Parameter(torch.zeros(len(channels)))
-        self.layers = nn.ModuleList(Modulation(c) for c in channels)
-
-    def forward(self, embedding_BM: Tensor, gain_B: Tensor, strength: float) -> Tensor:
-        gain_BS = gain_B[:, None] + strength * self.offset
-        code_BS: Tensor = gain_BS.to(embedding_BM) * self.code(embedding_BM)
-        return code_BS
-
-
 class TinyShape(NamedTuple):
     """Widths of a tiny guide."""
 
     ranks: list[int]  # one an entrance
-    attention_dim: int
+    text_rank: int
     embedding_dim: int
 
 
@@ -348,24 +296,22 @@ class TinyGuide(nn.Module):
         modulated_channels: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        ranks, attention_dim, embedding_dim = shape
+        ranks, text_rank, embedding_dim = shape
         self.embed = nn.Sequential(
             nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
             nn.SiLU(),
             nn.Linear(embedding_dim, embedding_dim),
             nn.SiLU(),
         )
-        self.key = nn.Linear(text_dim, attention_dim)
-        self.value = nn.Linear(text_dim, attention_dim)
-        self.text = TextAdapter(text_dim, attention_dim, embedding_dim)
+        self.text = TextAdapter(text_dim, text_rank, embedding_dim)
         self.attentions = nn.ModuleList(
-            AttentionGain(channels, embedding_dim) for channels in attention_channels
+            Gains(channels, ATTENTION_RANK, embedding_dim) for channels in attention_channels
         )
-        self.modulations: LayerModulations | None = None
-        if modulated_channels:
-            self.modulations = LayerModulations(modulated_channels, embedding_dim)
+        self.modulations = nn.ModuleList(
+            Gains(2 * channels, 1, embedding_dim) for channels in modulated_channels
+        )
         self.entrances = nn.ModuleList(
-            EntranceAdapter(channels, rank, attention_dim, embedding_dim)
+            EntranceAdapter(channels, rank, embedding_dim)
             for channels, rank in zip(entrances, ranks, strict=True)
         )
 
@@ -379,28 +325,20 @@ class TinyGuide(nn.Module):
         strength: float,
         negative_added: Mapping[str, Tensor] | None,
     ) -> Conditioning:
-        dtype = self.key.weight.dtype
+        dtype = next(self.embed.parameters()).dtype
         gain_B = strength * (w_B - 1)
         # w from 1 to 30 covers about the range of phases that t from 0 to 1000 does
         embedding_B2 = torch.cat([sinusoidal(timestep_B, 1), sinusoidal(w_B, 30)], dim=1)
         embedding_BM = self.embed(embedding_B2.to(dtype))
-        texts = [c_BLD.to(dtype), n_BLD.to(dtype)]
-        normed = [F.rms_norm(text, text.shape[-1:]) for text in texts]
-        code_BS = None
-        if self.modulations is not None:
-            code_BS = self.modulations(embedding_BM, gain_B, strength)
+        given = (embedding_BM, gain_B, strength)
         return Conditioning(
             gain_B=gain_B,
             strength=strength,
             embedding_BM=embedding_BM,
-            keys=(heads(self.key(normed[0])), heads(self.key(normed[1]))),
-            values=(heads(self.value(normed[0])), heads(self.value(normed[1]))),
-            text_residual_BLD=self.text(*texts, embedding_BM, gain_B, strength),
-            attention_gains=tuple(
-                attention_gain(embedding_BM, gain_B, strength) for attention_gain in self.attentions
-            ),
+            text_residual_BLD=self.text(c_BLD.to(dtype), n_BLD.to(dtype), *given),
+            attention_gains=tuple(gains(*given) for gains in self.attentions),
             negative_BLD=n_BLD,
-            code_BS=code_BS,
+            modulations=tuple(gains(*given) for gains in self.modulations),
         )
 
     def residuals(
@@ -427,14 +365,14 @@ def tiny_shape(
     best = None
     widest = max(max(e.skips) for e in entrances)
     with torch.device("meta"):  # the same at every rank, and slow to make
-        modulations = LayerModulations(modulated_channels, embedding_dim)
-    max_parameters -= sum(p.numel() for p in modulations.parameters())
+        modulations = [Gains(2 * channels, 1, embedding_dim) for channels in modulated_channels]
+    max_parameters -= sum(p.numel() for gains in modulations for p in gains.parameters())
     for rank in range(4, widest):
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
         # from 32 on, sizes that GPUs like
         ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
-        attention_dim = rank if rank < 32 else rank // 64 * 32 + 32
-        shape = TinyShape(ranks, attention_dim, embedding_dim)
+        text_rank = rank if rank < 32 else rank // 64 * 32 + 32
+        shape = TinyShape(ranks, text_rank, embedding_dim)
         with torch.device("meta"):
             net = TinyGuide(entrances, shape, text_dim, attention_channels)
         if sum(p.numel() for p in net.parameters()) > max_parameters:
@@ -486,7 +424,7 @@ class FullGuide(nn.Module):
     ) -> Conditioning:
         encoder = self.encoder
         sample = sample.to(encoder.dtype)
-        n_BLD = n_BLD.to(encoder.dtype)
+        n_BLD = n_BLD.to(encoder.dtype).expand(len(sample), -1, -1)
         # 1. time and guidance scale
         t_emb = encoder.get_time_embed(sample=sample, timestep=timestep_B)
         emb = encoder.time_embedding(t_emb, sinusoidal(w_B, 30).to(encoder.dtype))
@@ -562,7 +500,7 @@ class Guide(ModelMixin, ConfigMixin):
         attention_channels: list[int],
         modulated_channels: list[int],
         ranks: list[int] | None = None,
-        attention_dim: int = 0,
+        text_rank: int = 0,
         embedding_dim: int = 0,
         unet_config: dict[str, Any] | None = None,
         base_hash: str | None = None,
@@ -576,7 +514,7 @@ class Guide(ModelMixin, ConfigMixin):
         self.net: TinyGuide | FullGuide
         if kind == "tiny":
             assert ranks is not None
-            shape = TinyShape(ranks, attention_dim, embedding_dim)
+            shape = TinyShape(ranks, text_rank, embedding_dim)
             self.net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
         else:
             assert unet_config is not None
@@ -663,7 +601,8 @@ class Guide(ModelMixin, ConfigMixin):
             timestep: ``(B,)`` or a scalar.
             encoder_hidden_states: text states of the prompt, ``(B, L, D)``.
             guidance_scale: ``(B,)`` or a scalar tensor.
-            negative_hidden_states: text states of the negative (or null) prompt, ``(B, L, D)``.
+            negative_hidden_states: text states of the negative (or null) prompt, ``(B, L, D)``, or
+                ``(1, L, D)`` where all samples share it, which is faster.
             strength: multiplies the residuals.
             negative_added: an SDXL UNet's ``added_cond_kwargs`` under the negative prompt.
         """
@@ -705,15 +644,19 @@ class Guide(ModelMixin, ConfigMixin):
         )
         read_n = attention(query, key, value).transpose(1, 2).flatten(2)
         gain = conditioning.attention_gains[index][:, None].to(read.dtype)
-        return read + gain * (read - read_n.to(read.dtype))
+        return torch.lerp(read_n.to(read.dtype), read, 1 + gain)
 
     def modulate(self, index: int, conditioning: Conditioning, output: Tensor) -> Tensor:
-        """What layer ``index`` of :func:`modulated_layers` is to have given."""
-        assert isinstance(self.net, TinyGuide) and self.net.modulations is not None
-        assert conditioning.code_BS is not None
-        modulation = self.net.modulations.layers[index]
-        modulated: Tensor = modulation(output, conditioning.code_BS[:, index])
-        return modulated
+        """What layer ``index`` of :func:`modulated_layers` is to have given.
+
+        Args:
+            output: what it gave, ``(B, C, H, W)`` or ``(B, N, C)``.
+        """
+        assert conditioning.modulations
+        scale_BC, shift_BC = conditioning.modulations[index].to(output.dtype).chunk(2, dim=1)
+        if output.ndim == 4:
+            return torch.addcmul(shift_BC[..., None, None], output, 1 + scale_BC[..., None, None])
+        return torch.addcmul(shift_BC[:, None], output, 1 + scale_BC[:, None])
 
     def inject(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput

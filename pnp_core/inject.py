@@ -94,7 +94,7 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         conditioning, guide = self.injector.conditioning, self.injector.guide
-        if conditioning is None or guide is None or conditioning.code_BS is None:
+        if conditioning is None or guide is None or not conditioning.modulations:
             return None
         if isinstance(output, tuple):
             return (guide.modulate(self.index, conditioning, output[0]), *output[1:])

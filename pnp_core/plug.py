@@ -148,7 +148,10 @@ class EncodePrompt:
         bound.arguments["do_classifier_free_guidance"] = True
         result = original(*bound.args, **bound.kwargs)
         self.hook.pipe, self.hook.has_time_ids = self.pipe, False
-        self.hook.positive, self.hook.negative = result[0], result[1]
+        positive, negative = result[0], result[1]
+        if torch.equal(negative, negative[:1].expand_as(negative)):
+            negative = negative[:1]  # all share it
+        self.hook.positive, self.hook.negative = positive, negative
         self.hook.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
         return result
 

@@ -16,7 +16,9 @@ from benchmarks.guides import (
     FeatureReading,
     Shape,
     TextResidual,
+    WithoutEntrances,
     WithoutGains,
+    WithoutModulations,
     WithoutText,
     shaped_guide,
 )
@@ -37,7 +39,16 @@ TRAIN = TrainConfig(num_images=32, batch_size=8, precision="fp32")
 
 
 @pytest.mark.parametrize(
-    "shape", [External, FeatureReading, TextResidual, WithoutGains, WithoutText]
+    "shape",
+    [
+        External,
+        FeatureReading,
+        TextResidual,
+        WithoutEntrances,
+        WithoutGains,
+        WithoutModulations,
+        WithoutText,
+    ],
 )
 @torch.no_grad()
 def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(

@@ -13,7 +13,7 @@ from torch import nn
 from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import (
-    GAIN_RANK,
+    ATTENTION_RANK,
     MODULATED,
     Guide,
     GuideConfig,
@@ -89,7 +89,7 @@ def test_gains_of_minus_one_have_every_cross_attention_read_the_negative_prompt(
     assert isinstance(guide.net, TinyGuide)
     for gain in guide.net.attentions:  # at w = 2, where nothing else is left
         torch.nn.init.zeros_(gain.down.weight)
-        torch.nn.init.constant_(gain.down.bias, -1 / GAIN_RANK)
+        torch.nn.init.constant_(gain.down.bias, -1 / ATTENTION_RANK)
         torch.nn.init.ones_(gain.up.weight)
     inputs = Inputs()
     inputs.w = torch.full((4,), 2.0)
@@ -124,23 +124,17 @@ def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
 @torch.no_grad()
 def test_modulating_a_normalisation_changes_its_weights(pipe: StableDiffusionPipeline) -> None:
     guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
-    assert isinstance(guide.net, TinyGuide) and guide.net.modulations is not None
-    torch.nn.init.zeros_(guide.net.modulations.code.weight)
-    torch.nn.init.ones_(guide.net.modulations.code.bias)
+    assert isinstance(guide.net, TinyGuide)
     changed = copy.deepcopy(pipe.unet)
     torch.manual_seed(0)
-    for layer, other, modulation in zip(
-        modulated_layers(pipe.unet),
-        modulated_layers(changed),
-        guide.net.modulations.layers,
-        strict=True,
+    for layer, other, gains in zip(
+        modulated_layers(pipe.unet), modulated_layers(changed), guide.net.modulations, strict=True
     ):
+        torch.nn.init.zeros_(gains.down.weight)  # at w = 2, `up` is then what is left
+        torch.nn.init.ones_(gains.down.bias)
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            scale, shift = 0.3 * torch.randn(2, modulation.scale.out_features)
-            modulation.scale.weight.copy_(scale[:, None])
-            modulation.shift.weight.copy_(shift[:, None])
-            torch.nn.init.zeros_(modulation.look.weight)
-            torch.nn.init.zeros_(modulation.look.bias)
+            scale, shift = 0.3 * torch.randn(2, gains.up.out_features // 2)
+            gains.up.weight.copy_(torch.cat([scale, shift])[:, None])
             other.weight.mul_(1 + scale)
             other.bias.mul_(1 + scale).add_(shift)
     inputs = Inputs()
@@ -163,6 +157,17 @@ def test_each_sample_gets_its_own_guidance_scale_timestep_and_negative(
         other = Inputs()
         setattr(other, changed, getattr(other, changed) + 1)
         assert not torch.equal(guided(*other.all), together)
+
+
+@torch.no_grad()
+def test_a_negative_prompt_that_all_samples_share_may_be_one_row(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    inputs = Inputs()
+    guided = GuidedDenoiser(pipe.unet, roused(guide), schedule(pipe))
+    shared = inputs.n[:1].expand_as(inputs.n)
+    as_rows = guided(*inputs.all[:-1], shared.clone())
+    torch.testing.assert_close(guided(*inputs.all[:-1], shared), as_rows, atol=1e-5, rtol=1e-4)
 
 
 def test_only_the_guide_gets_gradients_and_nothing_before_it_acts_keeps_a_graph(
