@@ -100,6 +100,7 @@ def cache_builder(params: Params) -> "CacheBuilder":
         base_hash=weights_hash(params.base),
         data_hash=read_json(PREPARED / "manifest.json")["hash"],
         companions=load_companions(companion_paths(params), pipe),
+        further_prompts=(PREPARED / "prompts.txt").read_text(encoding="utf-8").splitlines(),
     )
 
 

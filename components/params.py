@@ -78,6 +78,7 @@ class Prepare(Section):
     files: tuple[str, ...]  # which of the dataset's files; empty: all
     image_column: str
     caption_column: str
+    prompts: str  # text file of further prompts
     resolution: Count  # pixels
     heldout_fraction: Share  # for data without a `split` column
 
@@ -232,6 +233,7 @@ def check_files(params: Params) -> None:
     named = {"prepare.dataset": params.prepare.dataset}
     for i, name in enumerate(params.prepare.files):
         named[f"prepare.files[{i}]"] = str(Path(params.prepare.dataset, name))
+    named["prepare.prompts"] = params.prepare.prompts
     named["evaluate.judge"] = params.evaluate.judge
     named |= {f"models.{name}.reference": model.reference for name, model in params.models.items()}
     for key, path in named.items():

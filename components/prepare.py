@@ -1,10 +1,12 @@
 """Stage prepare: captioned images, checked, of one size, split into train and held out.
 
 Reads what `prepare.dataset` names. Writes data/prepared: train.parquet and heldout.parquet
-(columns `image` and `prompt`) and manifest.json (counts, and a hash of the content).
+(columns `image` and `prompt`), prompts.txt (those that have no image, for trajectories) and
+manifest.json (counts, and a hash of the content).
 """
 
 import hashlib
+from collections.abc import Set
 from pathlib import Path
 
 from components.cli import main
@@ -52,19 +54,41 @@ def run(params: Params) -> None:
             raise ValueError(
                 f"prepare.dataset: {dataset} has no {name} images, and {len(records)} in all"
             )
+    further = further_prompts(
+        Path(config.prompts), known={prompt for rows in splits.values() for _, prompt in rows}
+    )
+    digest.update("\0".join(further).encode())
     with atomic_folder(PREPARED) as folder:
         for name, rows in splits.items():
             images = [{"bytes": data, "path": None} for data, _ in rows]
             table = pa.table({"image": images, "prompt": [prompt for _, prompt in rows]})
             pq.write_table(table, folder / f"{name}.parquet")
+        text = "".join(f"{prompt}\n" for prompt in further)
+        (folder / "prompts.txt").write_text(text, encoding="utf-8")
         manifest = {
             "hash": digest.hexdigest(),
             "resolution": config.resolution,
             "num_images": {name: len(rows) for name, rows in splits.items()},
-            "num_prompts": {name: len({p for _, p in rows}) for name, rows in splits.items()},
+            "num_prompts": {
+                **{name: len({p for _, p in rows}) for name, rows in splits.items()},
+                "further": len(further),
+            },
         }
         write_json(folder / "manifest.json", manifest)
     print(f"prepare: {manifest['num_images']} images of {config.resolution} px")
+
+
+def further_prompts(path: Path, *, known: Set[str]) -> list[str]:
+    """The lines of a text file, each once, without empty ones and those of images, held out or not.
+
+    Raises ValueError if it is no text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prepare.prompts: {path} is no text in UTF-8: {error}") from None
+    prompts = dict.fromkeys(line.strip() for line in lines)
+    return [prompt for prompt in prompts if prompt and prompt not in known]
 
 
 def falls_out(prompt: str, fraction: float) -> bool:

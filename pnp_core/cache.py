@@ -230,6 +230,8 @@ class CacheBuilder:
         base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
         data_hash: identity of the examples.
         companions: further teachers by identity: UNets of fine-tunes of the base.
+        further_prompts: that no example has; if there are any, half of the trajectories follow
+            them.
 
     Raises:
         ValueError: no examples; companions, but no trajectories for them.
@@ -245,6 +247,7 @@ class CacheBuilder:
         base_hash: str,
         data_hash: str,
         companions: Mapping[str, UNet2DConditionModel] | None = None,
+        further_prompts: Sequence[str] = (),
     ) -> None:
         if not examples:
             raise ValueError("There are no examples to cache: the data set is empty.")
@@ -259,7 +262,9 @@ class CacheBuilder:
         self.base_hash = base_hash
         self.data_hash = data_hash
         self.companions = dict(companions or {})
-        self.prompts = ["", *sorted({e.prompt for e in examples} - {""})]
+        captions = sorted({e.prompt for e in examples} - {""})
+        self.prompts = ["", *captions, *further_prompts]
+        self.num_further = len(further_prompts)
         self.prompt_row = {prompt: row for row, prompt in enumerate(self.prompts)}
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.guider = Guider(config.guider, self.schedule.num_train_timesteps)
@@ -432,6 +437,11 @@ class CacheBuilder:
         w_B = low + (high - low) * torch.rand(count, generator=generator)
         image_B = torch.randint(len(self.examples), (count,), generator=generator)
         prompt_B, negative_B = self.moments["prompt"][image_B], self.negatives(count, generator)
+        if self.num_further:
+            first = len(self.prompts) - self.num_further
+            further_B = torch.randint(first, len(self.prompts), (count,), generator=generator)
+            coin_B = torch.rand(count, generator=generator) < 0.5
+            prompt_B = torch.where(coin_B, further_B, prompt_B)
         z_t = torch.randn((count, *self.moments["mean"].shape[1:]), generator=generator)
         interval = num_timesteps / max(1, config.trajectory_steps - 1)
         grid = [torch.full((count,), num_timesteps - 1)]

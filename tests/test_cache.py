@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache, plan_cache
+from pnp_core.models import encode_prompts
 from tests.conftest import CACHE_CONFIG, changed
 
 
@@ -19,6 +20,7 @@ def builder(
     examples: list[Example],
     folder: Path,
     companions: Mapping[str, UNet2DConditionModel] | None = None,
+    further_prompts: Sequence[str] = (),
     **changes: object,
 ) -> CacheBuilder:
     return CacheBuilder(
@@ -29,6 +31,7 @@ def builder(
         base_hash="base",
         data_hash="data",
         companions=companions,
+        further_prompts=further_prompts,
     )
 
 
@@ -201,6 +204,24 @@ def test_each_companion_teaches_along_trajectories_of_its_own(
         cache.pairs(everything, device).z_t.flip(0), cache.pairs(everything.flip(0), device).z_t
     )
     assert cache.name_pair(55).startswith("row 5 of shard pairs-")
+
+
+def test_half_of_the_trajectories_follow_further_prompts(
+    pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
+) -> None:
+    further = ["two rings", "a bar"]
+    build_cache(
+        builder(pipe, examples, tmp_path, None, further, num_trajectory=400, negative_fraction=0.0)
+    )
+    cache = TeacherCache.open(tmp_path)
+    pairs = cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
+    states = encode_prompts(pipe, further).states_NLD
+    follows = [(pairs.text - s).abs().amax(dim=(1, 2)) < 2e-3 for s in states]
+    noised, trajectories = follows[0] | follows[1], CACHE_CONFIG.num_forward
+    assert not noised[:trajectories].any()
+    share = noised[trajectories:].float().mean()
+    assert 0.3 < share < 0.7
+    assert all(one.any() for one in follows)
 
 
 def test_companions_without_trajectories_are_refused(

@@ -90,6 +90,19 @@ def test_prepare_reads_an_image_folder_and_splits_by_prompt(world: Path) -> None
     assert as_is and np.asarray(image).min() == 255  # transparency became white
 
 
+def test_prepare_keeps_further_prompts_that_no_image_has(world: Path) -> None:
+    own, heldout = toy.PROMPTS[1], toy.PROMPTS[0]
+    Path("prompts.txt").write_text(f"two rings\n\n{own}\n  two rings \n{heldout}\na bar\n")
+    prepare.run(params_with())
+    assert Path("data/prepared/prompts.txt").read_text() == "two rings\na bar\n"
+    before = read_json(Path("data/prepared/manifest.json"))
+    Path("prompts.txt").write_text("two rings\n")
+    prepare.run(params_with())
+    after = read_json(Path("data/prepared/manifest.json"))
+    assert (before["num_prompts"]["further"], after["num_prompts"]["further"]) == (2, 1)
+    assert before["hash"] != after["hash"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -114,6 +127,7 @@ def test_prepare_names_a_bad_row(world: Path, row: Mapping[str, Any], message: s
         ({"image_column": "picture"}, "no column 'picture', it has image, caption, split"),
         ({"dataset": "models", "files": []}, "neither parquet files nor a metadata.jsonl"),
         ({"dataset": "params.yaml", "files": []}, "not a parquet file"),
+        ({"prompts": "art/main.parquet"}, "prepare.prompts: art/main.parquet is no text in UTF-8"),
     ],
 )
 def test_prepare_refuses(world: Path, section: Mapping[str, Any], message: str) -> None:

@@ -39,6 +39,7 @@ from zoo.dataset import (
     to_float,
 )
 from zoo.judge import image_features, retrieval_top1, text_features
+from zoo.prompts import made_up
 from zoo.report import BOUNDS, frechet_distance, kernel_distance, weight_sizes
 from zoo.sampling import prompts_of
 
@@ -77,6 +78,18 @@ def test_a_tenth_of_the_concepts_is_held_out_in_every_style(columns: dict) -> No
     assert 0.07 < sum(split == "heldout" for split in every.values()) / len(every) < 0.13
     for table in splits.values():
         assert all(every[concept] == split for concept, split in table.items())
+
+
+def test_further_prompts_are_those_of_the_command_and_hold_nothing_of_the_heldout() -> None:
+    shipped = (DATA / "prompts.txt").read_text().splitlines()
+    assert shipped == made_up(len(shipped))
+    split = {"train": set(), "heldout": set()}  # type: dict[str, set[str]]
+    for style in BASE_STYLES:
+        rows = pq.read_table(DATA / f"{style}.parquet", columns=["caption", "split"]).to_pylist()
+        for row in rows:
+            split[row["split"]] |= set(row["caption"].split())
+    words = {word for prompt in shipped for word in prompt.split()}
+    assert words.isdisjoint(split["heldout"] - split["train"])
 
 
 def test_pack_has_no_flags_and_no_skin_tones(columns: dict) -> None:

@@ -57,6 +57,7 @@ def make_world(folder: Path) -> None:
         for parameter in base.unet.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     base.unet.save_pretrained(folder / "companions/other/unet")
+    (folder / "prompts.txt").write_text("green disc on a red bar\ntwo rings\n")
     write_params(folder, toy_params())
 
 
@@ -251,6 +252,7 @@ def toy_params() -> dict[str, Any]:
             "files": ["main.parquet"],
             "image_column": "image",
             "caption_column": "caption",
+            "prompts": "prompts.txt",
             "resolution": RESOLUTION,
             "heldout_fraction": 0.2,
         },
