@@ -19,8 +19,9 @@ class SOAP(torch.optim.Optimizer):
     """Adam on gradients that are turned into the eigenbases of their two moments, G G^T and G^T G.
 
     Args:
-        params: convolutions count as matrices ``(out, in * height * width)``. Vectors, and sides
-            longer than ``max_side``, are not turned; where nothing is, this is Adam.
+        params: convolutions count as matrices ``(out, in * height * width)``. Vectors, be they
+            matrices of one row or column, and sides longer than ``max_side`` are not turned; where
+            nothing is, this is Adam.
         lr: as Adam's.
         betas: decay of the mean, and of the square and the moments.
         refresh_every: steps between two refreshes of a basis, a power iteration each; the first
@@ -86,7 +87,7 @@ class SOAP(torch.optim.Optimizer):
 
 def sides(p: Tensor, max_side: int = MAX_SIDE) -> list[int]:
     """Sizes of a parameter's two bases; 0: none."""
-    if p.ndim < 2:
+    if p.ndim < 2 or 1 in (p.shape[0], p[0].numel()):
         return [0, 0]
     return [n if n <= max_side else 0 for n in (p.shape[0], p[0].numel())]
 

@@ -40,6 +40,14 @@ def test_long_sides_are_not_turned() -> None:
     assert sizes == [[6, 0], [0, 0], [4, 6], [0, 0]]  # 6 x 27, bias, 4 x 6, bias
 
 
+def test_matrices_of_one_row_or_column_are_not_turned() -> None:
+    for module in (nn.Linear(1, 4), nn.Linear(4, 1)):
+        optimizer = SOAP(module.parameters(), lr=1e-2)
+        module(torch.ones(2, module.in_features)).sum().backward()
+        optimizer.step()
+        assert not any(len(basis) for s in optimizer.state.values() for basis in s["bases"])
+
+
 def test_directions_are_found_that_are_not_the_axes() -> None:
     """A regression on features that are mixed and of very different sizes."""
 
