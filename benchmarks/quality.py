@@ -55,6 +55,7 @@ from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (3e-3, 1e-2, 3e-2)}
 TRIAL_SHARE = 0.1
+PEER_BATCH_SIZE = 32
 STEPS = (50, 16, 8, 4)
 PEER_STEPS = (16,)
 # Images at those steps, over `evaluate.num_images`: with other seeds the FID of 192 images is
@@ -129,6 +130,7 @@ def train_peer(
         torch.manual_seed(full.seed)
         peer = PEERS[name](unet).to(unet.device)
         settings = {**vars(full), "learning_rate": learning_rate, "num_images": num_images}
+        settings["batch_size"] = PEER_BATCH_SIZE
         settings["warmup_images"] = min(full.warmup_images, num_images // 5)
         config = DistillConfig(
             train=TrainConfig(**settings),

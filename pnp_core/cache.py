@@ -72,7 +72,8 @@ class CacheConfig:
 
     Attributes:
         num_forward: teacher pairs at forward-noised states.
-        num_trajectory: teacher pairs along CFG trajectories, of all teachers together.
+        num_trajectory: teacher pairs along CFG trajectories, of all teachers together: half of them
+            the base's, as half of the training steps are.
         trajectory_steps: DDIM steps of a trajectory, and so its states.
         guidance_scale: range of the trajectories' ``w``, drawn uniformly.
         guider: the teacher's rule, which the trajectories follow.
@@ -194,12 +195,15 @@ def plan_cache(
         pooled=pipe.text_encoder_2.config.projection_dim if is_xl(pipe) else 0,
     )
     num_steps = config.trajectory_steps
-    num_trajectories = math.ceil(config.num_trajectory / num_steps / (1 + num_companions))
+    num_trajectories = config.num_trajectory / num_steps
+    shares = [1.0]
+    if num_companions:
+        shares = [1 / 2] + [1 / 2 / num_companions] * num_companions
     moments = split(num_images, config.shard_size)
     pairs = split(config.num_forward, config.shard_size)
     teachers = [0] * len(pairs)
-    for teacher in range(1 + num_companions):
-        parts = split(num_trajectories, config.trajectories_per_shard)
+    for teacher, share in enumerate(shares):
+        parts = split(math.ceil(share * num_trajectories), config.trajectories_per_shard)
         pairs += [n * num_steps for n in parts]
         teachers += [teacher] * len(parts)
     phases = (

@@ -17,7 +17,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 KINDS = ("tiny", "full")
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
-ATTENTION_RANK = 4  # of the gains on one cross-attention
+GAIN_RANK = 4  # of the gains on one cross-attention
+PROJECTION_RANK = 8  # of what is mixed from its channels besides
 MODULATED = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -77,7 +78,7 @@ class Conditioning(NamedTuple):
     strength: float
     embedding_BM: Tensor | None = None  # of t and w
     text_residual_BLD: Tensor | None = None
-    attention_gains: tuple[Tensor, ...] | None = None  # (B, C) for each cross-attention
+    attention_gains: tuple[Tensor, ...] | None = None  # (B, C + R) for each cross-attention
     negative_BLD: Tensor | None = (
         None  # text states of the negative prompt; one row if all share it
     )
@@ -175,7 +176,10 @@ def modulated_channels(layer: nn.Module) -> int:
     return int(layer.out_channels)
 
 
-def zero_module(module: nn.Module) -> nn.Module:
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def zero_module(module: Layer) -> Layer:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -276,6 +280,35 @@ class Gains(nn.Module):
         return gain_BC
 
 
+class AttentionAdapter(nn.Module):
+    """How much more a cross-attention is to make of what the prompt says beyond the negative one.
+
+    Channel by channel, and by a projection of few directions that mixes channels.
+    """
+
+    def __init__(self, channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.gains = Gains(channels, GAIN_RANK, embedding_dim)
+        self.down = nn.Linear(channels, PROJECTION_RANK, bias=False)
+        self.code = nn.Linear(embedding_dim, PROJECTION_RANK)
+        self.up = zero_module(nn.Linear(PROJECTION_RANK, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(PROJECTION_RANK))
+
+    def condition(self, embedding_BM: Tensor, gain_B: Tensor, strength: float) -> Tensor:
+        """Gains on the channels and on the directions, ``(B, C + R)``."""
+        gain_BR = gain_B[:, None] + strength * self.offset
+        code_BR = gain_BR.to(embedding_BM) * self.code(embedding_BM)
+        return torch.cat([self.gains(embedding_BM, gain_B, strength), code_BR], dim=1)
+
+    def forward(self, difference_BNC: Tensor, gains_BX: Tensor) -> Tensor:
+        """What to add to what was read, given the difference to what it reads of the negative."""
+        gains_BX = gains_BX.to(difference_BNC.dtype)[:, None]
+        gain_B1C, code_B1R = gains_BX.split([self.up.out_features, self.up.in_features], dim=-1)
+        down, up = (w.to(difference_BNC.dtype) for w in (self.down.weight, self.up.weight))
+        mixed = F.linear(code_B1R * F.linear(difference_BNC, down), up)
+        return torch.addcmul(mixed, gain_B1C, difference_BNC)
+
+
 class TinyShape(NamedTuple):
     """Widths of a tiny guide."""
 
@@ -305,7 +338,7 @@ class TinyGuide(nn.Module):
         )
         self.text = TextAdapter(text_dim, text_rank, embedding_dim)
         self.attentions = nn.ModuleList(
-            Gains(channels, ATTENTION_RANK, embedding_dim) for channels in attention_channels
+            AttentionAdapter(channels, embedding_dim) for channels in attention_channels
         )
         self.modulations = nn.ModuleList(
             Gains(2 * channels, 1, embedding_dim) for channels in modulated_channels
@@ -336,7 +369,11 @@ class TinyGuide(nn.Module):
             strength=strength,
             embedding_BM=embedding_BM,
             text_residual_BLD=self.text(c_BLD.to(dtype), n_BLD.to(dtype), *given),
-            attention_gains=tuple(gains(*given) for gains in self.attentions),
+            attention_gains=tuple(
+                adapter.condition(*given)
+                for adapter in self.attentions
+                if isinstance(adapter, AttentionAdapter)  # as all are
+            ),
             negative_BLD=n_BLD,
             modulations=tuple(gains(*given) for gains in self.modulations),
         )
@@ -628,23 +665,26 @@ class Guide(ModelMixin, ConfigMixin):
     ) -> Tensor:
         """What cross-attention ``index`` is to have read, before its output projection.
 
-        ``read + gain * (read - read_n)``, where ``read_n`` is what the layer's own heads read of
-        the negative prompt.
+        ``read`` and more of ``read - read_n``, where ``read_n`` is what the layer's own heads read
+        of the negative prompt.
 
         Args:
             layer: the cross-attention.
             query: its queries, ``(B, N, C)``.
             read: what it read of the prompt, ``(B, N, C)``.
         """
+        assert isinstance(self.net, TinyGuide)
         assert conditioning.attention_gains and conditioning.negative_BLD is not None
         negative_BLD = conditioning.negative_BLD.to(query.dtype)
         query, key, value = (
             x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
             for x in (query, layer.to_k(negative_BLD), layer.to_v(negative_BLD))
         )
-        read_n = attention(query, key, value).transpose(1, 2).flatten(2)
-        gain = conditioning.attention_gains[index][:, None].to(read.dtype)
-        return torch.lerp(read_n.to(read.dtype), read, 1 + gain)
+        read_n = attention(query, key, value).transpose(1, 2).flatten(2).to(read.dtype)
+        more: Tensor = self.net.attentions[index](
+            read - read_n, conditioning.attention_gains[index]
+        )
+        return read + more.to(read.dtype)
 
     def modulate(self, index: int, conditioning: Conditioning, output: Tensor) -> Tensor:
         """What layer ``index`` of :func:`modulated_layers` is to have given.

@@ -206,6 +206,18 @@ def test_each_companion_teaches_along_trajectories_of_its_own(
     assert cache.name_pair(55).startswith("row 5 of shard pairs-")
 
 
+def test_half_of_the_pairs_along_trajectories_are_the_bases(pipe: StableDiffusionPipeline) -> None:
+    config = dataclasses.replace(CACHE_CONFIG, num_trajectory=1600)
+    for num_companions, base, companion in ((0, 1600, 0), (1, 800, 800), (4, 800, 200)):
+        plan = plan_cache(
+            pipe, num_images=24, num_prompts=6, config=config, num_companions=num_companions
+        )
+        had = [0] * (1 + num_companions)
+        for name, teacher in plan.teachers.items():
+            had[teacher] += plan.num_rows[name]
+        assert had == [CACHE_CONFIG.num_forward + base, *[companion] * num_companions]
+
+
 def test_half_of_the_trajectories_follow_further_prompts(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
 ) -> None:

@@ -13,8 +13,9 @@ from torch import nn
 from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import (
-    ATTENTION_RANK,
+    GAIN_RANK,
     MODULATED,
+    PROJECTION_RANK,
     Guide,
     GuideConfig,
     TinyGuide,
@@ -87,15 +88,42 @@ def test_gains_of_minus_one_have_every_cross_attention_read_the_negative_prompt(
 ) -> None:
     guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
     assert isinstance(guide.net, TinyGuide)
-    for gain in guide.net.attentions:  # at w = 2, where nothing else is left
-        torch.nn.init.zeros_(gain.down.weight)
-        torch.nn.init.constant_(gain.down.bias, -1 / ATTENTION_RANK)
-        torch.nn.init.ones_(gain.up.weight)
+    for adapter in guide.net.attentions:  # at w = 2, where nothing else is left
+        torch.nn.init.zeros_(adapter.gains.down.weight)
+        torch.nn.init.constant_(adapter.gains.down.bias, -1 / GAIN_RANK)
+        torch.nn.init.ones_(adapter.gains.up.weight)
     inputs = Inputs()
     inputs.w = torch.full((4,), 2.0)
     guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all)
     under_negative = pipe.unet(inputs.z, inputs.t, inputs.n).sample
     torch.testing.assert_close(guided, under_negative)
+
+
+@torch.no_grad()
+def test_a_projection_of_all_channels_does_what_gains_of_one_size_do(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    inputs, guided = Inputs(), []
+    inputs.w = torch.full((4,), 2.0)
+    for projected in (False, True):
+        guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+        assert isinstance(guide.net, TinyGuide)
+        for adapter in guide.net.attentions:
+            if projected:
+                channels = adapter.up.out_features
+                basis = torch.eye(channels)[:PROJECTION_RANK]
+                adapter.down.weight.copy_(basis)
+                adapter.up.weight.copy_(basis.T)
+                torch.nn.init.zeros_(adapter.code.weight)
+                torch.nn.init.constant_(adapter.code.bias, 0.5)
+            else:
+                torch.nn.init.zeros_(adapter.gains.down.weight)
+                torch.nn.init.constant_(adapter.gains.down.bias, 0.5 / GAIN_RANK)
+                torch.nn.init.zeros_(adapter.gains.up.weight)
+                adapter.gains.up.weight[:PROJECTION_RANK] = 1
+        guided.append(GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all))
+    torch.testing.assert_close(guided[0], guided[1])
+    assert not torch.equal(guided[0], pipe.unet(inputs.z, inputs.t, inputs.c).sample)
 
 
 @torch.no_grad()
