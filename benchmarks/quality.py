@@ -5,16 +5,16 @@
 
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows are of
 
-    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=72000 -S halve.end_steps=4 halve
+    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=72000 \\
+        -S distill.batch_size=16 -S halve.end_steps=4 halve
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
-optimizer, at the best of three learning rates, each tried for a tenth of them. Add-ons see what the
-guide sees, the base's pairs in every other step and the companions' in turns; the whole UNet, which
-can't sit in a companion, the base's. Results go to benchmarks/results/quality.json and quality.md;
-a row that is there, of as many images as are wanted, is not made again: after a change of the
-guide, `--run --anew guided`. Rows of another base, judge or setting are dropped, and all are made
-anew. The committed rows of add-ons are of rates that were best on an earlier base, without trials
-on this one.
+optimizer, in batches of 32, at the best of three learning rates, each tried for a tenth of them.
+Add-ons see what the guide sees, the base's pairs in every other step and the companions' in turns;
+the whole UNet, which can't sit in a companion, the base's. Results go to
+benchmarks/results/quality.json and quality.md; a row that is there, of as many images as are
+wanted, is not made again: after a change of the guide, `--run --anew guided`. Rows of another
+base, judge or setting are dropped, and all are made anew.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
