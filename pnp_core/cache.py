@@ -232,7 +232,7 @@ class CacheBuilder:
 
     Args:
         base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
-        data_hash: identity of the examples.
+        data_hash: identity of the examples and of further prompts.
         companions: further teachers by identity: UNets of fine-tunes of the base.
         further_prompts: that no example has; if there are any, half of the trajectories follow
             them.

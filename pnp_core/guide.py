@@ -2,11 +2,11 @@
 
 A guide returns residuals for the hidden states and skip connections that enter each block of the
 UNet's decoder, from what has been computed by then. A tiny one acts before that as well: by a
-residual on the text states, by gains on what each cross-attention reads of the prompt beyond what
-it would read of the negative prompt, and by scaling and shifting the channels of what the layers
-from there on give. All of it carries the factor ``w - 1`` and starts from zero projections: at
-``guidance_scale = 1``, or untrained, the base is unchanged. Halving adds a learnt offset to that
-factor, since fewer steps need mending at every w.
+residual on the text states, by turning up and mixing what each cross-attention reads of the prompt
+beyond what it would read of the negative prompt, and by scaling and shifting the channels of what
+the layers from there on give. All of it carries the factor ``w - 1`` and starts from zero
+projections: at ``guidance_scale = 1``, or untrained, the base is unchanged. Halving adds a learnt
+offset to that factor, since fewer steps need mending at every w.
 
 Shape legend: B batch, C channels, H W latent size, N positions, L text tokens, D text width,
 R rank, M width of the conditioning vector.
@@ -79,9 +79,7 @@ class Conditioning(NamedTuple):
     embedding_BM: Tensor | None = None  # of t and w
     text_residual_BLD: Tensor | None = None
     attention_gains: tuple[Tensor, ...] | None = None  # (B, C + R) for each cross-attention
-    negative_BLD: Tensor | None = (
-        None  # text states of the negative prompt; one row if all share it
-    )
+    negative_BLD: Tensor | None = None  # text states of the negative prompt; one row: all share it
     modulations: tuple[Tensor, ...] | None = None  # scales and shifts (B, 2C) for each layer
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
 
