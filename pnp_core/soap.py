@@ -5,7 +5,8 @@ axes. In the eigenbases of their moments Adam steps as far along each as it shou
 bases costs next to nothing beside the frozen UNet's forward.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import compress
 from typing import Any
 
 import torch
@@ -45,15 +46,36 @@ class SOAP(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.sub_(group["lr"] * self.update(p, group["betas"], group["eps"]))
+            params = [p for p in group["params"] if p.grad is not None]
+            turned = [any(sides(p, self.max_side)) for p in params]
+            for p in compress(params, turned):
+                p.sub_(group["lr"] * self.update(p, group["betas"], group["eps"]))
+            if not all(turned):
+                self.step_adam([p for p, t in zip(params, turned, strict=True) if not t], group)
+
+    def step_adam(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        """Adam for what is not turned, all at once: a guide has hundreds of vectors."""
+        beta1, beta2 = group["betas"]
+        grads = [p.grad for p in params if p.grad is not None]  # as all have
+        for p in params:
+            if not self.state[p]:
+                zeros = {name: torch.zeros_like(p) for name in ("mean", "square")}
+                self.state[p] = {"step": 0, **zeros}
+            self.state[p]["step"] += 1
+        step = self.state[params[0]]["step"]
+        means, squares = ([self.state[p][name] for p in params] for name in ("mean", "square"))
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - beta2)
+        scales = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+        torch._foreach_add_(scales, group["eps"])
+        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), scales)
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def update(self, p: Tensor, betas: tuple[float, float], eps: float) -> Tensor:
         """What this step subtracts, over the learning rate; in the shape of ``p``."""
         beta1, beta2 = betas
         assert p.grad is not None
-        grad = p.grad.flatten(1) if p.ndim > 1 else p.grad[:, None]
+        grad = p.grad.flatten(1)
         state = self.state[p]
         if not state:
             state["step"] = 0
