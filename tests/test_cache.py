@@ -229,9 +229,10 @@ def test_half_of_the_trajectories_follow_further_prompts(
     pairs = cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
     states = encode_prompts(pipe, further).states_NLD
     follows = [(pairs.text - s).abs().amax(dim=(1, 2)) < 2e-3 for s in states]
-    noised, trajectories = follows[0] | follows[1], CACHE_CONFIG.num_forward
-    assert not noised[:trajectories].any()
-    share = noised[trajectories:].float().mean()
+    num_noised = CACHE_CONFIG.num_forward
+    follows_one = follows[0] | follows[1]
+    assert not follows_one[:num_noised].any()
+    share = follows_one[num_noised:].float().mean()
     assert 0.3 < share < 0.7
     assert all(one.any() for one in follows)
 

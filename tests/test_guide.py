@@ -100,7 +100,7 @@ def test_gains_of_minus_one_have_every_cross_attention_read_the_negative_prompt(
 
 
 @torch.no_grad()
-def test_a_projection_of_all_channels_does_what_gains_of_one_size_do(
+def test_projecting_onto_single_channels_does_what_gains_on_them_do(
     pipe: StableDiffusionPipeline,
 ) -> None:
     inputs, guided = Inputs(), []

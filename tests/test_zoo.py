@@ -83,7 +83,7 @@ def test_a_tenth_of_the_concepts_is_held_out_in_every_style(columns: dict) -> No
 def test_further_prompts_are_those_of_the_command_and_hold_nothing_of_the_heldout() -> None:
     shipped = (DATA / "prompts.txt").read_text().splitlines()
     assert shipped == made_up(len(shipped))
-    split = {"train": set(), "heldout": set()}  # type: dict[str, set[str]]
+    split: dict[str, set[str]] = {"train": set(), "heldout": set()}
     for style in BASE_STYLES:
         rows = pq.read_table(DATA / f"{style}.parquet", columns=["caption", "split"]).to_pylist()
         for row in rows:
