@@ -22,7 +22,8 @@ BASE_STYLES = ("noto", "twemoji", "fluent-emoji-flat", "emojione")
 FINETUNE_STYLES = ("openmoji", "fluent-emoji", "fluent-emoji-high-contrast", "noto-v1")
 LORA_STYLE = "emojione-monotone"
 FINAL_STYLE = "emojione-v1"  # no decision may look at it: final tables only
-SPARE_STYLES = ("openmoji-black", "noto-monochrome")  # known to the judge, fine-tune on them
+COMPANION_STYLE = "noto-monochrome"  # guides are trained on its fine-tune
+SPARE_STYLES = ("openmoji-black", COMPANION_STYLE)  # known to the judge, fine-tune on them
 ALL_STYLES = (*BASE_STYLES, *FINETUNE_STYLES, LORA_STYLE, FINAL_STYLE, *SPARE_STYLES)
 
 STYLE_WORDS = {

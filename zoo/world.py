@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.dataset import FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE, REDRAWN
+from zoo.dataset import COMPANION_STYLE, FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE, REDRAWN
 
 
 class Job(NamedTuple):
@@ -32,6 +32,7 @@ def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
     }
     options[f"{LORA_STYLE}-lora"] = ("--style", LORA_STYLE, "--lora")
     options |= {f"companions/{rule}": ("--redraw", rule, "--lora") for rule in REDRAWN}
+    options[f"companions/{COMPANION_STYLE}"] = ("--style", COMPANION_STYLE)
     each = 0.2 if side_by_side else 0.2 / len(options)
     base, vae = str(out / "base"), str(runs / "vae")
     ae = ("zoo.autoencoder", "--out", vae)
