@@ -22,6 +22,7 @@ from components.pictures import stacked
 from components.storage import atomic_folder, read_json, write_json
 
 METHODS = ("unguided", "cfg", "guided")
+MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
 
 
 def run(params: Params) -> None:
@@ -69,7 +70,14 @@ def run(params: Params) -> None:
             folder = Path(temporary) / "guide"
             shutil.copytree(BUNDLE, folder)
             write_json(folder / "summary.json", summary)  # what `promote` compares
-            version = tracked.register(params.register_.name, folder, metrics=results, tags=lineage)
+            is_short = len(table) <= MAX_DESCRIPTION
+            version = tracked.register(
+                params.register_.name,
+                folder,
+                metrics=results,
+                tags=lineage,
+                description=table if is_short else "See table.md among the run's artifacts.",
+            )
         summary["registered"] = {"name": params.register_.name, "version": version}
         write_json(report / "summary.json", summary)
     print(f"\n{table}")

@@ -129,10 +129,17 @@ class Run:
         self._client.log_inputs(self.id, [DatasetInput(data, tags)])
 
     def register(
-        self, name: str, folder: Path, *, metrics: Mapping[str, Any], tags: Mapping[str, str]
+        self,
+        name: str,
+        folder: Path,
+        *,
+        metrics: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str,
     ) -> str:
         """Register the files in `folder` as a new version of model `name`; returns the version.
 
+        Its page and the run's show the `description`, in Markdown.
         `mlflow.artifacts.download_artifacts("models:/<name>@champion")` gives the folder back:
         plain files, nothing to unpickle.
         """
@@ -141,6 +148,7 @@ class Run:
         )
         self._client.log_model_artifacts(model.model_id, str(folder))
         self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.set_tag(self.id, "mlflow.note.content", description)
         self.metrics(metrics, model_id=model.model_id)
         with suppress(MlflowException):  # it is there already
             self._client.create_registered_model(name)
@@ -150,6 +158,7 @@ class Run:
             run_id=self.id,
             tags=dict(tags),
             model_id=model.model_id,
+            description=description,
         )
         return str(made.version)
 

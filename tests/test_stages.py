@@ -443,10 +443,12 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     assert GuideBundle.load(folder).num_steps == (2, 4, 8)
     assert read_json(folder / "summary.json")["models"] == summary["models"]
     client, _ = tracking.connect(load_params(Path("params.yaml")).tracking)
-    tags = client.get_model_version("pnp-guide", version).tags
+    found = client.get_model_version("pnp-guide", version)
+    tags = found.tags
     assert tags.items() >= summary["lineage"].items()
     assert tags["num_steps"] == "2, 4, 8" and tags["guidance_scale"] == "1 to 8"
-    run = client.get_run(client.get_model_version("pnp-guide", version).run_id)
+    run = client.get_run(found.run_id)
+    assert found.description == run.data.tags["mlflow.note.content"] == table
     assert run.data.metrics["tuned.guidance_fvu"] == summary["models"]["tuned"]["guidance_fvu"]
     assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
