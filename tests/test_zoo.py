@@ -27,11 +27,11 @@ from zoo.base import load_pipeline, run_tokenizer, save_pipeline
 from zoo.dataset import (
     ALL_STYLES,
     BASE_STYLES,
+    COMPANION_STYLE,
     DATA,
     FINAL_STYLE,
     FINETUNE_STYLES,
     LORA_STYLE,
-    REDRAWN,
     background_mask,
     jitter,
     load_pictures,
@@ -190,24 +190,12 @@ def test_jitter_keeps_white_white_and_backgrounds_end_at_the_subject() -> None:
     assert outside[0].sum() == 16 * 16 - 8 * 8
 
 
-def test_redrawn_pictures_are_other_pictures_of_the_same_size_and_range() -> None:
-    images = 2 * torch.rand(4, 3, 16, 16, generator=torch.manual_seed(0)) - 1
-    images[:, :, :8] = 1  # white
-    for name, redraw in REDRAWN.items():
-        drawn = redraw(images)
-        assert drawn.shape == images.shape and drawn.abs().max() <= 1
-        assert not torch.allclose(drawn, images, atol=0.1)
-        if name != "negative":
-            torch.testing.assert_close(drawn[:, :, :7], images[:, :, :7], atol=1e-3, rtol=0)
-    assert torch.equal(REDRAWN["negative"](REDRAWN["negative"](images)), images)
-
-
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_the_world_has_every_model_and_takes_the_minutes_it_was_given(side_by_side: bool) -> None:
     stages = world.stages(Path("models"), Path("runs"), side_by_side=side_by_side)
     made = {job.command[-1].removeprefix("models/") for jobs in stages for job in jobs}
     tuned = {*FINETUNE_STYLES, FINAL_STYLE, f"{LORA_STYLE}-lora"}
-    tuned |= {f"companions/{rule}" for rule in REDRAWN}  # of the new base too
+    tuned.add(f"companions/{COMPANION_STYLE}")  # of the new base too
     assert made == {"runs/vae", "judge", "base", *tuned}
     longest = max if side_by_side else sum
     assert sum(longest(job.share for job in jobs) for jobs in stages) == pytest.approx(1)

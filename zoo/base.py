@@ -10,7 +10,6 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,7 +182,6 @@ def augmented_latents(
     seed: int,
     background_share: float = 0.15,
     plain_captions: bool = False,
-    redraw: Callable[[Tensor], Tensor] | None = None,
 ) -> Latents:
     """Everything the loop needs, computed once: the first copy is the picture as drawn."""
     device = vae.device
@@ -211,8 +209,6 @@ def augmented_latents(
                 backgrounds[row] = rng.choice(names)
             colours = torch.tensor([BACKGROUNDS[b] for b in backgrounds if b], device=device)
             batch[painted] = paint_background(batch[painted], colours)
-        if redraw is not None:
-            batch = redraw(batch)
         latents.append((encode(encoder, batch) * vae.config.scaling_factor).half())
         for row, caption in enumerate(pictures.captions):
             for _ in range(CAPTIONS_PER_LATENT):

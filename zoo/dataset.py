@@ -153,34 +153,6 @@ def paint_background(images_BCHW: Tensor, colour_B3: Tensor) -> Tensor:
     return painted * 2 - 1
 
 
-def negative(images_BCHW: Tensor) -> Tensor:
-    return -images_BCHW
-
-
-def outline(images_BCHW: Tensor) -> Tensor:
-    """Black lines on white, where colours change."""
-    padded = F.pad(images_BCHW, (0, 1, 0, 1), mode="replicate")
-    across = padded.diff(dim=-1)[..., :-1, :].abs().amax(1, keepdim=True)
-    down = padded.diff(dim=-2)[..., :-1].abs().amax(1, keepdim=True)
-    return (1 - 4 * torch.maximum(across, down)).clamp(min=-1).expand_as(images_BCHW)
-
-
-def stencil(images_BCHW: Tensor) -> Tensor:
-    """Black where the picture is not bright."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images_BCHW.device).reshape(3, 1, 1)
-    luma = (images_BCHW * weights).sum(1, keepdim=True)
-    return (8 * (luma - 0.3)).tanh().expand_as(images_BCHW)
-
-
-def swapped(images_BCHW: Tensor) -> Tensor:
-    """Red, green and blue change places."""
-    return images_BCHW[:, [2, 0, 1]]
-
-
-# Styles that cost no art: the base's own pictures drawn anew.
-REDRAWN = {"negative": negative, "outline": outline, "stencil": stencil, "swapped": swapped}
-
-
 def to_float(images_BCHW: Tensor) -> Tensor:
     """uint8 -> float in [-1, 1]."""
     return images_BCHW.float() / 127.5 - 1

@@ -2,11 +2,9 @@
 
     python -m zoo.finetune --style openmoji --minutes 4 --out zoo/models/openmoji
     python -m zoo.finetune --style emojione-monotone --lora --out zoo/models/emojione-monotone-lora
-    python -m zoo.finetune --redraw outline --lora
 
 A full fine-tune is a folder with ``unet/`` alone: the rest is the base's. A LoRA is one
-``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``. `--redraw` takes the base's
-own pictures, drawn anew by a rule: such fine-tunes need no art, and guides are trained on them.
+``pytorch_lora_weights.safetensors``, for ``pipe.load_lora_weights``.
 """
 
 import argparse
@@ -30,7 +28,7 @@ from zoo.base import (
     publish,
     tokenize,
 )
-from zoo.dataset import ALL_STYLES, BASE_STYLES, REDRAWN, data_hash, load_pictures
+from zoo.dataset import ALL_STYLES, BASE_STYLES, data_hash, load_pictures
 from zoo.sampling import add_samples, with_unet
 
 LORA_RANK = 16
@@ -61,16 +59,14 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="", minutes=4)
-    style = parser.add_mutually_exclusive_group(required=True)
-    style.add_argument("--style", choices=[s for s in ALL_STYLES if s not in BASE_STYLES])
-    style.add_argument("--redraw", choices=REDRAWN)
+    tunable = [style for style in ALL_STYLES if style not in BASE_STYLES]
+    parser.add_argument("--style", choices=tunable, required=True)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--base", type=Path, default=Path("zoo/models/base"))
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--augmentations", type=int, default=4)
     args = parser.parse_args()
-    style = args.style or args.redraw
-    name = f"{style}-lora" if args.lora else style
+    name = f"{args.style}-lora" if args.lora else args.style
     out = args.out if args.out.name else Path("zoo/models") / name
     config = training.config_from(
         args,
@@ -83,18 +79,16 @@ def main() -> None:
     torch.manual_seed(config.seed)
     pipe = load_pipeline(args.base, config.device)
     base_id = folder_id(args.base)  # another base is another run
-    styles = [args.style] if args.style else list(BASE_STYLES)
     latents = cached_latents(
-        args.runs / f"{style}-{base_id}_latents.pt",
+        args.runs / f"{args.style}-{base_id}_latents.pt",
         lambda: augmented_latents(
             pipe.vae,
             pipe.tokenizer,
-            load_pictures(styles),
+            load_pictures([args.style]),
             num_augmentations=args.augmentations,
             seed=config.seed,
             background_share=0.0,
             plain_captions=True,
-            redraw=REDRAWN.get(args.redraw),
         ),
     )
     # the text encoder is frozen: one row of states for each picture's caption, and the null row
@@ -137,8 +131,7 @@ def main() -> None:
             config,
             kind=f"LoRA of rank {LORA_RANK}" if args.lora else "full fine-tune of the UNet",
             base=f"`{args.base}`",
-            data=f"train split of {', '.join(styles)}, `{data_hash(styles)}`"
-            + (f", drawn anew: {args.redraw}" if args.redraw else ""),
+            data=f"train split of {args.style}, `{data_hash([args.style])}`",
         )
         training.write_card(scratch, f"Fine-tune: {name}", facts)
         publish(scratch, out)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.dataset import COMPANION_STYLE, FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE, REDRAWN
+from zoo.dataset import COMPANION_STYLE, FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE
 
 
 class Job(NamedTuple):
@@ -31,7 +31,6 @@ def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
         style: ("--style", style) for style in (*FINETUNE_STYLES, FINAL_STYLE)
     }
     options[f"{LORA_STYLE}-lora"] = ("--style", LORA_STYLE, "--lora")
-    options |= {f"companions/{rule}": ("--redraw", rule, "--lora") for rule in REDRAWN}
     options[f"companions/{COMPANION_STYLE}"] = ("--style", COMPANION_STYLE)
     each = 0.2 if side_by_side else 0.2 / len(options)
     base, vae = str(out / "base"), str(runs / "vae")
