@@ -24,11 +24,12 @@ from pnp_core.guide import (
     decoder_entrances,
     modulated_channels,
     modulated_layers,
+    rms_normed,
     text_attentions,
     zero_module,
 )
 
-EMBEDDING_DIM = 64  # width M, the default guide's on the embedded base
+EMBEDDING_DIM = 32  # width M, the default guide's on the embedded base
 
 
 class Silent(nn.Module):
@@ -148,7 +149,7 @@ class External(TinyGuide):
         assert found.embedding_BM is not None
         h = self.blocks[0](self.conv_in(sample), found.embedding_BM)
         query = heads(self.query(h.flatten(2).transpose(1, 2)))
-        normed = [F.rms_norm(text, text.shape[-1:]) for text in (c_BLD, n_BLD)]
+        normed = [rms_normed(text) for text in (c_BLD, n_BLD)]
         positive, negative = (
             attention(query, heads(self.key(text)), heads(self.value(text))) for text in normed
         )
@@ -174,7 +175,7 @@ def heads(x_BNA: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """A residual block, modulated by t and w."""
+    """A residual block, modulated by the conditioning vector."""
 
     def __init__(self, rank: int, embedding_dim: int) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ from pnp_core.models import load_unet, weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
-LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (3e-3, 1e-2, 3e-2)}
+LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
 TRIAL_SHARE = 0.1
 PEER_BATCH_SIZE = 32
 STEPS = (50, 16, 8, 4)

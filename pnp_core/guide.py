@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 KINDS = ("tiny", "full")
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
+PROMPT_RANK = 8  # of what the whole prompt adds to the conditioning vector
 GAIN_RANK = 4  # of the gains on one cross-attention
 PROJECTION_RANK = 8  # of what is mixed from its channels besides
 MODULATED = (
@@ -76,7 +77,7 @@ class Conditioning(NamedTuple):
 
     gain_B: Tensor  # strength * (w - 1)
     strength: float
-    embedding_BM: Tensor | None = None  # of t and w
+    embedding_BM: Tensor | None = None  # of t, w and the prompt as a whole
     text_residual_BLD: Tensor | None = None
     attention_gains: tuple[Tensor, ...] | None = None  # (B, C + R) for each cross-attention
     negative_BLD: Tensor | None = None  # text states of the negative prompt; one row: all share it
@@ -183,6 +184,10 @@ def zero_module(module: Layer) -> Layer:
     return module
 
 
+def rms_normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
 def sinusoidal(value_B: Tensor, scale: float) -> Tensor:
     return get_timestep_embedding(value_B.float().flatten() * scale, EMBEDDING_DIM)
 
@@ -211,7 +216,7 @@ class EntranceAdapter(nn.Module):
             norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
             scale = x[0].numel() ** 0.5 / norm.clamp(min=1e-6)
             h = h + F.conv2d(x.to(weight.dtype), part) * scale.to(weight.dtype)
-        # 2. what t and w ask for
+        # 2. what t, w and the prompt ask for
         scale, shift = self.modulation(conditioning.embedding_BM)[..., None, None].chunk(2, dim=1)
         h = F.silu(h * (1 + scale) + shift)
         # 3. look around, then project back
@@ -253,18 +258,17 @@ class TextAdapter(nn.Module):
         self.offset = nn.Parameter(torch.zeros(rank))
 
     def forward(
-        self, c_BLD: Tensor, n_BLD: Tensor, embedding_BM: Tensor, gain_B: Tensor, strength: float
+        self, difference_BLD: Tensor, embedding_BM: Tensor, gain_B: Tensor, strength: float
     ) -> Tensor:
         scale, shift = self.modulation(embedding_BM)[:, None].chunk(2, dim=-1)
-        h = self.down(F.rms_norm(c_BLD, c_BLD.shape[-1:]) - F.rms_norm(n_BLD, n_BLD.shape[-1:]))
-        h = F.silu(h * (1 + scale) + shift)
+        h = F.silu(self.down(difference_BLD) * (1 + scale) + shift)
         gain_BR = gain_B[:, None] + strength * self.offset
         residual: Tensor = self.up(gain_BR.to(h.dtype)[:, None] * h)
         return residual
 
 
 class Gains(nn.Module):
-    """Factors that t and w set, channel by channel."""
+    """Factors that the conditioning vector sets, channel by channel."""
 
     def __init__(self, channels: int, rank: int, embedding_dim: int) -> None:
         super().__init__()
@@ -316,7 +320,7 @@ class TinyShape(NamedTuple):
 
 
 class TinyGuide(nn.Module):
-    """Adapters of text, attentions, layers and entrances that share a reading of t and w."""
+    """Adapters of text, attentions, layers and entrances that share a conditioning vector."""
 
     def __init__(
         self,
@@ -333,6 +337,10 @@ class TinyGuide(nn.Module):
             nn.SiLU(),
             nn.Linear(embedding_dim, embedding_dim),
             nn.SiLU(),
+        )
+        self.prompt = nn.Sequential(
+            nn.Linear(text_dim, PROMPT_RANK, bias=False),
+            zero_module(nn.Linear(PROMPT_RANK, embedding_dim, bias=False)),
         )
         self.text = TextAdapter(text_dim, text_rank, embedding_dim)
         self.attentions = nn.ModuleList(
@@ -360,13 +368,14 @@ class TinyGuide(nn.Module):
         gain_B = strength * (w_B - 1)
         # w from 1 to 30 covers about the range of phases that t from 0 to 1000 does
         embedding_B2 = torch.cat([sinusoidal(timestep_B, 1), sinusoidal(w_B, 30)], dim=1)
-        embedding_BM = self.embed(embedding_B2.to(dtype))
+        difference_BLD = rms_normed(c_BLD.to(dtype)) - rms_normed(n_BLD.to(dtype))
+        embedding_BM = self.embed(embedding_B2.to(dtype)) + self.prompt(difference_BLD.mean(dim=1))
         given = (embedding_BM, gain_B, strength)
         return Conditioning(
             gain_B=gain_B,
             strength=strength,
             embedding_BM=embedding_BM,
-            text_residual_BLD=self.text(c_BLD.to(dtype), n_BLD.to(dtype), *given),
+            text_residual_BLD=self.text(difference_BLD, *given),
             attention_gains=tuple(
                 adapter.condition(*given)
                 for adapter in self.attentions
@@ -583,7 +592,7 @@ class Guide(ModelMixin, ConfigMixin):
             text_dim=architecture["text_dim"],
             attention_channels=architecture["attention_channels"],
             modulated_channels=architecture["modulated_channels"],
-            embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 8),
+            embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 16),
             max_parameters=int(config.max_parameters_ratio * base_parameters),
         )
         if shape is None:

@@ -127,6 +127,26 @@ def test_projecting_onto_single_channels_does_what_gains_on_them_do(
 
 
 @torch.no_grad()
+def test_the_prompt_modulates_layers_as_far_as_it_differs_from_the_negative_one(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    inputs = Inputs()
+    guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+
+    def modulations(c: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        found = guide(inputs.z, inputs.t, c, inputs.w, n).modulations
+        assert found
+        return torch.cat(found, dim=1)
+
+    same = modulations(inputs.n, inputs.n)
+    assert torch.equal(modulations(inputs.c, inputs.c), same)
+    differs = modulations(inputs.c, inputs.n)
+    assert (differs != same).any(dim=1).all()
+    reordered = modulations(inputs.c.flip(1), inputs.n)
+    torch.testing.assert_close(reordered, differs)  # the prompt as a whole has no order
+
+
+@torch.no_grad()
 def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
     pipe: StableDiffusionPipeline, xl_pipe: StableDiffusionXLPipeline
 ) -> None:
