@@ -230,18 +230,20 @@ def run(params: Params, anew: str | None = None) -> None:
         cfg: dict[int, np.ndarray] = {}
         for number, (method, num_steps) in enumerate(todo[model], 1):
             tasks = tasks_at(num_steps, params)
-            if num_steps not in cfg:
-                cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
             actual = num_steps // 2 if method == "cfg_half" else num_steps
-            made = cfg[num_steps] if method == "cfg" else images(methods, method, actual, tasks)
+            made = images(methods, method, actual, tasks)
             features = judge.features(made)
             done.setdefault(method, {})[str(num_steps)] = {
                 "num_images": len(tasks),
                 "fid": fid(features, references),
                 "kid": kid(features, references),
                 "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
-                "cfg_psnr": float(psnr(made, cfg[num_steps]).mean()),
             }
+            if num_steps in PEER_STEPS and method != "cfg":
+                if num_steps not in cfg:
+                    cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
+                agreement = psnr(made, cfg[num_steps])
+                done[method][str(num_steps)]["cfg_psnr"] = float(agreement.mean())
             if method in (*PEERS, "guided") and "guidance_fvu" not in done[method]:
                 most = tasks_at(PEER_STEPS[0], params)
                 heldout = [task for task in most if task.is_heldout]

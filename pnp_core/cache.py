@@ -55,7 +55,6 @@ from pnp_core.shards import (
 from pnp_core.train import config_hash, step_generator
 
 TEXT = "text"
-FURTHER_SHARE = 0.75  # of the trajectories, where there are further prompts
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 
 
@@ -235,8 +234,8 @@ class CacheBuilder:
         base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
         data_hash: identity of the examples and of further prompts.
         companions: further teachers by identity: UNets of fine-tunes of the base.
-        further_prompts: that no example has; if there are any, three quarters of the trajectories
-            follow them.
+        further_prompts: that no example has; if there are any, half of the trajectories follow
+            them.
 
     Raises:
         ValueError: no examples; companions, but no trajectories for them.
@@ -445,7 +444,7 @@ class CacheBuilder:
         if self.num_further:
             first = len(self.prompts) - self.num_further
             further_B = torch.randint(first, len(self.prompts), (count,), generator=generator)
-            coin_B = torch.rand(count, generator=generator) < FURTHER_SHARE
+            coin_B = torch.rand(count, generator=generator) < 0.5
             prompt_B = torch.where(coin_B, further_B, prompt_B)
         z_t = torch.randn((count, *self.moments["mean"].shape[1:]), generator=generator)
         interval = num_timesteps / max(1, config.trajectory_steps - 1)

@@ -218,7 +218,7 @@ def test_half_of_the_pairs_along_trajectories_are_the_bases(pipe: StableDiffusio
         assert had == [CACHE_CONFIG.num_forward + base, *[companion] * num_companions]
 
 
-def test_three_quarters_of_the_trajectories_follow_further_prompts(
+def test_half_of_the_trajectories_follow_further_prompts(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
 ) -> None:
     further = ["two rings", "a bar"]
@@ -233,7 +233,7 @@ def test_three_quarters_of_the_trajectories_follow_further_prompts(
     follows_one = follows[0] | follows[1]
     assert not follows_one[:num_noised].any()
     share = follows_one[num_noised:].float().mean()
-    assert 0.6 < share < 0.9
+    assert 0.3 < share < 0.7
     assert all(one.any() for one in follows)
 
 
