@@ -204,11 +204,12 @@ def test_the_stages_train_and_evaluate_a_guide_of_an_sdxl_base(
     for name in ("models/tuned", "companions/other"):
         changed(xl_pipe.unet).save_pretrained(world / name / "unet")
     params = load_params(world / "params.yaml")
-    longer = params.distill.model_copy(update={"num_images": 960, "learning_rate": 3e-3})
-    params = params.model_copy(update={"distill": longer})
+    # gently: at the toy's own rate a guide learns the base's few prompts by heart
+    gentle = params.distill.model_copy(update={"num_images": 320, "learning_rate": 1e-4})
+    params = params.model_copy(update={"distill": gentle})
     for stage in (prepare, cache_stage, distill_stage, halve_stage):
         stage.run(params)
     for model in ("base", "tuned"):
         evaluate.run(params, model)
-    metrics = read_json(world / "results/evaluate/base/metrics.json")
-    assert 0 < metrics["guidance_fvu"] < 1
+        metrics = read_json(world / f"results/evaluate/{model}/metrics.json")
+        assert 0 < metrics["guidance_fvu"] < 1
