@@ -36,7 +36,12 @@ from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import draw_guidance_scale
 from pnp_core.files import write_text
 from pnp_core.guide import EMBEDDING_DIM, Guide, TinyGuide, sinusoidal
-from pnp_core.halve import halving_rounds, halving_target, truncated_snr_loss
+from pnp_core.halve import (
+    halving_rounds,
+    halving_target,
+    raised_guidance_scale,
+    truncated_snr_loss,
+)
 from pnp_core.models import AddedConditions, weights_hash
 from pnp_core.sample import sample
 from pnp_core.schedule import sampling_timesteps
@@ -139,11 +144,14 @@ def train_one_guide(params: Params, distilled: Guide) -> Guide:
         w_B, t_B, s_B = w_B[part].to(device), t_B.to(device), s_B.to(device)
         z_t = schedule.add_noise(latents.x, latents.noise, t_B)
         steps_B = torch.full((len(z_t),), num_steps, device=device)
-        teacher = first if 2 * num_steps == section.start_steps else renewed
+        is_first = 2 * num_steps == section.start_steps
+        teacher = first if is_first else renewed
+        gain, highest = section.guidance_gain if is_first else 1.0, params.distill.guidance_scale[1]
         with torch.no_grad():
             target = halving_target(
                 OneGuide(teacher, 2 * steps_B), schedule, z_t=z_t, t_B=t_B, s_B=s_B,
-                m_B=fine[2 * interval_B + 1].to(device), c_BLD=latents.text, w_B=w_B,
+                m_B=fine[2 * interval_B + 1].to(device), c_BLD=latents.text,
+                w_B=raised_guidance_scale(w_B, gain, highest),
                 n_BLD=latents.negative_text, added=latents.added,
             )  # fmt: skip
         own = OneGuide(student, steps_B)

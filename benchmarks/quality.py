@@ -5,7 +5,7 @@
 
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows are of
 
-    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=72000 \\
+    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=144000 \\
         -S distill.batch_size=16 -S halve.end_steps=4 halve
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and

@@ -32,6 +32,7 @@ def train_rounds(params: Params, report: Report) -> None:
         start_steps=params.halve.start_steps,
         end_steps=params.halve.end_steps,
         guidance_scale=params.distill.guidance_scale,
+        guidance_gain=params.halve.guidance_gain,
         timestep_spacing=params.halve.timestep_spacing,
     )
     pipeline = load_base(params.base)

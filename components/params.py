@@ -131,6 +131,7 @@ class Halve(Train):
 
     start_steps: Count
     end_steps: Count
+    guidance_gain: Annotated[float, Field(ge=1)]
     timestep_spacing: Spacing
 
     @model_validator(mode="after")

@@ -60,6 +60,7 @@ def test_shipped_params_are_valid_and_frozen() -> None:
         ("distill.guidance_scale", [8.0, 1.0], "it needs 1 <= first < second"),
         ("distill.guidance_scale", [1.0], "distill.guidance_scale"),
         ("halve.end_steps", 3, "halve: start_steps 8 can't be halved down to end_steps 3"),
+        ("halve.guidance_gain", 0.5, "halve.guidance_gain: should be greater than or equal to 1"),
         ("models.My Model", {"path": "x", "reference": "y"}, "'My Model' is not a name"),
         ("models", {}, "models"),
         ("base", 3, "base: should be a valid string"),

@@ -15,9 +15,16 @@ from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss, turn_of
 from pnp_core.guide import Guide, GuideConfig
-from pnp_core.halve import HalveConfig, halve, halving_rounds, halving_target, truncated_snr_loss
+from pnp_core.halve import (
+    HalveConfig,
+    halve,
+    halving_rounds,
+    halving_target,
+    raised_guidance_scale,
+    truncated_snr_loss,
+)
 from pnp_core.plug import plug, unplug
-from pnp_core.schedule import NoiseSchedule, cfg_target
+from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
 from pnp_core.train import TrainConfig, train
 from tests.conftest import CACHE_CONFIG, changed, roused
 
@@ -367,6 +374,58 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
         report=lambda done, metrics: losses.append(metrics["loss"]),
     )
     assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+
+
+def test_a_raised_guidance_scale_leaves_1_alone_and_keeps_to_the_range() -> None:
+    w_B = torch.tensor([1.0, 3.0, 6.0, 8.0])
+    raised = raised_guidance_scale(w_B, 1.5, highest=8.0)
+    torch.testing.assert_close(raised, torch.tensor([1.0, 4.0, 8.0, 8.0]))
+    torch.testing.assert_close(raised_guidance_scale(w_B, 1.0, highest=8.0), w_B)
+    with pytest.raises(ValueError, match="guidance_gain is 0.5; it must be at least 1"):
+        dataclasses.replace(HALVE, guidance_gain=0.5)
+
+
+def test_only_the_first_round_of_halving_raises_the_guidance_scale(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05)
+    training = dataclasses.replace(HALVE_TRAIN, num_images=960, learning_rate=3e-3)
+    config = dataclasses.replace(HALVE, train=training, guidance_gain=2.0)
+    guides = halve(pipe.unet, pipe.scheduler, first, cache, config, directory=tmp_path)
+    schedule = cache.schedule
+    generator = torch.Generator().manual_seed(0)
+    latents = cache.latents(
+        torch.arange(cache.num_latents), generator, slice(None), pipe.unet.device
+    )
+    w = 3.0
+
+    @torch.no_grad()
+    def distance(num_steps: int, teacher_w: float) -> float:
+        """From the student at ``w`` to two steps of its teacher at another scale."""
+        student, teacher = (
+            GuidedDenoiser(pipe.unet, guides[n].eval(), schedule)
+            for n in (num_steps, 2 * num_steps)
+        )
+        grid = sampling_timesteps(pipe.scheduler, num_steps, "trailing")
+        fine = sampling_timesteps(pipe.scheduler, 2 * num_steps, "trailing")
+        total = 0.0
+        for i in range(num_steps):
+            t_B, m_B, s_B = (
+                t.expand(len(latents.x)) for t in (grid[i], fine[2 * i + 1], grid[i + 1])
+            )
+            z_t = schedule.add_noise(latents.x, latents.noise, t_B)
+            given = {"c_BLD": latents.text, "n_BLD": latents.negative_text}
+            target = halving_target(
+                teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B, s_B=s_B,
+                w_B=torch.full((len(z_t),), teacher_w), **given,
+            )  # fmt: skip
+            eps = student(z_t, t_B, w_B=torch.full((len(z_t),), w), **given)
+            total += float(truncated_snr_loss(schedule, eps, target, z_t, t_B).mean())
+        return total
+
+    raised = 1 + 2 * (w - 1)
+    assert distance(4, raised) < 0.8 * distance(4, w)
+    assert distance(2, w) < 0.8 * distance(2, raised)
 
 
 def test_the_guided_denoiser_is_its_teacher_when_there_is_nothing_to_learn(

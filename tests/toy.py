@@ -272,7 +272,13 @@ def toy_params() -> dict[str, Any]:
             "guide": {"kind": "tiny", "max_parameters_ratio": 0.2},
             "guidance_scale": [1.0, 8.0],
         },
-        "halve": {**train, "start_steps": 8, "end_steps": 2, "timestep_spacing": "trailing"},
+        "halve": {
+            **train,
+            "start_steps": 8,
+            "end_steps": 2,
+            "guidance_gain": 1.2,
+            "timestep_spacing": "trailing",
+        },
         "evaluate": {
             "judge": "models/judge",
             "num_images": 8,
