@@ -18,6 +18,9 @@ base, judge or setting are dropped, and all are made anew.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
+
+The guide's row at 50 steps and its `guidance_fvu` are of the guide before halving. Below, it is
+halved, with `halve.guidance_gain`; the peers are neither.
 """
 
 import argparse
