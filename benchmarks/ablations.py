@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
-from torch.nn import Module
 
 from benchmarks.guides import (
     External,
@@ -56,6 +55,7 @@ from pnp_core.files import write_text
 from pnp_core.guide import (
     Guide,
     GuideConfig,
+    Modulation,
     hold_offsets,
     modulated_layers,
     text_attentions,
@@ -170,17 +170,21 @@ class InDecoder:
         unet = self.plain.unet
         in_decoder = {id(m) for m in (*unet.up_blocks.modules(), unet.conv_norm_out)}
 
-        def kept(layers: Sequence[Module], gains: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            return tuple(
-                gain if id(layer) in in_decoder else torch.zeros_like(gain)
-                for layer, gain in zip(layers, gains, strict=True)
-            )
-
         if found.attention_gains:
-            gains = kept(text_attentions(unet), found.attention_gains)
+            gains = tuple(
+                gain if id(layer) in in_decoder else torch.zeros_like(gain)
+                for layer, gain in zip(text_attentions(unet), found.attention_gains, strict=True)
+            )
             found = found._replace(attention_gains=gains)
         if found.modulations:
-            modulations = kept(modulated_layers(unet), found.modulations)
+            modulations = tuple(
+                modulation
+                if id(layer) in in_decoder
+                else Modulation(
+                    torch.ones_like(modulation.factor), torch.zeros_like(modulation.shift)
+                )
+                for layer, modulation in zip(modulated_layers(unet), found.modulations, strict=True)
+            )
             found = found._replace(modulations=modulations)
 
         def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

