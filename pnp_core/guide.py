@@ -655,8 +655,21 @@ class Guide(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> "Guide":
-        """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled."""
-        guide: Guide = super().from_pretrained(path, **{**options, "use_safetensors": True})
+        """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled.
+
+        Raises:
+            ValueError: the weights are not those of such a guide; another version wrote them.
+        """
+        guide: Guide
+        guide, loading = super().from_pretrained(
+            path, **{**options, "use_safetensors": True, "output_loading_info": True}
+        )
+        if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+            raise ValueError(
+                f"The guide in {path} was saved by another version of pnp-guide: {len(wrong)} of "
+                f"its parameters are missing or unknown, {wrong[0]} among them. Train it again, or "
+                "load it with the version that saved it."
+            )
         return guide
 
     def weights_digest(self) -> str:

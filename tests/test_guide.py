@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pnp_core.bundle import GuideBundle, load_guide
@@ -350,6 +351,18 @@ def test_a_damaged_or_missing_guide_is_refused(
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged or only partly downloaded"):
+        load_guide(tmp_path)
+
+
+def test_weights_of_another_version_are_refused_not_filled_in(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["net.gates"] = tensors.pop("net.modulations.factor")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="another version of pnp-guide: 2 of its parameters"):
         load_guide(tmp_path)
 
 
