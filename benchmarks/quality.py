@@ -19,8 +19,8 @@ base, judge or setting are dropped, and all are made anew.
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.
 
-The guide's row at 50 steps and its `guidance_fvu` are of the guide before halving. Below, it is
-halved, with `halve.guidance_gain`; the peers are neither.
+The guide's FID is that of the guide halved to the nearest step count, with `halve.guidance_gain`,
+its `guidance_fvu` that of the guide before halving, without; the peers have neither.
 """
 
 import argparse
