@@ -267,15 +267,31 @@ def images(methods: Methods, method: str, num_steps: int, tasks: Sequence[Task])
 
 
 def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
-    """Parameters over the base's; FLOPs of a step over CFG's."""
+    """Parameters over the base's, FLOPs of a step over CFG's, of training over a forward's.
+
+    Training is from the cache, forward and backward: the teacher's two forwards are not in it.
+    """
     methods = methods_on(models_of(params)["base"], params, {} if peer is None else {method: peer})
     one = methods.inputs(choose_tasks(params.evaluate)[:1])
-    module = methods.bundle.guides[methods.bundle.num_steps[-1]] if peer is None else peer
-    own, theirs = (count_flops(lambda m=m: methods.denoise(one, m, 1)) for m in (method, "cfg"))  # type: ignore[misc]
+    distilled = methods.bundle.num_steps[-1]
+    module = methods.bundle.guides[distilled] if peer is None else peer
+    own, theirs, forward = (
+        count_flops(lambda m=m: methods.denoise(one, m, 1))  # type: ignore[misc]
+        for m in (method, "cfg", "unguided")
+    )
+
+    def train_once() -> None:
+        z, device = one["z_T"], methods.device
+        t_B, w_B = torch.tensor([500], device=device), torch.tensor([3.0], device=device)
+        student = methods.denoiser(method, distilled)
+        eps = student(z, t_B, one["c_BLD"], w_B, one["n_BLD"], one["added"])
+        eps.square().sum().backward()
+
     base = sum(p.numel() for p in methods.pipe.unet.parameters())
     return {
         "params_ratio": sum(p.numel() for p in module.parameters()) / base,
         "flops_ratio": own / theirs,
+        "train_flops_ratio": count_flops(train_once) / forward,
     }
 
 
@@ -339,10 +355,10 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             "",
             f"## {model}",
             "",
-            "| method | parameters | FLOPs / CFG | guidance_fvu | "
+            "| method | parameters | FLOPs / CFG | training FLOPs / forward | guidance_fvu | "
             + " | ".join(f"FID, {n} steps" for n in STEPS)
             + " | PSNR to CFG, 16 steps |",
-            "|---" * (5 + len(STEPS)) + "|",
+            "|---" * (6 + len(STEPS)) + "|",
         ]
         for method, label in LABELS.items():
             if method not in rows:
@@ -353,6 +369,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
                 label,
                 f"{cost['params_ratio']:.2%}" if cost else "",
                 f"{cost['flops_ratio']:.3f}" if cost else "",
+                f"{cost['train_flops_ratio']:.2f}" if cost else "",
                 f"{row['guidance_fvu']:.3f}" if "guidance_fvu" in row else "",
                 *fids,
                 f"{row['16']['cfg_psnr']:.1f} dB" if "16" in row and method != "cfg" else "",
