@@ -216,6 +216,8 @@ def test_both_tables_are_made_resumed_and_read(
     guided, agd, meng = (results["costs"][name] for name in ("guided", "agd", "meng"))
     assert agd["pairs"] == guided["pairs"] > meng["pairs"]
     assert agd["companions"] == guided["companions"] > meng["companions"] == 0
+    # a forward and a backward through what is frozen; gradients of all weights cost one more
+    assert 1 < guided["train_flops_ratio"] < meng["train_flops_ratio"] < 3.1
     found = quality.summary(results)
     assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
     other = {**results["setting"], "base_hash": "another"}

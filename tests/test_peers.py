@@ -83,7 +83,8 @@ def results(**fvu: float) -> dict[str, Any]:
         "images_seen": 10,
         "images_seen_in_a_round": 5,
     }
-    cost = {"params_ratio": 0.01, "flops_ratio": 0.5, "pairs": 7, "companions": 2}
+    ratios = {"params_ratio": 0.01, "flops_ratio": 0.5, "train_flops_ratio": 1.9}
+    cost = {**ratios, "pairs": 7, "companions": 2}
     return {"setting": setting, "models": models, "costs": {"guided": cost}}
 
 
