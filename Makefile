@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo mlflow test check clean need-git
+.PHONY: help install demo mlflow test check docs clean need-git
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,10 +33,16 @@ mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http:/
 test: need-git $(INSTALLED)  ## run all tests
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-check: $(INSTALLED)  ## lint, types, import contracts
+check: $(INSTALLED)  ## lint, format, types, import contracts
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports
+
+# The variable silences an announcement of its successor, which --strict does not count.
+docs: $(INSTALLED)  ## build the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:  ## remove the environment and everything the pipeline wrote
 	rm -rf $(VENV) .prefect data guides results runs mlflow.db* mlruns mlartifacts \
@@ -53,7 +59,7 @@ $(INSTALLED):
 	        exit 1; }; \
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev,docs]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 need-git:

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
 LOG = (ROOT / "docs/LOG.md").read_text()
@@ -12,7 +13,13 @@ HEADING = re.compile(
     r"^### E(\d+), (\d{4}-\d\d-\d\d), (first world|second world|no world): (\S.*)$", re.MULTILINE
 )
 # pages that name files of the repository in `code`
-NAMING_FILES = ["docs/architecture.md", "CONTRIBUTING.md", "README.md", "docs/concepts.md"]
+NAMING_FILES = [
+    "docs/architecture.md",
+    "docs/images/architecture.svg",
+    "CONTRIBUTING.md",
+    "README.md",
+    "docs/concepts.md",
+]
 
 
 def entries() -> list[tuple[int, str, str]]:
@@ -71,6 +78,22 @@ def test_files_and_folders_that_a_page_names_exist(page: str) -> None:
     missing = [
         name
         for name in paths
-        if name.split("/")[0] not in written and not (ROOT / name).exists()
+        if name.split("/")[0] not in written
+        and not (ROOT / name).exists()
+        and not (ROOT / f"{name}.py").exists()  # a module by its name alone
     ]
     assert paths and not missing
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".pre-commit-config.yaml", ".github/workflows/ci.yml", ".devcontainer/devcontainer.json"],
+)
+def test_what_runs_elsewhere_calls_make_targets_that_exist(name: str) -> None:
+    configured = YAML(typ="safe").load(ROOT / name)  # JSON is YAML
+    text = (ROOT / name).read_text()
+    called = re.findall(r"\bmake ([a-z-]+)", text)
+    if name.endswith("ci.yml"):
+        called += configured["jobs"]["make"]["strategy"]["matrix"]["target"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert called and set(called) <= set(targets)
