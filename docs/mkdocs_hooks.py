@@ -46,7 +46,12 @@ def reference(package: str, title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(
+    markdown: str,
+    page: Any,
+    config: Any,  # noqa: ARG001 - MkDocs passes it by name
+    files: Files,
+) -> str:
     """Links as they are right in the repository, made right for the site."""
     source = page.file.src_uri
     origin = {page: source for source, page in FRONT_PAGES.items()}.get(source, f"docs/{source}")

@@ -167,6 +167,7 @@ def psnr_by_style(vae: AutoencoderKL, split: str, styles: tuple[str, ...]) -> di
 
 
 def main() -> None:
+    """Train the autoencoder and write it to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="zoo/runs/vae", minutes=17)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -96,6 +96,7 @@ def run_tokenizer(folder: Path, texts: list[str]) -> CLIPTokenizer:
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of random weights: 3 layers of ``TEXT_WIDTH``."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -173,7 +174,7 @@ class Latents:
     ids_NKL: Tensor  # int16, K captions
 
 
-def augmented_latents(
+def augmented_latents(  # noqa: PLR0913 - four of the seven are switches by name
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     pictures: Pictures,
@@ -223,6 +224,7 @@ def augmented_latents(
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Token ids, padded and cut to ``MAX_TOKENS``: (B, L)."""
     encoded = tokenizer(
         texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -238,6 +240,7 @@ class TextToNoise(nn.Module):
         self.unet = unet
 
     def forward(self, z_BCHW: Tensor, t_B: Tensor, ids_BL: Tensor) -> Tensor:
+        """Predicted noise, (B, C, H, W)."""
         c_BLD = self.text_encoder(ids_BL).last_hidden_state
         return self.unet(z_BCHW, t_B, c_BLD).sample
 
@@ -301,6 +304,7 @@ def publish(scratch: Path, folder: Path) -> None:
 
 
 def load_pipeline(folder: Path, device: str = "cpu") -> StableDiffusionPipeline:
+    """The pipeline in a folder, in fp32, without progress bars."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -325,6 +329,7 @@ def cached_latents(path: Path, make: Any) -> Latents:
 
 
 def main() -> None:
+    """Train the base and write it to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="zoo/models/base", minutes=65)
     parser.add_argument("--vae", type=Path, default=Path("zoo/runs/vae"))
@@ -404,6 +409,7 @@ def encoder_id(vae: AutoencoderKL) -> str:
 
 
 def count(module: nn.Module) -> int:
+    """The number of a module's parameters."""
     return sum(p.numel() for p in module.parameters())
 
 

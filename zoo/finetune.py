@@ -44,12 +44,14 @@ def folder_id(folder: Path) -> str:
 
 
 def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write ``unet/`` in half precision, as diffusers opens it."""
     half = UNet2DConditionModel.from_config(public_config(unet))
     half.load_state_dict(unet.state_dict())
     half.half().save_pretrained(folder / "unet")
 
 
 def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Write the LoRA in half precision, as ``load_lora_weights`` opens it."""
     from peft import get_peft_model_state_dict
 
     layers = {name: value.half() for name, value in get_peft_model_state_dict(unet).items()}
@@ -57,6 +59,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 
 
 def main() -> None:
+    """Fine-tune the base on one style and write the result to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="", minutes=4)
     tunable = [style for style in ALL_STYLES if style not in BASE_STYLES]

@@ -24,6 +24,7 @@ NAME = "zoo-clip"  # a number always names the judge it came from
 
 
 def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """A CLIP model of random weights for pictures of 64 x 64 pixels."""
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
@@ -47,6 +48,7 @@ def new_judge(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def new_image_processor() -> CLIPImageProcessor:
+    """The processor that goes with it: pictures keep their 64 x 64 pixels."""
     return CLIPImageProcessor(
         size={"height": 64, "width": 64},
         crop_size={"height": 64, "width": 64},
@@ -76,6 +78,7 @@ def image_features(judge: CLIPModel, images_BCHW: Tensor, batch_size: int = 128)
 
 @torch.no_grad()
 def text_features(judge: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Captions in the judge's space, of length 1: (N, D), on the CPU."""
     pooled = judge.text_model(tokenize(tokenizer, captions).to(judge.device)).pooler_output
     return F.normalize(judge.text_projection(pooled).float(), dim=-1).cpu()
 
@@ -106,6 +109,7 @@ class ConceptBatches:
         self.num_styles_C = torch.tensor([len(r) for r in rows.values()], device=device)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Rows of as many pictures: (B,), fewer where there are fewer concepts."""
         device = self.rows_CS.device
         concepts = torch.randperm(len(self.rows_CS), generator=generator, device=device)
         concepts = concepts[:batch_size]
@@ -125,6 +129,7 @@ def save(judge: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> Path:
 
 
 def main() -> None:
+    """Train the judge and write it to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="zoo/models/judge", minutes=5)
     parser.add_argument("--batch-size", type=int, default=128)

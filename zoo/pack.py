@@ -226,6 +226,7 @@ class Concept:
 
     @property
     def caption(self) -> str:
+        """The name in words."""
         return self.name.replace("-", " ")
 
     @property
@@ -287,6 +288,7 @@ def concepts_from_emojibase(tarball: Path) -> dict[str, Concept]:
 
 
 def plain_hexcode(hexcode: str) -> str:
+    """A code point sequence in lower case, without the variation selector."""
     return hexcode.lower().replace("-fe0f", "")
 
 
@@ -334,6 +336,7 @@ def match_icons(
 
 
 def svg_text(icon_set: dict[str, Any], name: str) -> str:
+    """An icon of a set as an SVG document of ``RENDER_SIZE`` pixels."""
     icon = icon_set["icons"][name]
     left, top = (icon.get(key, icon_set.get(key, 0)) for key in ("left", "top"))
     width, height = (icon.get(key, icon_set.get(key, 16)) for key in ("width", "height"))
@@ -392,6 +395,7 @@ SCHEMA = pa.schema(
 def rows(
     source: Source, icons: dict[str, Concept], images: list[bytes]
 ) -> Iterator[dict[str, Any]]:
+    """The rows of one style, an icon each, as ``SCHEMA`` has them."""
     for (name, concept), image in zip(icons.items(), images, strict=True):
         yield {
             "image": {"bytes": image, "path": f"{source.style}/{name}.webp"},
@@ -408,6 +412,7 @@ def rows(
 
 
 def write_parquet(table_rows: list[dict[str, Any]], path: Path) -> None:
+    """Write rows, sorted by concept, so that no half-written file is left."""
     table = pa.Table.from_pylist(sorted(table_rows, key=lambda row: row["concept"]), SCHEMA)
     partial = path.with_suffix(".partial")
     pq.write_table(table, partial, compression="zstd", row_group_size=512)
@@ -415,6 +420,7 @@ def write_parquet(table_rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def attribution(counts: dict[str, int]) -> str:
+    """The text of ATTRIBUTION.md, given the number of pictures of each style."""
     lines = [
         "# Attribution",
         "",
@@ -484,6 +490,7 @@ def build(out: Path, cache: Path, num_workers: int) -> dict[str, int]:
 
 
 def main() -> None:
+    """Build the dataset pack: a parquet file for each style, and the attribution."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("zoo/data"))
     parser.add_argument("--cache", type=Path, help="folder of npm tarballs (default: temporary)")

@@ -65,6 +65,7 @@ def made_up(num_prompts: int) -> list[str]:
 
 
 def main() -> None:
+    """Write further prompts, one a line."""
     (DATA / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in made_up(NUM_PROMPTS)))
 
 

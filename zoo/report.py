@@ -83,6 +83,7 @@ def weight_sizes(models: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Measure the models and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, default=Path("zoo/models"))
     parser.add_argument("--out", type=Path, default=Path("zoo/models/report"))
@@ -131,6 +132,7 @@ def draw_grids(
 def measure(
     args: argparse.Namespace, pipe: StableDiffusionPipeline, folders: dict[str, Path]
 ) -> dict[str, Any]:
+    """Every number of the report, by its key."""
     judge = CLIPModel.from_pretrained(args.models / "judge", dtype=torch.float32).to(args.device)
     tokenizer = CLIPTokenizer.from_pretrained(args.models / "judge")
     vae: AutoencoderKL = pipe.vae
@@ -184,6 +186,7 @@ def measure(
 
 
 def page(result: dict[str, Any]) -> str:
+    """The report in Markdown."""
     lines = [
         "# The embedded world",
         "",

@@ -75,6 +75,7 @@ def grid(rows: Sequence[tuple[str, Tensor]], zoom: int = 1, margin: int = 76) ->
 
 
 def prompts_of(split: str, style: str, num_prompts: int, seed: int = 0) -> list[str]:
+    """Captions of a split, drawn without repetition; fewer where there are fewer."""
     captions = sorted(load_pictures([style], split).captions)
     return random.Random(seed).sample(captions, min(num_prompts, len(captions)))
 

@@ -58,6 +58,7 @@ class TrainConfig:
         return min(1.0, elapsed_s / (60 * self.num_minutes))
 
     def rate(self, num_steps: int, progress: float) -> float:
+        """Learning rate after ``num_steps``: warm-up, constant, linear decay to 0."""
         warm = min(1.0, (num_steps + 1) / max(1, self.warmup_steps))
         return self.learning_rate * warm * min(1.0, (1.0 - progress) / self.decay_share)
 
@@ -88,6 +89,7 @@ class ThreadTuner:
         self.trying: int | None = None
 
     def after_step(self, step_s: float) -> None:
+        """Take note of a step's seconds, and set the threads of the next."""
         now = time.monotonic()
         if len(self.choices) == 1:
             return
@@ -136,6 +138,7 @@ class GraphedGradients(EagerGradients):
     graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """As of ``EagerGradients``."""
         if self.graph is None:
             self.record(batch)
             assert self.graph is not None
@@ -145,6 +148,7 @@ class GraphedGradients(EagerGradients):
         return self.metrics
 
     def record(self, batch: Batch) -> None:
+        """Record the graph, at this batch."""
         self.batch = tuple(tensor.clone() for tensor in batch)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -158,7 +162,7 @@ class GraphedGradients(EagerGradients):
             self.metrics = super().__call__(self.batch)
 
 
-def train(
+def train(  # noqa: PLR0913 - a loop has a model, data, a loss, a config and a place
     model: nn.Module,
     draw: DrawFn,
     loss_fn: LossFn,
@@ -256,11 +260,13 @@ def train(
 
 
 def named_tensors(model: nn.Module, names: list[str]) -> list[Tensor]:
+    """A model's parameters of these names, in this order."""
     parameters = dict(model.named_parameters())
     return [parameters[name] for name in names]
 
 
 def log_progress(run: Run, config: TrainConfig, metrics: dict[str, Tensor]) -> None:
+    """One line: share done, metrics, images a second, time left."""
     progress = max(config.progress(run.num_steps, run.elapsed_s), 1e-9)
     left_s = run.elapsed_s * (1 - progress) / progress
     speed = run.num_images / max(run.elapsed_s, 1e-9)
@@ -272,6 +278,7 @@ def log_progress(run: Run, config: TrainConfig, metrics: dict[str, Tensor]) -> N
 
 
 def log(message: str) -> None:
+    """Print a line at once, to stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -289,6 +296,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, out: str, minutes: float) 
 
 
 def config_from(args: argparse.Namespace, **defaults: Any) -> TrainConfig:
+    """The options of ``add_arguments`` as a config, with a model's own defaults."""
     if args.threads:
         torch.set_num_threads(args.threads)
     minutes = args.minutes if args.minutes or args.steps else args.default_minutes
@@ -305,6 +313,7 @@ def write_card(folder: Path, title: str, facts: dict[str, Any]) -> None:
 
 
 def run_facts(run: Run, config: TrainConfig, **more: Any) -> dict[str, Any]:
+    """What a model's card says of its training."""
     command = "python -m " + " ".join([f"zoo.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
     return {
         "command": f"`{command}`",
@@ -318,6 +327,7 @@ def run_facts(run: Run, config: TrainConfig, **more: Any) -> dict[str, Any]:
 
 
 def device_name(device: str) -> str:
+    """The GPU's name, or the CPU with its threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

@@ -77,6 +77,7 @@ def run_stage(jobs: list[Job], args: argparse.Namespace, *, side_by_side: bool) 
 
 
 def main() -> None:
+    """Train all models, side by side where that is possible, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--minutes", type=float, required=True, help="of training, in all")
