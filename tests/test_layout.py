@@ -21,7 +21,7 @@ import flows.promote
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def load(name: str) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_a_documented_command_exists(words: list[str]) -> None:
     elif tool in ("dvc", "prefect", "mlflow", "ray", "pytest", "python"):
         assert (tools / tool).exists()
     else:
-        assert tool in ("git", "cd", "aws", ".")
+        assert tool in ("git", "cd", "aws", ".", "pre-commit")
 
 
 def check_module(name: str, arguments: list[str]) -> None:
