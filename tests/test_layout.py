@@ -69,7 +69,9 @@ def test_every_deployment_names_a_flow() -> None:
 
 
 def test_the_method_imports_without_the_pipelines_tools() -> None:
-    modules = [f"pnp_core.{path.stem}" for path in (ROOT / "pnp_core").glob("[!_]*.py")]
+    paths = [path.relative_to(ROOT) for path in (ROOT / "pnp_core").rglob("[!_]*.py")]
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
+    assert "pnp_core.cache.build" in modules
     code = f"""
 import importlib, sys
 for tool in ("prefect", "ray", "mlflow", "dvc"):
