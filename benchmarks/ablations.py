@@ -45,13 +45,12 @@ from components.evaluate import Sampler, choose_tasks
 from components.params import Model, Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
-from components.storage import read_json, write_json
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import FLOOR, guidance_power, turn_of
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import (
     Guide,
     GuideConfig,

@@ -28,13 +28,12 @@ from components.evaluate import choose_tasks
 from components.params import Params, load_params
 from components.paths import BUNDLE, CACHE
 from components.progress import Progress
-from components.storage import read_json, write_json
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import draw_guidance_scale
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import EMBEDDING_DIM, Guide, TinyGuide, sinusoidal
 from pnp_core.halve import (
     halving_rounds,

@@ -43,13 +43,12 @@ from components.judging import Judge, fid, kid
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
-from components.storage import read_json, write_json
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser
 from pnp_core.distill import DistillConfig, distillation_objective
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.metrics import count_flops, psnr
 from pnp_core.models import load_unet, weights_hash

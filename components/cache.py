@@ -16,7 +16,8 @@ from components.dataset import read_records
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
-from components.storage import Mirror, read_json, write_bytes
+from components.storage import Mirror
+from pnp_core.files import read_json, write_bytes
 
 if TYPE_CHECKING:
     from pnp_core.cache import CacheBuilder

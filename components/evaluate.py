@@ -16,7 +16,7 @@ from components.dataset import encode, fit, read_records
 from components.params import Evaluate, Params, teacher_guider
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
-from components.storage import atomic_folder, read_json, write_json
+from pnp_core.files import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,8 @@ from components.cluster import Report, run_training
 from components.params import Params, Train
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
-from components.storage import Mirror, read_json
+from components.storage import Mirror
+from pnp_core.files import read_json
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache

@@ -83,6 +83,19 @@ for module in {modules!r}:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_the_library_loads_torch_with_the_first_name_that_needs_it() -> None:
+    code = """
+import sys
+import pnp_core, pnp_core.files
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+import pnp_core.plug  # the module has the name of a function
+from pnp_core import *
+assert all(callable(globals()[name]) for name in pnp_core.__all__), "a module hides a function"
+assert pnp_core.plug is sys.modules["pnp_core.plug"].plug
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 # What is installed
 
 

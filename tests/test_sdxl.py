@@ -15,10 +15,10 @@ from components import evaluate, prepare
 from components import halve as halve_stage
 from components.environment import quiet
 from components.params import load_params
-from components.storage import read_json
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
+from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve
 from pnp_core.models import added_conditions, encode_prompts, load_pipeline
