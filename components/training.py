@@ -11,10 +11,10 @@ from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.storage import Mirror
 from pnp_core.files import read_json
+from pnp_core.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
-    from pnp_core.train import TrainConfig
 
 
 def train_stage(
@@ -40,10 +40,8 @@ def train_stage(
         run_training(work, params, report, name=stage, directory=directory)
 
 
-def train_config(section: Train) -> "TrainConfig":
+def train_config(section: Train) -> TrainConfig:
     """The training part of a section, in the library's terms."""
-    from pnp_core.train import TrainConfig
-
     return TrainConfig(**{name: getattr(section, name) for name in Train.model_fields})
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pnp_core.bundle import GuideBundle, load_guide
-    from pnp_core.guide import Guide, GuideConfig
+    from pnp_core.guide import Guide
     from pnp_core.models import load_pipeline, load_unet
     from pnp_core.plug import plug, unplug
+    from pnp_core.settings import GuideConfig
 
 __all__ = [
     "Guide",
@@ -29,7 +30,7 @@ __all__ = [
 MODULES = {
     "Guide": "guide",
     "GuideBundle": "bundle",
-    "GuideConfig": "guide",
+    "GuideConfig": "settings",
     "load_guide": "bundle",
     "load_pipeline": "models",
     "load_unet": "models",

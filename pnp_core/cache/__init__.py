@@ -15,13 +15,13 @@ teachers' in equal parts, noised data are the base's alone.
 from pnp_core.cache.build import CacheBuilder, Example, build_cache
 from pnp_core.cache.plan import (
     TEXT,
-    CacheConfig,
     CachePlan,
     SampleBytes,
     plan_cache,
     sample_bytes,
 )
 from pnp_core.cache.read import Latents, Pairs, TeacherCache
+from pnp_core.settings import CacheConfig
 
 __all__ = [
     "TEXT",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pnp_core.cache.plan import TEXT, CacheConfig, plan_cache
+from pnp_core.cache.plan import TEXT, plan_cache
 from pnp_core.cache.read import added_rows
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
@@ -27,6 +27,7 @@ from pnp_core.guiders import Guider
 from pnp_core.models import encode_prompts, time_ids_of
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.settings import CacheConfig
 from pnp_core.shards import Fetch, shuffled
 from pnp_core.train import config_hash, step_generator
 

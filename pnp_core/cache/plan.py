@@ -1,63 +1,14 @@
 """What a cache holds and what building it costs, known before anything is computed."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from pnp_core.guiders import GuiderConfig
 from pnp_core.models import is_xl
+from pnp_core.settings import CacheConfig
 
 TEXT = "text"  # the name of the shard of text states
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """What to compute.
-
-    Attributes:
-        num_forward: teacher pairs at forward-noised states.
-        num_trajectory: teacher pairs along CFG trajectories, of all teachers together: half of them
-            the base's, as half of the training steps are.
-        trajectory_steps: DDIM steps of a trajectory, and so its states.
-        guidance_scale: range of the trajectories' ``w``, drawn uniformly.
-        guider: the teacher's rule, which the trajectories follow.
-        negative_fraction: share of pairs whose negative is another sample's prompt, not null.
-        batch_size: of the UNet's forwards, before CFG doubles it.
-        shard_size: most rows in a shard.
-        precision: ``bf16`` (where the hardware has it) or ``fp32``.
-
-    Raises:
-        ValueError: a value out of range, named.
-    """
-
-    num_forward: int
-    num_trajectory: int
-    trajectory_steps: int = 20
-    guidance_scale: tuple[float, float] = (1.0, 8.0)
-    guider: GuiderConfig = field(default_factory=GuiderConfig)
-    negative_fraction: float = 0.1
-    batch_size: int = 64
-    shard_size: int = 2048
-    precision: str = "bf16"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.num_forward < 0 or self.num_trajectory < 0:
-            raise ValueError("num_forward and num_trajectory must not be negative.")
-        if self.num_forward + self.num_trajectory == 0:
-            raise ValueError("num_forward and num_trajectory are both 0: nothing to cache.")
-        for name in ("trajectory_steps", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 0 <= self.negative_fraction <= 1:
-            raise ValueError(
-                f"negative_fraction is {self.negative_fraction}; it must lie in [0, 1]."
-            )
-
-    @property
-    def trajectories_per_shard(self) -> int:
-        return max(1, self.shard_size // self.trajectory_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
