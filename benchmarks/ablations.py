@@ -41,10 +41,10 @@ from benchmarks.guides import (
 from benchmarks.quality import models_of, pipe_of, results_so_far
 from components.device import load_base, load_companions
 from components.environment import quiet
-from components.evaluate import Sampler, choose_tasks
 from components.params import Model, Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
+from components.sampling import Sampler, choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache

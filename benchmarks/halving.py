@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from benchmarks.quality import methods_on, models_of
 from components.device import load_base
 from components.environment import quiet
-from components.evaluate import choose_tasks
 from components.params import Params, load_params
 from components.paths import BUNDLE, CACHE
 from components.progress import Progress
+from components.sampling import choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache

@@ -36,13 +36,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.peers import PEERS, Peer
+from components.dataset import reference_images
 from components.device import frozen, load_base, load_companions
 from components.environment import quiet
-from components.evaluate import Sampler, Task, batches, choose_tasks, reference_images
 from components.judging import Judge, fid, kid
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
+from components.sampling import Sampler, Task, batches, choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache

@@ -26,6 +26,7 @@ from components.judging import INCEPTION, Judge, fid, kid
 from components.params import Params, load_params
 from components.progress import Progress, clock
 from components.promote import objections
+from components.sampling import Sampler, choose_tasks
 from components.storage import Mirror
 from pnp_core.files import read_json, write_bytes, write_json
 from tests import toy
@@ -375,8 +376,8 @@ def test_rounding_in_bf16_is_no_part_of_guidance_fvu(
     def unexplained(precision: str) -> float:
         params = params_with(evaluate={"precision": precision})
         pipe, bundle = load_base(params.base), GuideBundle.load("guides/bundle")
-        sampler = evaluate.Sampler(pipe, bundle, params)
-        return sampler.guidance_fvu(evaluate.choose_tasks(params.evaluate))
+        sampler = Sampler(pipe, bundle, params)
+        return sampler.guidance_fvu(choose_tasks(params.evaluate))
 
     assert unexplained("bf16") == unexplained("fp32")
 
@@ -394,8 +395,8 @@ def test_images_sampled_in_bf16_are_nearly_those_of_fp32(
     def images(precision: str) -> np.ndarray:
         params = params_with(evaluate={"precision": precision})
         pipe, bundle = load_base(params.base), GuideBundle.load("guides/bundle")
-        sampler = evaluate.Sampler(pipe, bundle, params)
-        return sampler.images(method, evaluate.choose_tasks(params.evaluate), 4)
+        sampler = Sampler(pipe, bundle, params)
+        return sampler.images(method, choose_tasks(params.evaluate), 4)
 
     assert psnr(images("bf16"), images("fp32")).mean() > 25
 
