@@ -59,6 +59,7 @@ from pnp_core.guide import (
     modulated_layers,
     text_attentions,
 )
+from pnp_core.identity import base_identity
 from pnp_core.inject import injecting
 from pnp_core.models import AddedConditions, load_unet, weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
@@ -349,7 +350,7 @@ def student_of(
 def train_variant(variant: Variant, params: Params, name: str) -> Guide:
     pipe = load_base(params.base)
     unet = pipe.unet
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     settings = vars(train_config(params.distill)) | {
         "num_images": NUM_IMAGES,
         "warmup_images": NUM_IMAGES // 6,
@@ -380,7 +381,7 @@ def run(params: Params) -> None:
 
     Raises ValueError if there is no cache of this base, or if it lacks a kind of pairs.
     """
-    TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    TeacherCache.open(CACHE, base=base_identity(params.base))
     made = read_json(CACHE / "index.json")["config"]
     if not (made["num_forward"] and made["num_trajectory"]):
         raise ValueError(

@@ -41,6 +41,7 @@ from pnp_core.halve import (
     raised_guidance_scale,
     truncated_snr_loss,
 )
+from pnp_core.identity import base_identity
 from pnp_core.models import AddedConditions, weights_hash
 from pnp_core.sample import sample
 from pnp_core.schedule import sampling_timesteps
@@ -111,7 +112,7 @@ def one_guide(distilled: Guide) -> Guide:
 
 def train_one_guide(params: Params, distilled: Guide) -> Guide:
     pipe = load_base(params.base)
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     section, device, schedule = params.halve, pipe.unet.device, cache.schedule
     counts = halving_rounds(section.start_steps, section.end_steps)
     settings = vars(train_config(section))

@@ -51,6 +51,7 @@ from pnp_core.denoiser import Denoiser
 from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
+from pnp_core.identity import base_identity
 from pnp_core.metrics import count_flops, psnr
 from pnp_core.models import load_unet, weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
@@ -196,7 +197,7 @@ def run(params: Params, anew: str | None = None) -> None:
     if anew:
         for made in results.get("models", {}).values():
             made.pop(anew, None)
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     rows = results.setdefault("models", {})
     tasks = tasks_of(params)
     todo = {

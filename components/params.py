@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
 from pnp_core.settings import (
+    CacheConfig,
     CacheSettings,
     DistillSettings,
     GuideConfig,
@@ -256,6 +257,11 @@ def companion_paths(params: Params) -> list[Path]:
 def teacher_guider(params: Params) -> GuiderConfig:
     """The teacher's rule, in the library's terms. Raises ValueError if it can't be distilled."""
     return GuiderConfig(name=params.teacher.guider, arguments=params.teacher.arguments)
+
+
+def cache_config(params: Params) -> CacheConfig:
+    """The teacher cache's settings, in the library's terms. Raises ValueError for its teacher."""
+    return CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params))
 
 
 def _unet_config(path: str) -> dict[str, Any] | None:

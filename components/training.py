@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cluster import Report, run_training
-from components.params import Params, Train
+from components.params import Params, Train, cache_config
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.storage import Mirror
@@ -48,17 +48,19 @@ def train_config(section: Train) -> TrainConfig:
 def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """The teacher cache, read from where its index says that it lies.
 
-    Raises ValueError if it was made with another base, `scheduler` or data than there are now.
+    Raises ValueError if it was made with another base, `scheduler`, data or other settings than
+    there are now.
     (Training needs no data; where data/prepared is not at hand, that is not compared.)
     """
     from pnp_core.cache import TeacherCache
-    from pnp_core.models import weights_hash
+    from pnp_core.identity import base_identity
 
     index, manifest = CACHE / "index.json", PREPARED / "manifest.json"
     storage = read_json(index).get("storage") if index.exists() else None
     return TeacherCache.open(
         CACHE,
-        base_hash=weights_hash(params.base),
+        base=base_identity(params.base),
+        config=cache_config(params),
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
         scheduler=scheduler,
         fetch=Mirror(storage).read if storage else None,

@@ -26,7 +26,7 @@ from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig
-from tests.conftest import CACHE_CONFIG, changed, roused
+from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 
 pytest_plugins = ["tests.toy"]
 quiet()
@@ -52,7 +52,7 @@ def cache(
     xl_pipe: StableDiffusionXLPipeline, examples: list[Example], tmp_path: Path
 ) -> TeacherCache:
     folder = tmp_path / "cache"
-    build_cache(CacheBuilder(xl_pipe, examples, CACHE, folder, base_hash="base", data_hash="data"))
+    build_cache(CacheBuilder(xl_pipe, examples, CACHE, folder, base=BASE, data_hash="data"))
     return TeacherCache.open(folder)
 
 

@@ -19,17 +19,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pnp_core.cache.identity import VERSION, CacheIdentity
 from pnp_core.cache.plan import TEXT, plan_cache
 from pnp_core.cache.read import added_rows
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider
+from pnp_core.identity import BaseIdentity
 from pnp_core.models import encode_prompts, time_ids_of
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CacheConfig
 from pnp_core.shards import Fetch, shuffled
-from pnp_core.train import config_hash, step_generator
+from pnp_core.train import step_generator
 
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 
@@ -46,7 +48,7 @@ class CacheBuilder:
     """Builds a cache shard by shard; a shard that is there already is not built again.
 
     Args:
-        base_hash: identity of the base, see :func:`pnp_core.models.weights_hash`.
+        base: identity of the base, see :func:`pnp_core.identity.base_identity`.
         data_hash: identity of the examples and of further prompts.
         companions: further teachers by identity: UNets of fine-tunes of the base.
         further_prompts: that no example has; if there are any, half of the trajectories follow
@@ -63,7 +65,7 @@ class CacheBuilder:
         config: CacheConfig,
         directory: Path,
         *,
-        base_hash: str,
+        base: BaseIdentity,
         data_hash: str,
         companions: Mapping[str, UNet2DConditionModel] | None = None,
         further_prompts: Sequence[str] = (),
@@ -78,8 +80,6 @@ class CacheBuilder:
         self.examples = examples
         self.config = config
         self.directory = directory
-        self.base_hash = base_hash
-        self.data_hash = data_hash
         self.companions = dict(companions or {})
         captions = sorted({e.prompt for e in examples} - {""})
         self.prompts = ["", *captions, *further_prompts]
@@ -95,13 +95,23 @@ class CacheBuilder:
             num_companions=len(self.companions),
         )
         self.teachers = [pipe.unet, *self.companions.values()]
+        self.image_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+        self.identity = CacheIdentity(
+            base=base,
+            data_hash=data_hash,
+            companions=tuple(self.companions),
+            prompts=tuple(self.prompts),
+            size=self.image_size,
+            dtypes=tuple(str(x.dtype) for x in (pipe.unet, pipe.text_encoder, pipe.vae)),
+            config=config,
+        )
         for unet in self.teachers:
             unet.requires_grad_(False).eval()
         pipe.vae.requires_grad_(False).eval()
 
     def key(self, name: str) -> str:
         """What a shard's content depends on."""
-        return config_hash(self.config, self.base_hash, self.data_hash, *self.companions, name)
+        return self.identity.key(name)
 
     def path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
@@ -156,7 +166,7 @@ class CacheBuilder:
 
     def to_tensor(self, example: Example) -> Tensor:
         """RGB in [-1, 1] at the base's resolution, cropped at the centre where it is not square."""
-        size = self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor
+        size = self.image_size
         image = Image.open(io.BytesIO(example.image)).convert("RGB")
         if image.size != (size, size):
             side = min(image.size)
@@ -307,9 +317,10 @@ class CacheBuilder:
         if missing:
             raise ValueError(f"The cache in {self.directory} lacks {', '.join(missing)}.")
         index = {
+            "version": VERSION,
             "config": dataclasses.asdict(self.config),
-            "base_hash": self.base_hash,
-            "data_hash": self.data_hash,
+            "base": dataclasses.asdict(self.identity.base),
+            "data_hash": self.identity.data_hash,
             "companions": list(self.companions),
             "teachers": self.plan.teachers,
             "scheduler": {k: v for k, v in self.pipe.scheduler.config.items() if k[0] != "_"},

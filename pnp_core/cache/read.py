@@ -10,8 +10,11 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from pnp_core.cache.identity import differences
+from pnp_core.identity import BaseIdentity
 from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.settings import CacheConfig
 from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, read_shard
 
 
@@ -53,7 +56,7 @@ class TeacherCache:
     """
 
     def __init__(self, index: dict[str, Any], fetch: Fetch) -> None:
-        self.base_hash: str = index["base_hash"]
+        self.base_hash: str = index["base"]["base_hash"]
         self.companions: list[str] = index["companions"]
         self.prompts: list[str] = index["prompts"]
         self.content_hash = hashlib.sha256(json.dumps(index["files"]).encode()).hexdigest()[:16]
@@ -85,16 +88,18 @@ class TeacherCache:
         cls,
         directory: Path,
         *,
-        base_hash: str | None = None,
+        base: BaseIdentity | None = None,
         data_hash: str | None = None,
+        config: CacheConfig | None = None,
         scheduler: Any = None,
         fetch: Fetch | None = None,
     ) -> "TeacherCache":
         """Open the cache whose index lies in ``directory``, if it is the right one.
 
         Args:
-            base_hash: refuse a cache of another base.
+            base: refuse a cache of another base.
             data_hash: refuse a cache of other examples.
+            config: refuse a cache made with other settings.
             scheduler: refuse a cache made with another noise schedule than this one's.
             fetch: where the shards are; default: ``directory``.
 
@@ -106,7 +111,7 @@ class TeacherCache:
         if not path.exists():
             raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
         index = json.loads(path.read_text())
-        if "teachers" not in index:
+        if "version" not in index:
             raise ValueError(f"{path} was written by an earlier version: run the stage cache.")
         made = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
         if scheduler is not None and (why := made.differs(NoiseSchedule.from_scheduler(scheduler))):
@@ -114,15 +119,10 @@ class TeacherCache:
                 f"The cache in {directory} was made with another scheduler than the base's: {why}. "
                 "Build the cache again."
             )
-        for what, there, given in (
-            ("base", index["base_hash"], base_hash),
-            ("data", index["data_hash"], data_hash),
-        ):
-            if given is not None and given != there:
-                raise ValueError(
-                    f"The cache in {directory} was made with {what} {there[:12]}, but the {what} "
-                    f"given is {given[:12]}: build the cache again."
-                )
+        if different := differences(index, base=base, data_hash=data_hash, config=config):
+            raise ValueError(
+                f"The cache in {directory} was made {', '.join(different)}: build the cache again."
+            )
         return cls(index, fetch or fetch_from(directory))
 
     def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
