@@ -6,12 +6,13 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -43,8 +44,29 @@ ARCHITECTURE = (
     "down_block_types",
     "up_block_types",
 )
-# A row of the table, a DVC stage and a folder have this name.
-ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+def _named(pattern: str, rule: str) -> AfterValidator:
+    """Refuses a name that is not of the pattern, in words."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(pattern, name, re.ASCII):
+            raise ValueError(f"{name!r} can't be a name here: {rule}")
+        return name
+
+    return AfterValidator(check)
+
+
+# A row of the table, a DVC stage and parameter (where a dot goes a level down), and a folder.
+ModelName = Annotated[
+    str,
+    _named(r"[A-Za-z0-9][\w-]*", "letters, digits, - and _, beginning with a letter or digit"),
+]
+# A registered model of MLflow, and part of a URI.
+RegisteredName = Annotated[
+    str,
+    _named(r"[A-Za-z0-9][\w.-]*", "letters, digits, -, _ and dots, a letter or digit at first"),
+]
 
 
 class ParamsError(ValueError):
@@ -136,7 +158,7 @@ class Evaluate(Section, frozen=True):
 
 
 class Register(Section, frozen=True):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+    name: RegisteredName
 
 
 class Promote(Section, frozen=True):
@@ -174,6 +196,15 @@ class Params(Section, frozen=True):
     tracking: Tracking
     cluster: Cluster
 
+    @model_validator(mode="after")
+    def _folders_apart(self) -> Self:
+        known: dict[str, str] = {}
+        for name in self.models:
+            other = known.setdefault(name.lower(), name)
+            if other != name:
+                raise ValueError(f"models: {other} and {name} are one folder on some disks")
+        return self
+
 
 def load_params(path: Path) -> Params:
     """Read `path`. Raises ParamsError, in one line that names the file and the key."""
@@ -190,6 +221,10 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, Mapping):
         raise ParamsError(f"{path}: expected `key: value` lines at the top level")
+    models = values.get("models")
+    for name in models if isinstance(models, Mapping) else ():
+        if not isinstance(name, str):  # DVC has no stage for it, and says nothing
+            raise ParamsError(f"{path}: models: {name!r} is read as no text: put it in quotes")
     try:
         # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
         return Params.model_validate_json(dumps(values))
@@ -280,13 +315,11 @@ def _message(problem: Any) -> str:
             return f"unknown key '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
         case "missing":
             return f"key '{name}' is missing"
-        case "string_pattern_mismatch":
-            return f"{name}: {problem['input']!r} is not a name (lower case, digits, dashes)"
         case "value_error":
             error = problem["ctx"]["error"]
             if isinstance(error, SettingError):
                 return f"{name}.{error.name} {error.problem}"
-            return f"{name}: {error}"
+            return f"{name}: {error}" if name else str(error)
     text = problem["msg"].removeprefix("Input ")
     return f"{name}: {text}, but is {problem['input']!r} ({type(problem['input']).__name__})"
 

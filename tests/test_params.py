@@ -58,6 +58,21 @@ def test_shipped_params_are_valid_and_frozen() -> None:
         params.distill.num_images = 1  # type: ignore[misc]
 
 
+MODEL = {"path": "x", "reference": "y"}
+
+
+def test_names_as_people_have_them(tmp_path: Path) -> None:
+    params = toy.toy_params()
+    names = ["base", "SDXL_Turbo-v2", "DreamShaper_8", "2024"]
+    params["models"] = dict.fromkeys(names, MODEL)
+    params["register"]["name"] = "My_Guide-1.5"
+    loaded = load(tmp_path, params)
+    assert list(loaded.models) == names and loaded.register_.name == "My_Guide-1.5"
+    with pytest.raises(ParamsError, match="'My.Model' can't be a name here"):  # for DVC, two levels
+        params["models"] = {"My.Model": MODEL}
+        load(tmp_path, params)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -88,7 +103,15 @@ def test_shipped_params_are_valid_and_frozen() -> None:
         ("distill.guidance_scale", [1.0], "distill.guidance_scale"),
         ("halve.end_steps", 3, "halve: Halving 8 steps never gives 3: start_steps must be"),
         ("halve.guidance_gain", 0.5, "halve.guidance_gain is 0.5; it must be at least 1"),
-        ("models.My Model", {"path": "x", "reference": "y"}, "'My Model' is not a name"),
+        ("models.My Model", MODEL, "models.My Model: 'My Model' can't be a name here: letters"),
+        ("models.café", MODEL, "'café' can't be a name here: letters, digits, - and _"),
+        ("models._x", MODEL, "- and _, beginning with a letter or digit"),
+        ("models.Base", MODEL, "params.yaml: models: base and Base are one folder on some disks"),
+        (
+            "register.name",
+            "a/b",
+            "register.name: 'a/b' can't be a name here: letters, digits, -, _ and",
+        ),
         ("models", {}, "models"),
         ("base", 3, "base: should be a valid string"),
     ],
@@ -172,6 +195,7 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
         ("base: a\nbase: b\n", "not valid YAML"),
         ("just words", "expected `key: value`"),
         ("base: 2020-01-01", "of a kind not used here"),
+        ("models:\n  2024: {}", "models: 2024 is read as no text: put it in quotes"),
     ],
 )
 def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:

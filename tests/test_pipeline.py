@@ -128,6 +128,18 @@ def test_dvc_runs_everything_once(repository: Path) -> None:
     assert Path("guides/bundle/bundle.json").exists()
 
 
+def test_dvc_has_a_stage_for_a_model_of_any_name_that_params_yaml_may_have(
+    repository: Path,
+) -> None:
+    params = toy.toy_params()
+    for name in ("SDXL_Turbo-v2", "8Shaper"):
+        params["models"][name] = params["models"]["tuned"]
+        toy.write_params(repository, params)
+        load_params(Path("params.yaml"))
+        output = dvc("repro", "--dry", "--single-item", "--force", f"evaluate@{name}")
+        assert f"python -m components.evaluate --model {name}\n" in output
+
+
 def distill_and_lose_a_worker(params: Params, report: Report) -> None:
     """The distill stage's work; its second worker is killed once, after a checkpoint."""
     from pnp_core.train import rank_and_world
