@@ -41,17 +41,16 @@ from benchmarks.guides import (
 from benchmarks.quality import models_of, pipe_of, results_so_far
 from components.device import load_base, load_companions
 from components.environment import quiet
-from components.evaluate import Sampler, choose_tasks
 from components.params import Model, Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
-from components.storage import read_json, write_json
+from components.sampling import Sampler, choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import FLOOR, guidance_power, turn_of
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import (
     Guide,
     GuideConfig,
@@ -60,6 +59,7 @@ from pnp_core.guide import (
     modulated_layers,
     text_attentions,
 )
+from pnp_core.identity import base_identity
 from pnp_core.inject import injecting
 from pnp_core.models import AddedConditions, load_unet, weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
@@ -350,7 +350,7 @@ def student_of(
 def train_variant(variant: Variant, params: Params, name: str) -> Guide:
     pipe = load_base(params.base)
     unet = pipe.unet
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     settings = vars(train_config(params.distill)) | {
         "num_images": NUM_IMAGES,
         "warmup_images": NUM_IMAGES // 6,
@@ -381,7 +381,7 @@ def run(params: Params) -> None:
 
     Raises ValueError if there is no cache of this base, or if it lacks a kind of pairs.
     """
-    TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    TeacherCache.open(CACHE, base=base_identity(params.base))
     made = read_json(CACHE / "index.json")["config"]
     if not (made["num_forward"] and made["num_trajectory"]):
         raise ValueError(

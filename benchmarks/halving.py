@@ -24,17 +24,16 @@ from torch import Tensor, nn
 from benchmarks.quality import methods_on, models_of
 from components.device import load_base
 from components.environment import quiet
-from components.evaluate import choose_tasks
 from components.params import Params, load_params
 from components.paths import BUNDLE, CACHE
 from components.progress import Progress
-from components.storage import read_json, write_json
+from components.sampling import choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import draw_guidance_scale
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import EMBEDDING_DIM, Guide, TinyGuide, sinusoidal
 from pnp_core.halve import (
     halving_rounds,
@@ -42,6 +41,7 @@ from pnp_core.halve import (
     raised_guidance_scale,
     truncated_snr_loss,
 )
+from pnp_core.identity import base_identity
 from pnp_core.models import AddedConditions, weights_hash
 from pnp_core.sample import sample
 from pnp_core.schedule import sampling_timesteps
@@ -112,7 +112,7 @@ def one_guide(distilled: Guide) -> Guide:
 
 def train_one_guide(params: Params, distilled: Guide) -> Guide:
     pipe = load_base(params.base)
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     section, device, schedule = params.halve, pipe.unet.device, cache.schedule
     counts = halving_rounds(section.start_steps, section.end_steps)
     settings = vars(train_config(section))

@@ -36,21 +36,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.peers import PEERS, Peer
+from components.dataset import reference_images
 from components.device import frozen, load_base, load_companions
 from components.environment import quiet
-from components.evaluate import Sampler, Task, batches, choose_tasks, reference_images
 from components.judging import Judge, fid, kid
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
-from components.storage import read_json, write_json
+from components.sampling import Sampler, Task, batches, choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser
 from pnp_core.distill import DistillConfig, distillation_objective
-from pnp_core.files import write_text
+from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
+from pnp_core.identity import base_identity
 from pnp_core.metrics import count_flops, psnr
 from pnp_core.models import load_unet, weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
@@ -196,7 +197,7 @@ def run(params: Params, anew: str | None = None) -> None:
     if anew:
         for made in results.get("models", {}).values():
             made.pop(anew, None)
-    cache = TeacherCache.open(CACHE, base_hash=weights_hash(params.base))
+    cache = TeacherCache.open(CACHE, base=base_identity(params.base))
     rows = results.setdefault("models", {})
     tasks = tasks_of(params)
     todo = {

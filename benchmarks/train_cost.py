@@ -43,6 +43,7 @@ from pnp_core.cache import TEXT, CacheBuilder, CacheConfig, Example, Pairs, Teac
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
 from pnp_core.guide import Guide, GuideConfig
+from pnp_core.identity import BaseIdentity
 from pnp_core.metrics import count_flops, synchronize
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
@@ -167,8 +168,9 @@ class Caching:
 
     def build(self, folder: Path) -> None:
         """Build it once more, in a new folder."""
+        base = BaseIdentity(base_hash="base", unet="", scheduler="", text="", vae="")
         builder = CacheBuilder(
-            self.pipe, self.examples, self.config, folder, base_hash="base", data_hash="data"
+            self.pipe, self.examples, self.config, folder, base=base, data_hash="data"
         )
         for name, num_rows in builder.plan.num_rows.items():
             seconds = timed(lambda name=name: builder.build(name))  # type: ignore[misc]

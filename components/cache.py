@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from components.cli import main
 from components.cluster import run_tasks
 from components.dataset import read_records
-from components.params import Params, companion_paths, teacher_guider
+from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
-from components.storage import Mirror, read_json, write_bytes
+from components.storage import Mirror
+from pnp_core.files import read_json, write_bytes
 
 if TYPE_CHECKING:
     from pnp_core.cache import CacheBuilder
@@ -85,8 +86,8 @@ def run(params: Params) -> None:
 
 def cache_builder(params: Params) -> "CacheBuilder":
     from components.device import load_base, load_companions
-    from pnp_core.cache import CacheBuilder, CacheConfig, Example
-    from pnp_core.models import weights_hash
+    from pnp_core.cache import CacheBuilder, Example
+    from pnp_core.identity import base_identity
 
     records = read_records(
         PREPARED / "train.parquet", image_column="image", caption_column="prompt"
@@ -95,9 +96,9 @@ def cache_builder(params: Params) -> "CacheBuilder":
     return CacheBuilder(
         pipe,
         [Example(image=record.image, prompt=record.caption) for record in records],
-        CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params)),
+        cache_config(params),
         CACHE,
-        base_hash=weights_hash(params.base),
+        base=base_identity(params.base),
         data_hash=read_json(PREPARED / "manifest.json")["hash"],
         companions=load_companions(companion_paths(params), pipe),
         further_prompts=(PREPARED / "prompts.txt").read_text(encoding="utf-8").splitlines(),

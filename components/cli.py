@@ -11,6 +11,8 @@ from pathlib import Path
 
 from components.environment import quiet
 from components.params import Params, ParamsError, check_files, load_params
+from components.paths import DISTILLED, EVALUATED, PREPARED, REPORT
+from pnp_core.files import recover_all
 
 
 def main(run: Callable[[Params], None]) -> None:
@@ -19,6 +21,9 @@ def main(run: Callable[[Params], None]) -> None:
     try:
         params = load_params(Path("params.yaml"))
         check_files(params)
+        for folder in (PREPARED.parent, DISTILLED.parent, EVALUATED, REPORT.parent):
+            for path in recover_all(folder):
+                print(f"{path}: put back; a run was stopped while replacing it", flush=True)
         run(params)
     except ParamsError as error:
         stop(error, exit_code=2)

@@ -3,7 +3,14 @@
 import io
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from components.params import Params
+from components.paths import PREPARED
+from pnp_core.files import read_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Record(NamedTuple):
@@ -66,6 +73,24 @@ def encode(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", lossless=True, quality=50, method=2)
     return buffer.getvalue()
+
+
+def reference_images(reference: str, params: Params) -> "np.ndarray":
+    """Every image that `reference` holds, in the resolution of the prepared ones: uint8."""
+    import numpy as np
+
+    if Path(reference) == PREPARED:
+        columns = {"image_column": "image", "caption_column": "prompt"}
+    else:
+        columns = {
+            "image_column": params.prepare.image_column,
+            "caption_column": params.prepare.caption_column,
+        }
+    records = read_records(Path(reference), **columns)
+    if len(records) < 2:
+        raise ValueError(f"models: the reference {reference} has {len(records)} images: too few")
+    resolution = read_json(PREPARED / "manifest.json")["resolution"]
+    return np.stack([np.asarray(fit(record, resolution)[0]) for record in records])
 
 
 def _read_parquet(path: Path, image_column: str, caption_column: str) -> list[Record]:

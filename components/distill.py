@@ -9,6 +9,8 @@ from components.cluster import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
+from pnp_core.files import write_directory
+from pnp_core.settings import DistillConfig, GuideConfig
 
 
 def run(params: Params) -> None:
@@ -19,9 +21,7 @@ def run(params: Params) -> None:
 def train_guide(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
     from components.device import load_base, load_companions
-    from pnp_core.distill import DistillConfig, distill
-    from pnp_core.files import write_directory
-    from pnp_core.guide import GuideConfig
+    from pnp_core.distill import distill
     from pnp_core.train import rank_and_world
 
     config = DistillConfig(

@@ -9,14 +9,13 @@ from components.cluster import Report
 from components.params import Params
 from components.paths import BUNDLE, DISTILLED
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
+from pnp_core.settings import HalveConfig, halving_rounds
 
 
 def run(params: Params) -> None:
     """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
-    rounds, num_steps = 0, params.halve.start_steps
-    while num_steps > params.halve.end_steps:
-        rounds, num_steps = rounds + 1, num_steps // 2
-    train_stage("halve", train_rounds, params, num_images=rounds * params.halve.num_images)
+    rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
+    train_stage("halve", train_rounds, params, num_images=len(rounds) * params.halve.num_images)
 
 
 def train_rounds(params: Params, report: Report) -> None:
@@ -24,7 +23,7 @@ def train_rounds(params: Params, report: Report) -> None:
     from components.device import device, load_base
     from pnp_core.bundle import GuideBundle
     from pnp_core.guide import Guide
-    from pnp_core.halve import HalveConfig, halve
+    from pnp_core.halve import halve
     from pnp_core.train import rank_and_world
 
     config = HalveConfig(

@@ -4,28 +4,37 @@ Parsed once, before anything heavy loads. An unknown or ill-typed key is refused
 One section for each stage, of the stage's name; `models`, `tracking` and `cluster` beside them.
 """
 
+import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
-
-if TYPE_CHECKING:
-    from pnp_core.guiders import GuiderConfig
+from pnp_core.settings import (
+    CacheConfig,
+    CacheSettings,
+    DistillSettings,
+    GuideConfig,
+    GuiderConfig,
+    HalveSettings,
+    Precision,
+    SettingError,
+    TrainConfig,
+)
 
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
-Spacing = Literal["leading", "linspace", "trailing"]
-Precision = Literal["bf16", "fp32"]
 # What a base's UNet and a fine-tune's have in common.
 ARCHITECTURE = (
     "in_channels",
@@ -35,45 +44,73 @@ ARCHITECTURE = (
     "down_block_types",
     "up_block_types",
 )
-# A row of the table, a DVC stage and a folder have this name.
-ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+
+
+def _named(pattern: str, rule: str) -> AfterValidator:
+    """Refuses a name that is not of the pattern, in words."""
+
+    def check(name: str) -> str:
+        if not re.fullmatch(pattern, name, re.ASCII):
+            raise ValueError(f"{name!r} can't be a name here: {rule}")
+        return name
+
+    return AfterValidator(check)
+
+
+# A row of the table, a DVC stage and parameter (where a dot goes a level down), and a folder.
+ModelName = Annotated[
+    str,
+    _named(r"[A-Za-z0-9][\w-]*", "letters, digits, - and _, beginning with a letter or digit"),
+]
+# A registered model of MLflow, and part of a URI.
+RegisteredName = Annotated[
+    str,
+    _named(r"[A-Za-z0-9][\w.-]*", "letters, digits, -, _ and dots, a letter or digit at first"),
+]
 
 
 class ParamsError(ValueError):
     """params.yaml says something that it can't mean. The message is one line and names the key."""
 
 
-def _ordered(scales: tuple[float, float]) -> tuple[float, float]:
-    if not 1 <= scales[0] < scales[1]:
-        raise ValueError(f"{list(scales)} is no range: it needs 1 <= first < second")
-    return scales
+class Section(BaseModel, frozen=True):
+    """Part of params.yaml: frozen, and strict about names and types.
+
+    One that is made from a dataclass of the library has its fields and its ranges, but no defaults:
+    params.yaml says everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for field in cls.model_fields.values():
+            field.default = PydanticUndefined
+        cls.model_rebuild(force=True)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        for base in type(self).__mro__:
+            if dataclasses.is_dataclass(base) and "__post_init__" in vars(base):
+                vars(base)["__post_init__"](self)
+        return self
 
 
-# Guidance scales w are diffusers' `guidance_scale`: 1 is no guidance.
-ScaleRange = Annotated[tuple[float, float], AfterValidator(_ordered)]
-
-
-class Section(BaseModel):
-    """Part of params.yaml: frozen, and strict about names and types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Model(Section):
+class Model(Section, frozen=True):
     """A row of the results: the base itself, or a fine-tune of it."""
 
     path: str
     reference: str  # parquet file, or a folder of them: real images in this model's style
 
 
-class Teacher(Section):
+class Teacher(Section, frozen=True):
     """Whose guidance is distilled: a guider of diffusers.guiders, by name."""
 
     guider: str
     arguments: dict[str, float]
 
 
-class Prepare(Section):
+class Prepare(Section, frozen=True):
     dataset: str  # parquet file, folder of them, or image folder with metadata.jsonl
     files: tuple[str, ...]  # which of the dataset's files; empty: all
     image_column: str
@@ -83,70 +120,27 @@ class Prepare(Section):
     heldout_fraction: Share  # for data without a `split` column
 
 
-class Cache(Section):
-    num_forward: CountOrZero
-    num_trajectory: CountOrZero
-    trajectory_steps: Count
-    guidance_scale: ScaleRange
-    negative_fraction: Share
-    precision: Precision
-    batch_size: Count
-    shard_size: Count
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if self.num_forward + self.num_trajectory == 0:
-            raise ValueError("num_forward and num_trajectory are both 0: nothing to cache")
-        return self
+class Cache(Section, CacheSettings, frozen=True):
+    """The stage's settings; the guider is that of `teacher`. Scales are diffusers'."""
 
 
-class Train(Section):
+class Train(Section, TrainConfig, frozen=True):
     """How long and how fast to train; images are counted over all workers."""
 
-    num_images: Count
-    batch_size: Count
-    learning_rate: Positive
-    warmup_images: CountOrZero
-    ema_halflife_images: Count
-    max_grad_norm: Positive
-    precision: Precision
-    report_every_images: Count
-    checkpoint_every_images: Count
-    seed: Seed
+
+class Guide(Section, GuideConfig, frozen=True):
+    """What kind of guide to train."""
 
 
-class Guide(Section):
-    kind: Literal["tiny", "full"]
-    max_parameters_ratio: Annotated[float, Field(gt=0, lt=1)]  # of a tiny one, over the base's
-
-
-class Distill(Train):
+class Distill(Train, DistillSettings, frozen=True):
     guide: Guide
-    guidance_scale: ScaleRange
 
 
-class Halve(Train):
+class Halve(Train, HalveSettings, frozen=True):
     """`num_images` is for each round; the guidance scales are those of `distill`."""
 
-    start_steps: Count
-    end_steps: Count
-    guidance_gain: Annotated[float, Field(ge=1)]
-    timestep_spacing: Spacing
 
-    @model_validator(mode="after")
-    def _ladder(self) -> Self:
-        steps = self.start_steps
-        while steps > self.end_steps and steps % 2 == 0:
-            steps //= 2
-        if steps != self.end_steps or self.start_steps == self.end_steps:
-            raise ValueError(
-                f"start_steps {self.start_steps} can't be halved down to end_steps {self.end_steps}"
-            )
-        return self
-
-
-class Evaluate(Section):
+class Evaluate(Section, frozen=True):
     judge: str  # folder of a CLIP model: features for FID and KID, and the CLIP score
     num_images: Annotated[int, Field(ge=4)]
     num_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -163,11 +157,11 @@ class Evaluate(Section):
         return self
 
 
-class Register(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+class Register(Section, frozen=True):
+    name: RegisteredName
 
 
-class Promote(Section):
+class Promote(Section, frozen=True):
     """A candidate becomes champion only if all of this holds, for every model and step count."""
 
     max_guidance_fvu: Positive
@@ -176,17 +170,17 @@ class Promote(Section):
     max_worse_than_champion: Annotated[float, Field(ge=0)]  # relative, of guidance_fvu and FID
 
 
-class Tracking(Section):
+class Tracking(Section, frozen=True):
     uri: str | None  # None: MLFLOW_TRACKING_URI, and without that mlflow.db in this folder
     experiment: str
 
 
-class Cluster(Section):
+class Cluster(Section, frozen=True):
     num_workers: CountOrZero  # 0: in this process, without Ray
     max_failures: CountOrZero  # how many lost workers a training run survives
 
 
-class Params(Section):
+class Params(Section, frozen=True):
     base: str
     models: Annotated[dict[ModelName, Model], Field(min_length=1)]
     companions: str  # folder of fine-tunes
@@ -201,6 +195,15 @@ class Params(Section):
     promote: Promote
     tracking: Tracking
     cluster: Cluster
+
+    @model_validator(mode="after")
+    def _folders_apart(self) -> Self:
+        known: dict[str, str] = {}
+        for name in self.models:
+            other = known.setdefault(name.lower(), name)
+            if other != name:
+                raise ValueError(f"models: {other} and {name} are one folder on some disks")
+        return self
 
 
 def load_params(path: Path) -> Params:
@@ -218,6 +221,10 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, Mapping):
         raise ParamsError(f"{path}: expected `key: value` lines at the top level")
+    models = values.get("models")
+    for name in models if isinstance(models, Mapping) else ():
+        if not isinstance(name, str):  # DVC has no stage for it, and says nothing
+            raise ParamsError(f"{path}: models: {name!r} is read as no text: put it in quotes")
     try:
         # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
         return Params.model_validate_json(dumps(values))
@@ -282,11 +289,14 @@ def companion_paths(params: Params) -> list[Path]:
     )
 
 
-def teacher_guider(params: Params) -> "GuiderConfig":
+def teacher_guider(params: Params) -> GuiderConfig:
     """The teacher's rule, in the library's terms. Raises ValueError if it can't be distilled."""
-    from pnp_core.guiders import GuiderConfig
-
     return GuiderConfig(name=params.teacher.guider, arguments=params.teacher.arguments)
+
+
+def cache_config(params: Params) -> CacheConfig:
+    """The teacher cache's settings, in the library's terms. Raises ValueError for its teacher."""
+    return CacheConfig(**params.cache.model_dump(), guider=teacher_guider(params))
 
 
 def _unet_config(path: str) -> dict[str, Any] | None:
@@ -305,10 +315,11 @@ def _message(problem: Any) -> str:
             return f"unknown key '{name}'" + (f", did you mean '{near[0]}'?" if near else "")
         case "missing":
             return f"key '{name}' is missing"
-        case "string_pattern_mismatch":
-            return f"{name}: {problem['input']!r} is not a name (lower case, digits, dashes)"
         case "value_error":
-            return f"{name}: {problem['ctx']['error']}"
+            error = problem["ctx"]["error"]
+            if isinstance(error, SettingError):
+                return f"{name}.{error.name} {error.problem}"
+            return f"{name}: {error}" if name else str(error)
     text = problem["msg"].removeprefix("Input ")
     return f"{name}: {text}, but is {problem['input']!r} ({type(problem['input']).__name__})"
 

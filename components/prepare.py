@@ -14,7 +14,7 @@ from components.dataset import encode, fit, read_records
 from components.params import Params
 from components.paths import PREPARED
 from components.progress import Progress
-from components.storage import atomic_folder, write_json
+from pnp_core.files import atomic_folder, write_json
 
 
 def run(params: Params) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from components.cli import main
 from components.params import Params, Promote
-from components.storage import read_json
+from pnp_core.files import read_json
 
 REFUSED = 3
 

@@ -16,12 +16,12 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from components.cli import main
+from components.methods import METHODS
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.pictures import stacked
-from components.storage import atomic_folder, read_json, write_json
+from pnp_core.files import atomic_folder, read_json, write_json
 
-METHODS = ("unguided", "cfg", "guided")
 MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cluster import Report, run_training
-from components.params import Params, Train
+from components.params import Params, Train, cache_config
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
-from components.storage import Mirror, read_json
+from components.storage import Mirror
+from pnp_core.files import read_json
+from pnp_core.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
-    from pnp_core.train import TrainConfig
 
 
 def train_stage(
@@ -39,27 +40,27 @@ def train_stage(
         run_training(work, params, report, name=stage, directory=directory)
 
 
-def train_config(section: Train) -> "TrainConfig":
+def train_config(section: Train) -> TrainConfig:
     """The training part of a section, in the library's terms."""
-    from pnp_core.train import TrainConfig
-
     return TrainConfig(**{name: getattr(section, name) for name in Train.model_fields})
 
 
 def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """The teacher cache, read from where its index says that it lies.
 
-    Raises ValueError if it was made with another base, `scheduler` or data than there are now.
+    Raises ValueError if it was made with another base, `scheduler`, data or other settings than
+    there are now.
     (Training needs no data; where data/prepared is not at hand, that is not compared.)
     """
     from pnp_core.cache import TeacherCache
-    from pnp_core.models import weights_hash
+    from pnp_core.identity import base_identity
 
     index, manifest = CACHE / "index.json", PREPARED / "manifest.json"
     storage = read_json(index).get("storage") if index.exists() else None
     return TeacherCache.open(
         CACHE,
-        base_hash=weights_hash(params.base),
+        base=base_identity(params.base),
+        config=cache_config(params),
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
         scheduler=scheduler,
         fetch=Mirror(storage).read if storage else None,

@@ -9,7 +9,6 @@ turns in the rest: one guide for all of them does better on fine-tunes that it n
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,38 +17,12 @@ from torch import Tensor
 
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
-from pnp_core.guide import Guide, GuideConfig
-from pnp_core.guiders import Guider, GuiderConfig
-from pnp_core.train import RECIPE, Report, TrainConfig, config_hash, step_generator, train
+from pnp_core.guide import Guide
+from pnp_core.guiders import Guider
+from pnp_core.settings import DistillConfig as DistillConfig
+from pnp_core.train import RECIPE, Report, config_hash, step_generator, train
 
 FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Stage 1.
-
-    Attributes:
-        guidance_scale: range of ``w``, drawn uniformly, one a sample.
-        guider: the teacher's rule.
-
-    Raises:
-        ValueError: a range of w that is empty or reaches below 1.
-    """
-
-    train: TrainConfig
-    guide: GuideConfig
-    guidance_scale: tuple[float, float] = (1.0, 8.0)
-    guider: GuiderConfig = field(default_factory=GuiderConfig)
-
-    def __post_init__(self) -> None:
-        check_guidance_range(self.guidance_scale)
-
-
-def check_guidance_range(guidance_scale: tuple[float, float]) -> None:
-    low, high = guidance_scale
-    if not 1 <= low < high:
-        raise ValueError(f"guidance_scale range is [{low}, {high}]; it needs 1 <= low < high.")
 
 
 def draw_guidance_scale(

@@ -1,57 +1,170 @@
-"""Writing whole files or none, and knowing whether a file is what it was."""
+"""Files and folders that are written whole or not at all.
 
+What is written gets another name first, is flushed to the disk, and is then renamed. Neither a
+process that is killed nor a power cut leaves half of it, and what was there before is lost to
+neither. A folder takes another's place in two renames; between them the old one lies beside it as
+``.<name>.old``, and :func:`recover` puts it back.
+"""
+
+import errno
 import hashlib
+import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What file systems say that can't flush a folder's names.
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP)
 
 
 def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes ``path``'s place if the block ends well.
 
     Raises:
-        OSError: writing failed, whichever library wrote; ``path`` is named and is as it was.
+        OSError: writing failed, whichever library wrote; ``path`` is named, and what is there now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    is_replaced = False
     try:
-        yield partial
-        os.replace(partial, path)
+        yield new
+        flush(new)
+        os.replace(new, path)
+        is_replaced = True
+        flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"Could not write {path}: {error} ({free / 1e6:,.0f} MB are free there). What was "
-            "there before is untouched."
-        ) from error
+        raise could_not_write(path, error, is_replaced=is_replaced) from error
     finally:
-        partial.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` in one atomic step."""
-    with replacing(path) as partial:
-        partial.write_text(text)
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new empty folder that takes ``path``'s place if the block ends well.
+
+    Raises:
+        OSError: the folder could not be put in place; ``path`` is named, and what is there now.
+            Errors of the block itself pass as they are.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    new.mkdir()
+    try:
+        yield new
+        replace_folder(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one atomic step."""
-    with replacing(path) as partial:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=metadata)
-        let_read(partial)
+def replace_folder(new: Path, path: Path) -> None:
+    """Put the folder ``new`` in place of ``path``; if that fails, the old one is put back.
+
+    Raises:
+        OSError: it failed; ``path`` is named, and what is there now.
+    """
+    old, is_replaced = old_of(path), False
+    try:
+        for file in new.rglob("*"):
+            if file.suffix == ".safetensors":
+                let_read(file)
+            flush(file)
+        flush(new)
+        flush(path.parent)
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+            is_replaced = True
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise
+        flush(path.parent)
+    except OSError as error:
+        raise could_not_write(path, error, is_replaced=is_replaced) from error
+    remove(old)  # only now that the new one is sure to be there
+
+
+def recover(path: Path) -> bool:
+    """Put the folder ``path`` back if it was being replaced when a process or the power died.
+
+    Returns:
+        Whether it was put back. Where the new one had come into place, the old one is removed.
+    """
+    old = old_of(path)
+    if not old.exists():
+        return False
+    if path.exists():
+        remove(old)
+        return False
+    os.replace(old, path)
+    flush(path.parent)
+    return True
+
+
+def recover_all(parent: Path) -> list[Path]:
+    """:func:`recover` every folder in ``parent``; those that were put back."""
+    olds = sorted(parent.glob(".*.old"))
+    return [path for old in olds if recover(path := parent / old.name[1 : -len(".old")])]
+
+
+def old_of(path: Path) -> Path:
+    """Where a folder lies while another takes its place."""
+    return path.with_name(f".{path.name}.old")
+
+
+def could_not_write(path: Path, error: Exception, *, is_replaced: bool) -> OSError:
+    """The error that says what failed and what is at ``path`` now."""
+    old = old_of(path)
+    if is_replaced:
+        state = "The new one is there, but a power cut may still take it."
+    elif path.exists():
+        state = "What was there before is untouched."
+    elif old.exists():
+        state = f"What was there before is whole, in {old}, and the next run puts it back."
+    else:
+        state = "There was nothing before."
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        f"Could not write {path}: {error} ({free / 1e6:,.0f} MB are free there). {state}"
+    )
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file's content, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in CANNOT_FLUSH):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that can be done."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def let_read(path: Path) -> None:
@@ -61,29 +174,53 @@ def let_read(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
+def read_json(path: Path) -> Any:
+    """The value in ``path``."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value``, sorted and indented, in one atomic step."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` in one atomic step."""
+    with atomic_file(path) as new:
+        new.write_text(text)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write ``content`` in one atomic step."""
+    with atomic_file(path) as new:
+        new.write_bytes(content)
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one atomic step."""
+    from safetensors.torch import save_file
+
+    with atomic_file(path) as new:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, new, metadata=metadata)
+        let_read(new)
+
+
 def write_state(path: Path, state: Any) -> None:
     """Write what ``torch.load`` reads in one atomic step."""
-    with replacing(path) as partial:
-        torch.save(state, partial)
+    import torch
+
+    with atomic_file(path) as new:
+        torch.save(state, new)
 
 
 def write_directory(path: Path, fill: Callable[[Path], None]) -> None:
-    """Let ``fill`` write a folder, then put it in place of ``path``."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.new")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        fill(partial)
-        for file in partial.rglob("*.safetensors"):
-            let_read(file)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(
-            f"Could not write {path}: {error}. What was there before is untouched."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    """Let ``fill`` write a folder, then put it in place of ``path``.
+
+    Raises:
+        OSError: writing failed, whichever library wrote; ``path`` is named, and what is there now.
+    """
+    with atomic_folder(path) as new:
+        try:
+            fill(new)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise could_not_write(path, error, is_replaced=False) from error

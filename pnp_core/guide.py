@@ -16,7 +16,6 @@ import copy
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -29,7 +28,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import Tensor, nn
 
-KINDS = ("tiny", "full")
+from pnp_core.settings import KINDS as KINDS
+from pnp_core.settings import GuideConfig as GuideConfig
+
 EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
 PROMPT_RANK = 8  # of what the whole prompt adds to the conditioning vector
 GAIN_RANK = 4  # of the gains on one cross-attention
@@ -44,32 +45,6 @@ MODULATED = (
     Downsample2D,
     Upsample2D,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuideConfig:
-    """What kind of guide to build.
-
-    Attributes:
-        kind: ``tiny`` (acts on the text states, the cross-attentions, the layers' outputs and at
-            the decoder's entrances, with at most ``max_parameters_ratio`` of the base's
-            parameters) or ``full`` (a trainable copy of the base's encoder).
-        max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
-
-    Raises:
-        ValueError: an unknown kind, or a ratio outside (0, 1).
-    """
-
-    kind: str = "tiny"
-    max_parameters_ratio: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"guide kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
-        if not 0 < self.max_parameters_ratio < 1:
-            raise ValueError(
-                f"max_parameters_ratio is {self.max_parameters_ratio}; it must lie in (0, 1)."
-            )
 
 
 class Modulation(NamedTuple):

@@ -4,68 +4,14 @@ Plain classifier-free guidance is one of several; those of ``diffusers.guiders``
 but the two predictions, the guidance scale and the place in the schedule can be distilled as well.
 """
 
-import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from diffusers import guiders
 from torch import Tensor
 
 from pnp_core.schedule import cfg_target
-
-CFG = "ClassifierFreeGuidance"
-GUIDERS = (
-    CFG,
-    "ClassifierFreeZeroStarGuidance",
-    "AdaptiveProjectedGuidance",
-    "TangentialClassifierFreeGuidance",
-)
-# Not functions of (z_t, t, c, w): they depend on steps before, or on where a step comes in its run.
-STATEFUL = {
-    "adaptive_projected_guidance_momentum": "carries momentum from step to step",
-    "zero_init_steps": "depends on the number of the step",
-}
-RESERVED = ("guidance_scale", "use_original_formulation", "enabled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuiderConfig:
-    """A guider of ``diffusers.guiders`` by name, with its arguments.
-
-    ``start`` and ``stop``, the share of the schedule in which it guides, are counted in training
-    timesteps, from the noise down.
-
-    Raises:
-        ValueError: a guider that can't be distilled, or an argument it has not or must not have.
-    """
-
-    name: str = CFG
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.name not in GUIDERS:
-            why = (
-                "it needs more than the predictions with and without the prompt"
-                if hasattr(guiders, self.name)
-                else "diffusers has none of that name"
-            )
-            raise ValueError(
-                f"The guider {self.name!r} can't be distilled: {why}. Choose one of "
-                f"{', '.join(GUIDERS)}."
-            )
-        known = set(inspect.signature(getattr(guiders, self.name).__init__).parameters)
-        for key in self.arguments:
-            if key in RESERVED:
-                raise ValueError(f"{self.name}: {key} is not for the guider's arguments.")
-            if key not in known:
-                raise ValueError(f"{self.name} has no argument {key!r}.")
-        for key, why in STATEFUL.items():
-            if self.arguments.get(key):
-                raise ValueError(
-                    f"{self.name} with {key} {self.arguments[key]} can't be distilled: it {why}."
-                )
+from pnp_core.settings import CFG
+from pnp_core.settings import GUIDERS as GUIDERS
+from pnp_core.settings import GuiderConfig as GuiderConfig
 
 
 class Guider:

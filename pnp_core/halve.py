@@ -6,7 +6,6 @@ lacks of CFG's strength, the halved ones may get.
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,69 +15,21 @@ from torch import Tensor
 
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
-from pnp_core.distill import check_guidance_range, draw_guidance_scale
+from pnp_core.distill import draw_guidance_scale
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
 from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
+from pnp_core.settings import HalveConfig as HalveConfig
+from pnp_core.settings import halving_rounds as halving_rounds
 from pnp_core.train import (
     RECIPE,
     Report,
-    TrainConfig,
     config_hash,
     rank_and_world,
     step_generator,
     train,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HalveConfig:
-    """Stage 2.
-
-    Attributes:
-        train: of one round.
-        start_steps: the first teacher's number of steps.
-        end_steps: the last student's.
-        guidance_scale: range of ``w``, drawn uniformly, one a sample.
-        guidance_gain: see :func:`raised_guidance_scale`; 1 leaves the guide as it is.
-        timestep_spacing: of the sampler, in diffusers' terms.
-
-    Raises:
-        ValueError: step counts that halving does not connect; a gain below 1.
-    """
-
-    train: TrainConfig
-    start_steps: int = 64
-    end_steps: int = 8
-    guidance_scale: tuple[float, float] = (1.0, 8.0)
-    guidance_gain: float = 1.0
-    timestep_spacing: str = "trailing"
-
-    def __post_init__(self) -> None:
-        if not self.guidance_gain >= 1:
-            raise ValueError(f"guidance_gain is {self.guidance_gain}; it must be at least 1.")
-        halving_rounds(self.start_steps, self.end_steps)
-        check_guidance_range(self.guidance_scale)
-
-
-def halving_rounds(start: int, end: int) -> tuple[int, ...]:
-    """Step counts of the rounds' students: ``halving_rounds(64, 8) == (32, 16, 8)``.
-
-    Raises:
-        ValueError: halving ``start`` never gives ``end``.
-    """
-    rounds = []
-    num_steps = start
-    while num_steps > end >= 1 and num_steps % 2 == 0:
-        num_steps //= 2
-        rounds.append(num_steps)
-    if num_steps != end:
-        raise ValueError(
-            f"Halving {start} steps never gives {end}: start_steps must be end_steps times a "
-            f"power of two, such as {end * 8}."
-        )
-    return tuple(rounds)
 
 
 def raised_guidance_scale(w_B: Tensor, gain: float, highest: float) -> Tensor:

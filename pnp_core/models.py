@@ -5,8 +5,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -43,9 +44,9 @@ def check_model_files(path: str | Path) -> None:
             raise ValueError(f"{path} is not a model: expected a folder or a .safetensors file.")
         check_safetensors(path)
         return
+    if is_hub_id(path):
+        return
     if not path.is_dir():
-        if len(path.parts) == 2 and not path.parent.exists():
-            return  # owner/name on the hub
         raise ValueError(f"No model at {path}: the path does not exist.")
     for folder in model_folders(path):
         files = sorted(folder.glob("*.safetensors"))
@@ -60,6 +61,38 @@ def check_model_files(path: str | Path) -> None:
             missing = sorted(listed - {f.name for f in files})
             if missing:
                 raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that is not here has the form of a hub id, ``owner/name``."""
+    path = Path(path)
+    return len(path.parts) == 2 and not path.exists() and not path.parent.exists()
+
+
+@cache
+def hub_revision(hub_id: str) -> str:
+    """The commit that a hub id stands for: the newest, or the one kept here if the hub is away.
+
+    One answer a process, so that what is loaded and what is recorded are the same.
+
+    Raises:
+        ValueError: there is no such model, or neither the hub nor this machine tells.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    try:
+        revision = huggingface_hub.HfApi().model_info(hub_id).sha
+        why = "the hub names no commit of it"
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ValueError(f"No model {hub_id} on the hub: {error}") from None
+    except Exception as error:  # each of the hub's clients has its own
+        folder = f"models--{hub_id.replace('/', '--')}"
+        ref = Path(constants.HF_HUB_CACHE, folder, "refs", "main")
+        revision, why = (ref.read_text().strip() if ref.exists() else None), str(error)
+    if not revision:
+        raise ValueError(f"{hub_id}: which revision it is can't be told, and none is here: {why}")
+    return revision
 
 
 def model_folders(path: Path) -> Iterator[Path]:
@@ -112,7 +145,9 @@ def load_pipeline(
     else:
         index = Path(path) / "model_index.json"
         is_xl_folder = index.exists() and "text_encoder_2" in json.loads(index.read_text())
-        options = {} if is_xl_folder else {"safety_checker": None}  # SDXL never has one
+        options: dict[str, Any] = {} if is_xl_folder else {"safety_checker": None}  # SDXL has none
+        if is_hub_id(path):
+            options["revision"] = hub_revision(str(path))
         pipe = AutoPipelineForText2Image.from_pretrained(
             path, use_safetensors=True, torch_dtype=dtype, **options
         )
@@ -153,8 +188,9 @@ def load_unet(
                     f"The UNet in {path} is not a fine-tune of the base: {error}"
                 ) from None
     else:
+        revision = hub_revision(str(path)) if is_hub_id(path) else None
         unet = UNet2DConditionModel.from_pretrained(
-            path, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+            path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
         )
     theirs, ours = describe(unet), describe(base.unet)
     for key, value in theirs.items():
@@ -273,10 +309,12 @@ def added_conditions(
 
 def weights_hash(path: str | Path) -> str:
     """Identity of a base or a fine-tune: SHA-256 over its UNet's weights, or its LoRA's, and its
-    scheduler's config.
+    scheduler's config; of a hub id, over its name and revision.
+
+    Guides record it. What else a base is made of: :func:`pnp_core.identity.base_identity`.
 
     Raises:
-        ValueError: see :func:`check_model_files`.
+        ValueError: see :func:`check_model_files` and :func:`hub_revision`.
     """
     check_model_files(path)
     path = Path(path)
@@ -287,7 +325,7 @@ def weights_hash(path: str | Path) -> str:
         files = sorted((path / "unet").glob("*.safetensors")) or [path / LORA_FILE]
         files += sorted((path / "scheduler").glob("*.json"))
     else:
-        digest.update(str(path).encode())
+        digest.update(f"{path}@{hub_revision(str(path))}".encode())
         files = []
     for file in files:
         with file.open("rb") as stream:

@@ -2,8 +2,6 @@
 
 import torch
 
-PRECISIONS = ("bf16", "fp32")
-
 
 def has_bf16(device_type: str) -> bool:
     """Whether arithmetic in bf16 is done by this machine's hardware.

@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pnp_core.files import write_state
-from pnp_core.precision import PRECISIONS, mixed_precision
+from pnp_core.precision import mixed_precision
+from pnp_core.settings import TrainConfig as TrainConfig
 from pnp_core.soap import SOAP
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -38,60 +38,6 @@ RECIPE = (
 gone on with."""
 
 STEPS_BEFORE = 4  # over which the loss is taken before training
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long and how fast to train.
-
-    Attributes:
-        num_images: training samples seen in total, over all workers.
-        batch_size: global batch size, over all workers.
-        learning_rate: peak, reached after warm-up; falls to zero along a cosine.
-        warmup_images: length of the linear warm-up.
-        ema_halflife_images: half-life of the averaged weights; the result of training.
-        max_grad_norm: gradients are clipped to this norm.
-        precision: ``bf16`` (where the hardware has it) or ``fp32``.
-        report_every_images: how often the loss is reported.
-        checkpoint_every_images: how often the state is written.
-
-    Raises:
-        ValueError: a value out of range, named.
-    """
-
-    num_images: int
-    batch_size: int
-    learning_rate: float = 1e-3
-    warmup_images: int = 0
-    ema_halflife_images: int = 5_000
-    max_grad_norm: float = 1.0
-    precision: str = "bf16"
-    seed: int = 0
-    report_every_images: int = 2_000
-    checkpoint_every_images: int = 20_000
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_images",
-            "batch_size",
-            "learning_rate",
-            "max_grad_norm",
-            "ema_halflife_images",
-            "report_every_images",
-            "checkpoint_every_images",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if self.warmup_images < 0:
-            raise ValueError(f"warmup_images is {self.warmup_images}; it must not be negative.")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}."
-            )
-
-    @property
-    def num_steps(self) -> int:
-        return math.ceil(self.num_images / self.batch_size)
 
 
 def config_hash(config: Any, *more: str) -> str:

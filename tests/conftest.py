@@ -21,6 +21,7 @@ from PIL import Image
 
 from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
 from pnp_core.guide import Guide, GuideConfig
+from pnp_core.identity import BaseIdentity
 from tests.toy import make_pipeline, make_xl_pipeline
 
 torch.set_num_threads(1)  # the tests' models are too small for more
@@ -111,6 +112,7 @@ def examples() -> list[Example]:
     return made
 
 
+BASE = BaseIdentity(base_hash="base", unet="unet", scheduler="ddim", text="text", vae="vae")
 CACHE_CONFIG = CacheConfig(
     num_forward=40,
     num_trajectory=20,
@@ -129,7 +131,7 @@ def cache_folder(
     """A complete cache of the toy base."""
     folder = tmp_path_factory.mktemp("cache")
     pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
-    builder = CacheBuilder(pipe, examples, CACHE_CONFIG, folder, base_hash="base", data_hash="data")
+    builder = CacheBuilder(pipe, examples, CACHE_CONFIG, folder, base=BASE, data_hash="data")
     build_cache(builder)
     return folder
 

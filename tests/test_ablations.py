@@ -25,9 +25,9 @@ from benchmarks.guides import (
 from components import cache as cache_stage
 from components import distill, halve, prepare
 from components.params import load_params
-from components.storage import read_json, write_json
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
+from pnp_core.files import read_json, write_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.train import TrainConfig
 from tests.conftest import CACHE_CONFIG, roused

@@ -1,8 +1,8 @@
 """The teacher cache holds what the teacher says, and notices when it does not."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache, plan_cache
+from pnp_core.cache.identity import CacheIdentity
 from pnp_core.models import encode_prompts
-from tests.conftest import CACHE_CONFIG, changed
+from tests.conftest import BASE, CACHE_CONFIG, changed
 
 
 def builder(
@@ -26,9 +27,9 @@ def builder(
     return CacheBuilder(
         pipe,
         examples,
-        dataclasses.replace(CACHE_CONFIG, **changes),
+        replace(CACHE_CONFIG, **changes),
         folder,
-        base_hash="base",
+        base=BASE,
         data_hash="data",
         companions=companions,
         further_prompts=further_prompts,
@@ -207,7 +208,7 @@ def test_each_companion_teaches_along_trajectories_of_its_own(
 
 
 def test_half_of_the_pairs_along_trajectories_are_the_bases(pipe: StableDiffusionPipeline) -> None:
-    config = dataclasses.replace(CACHE_CONFIG, num_trajectory=1600)
+    config = replace(CACHE_CONFIG, num_trajectory=1600)
     for num_companions, base, companion in ((0, 1600, 0), (1, 800, 800), (4, 800, 200)):
         plan = plan_cache(
             pipe, num_images=24, num_prompts=6, config=config, num_companions=num_companions
@@ -259,13 +260,74 @@ def test_a_damaged_shard_is_named(cache_folder: Path, tmp_path: Path, damage: st
         cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("what", ["base", "data"])
-def test_a_cache_of_another_base_or_of_other_data_is_refused_naming_both(
-    cache_folder: Path, what: str
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"data_hash": "other"}, "with data data, but the data given is other"),
+        ({"base": replace(BASE, unet="x")}, "with another UNet than the base's"),
+        ({"base": replace(BASE, text="x")}, "with another text encoder or tokenizer than"),
+        ({"base": replace(BASE, vae="x", unet="x")}, "another UNet than .*, with another VAE than"),
+        ({"base": replace(BASE, base_hash="x")}, "with another file of its UNet or scheduler"),
+        ({"config": replace(CACHE_CONFIG, seed=3)}, "with seed 0, not 3"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_naming_the_difference(
+    cache_folder: Path, given: dict[str, Any], named: str
 ) -> None:
-    message = f"made with {what} {what}, but the {what} given is other"
-    with pytest.raises(ValueError, match=message):
-        TeacherCache.open(cache_folder, **{f"{what}_hash": "other"})
+    TeacherCache.open(cache_folder, base=BASE, data_hash="data", config=CACHE_CONFIG)
+    with pytest.raises(ValueError, match=f"was made .*{named}.*: build the cache again"):
+        TeacherCache.open(cache_folder, **given)
+
+
+def test_a_cache_filled_by_another_version_of_the_code_is_refused_and_built_anew(
+    monkeypatch: pytest.MonkeyPatch,
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    cache_folder: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
+    assert all(map(builder(pipe, examples, tmp_path).is_built, ("text", "moments-00000")))
+    monkeypatch.setattr("pnp_core.cache.identity.VERSION", 2)
+    with pytest.raises(ValueError, match="by version 1 of the code that fills it, not 2"):
+        TeacherCache.open(tmp_path)
+    ours = builder(pipe, examples, tmp_path)
+    assert not any(ours.is_built(name) for name in ours.plan.num_rows)
+
+
+IDENTITY = CacheIdentity(
+    base=BASE,
+    data_hash="data",
+    companions=("one", "two"),
+    prompts=("", "a"),
+    size=32,
+    dtypes=("float32",) * 3,
+    config=CACHE_CONFIG,
+)
+ALL = {"text", "moments-00000", "pairs-00000", ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "anew"),
+    [
+        ({"base": replace(BASE, unet="x")}, {"pairs-00000", ""}),
+        ({"base": replace(BASE, scheduler="x")}, {"pairs-00000", ""}),
+        ({"base": replace(BASE, text="x")}, ALL - {"moments-00000"}),
+        ({"base": replace(BASE, vae="x")}, ALL - {"text"}),
+        ({"data_hash": "x"}, ALL - {"text"}),
+        ({"companions": ("two", "one")}, {"pairs-00000", ""}),
+        ({"prompts": ("", "b")}, ALL),
+        ({"config": replace(CACHE_CONFIG, seed=1)}, {"pairs-00000", ""}),
+        ({"config": replace(CACHE_CONFIG, precision="bf16")}, ALL),
+        ({"config": replace(CACHE_CONFIG, shard_size=8)}, ALL - {"text"}),
+    ],
+)
+def test_a_change_builds_anew_the_shards_that_depend_on_it_and_no_others(
+    change: dict[str, Any], anew: set[str]
+) -> None:
+    other = replace(IDENTITY, **change)
+    assert {name for name in ALL if other.key(name) != IDENTITY.key(name)} == anew
+    assert len({IDENTITY.key(name) for name in ALL}) == len(ALL)
 
 
 def test_a_cache_made_with_another_scheduler_is_refused_naming_the_difference(

@@ -69,7 +69,9 @@ def test_every_deployment_names_a_flow() -> None:
 
 
 def test_the_method_imports_without_the_pipelines_tools() -> None:
-    modules = [f"pnp_core.{path.stem}" for path in (ROOT / "pnp_core").glob("[!_]*.py")]
+    paths = [path.relative_to(ROOT) for path in (ROOT / "pnp_core").rglob("[!_]*.py")]
+    modules = [".".join(path.with_suffix("").parts) for path in paths]
+    assert "pnp_core.cache.build" in modules
     code = f"""
 import importlib, sys
 for tool in ("prefect", "ray", "mlflow", "dvc"):
@@ -77,6 +79,19 @@ for tool in ("prefect", "ray", "mlflow", "dvc"):
 import pnp_core
 for module in {modules!r}:
     importlib.import_module(module)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_library_loads_torch_with_the_first_name_that_needs_it() -> None:
+    code = """
+import sys
+import pnp_core, pnp_core.files
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+import pnp_core.plug  # the module has the name of a function
+from pnp_core import *
+assert all(callable(globals()[name]) for name in pnp_core.__all__), "a module hides a function"
+assert pnp_core.plug is sys.modules["pnp_core.plug"].plug
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -1,5 +1,6 @@
 """params.yaml: frozen, typed, strict; every complaint is one line that names the key."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -7,9 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from components.params import Params, ParamsError, check_files, load_params
+from components.params import (
+    Cache,
+    Distill,
+    Guide,
+    Halve,
+    Params,
+    ParamsError,
+    check_files,
+    load_params,
+)
+from pnp_core.settings import (
+    CacheConfig,
+    DistillConfig,
+    GuideConfig,
+    HalveConfig,
+    SettingError,
+    TrainConfig,
+)
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -40,6 +58,21 @@ def test_shipped_params_are_valid_and_frozen() -> None:
         params.distill.num_images = 1  # type: ignore[misc]
 
 
+MODEL = {"path": "x", "reference": "y"}
+
+
+def test_names_as_people_have_them(tmp_path: Path) -> None:
+    params = toy.toy_params()
+    names = ["base", "SDXL_Turbo-v2", "DreamShaper_8", "2024"]
+    params["models"] = dict.fromkeys(names, MODEL)
+    params["register"]["name"] = "My_Guide-1.5"
+    loaded = load(tmp_path, params)
+    assert list(loaded.models) == names and loaded.register_.name == "My_Guide-1.5"
+    with pytest.raises(ParamsError, match="'My.Model' can't be a name here"):  # for DVC, two levels
+        params["models"] = {"My.Model": MODEL}
+        load(tmp_path, params)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -53,15 +86,32 @@ def test_shipped_params_are_valid_and_frozen() -> None:
         ("halve.num_images", True, "halve.num_images: should be a valid integer"),
         ("halve.num_images", 3.5, "halve.num_images"),
         ("halve.num_images", None, "but is None (NoneType)"),
-        ("halve.num_images", 0, "should be greater than or equal to 1, but is 0 (int)"),
+        ("halve.num_images", 0, "halve.num_images is 0; it must be at least 1"),
         ("evaluate.num_steps", [8, "4"], "evaluate.num_steps[1]"),
-        ("distill.guide.kind", "huge", "distill.guide.kind: should be 'tiny' or 'full'"),
-        ("distill.precision", "fp16", "distill.precision"),
-        ("distill.guidance_scale", [8.0, 1.0], "it needs 1 <= first < second"),
+        (
+            "distill.guide.kind",
+            "huge",
+            "guide.kind is 'huge'; it must be one of tiny, full",
+        ),
+        ("distill.precision", "fp16", "distill.precision is 'fp16'; it must be one of bf16, fp32"),
+        ("evaluate.precision", "fp16", "evaluate.precision: should be 'bf16' or 'fp32'"),
+        (
+            "distill.guidance_scale",
+            [8.0, 1.0],
+            "distill.guidance_scale is [8.0, 1.0]; it needs",
+        ),
         ("distill.guidance_scale", [1.0], "distill.guidance_scale"),
-        ("halve.end_steps", 3, "halve: start_steps 8 can't be halved down to end_steps 3"),
-        ("halve.guidance_gain", 0.5, "halve.guidance_gain: should be greater than or equal to 1"),
-        ("models.My Model", {"path": "x", "reference": "y"}, "'My Model' is not a name"),
+        ("halve.end_steps", 3, "halve: Halving 8 steps never gives 3: start_steps must be"),
+        ("halve.guidance_gain", 0.5, "halve.guidance_gain is 0.5; it must be at least 1"),
+        ("models.My Model", MODEL, "models.My Model: 'My Model' can't be a name here: letters"),
+        ("models.café", MODEL, "'café' can't be a name here: letters, digits, - and _"),
+        ("models._x", MODEL, "- and _, beginning with a letter or digit"),
+        ("models.Base", MODEL, "params.yaml: models: base and Base are one folder on some disks"),
+        (
+            "register.name",
+            "a/b",
+            "register.name: 'a/b' can't be a name here: letters, digits, -, _ and",
+        ),
         ("models", {}, "models"),
         ("base", 3, "base: should be a valid string"),
     ],
@@ -72,6 +122,63 @@ def test_mistake_is_named(tmp_path: Path, key: str, value: Any, message: str) ->
     assert message in str(caught.value)
     assert "params.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OUT_OF_RANGE = [
+    ("cache", CacheConfig, {"num_forward": -1}),
+    ("cache", CacheConfig, {"num_forward": 0, "num_trajectory": 0}),
+    ("cache", CacheConfig, {"shard_size": 0}),
+    ("cache", CacheConfig, {"negative_fraction": 1.5}),
+    ("cache", CacheConfig, {"guidance_scale": [0.5, 2.0]}),
+    ("cache", CacheConfig, {"precision": "fp16"}),
+    ("distill", TrainConfig, {"learning_rate": 0.0}),
+    ("distill", TrainConfig, {"learning_rate": float("inf")}),
+    ("distill", TrainConfig, {"warmup_images": -1}),
+    ("halve", TrainConfig, {"seed": -1}),
+    ("distill.guide", GuideConfig, {"max_parameters_ratio": 1.0}),
+    ("halve", HalveConfig, {"timestep_spacing": "even"}),
+    ("halve", HalveConfig, {"end_steps": 8}),
+    ("halve", HalveConfig, {"start_steps": -8}),
+]
+
+
+@pytest.mark.parametrize(("section", "config", "change"), OUT_OF_RANGE)
+def test_params_have_the_ranges_of_the_library(
+    tmp_path: Path, section: str, config: type, change: dict[str, Any]
+) -> None:
+    params = toy.toy_params()
+    place = params
+    for part in section.split("."):
+        place = place[part]
+    names = {field.name for field in dataclasses.fields(config)}
+    given = {key: value for key, value in place.items() if key in names}
+    if config is HalveConfig:
+        given["train"] = TrainConfig(num_images=1, batch_size=1)
+    config(**given)
+    with pytest.raises(ValueError) as librarys:
+        config(**given | change)
+    place |= change
+    with pytest.raises(ParamsError) as ours:
+        load(tmp_path, params)
+    separator = "." if isinstance(librarys.value, SettingError) else ": "
+    assert str(ours.value).endswith(f"params.yaml: {section}{separator}{librarys.value}")
+
+
+@pytest.mark.parametrize(
+    ("section", "configs", "from_elsewhere"),
+    [
+        (Cache, [CacheConfig], {"guider"}),
+        (Distill, [TrainConfig, DistillConfig], {"train", "guider"}),
+        (Guide, [GuideConfig], set()),
+        (Halve, [TrainConfig, HalveConfig], {"train", "guidance_scale"}),
+    ],
+)
+def test_a_section_has_every_setting_of_the_library_and_needs_it_said(
+    section: type[BaseModel], configs: list[type], from_elsewhere: set[str]
+) -> None:
+    names = {field.name for config in configs for field in dataclasses.fields(config)}
+    assert set(section.model_fields) == names - from_elsewhere
+    assert all(field.is_required() for field in section.model_fields.values())
 
 
 def test_missing_key_is_named(tmp_path: Path) -> None:
@@ -88,6 +195,7 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
         ("base: a\nbase: b\n", "not valid YAML"),
         ("just words", "expected `key: value`"),
         ("base: 2020-01-01", "of a kind not used here"),
+        ("models:\n  2024: {}", "models: 2024 is read as no text: put it in quotes"),
     ],
 )
 def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:

@@ -27,6 +27,7 @@ quiet()
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
+CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
 PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "tracking"}
 
@@ -45,10 +46,17 @@ def own_imports(path: Path) -> Iterator[Path]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         for name in names:
-            file = ROOT / (name.replace(".", "/") + ".py")
-            is_ours = name.startswith(("components.", "pnp_core."))
-            if is_ours and file.exists() and file.stem not in PLUMBING:
-                yield file
+            if not name.startswith(("components.", "pnp_core.")):
+                continue
+            place = ROOT / name.replace(".", "/")
+            for file in (place.with_suffix(".py"), place / "__init__.py"):
+                if file.exists() and file.stem not in PLUMBING:
+                    yield file
+
+
+def dependency(path: Path) -> str:
+    """How `deps` name a module: by its file, or by the folder of its package."""
+    return "/".join(path.relative_to(ROOT).parts[:2])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -60,8 +68,8 @@ def test_deps_are_the_modules_that_the_stage_imports(stage: str) -> None:
             found.add(path)
             waiting += own_imports(path)
     defined = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"][stage]
-    deps = {dep for dep in defined.get("do", defined)["deps"] if dep.endswith(".py")}
-    assert deps == {path.relative_to(ROOT).as_posix() for path in found}
+    deps = {dep for dep in defined.get("do", defined)["deps"] if dep.startswith(CODE)}
+    assert deps == {dependency(path) for path in found}
 
 
 @pytest.fixture
@@ -118,6 +126,18 @@ def test_dvc_runs_everything_once(repository: Path) -> None:
     output = dvc("repro", expected=255)
     assert "halve.learning_rate: should be a valid number, but is 'fast' (str)" in output
     assert Path("guides/bundle/bundle.json").exists()
+
+
+def test_dvc_has_a_stage_for_a_model_of_any_name_that_params_yaml_may_have(
+    repository: Path,
+) -> None:
+    params = toy.toy_params()
+    for name in ("SDXL_Turbo-v2", "8Shaper"):
+        params["models"][name] = params["models"]["tuned"]
+        toy.write_params(repository, params)
+        load_params(Path("params.yaml"))
+        output = dvc("repro", "--dry", "--single-item", "--force", f"evaluate@{name}")
+        assert f"python -m components.evaluate --model {name}\n" in output
 
 
 def distill_and_lose_a_worker(params: Params, report: Report) -> None:

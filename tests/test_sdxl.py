@@ -15,10 +15,10 @@ from components import evaluate, prepare
 from components import halve as halve_stage
 from components.environment import quiet
 from components.params import load_params
-from components.storage import read_json
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
+from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve
 from pnp_core.models import added_conditions, encode_prompts, load_pipeline
@@ -26,7 +26,7 @@ from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig
-from tests.conftest import CACHE_CONFIG, changed, roused
+from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 
 pytest_plugins = ["tests.toy"]
 quiet()
@@ -52,7 +52,7 @@ def cache(
     xl_pipe: StableDiffusionXLPipeline, examples: list[Example], tmp_path: Path
 ) -> TeacherCache:
     folder = tmp_path / "cache"
-    build_cache(CacheBuilder(xl_pipe, examples, CACHE, folder, base_hash="base", data_hash="data"))
+    build_cache(CacheBuilder(xl_pipe, examples, CACHE, folder, base=BASE, data_hash="data"))
     return TeacherCache.open(folder)
 
 

@@ -26,7 +26,7 @@ from pnp_core.halve import (
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
 from pnp_core.train import TrainConfig, train
-from tests.conftest import CACHE_CONFIG, changed, roused
+from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 
 TRAIN = TrainConfig(
     num_images=96,
@@ -107,7 +107,7 @@ def test_companions_bring_a_guide_closer_to_their_own_guidance(
         examples,
         config,
         tmp_path,
-        base_hash="base",
+        base=BASE,
         data_hash="data",
         companions={"other": other},
     )

@@ -1,0 +1,201 @@
+"""Reading a complete cache, batch by batch, for training."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from pnp_core.cache.identity import differences
+from pnp_core.identity import BaseIdentity
+from pnp_core.models import AddedConditions
+from pnp_core.schedule import NoiseSchedule
+from pnp_core.settings import CacheConfig
+from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, read_shard
+
+
+class Pairs(NamedTuple):
+    """A batch of teacher predictions on a device."""
+
+    z_t: Tensor
+    timestep: Tensor
+    eps_c: Tensor
+    eps_n: Tensor
+    text: Tensor
+    negative_text: Tensor
+    added: AddedConditions | None
+
+
+class Latents(NamedTuple):
+    """A batch of latents of the data with noise to add, on a device."""
+
+    x: Tensor
+    noise: Tensor
+    text: Tensor
+    negative_text: Tensor
+    added: AddedConditions | None
+
+
+class TeacherCache:
+    """A complete cache, open for training. Shards are read ahead of use, in the background.
+
+    Args:
+        index: what ``index.json`` holds.
+        fetch: reads a file of the cache.
+
+    Attributes:
+        base_hash: identity of the base whose predictions it holds.
+        companions: identities of the further teachers.
+        content_hash: identity of the cache.
+        num_pairs: teacher predictions.
+        num_latents: images.
+    """
+
+    def __init__(self, index: dict[str, Any], fetch: Fetch) -> None:
+        self.base_hash: str = index["base"]["base_hash"]
+        self.companions: list[str] = index["companions"]
+        self.prompts: list[str] = index["prompts"]
+        self.content_hash = hashlib.sha256(json.dumps(index["files"]).encode()).hexdigest()[:16]
+        self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
+        self.negative_fraction: float = index["config"]["negative_fraction"]
+        text, *shards = (
+            Shard(name=name, sha256=checksum, num_rows=index["num_rows"][name])
+            for name, checksum in index["files"].items()
+        )
+        self.text = read_shard(text, fetch)
+        self.text_N = self.text["states"]
+        num_teachers = 1 + len(self.companions)
+        # Of each teacher. What is held in memory does not grow with their number.
+        self.pair_shards = [
+            ShardReader(
+                [s for s in shards if index["teachers"].get(s.name) == teacher],
+                fetch,
+                num_shuffled=max(1, SHARDS_SHUFFLED // num_teachers),
+            )
+            for teacher in range(num_teachers)
+        ]
+        self.moment_shards = ShardReader([s for s in shards if s.name.startswith("moments")], fetch)
+        self.starts = torch.tensor([0, *(reader.num_rows for reader in self.pair_shards)]).cumsum(0)
+        self.num_pairs = int(self.starts[-1])
+        self.num_latents = self.moment_shards.num_rows
+
+    @classmethod
+    def open(
+        cls,
+        directory: Path,
+        *,
+        base: BaseIdentity | None = None,
+        data_hash: str | None = None,
+        config: CacheConfig | None = None,
+        scheduler: Any = None,
+        fetch: Fetch | None = None,
+    ) -> "TeacherCache":
+        """Open the cache whose index lies in ``directory``, if it is the right one.
+
+        Args:
+            base: refuse a cache of another base.
+            data_hash: refuse a cache of other examples.
+            config: refuse a cache made with other settings.
+            scheduler: refuse a cache made with another noise schedule than this one's.
+            fetch: where the shards are; default: ``directory``.
+
+        Raises:
+            ValueError: no complete cache there; one made with something else, which is named. A
+                damaged shard is named when it is read.
+        """
+        path = directory / "index.json"
+        if not path.exists():
+            raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
+        index = json.loads(path.read_text())
+        if "version" not in index:
+            raise ValueError(f"{path} was written by an earlier version: run the stage cache.")
+        made = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))
+        if scheduler is not None and (why := made.differs(NoiseSchedule.from_scheduler(scheduler))):
+            raise ValueError(
+                f"The cache in {directory} was made with another scheduler than the base's: {why}. "
+                "Build the cache again."
+            )
+        if different := differences(index, base=base, data_hash=data_hash, config=config):
+            raise ValueError(
+                f"The cache in {directory} was made {', '.join(different)}: build the cache again."
+            )
+        return cls(index, fetch or fetch_from(directory))
+
+    def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
+        """Which pairs make a teacher's batch number ``step``; they are read in the background."""
+        reader = self.pair_shards[teacher]
+        return self.starts[teacher] + reader.batch(batch_size=batch_size, seed=seed, step=step)
+
+    def latent_indices(self, *, batch_size: int, seed: int, step: int) -> Tensor:
+        """Which latents make step ``step``'s global batch; they are read in the background."""
+        return self.moment_shards.batch(batch_size=batch_size, seed=seed, step=step)
+
+    def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
+        """The teacher pairs at ``indices``, in float32; the base's come first."""
+        rows = self.pair_rows(indices)
+        return Pairs(
+            z_t=rows["z_t"].float().to(device),
+            timestep=rows["timestep"].to(device),
+            eps_c=rows["eps_c"].float().to(device),
+            eps_n=rows["eps_n"].float().to(device),
+            text=self.text_N[rows["prompt"]].float().to(device),
+            negative_text=self.text_N[rows["negative"]].float().to(device),
+            added=added_rows(self.text, rows["prompt"], rows["negative"], device),
+        )
+
+    def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
+        teacher_B = torch.searchsorted(self.starts, indices, right=True) - 1
+        result: dict[str, Tensor] = {}
+        for teacher in teacher_B.unique().tolist():
+            here = teacher_B == teacher
+            rows = self.pair_shards[teacher].rows(indices[here] - self.starts[teacher])
+            for key, value in rows.items():
+                if key not in result:
+                    result[key] = torch.empty((len(indices), *value.shape[1:]), dtype=value.dtype)
+                result[key][here] = value
+        return result
+
+    def name_pair(self, index: int) -> str:
+        """Where a pair lies, for messages."""
+        teacher = int(torch.searchsorted(self.starts, index, right=True)) - 1
+        return self.pair_shards[teacher].name_row(index - int(self.starts[teacher]))
+
+    def latents(
+        self, indices: Tensor, generator: torch.Generator, part: slice, device: torch.device
+    ) -> Latents:
+        """Latents drawn from the moments at ``indices[part]``, noise and negatives, in float32.
+
+        Random numbers are drawn for all of ``indices``, so that a row does not depend on ``part``.
+        """
+        rows = self.moment_shards.rows(indices[part])
+        shape = (len(indices), *rows["mean"].shape[1:])
+        draw, noise = (torch.randn(shape, generator=generator)[part] for _ in range(2))
+        others = torch.randint(len(self.prompts), (len(indices),), generator=generator)
+        other = torch.rand(len(indices), generator=generator) < self.negative_fraction
+        negative = torch.where(other, others, 0)[part]
+        return Latents(
+            x=(rows["mean"].float() + rows["std"].float() * draw).to(device),
+            noise=noise.to(device),
+            text=self.text_N[rows["prompt"]].float().to(device),
+            negative_text=self.text_N[negative].float().to(device),
+            added=added_rows(self.text, rows["prompt"], negative, device),
+        )
+
+
+def added_rows(
+    text: Mapping[str, Tensor],
+    prompt_B: Tensor,
+    negative_B: Tensor,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> AddedConditions | None:
+    """An SDXL base's added conditions at these rows of the text shard; None for other bases."""
+    if "pooled" not in text:
+        return None
+    time_ids_B6 = text["time_ids"].expand(len(prompt_B), -1)
+    added = AddedConditions(text["pooled"][prompt_B], text["pooled"][negative_B], time_ids_B6)
+    return added.to(device, dtype)
