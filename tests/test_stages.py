@@ -288,8 +288,9 @@ def test_distill_resumes_in_the_same_mlflow_run(
     monkeypatch.setattr(distill, "train_guide", work)
     distill.run(params)
 
-    client, experiment = tracking.connect(params.tracking)
-    (run,) = client.search_runs([experiment])
+    store = tracking.Store(params.tracking)
+    client = store.client
+    (run,) = client.search_runs([store.experiment("toy")])
     assert run.info.status == "FINISHED" and run.data.params["distill.batch_size"] == "16"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted(point.step for point in history) == [16, 32, 48, 64]
@@ -442,7 +443,7 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     folder = registry.folder(version)
     assert GuideBundle.load(folder).num_steps == (2, 4, 8)
     assert read_json(folder / "summary.json")["models"] == summary["models"]
-    client, _ = tracking.connect(load_params(Path("params.yaml")).tracking)
+    client = registry.store.client
     found = client.get_model_version("pnp-guide", version)
     tags = found.tags
     assert tags.items() >= summary["lineage"].items()
