@@ -36,6 +36,7 @@ def run(params: Params, version: str | None = None) -> None:
         raise ValueError(nothing_to_promote(registry))
     champion = registry.champion()
     if candidate == champion:
+        registry.settle()
         print(f"{registry.name} version {candidate} is the {CHAMPION} already")
         return
     summary = registry.summary(candidate)

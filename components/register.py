@@ -66,7 +66,9 @@ def run(params: Params) -> None:
         grids = [Image.open(EVALUATED / name / "grid.png") for name in params.models]
         stacked(grids).save(report / "grid.png")
         (report / "table.md").write_text(table)
-        if version is None:
+        if version:
+            registry.settle()
+        else:
             settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
             with Run(registry.store, params.tracking, "register", params=settings) as tracked:
                 log_results(tracked, summary, rows, report)

@@ -21,7 +21,8 @@ class Delivery:
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._is_open = False
+        self.was_asked = False  # MLflow, for a run
+        self._is_open = self._is_new = False
         self._has: dict[str, set[int]] = {}  # metric -> the steps that MLflow has
         self._num_sent = 0  # of the journal's points
 
@@ -29,16 +30,18 @@ class Delivery:
         journal = self._journal
         if not self._is_open:
             self._open(store)
+        assert journal.run_id
         points = journal.points[self._num_sent :]
+        for name in {name for _, _, values in points for name in values} - self._has.keys():
+            self._has[name] = set() if self._is_new else self._steps(store, name)
         metrics = [
             Metric(name, value, at, step)
             for step, at, values in points
             for name, value in values.items()
-            if step not in self._has.get(name, ())
+            if step not in self._has[name]
         ]
-        assert journal.run_id
         self._is_open = False  # what fails may have been done in part
-        for some in _batched(metrics, METRICS_A_CALL):
+        for some in in_batches(metrics, METRICS_A_CALL):
             with store.asking("write curves"):
                 store.client.log_batch(journal.run_id, metrics=some)
         self._num_sent += len(points)
@@ -56,6 +59,7 @@ class Delivery:
         run = self._bound(store) or self._found(store, experiment)
         is_new = run is None
         if run is None:
+            self.was_asked = True
             with store.asking("begin a run"):
                 made = store.client.create_run(
                     experiment,
@@ -66,19 +70,20 @@ class Delivery:
             run = made.info.run_id
         with store.asking("write the run's parameters"):
             params = journal.header["params"].items()
-            for some in _batched([Param(name, str(v)) for name, v in params], PARAMS_A_CALL):
+            for some in in_batches([Param(name, str(v)) for name, v in params], PARAMS_A_CALL):
                 store.client.log_batch(run, params=some)
             if not is_new and not journal.end:
                 store.client.update_run(run, status="RUNNING")
-        self._has, self._num_sent = {}, 0
-        if not is_new:
-            for name in {name for _, _, metrics in journal.points for name in metrics}:
-                with store.asking("read what curves there are"):
-                    history = store.client.get_metric_history(run, name)
-                self._has[name] = {point.step for point in history}
+        self._has, self._num_sent, self._is_new = {}, 0, is_new
         if journal.run_id != run:
             journal.bind(run)
         self._is_open = True
+
+    def _steps(self, store: Store, name: str) -> set[int]:
+        """The steps at which MLflow has the metric."""
+        with store.asking("read what curves there are"):
+            history = store.client.get_metric_history(self._journal.run_id, name)
+        return {point.step for point in history}
 
     def _bound(self, store: Store) -> str | None:
         """The run that the journal names, if this store has it and it was not deleted."""
@@ -155,11 +160,11 @@ def begin(
     return Journal.begin(stage, header | {"name": name})
 
 
-def settle(store: Store, stage: str, experiment: str) -> None:
+def settle(store: Store, stage: str | None = None, experiment: str | None = None) -> None:
     """Deliver what earlier runs of this checkout left, and end those whose process is gone.
 
-    Also runs of `stage` in `experiment` that were begun here and of which MLflow alone knows.
-    Raises TrackingError.
+    With an `experiment`, also runs of `stage` in it that were begun here and of which MLflow alone
+    knows. Raises TrackingError.
     """
     me = owner()
     for journal in at_rest():
@@ -176,6 +181,8 @@ def settle(store: Store, stage: str, experiment: str) -> None:
                 journal.remove()
         finally:
             journal.close()
+    if experiment is None:
+        return
     with store.asking("look for runs whose process is gone"):
         runs = store.client.search_runs(
             [experiment],
@@ -202,6 +209,6 @@ def _is_mine(journal: Journal, me: Owner) -> bool:
 Item = TypeVar("Item")
 
 
-def _batched(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+def in_batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
     for start in range(0, len(items), size):
         yield list(items[start : start + size])

@@ -16,7 +16,7 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from components.params import Tracking
-from components.tracking.delivery import KEY
+from components.tracking.delivery import KEY, settle
 from components.tracking.runs import Run
 from components.tracking.store import Store, TrackingError, database_of, is_absent
 
@@ -24,6 +24,7 @@ CHAMPION = "champion"
 PROMOTED, REFUSED = "promoted", "refused"
 NOBODY = "none"  # how a log says that there was no champion
 PAGE = 1000  # decisions read in a call
+MAX_TAG = 5000  # characters that MLflow's databases have room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,10 @@ class Registry:
         self._tracking, self.name = tracking, name
         self.store = Store(tracking)
         self._client = self.store.client
+
+    def settle(self) -> None:
+        """End what earlier runs of this checkout left unfinished."""
+        settle(self.store)
 
     def versions(self) -> list[int]:
         """All versions, in order; empty if the registry says that it has none."""
@@ -201,7 +206,8 @@ class Registry:
             "commit": decision.commit,
             "mlflow.note.content": "\n".join([title, *(f"- {why}" for why in decision.reasons)]),
         }
-        tags |= {f"reason.{i:02}": why for i, why in enumerate(decision.reasons, 1)}
+        tags |= {f"reason.{i:04}": why for i, why in enumerate(decision.reasons, 1)}
+        tags = {name: value[:MAX_TAG] for name, value in tags.items()}
         with Run(
             self.store,
             self._tracking,

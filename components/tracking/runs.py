@@ -8,10 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlflow.entities import Dataset, DatasetInput, InputTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from components.params import Tracking
-from components.tracking.delivery import Delivery, begin, settle
+from components.tracking.delivery import METRICS_A_CALL, Delivery, begin, in_batches, settle
 from components.tracking.store import IMPATIENT, Store
 
 # Seconds for which MLflow is left alone after it failed while training, doubled each time.
@@ -117,12 +117,16 @@ class Run:
         self._journal = begin(
             tracking, stage, params=flat(params), name=name, experiment=experiment, tags=tags
         )
+        self._delivery = Delivery(self._journal)
         try:
             settle(store, stage, self.experiment)
-            self._delivery = Delivery(self._journal)
             self._delivery(store)
         except OSError:
-            self._journal.remove()
+            if self._delivery.was_asked:  # MLflow may have the run: the next one ends it
+                self._journal.finish("FAILED")
+                self._journal.close()
+            else:
+                self._journal.remove()
             raise
         assert self._journal.run_id
         self.id = self._journal.run_id
@@ -151,12 +155,15 @@ class Run:
 
     def metrics(self, values: Mapping[str, Any], *, model_id: str | None = None) -> None:
         """Numbers without a step, nested ones under dotted names; None is left out."""
+        now = time.time_ns() // 1_000_000
+        numbers = [
+            Metric(name, float(value), now, step=0, model_id=model_id)
+            for name, value in flat(values).items()
+            if isinstance(value, int | float)
+        ]
         with self._store.asking("write the results"):
-            for name, value in flat(values).items():
-                if isinstance(value, int | float):
-                    self._store.client.log_metric(
-                        self.id, name, float(value), step=0, model_id=model_id
-                    )
+            for some in in_batches(numbers, METRICS_A_CALL):
+                self._store.client.log_batch(self.id, metrics=some)
 
     def tags(self, values: Mapping[str, str]) -> None:
         with self._store.asking("write the run's tags"):

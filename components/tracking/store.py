@@ -47,7 +47,7 @@ class Store:
         with self.asking("open the store"):
             if database := database_of(self.uri):
                 bring_artifacts_along(database)
-            mlflow.set_tracking_uri(self.uri)
+            _set_tracking_uri(self.uri)
             self.client = MlflowClient()
 
     @contextmanager
@@ -180,6 +180,16 @@ def database_of(uri: str) -> Path | None:
     """The file of an SQLite store."""
     match = re.fullmatch(r"sqlite[^:]*:///([^?]+)(\?.*)?", uri)
     return Path(match[1]) if match else None
+
+
+def _set_tracking_uri(uri: str) -> None:
+    """MLflow writes it into the environment too, where it would pass for what the user named."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    mlflow.set_tracking_uri(uri)
+    if before is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def without_secrets(text: str) -> str:
