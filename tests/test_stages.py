@@ -456,6 +456,38 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     assert files >= {"grid.png", "table.md", "results.json", "images"}
 
 
+def test_register_that_was_killed_before_its_report_was_written_registers_once(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(Path("params.yaml"))
+    registry = tracking.Registry(params.tracking, "pnp-guide")
+    before, report = registry.versions(), read_json(Path("results/report/summary.json"))
+
+    metrics = Path("results/evaluate/base/metrics.json")
+    as_it_was = metrics.read_text()
+    write_json(metrics, json.loads(as_it_was) | {"guidance_fvu": 0.987})  # another result
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(path: Path, value: Any) -> None:
+            if path.name == "summary.json" and "registered" in value:
+                raise KeyboardInterrupt
+            write_json(path, value)
+
+        patch.setattr(register, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register.run(params)
+    assert read_json(Path("results/report/summary.json")) == report
+    register.run(params)
+    version = read_json(Path("results/report/summary.json"))["registered"]["version"]
+    assert registry.versions() == [*before, int(version)]
+    assert registry.summary(version)["models"]["base"]["guidance_fvu"] == 0.987
+
+    metrics.write_text(as_it_was)
+    register.run(params)
+    assert read_json(Path("results/report/summary.json")) == report, "that one is there already"
+    registry.store.client.delete_model_version("pnp-guide", version)
+
+
 def test_promote_refuses_then_promotes(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     with pytest.raises(SystemExit) as left:

@@ -85,9 +85,9 @@ def test_files_that_the_server_lost_are_said_to_be_lost(
     monkeypatch.setattr("tests.stores.NAME", name := "lost-files")
     register(0.5, tracking=on(server))
     registry = Registry(on(server), name)
-    for file in (server.folder / "artifacts").rglob("summary.json"):
-        if name in registry.store.client.get_registered_model(name).name and file.exists():
-            file.unlink()
+    version = registry.store.client.get_model_version_download_uri(name, "1")
+    below = version.removeprefix("mlflow-artifacts:/")
+    (server.folder / "artifacts" / below / "summary.json").unlink()
     with pytest.raises(TrackingError, match="its files are lost"):
         registry.summary("1")
     assert registry.find("key-0.5") is None, "so that it can be registered again"
