@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -159,6 +160,35 @@ def test_a_store_that_cannot_be_does_not_end_training_and_is_told_at_the_start(
     train(stage="halve")
     assert [points(run) for run in runs()] == [list(STEPS)] * 2, "delivered to the right one"
     assert not Path("no").exists() and not Path("mlruns").exists()
+
+
+def test_an_earlier_run_that_cannot_be_delivered_stops_no_later_one(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = Tracking(uri=None, experiment="old")
+    store = Store(old)
+    store.client.delete_experiment(store.experiment("old"))
+    train((16,), tracking=old)
+    capsys.readouterr()
+    train()
+    register(0.5)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all("an earlier run, kept in" in line for line in told)
+    assert [run.info.status for run in runs()] == ["FINISHED"] * 2 and len(left()) == 1
+
+
+def test_a_server_that_does_not_answer_holds_nothing_up_in_silence(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("components.tracking.store.SECONDS_IN_SILENCE", 0.2)
+    with socket.socket() as deaf:  # takes a connection and says nothing
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        tracking = Tracking(uri=f"http://127.0.0.1:{deaf.getsockname()[1]}", experiment="toy")
+        store = Store(tracking, patience=(0, 1))
+        with pytest.raises(TrackingError, match=r"timeout|timed out"):
+            store.experiment("toy")
+        assert "waiting for MLflow at http" in capsys.readouterr().err
 
 
 def test_a_full_disk_of_the_store_does_not_end_training(
@@ -374,8 +404,6 @@ def test_a_moved_checkout_has_its_guides(
     monkeypatch.chdir("moved")
     registry = Registry(TOY, NAME)
     assert registry.summary("1")["models"]["base"]["guidance_fvu"] == 0.5
-    run = runs()[0]
-    assert registry.store.client.get_run(run.info.run_id).info.artifact_uri.startswith(str(place))
     assert registry.find("key-0.5") == "1"
 
 

@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 
 from components.params import Tracking
 from components.tracking.journal import Journal, Owner, at_rest, is_alive, owner
-from components.tracking.store import Store, is_absent
+from components.tracking.store import Store, TrackingError, is_absent
 
 METRICS_A_CALL = 1000  # MLflow's limits
 PARAMS_A_CALL = 100
@@ -69,8 +69,13 @@ class Delivery:
                 )
             run = made.info.run_id
         with store.asking("write the run's parameters"):
-            params = journal.header["params"].items()
-            for some in in_batches([Param(name, str(v)) for name, v in params], PARAMS_A_CALL):
+            has = {} if is_new else store.client.get_run(run).data.params
+            params = [
+                Param(name, str(value))
+                for name, value in journal.header["params"].items()
+                if name not in has
+            ]
+            for some in in_batches(params, PARAMS_A_CALL):
                 store.client.log_batch(run, params=some)
             if not is_new and not journal.end:
                 store.client.update_run(run, status="RUNNING")
@@ -164,35 +169,43 @@ def settle(store: Store, stage: str | None = None, experiment: str | None = None
     """Deliver what earlier runs of this checkout left, and end those whose process is gone.
 
     With an `experiment`, also runs of `stage` in it that were begun here and of which MLflow alone
-    knows. Raises TrackingError.
+    knows. Raises TrackingError, when all else is done, for the first that could not be.
     """
     me = owner()
+    failed: TrackingError | None = None
     for journal in at_rest():
         try:
-            if not _is_mine(journal, me):
-                continue
-            if journal.end is None:
-                journal.finish("KILLED")
-            if not journal.is_delivered:
-                Delivery(journal)(store)
-                journal.delivered()
-            assert journal.end
-            if journal.end[0] == "FINISHED" or journal.header["stage"] == stage:
-                journal.remove()
+            if _is_mine(journal, me):
+                _settle(journal, store, stage)
+        except OSError as error:
+            failed = failed or TrackingError(f"an earlier run, kept in {journal.path}: {error}")
         finally:
             journal.close()
-    if experiment is None:
-        return
-    with store.asking("look for runs whose process is gone"):
-        runs = store.client.search_runs(
-            [experiment],
-            f"tags.`{PLACE}` = '{me.place}' and tags.`{STAGE}` = '{stage}' "
-            "and attributes.status = 'RUNNING'",
-            run_view_type=ViewType.ACTIVE_ONLY,
-        )
-        for run in runs:
-            if not is_alive(run.data.tags.get(ATTEMPT, "")):
-                store.client.set_terminated(run.info.run_id, "KILLED")
+    if experiment is not None:
+        with store.asking("look for runs whose process is gone"):
+            runs = store.client.search_runs(
+                [experiment],
+                f"tags.`{PLACE}` = '{me.place}' and tags.`{STAGE}` = '{stage}' "
+                "and attributes.status = 'RUNNING'",
+                run_view_type=ViewType.ACTIVE_ONLY,
+            )
+            for run in runs:
+                if not is_alive(run.data.tags.get(ATTEMPT, "")):
+                    store.client.set_terminated(run.info.run_id, "KILLED")
+    if failed:
+        raise failed
+
+
+def _settle(journal: Journal, store: Store, stage: str | None) -> None:
+    """One run of which no process is left. It stays here if it can still be gone on with."""
+    if journal.end is None:
+        journal.finish("KILLED")
+    if not journal.is_delivered:
+        Delivery(journal)(store)
+        journal.delivered()
+    assert journal.end
+    if journal.end[0] == "FINISHED" or journal.header["stage"] == stage:
+        journal.remove()
 
 
 def _is_mine(journal: Journal, me: Owner) -> bool:

@@ -21,6 +21,8 @@ from typing import Any, Self
 from components.paths import RUNS
 from components.tracking.store import checkout
 
+HEADER = {"stage", "attempt", "began", "experiment", "params", "tags"}
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -95,12 +97,14 @@ class Journal:
         """A new attempt, in memory if its file can't be written."""
         attempt = uuid.uuid4().hex
         began = {"stage": stage, "attempt": attempt, "began": _now(), **header}
-        path = journals() / f"{stage}-{attempt}.jsonl"
+        # Under its name only when it is locked and whole: another run may look at any time.
+        path = journals() / f".{stage}-{attempt}.new"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
             journal = cls(path)
             journal._add("header", began)
+            journal.path = path.rename(path.with_name(f"{stage}-{attempt}.jsonl"))
         except OSError:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
@@ -184,10 +188,10 @@ def at_rest() -> Iterator[Journal]:
             journal = Journal(path)
         except (BlockingIOError, FileNotFoundError, PermissionError):
             continue
-        if journal.header:
+        if journal.header.keys() >= HEADER:
             yield journal
-        else:  # killed before its first line was whole
-            journal.remove()
+        else:  # not one of ours
+            journal.close()
 
 
 def is_alive(attempt: str) -> bool:

@@ -16,8 +16,8 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from components.params import Tracking
-from components.tracking.delivery import KEY, settle
-from components.tracking.runs import Run
+from components.tracking.delivery import KEY
+from components.tracking.runs import Run, settle_or_warn
 from components.tracking.store import Store, TrackingError, database_of, is_absent
 
 CHAMPION = "champion"
@@ -66,7 +66,7 @@ class Registry:
 
     def settle(self) -> None:
         """End what earlier runs of this checkout left unfinished."""
-        settle(self.store)
+        settle_or_warn(self.store)
 
     def versions(self) -> list[int]:
         """All versions, in order; empty if the registry says that it has none."""

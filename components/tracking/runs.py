@@ -34,6 +34,7 @@ class TrainingRun:
         self._store: Store | None = None
         self._pause, self._not_before = FIRST_PAUSE, 0.0
         self._said: str | None = None
+        self._is_settled = False
 
     def __enter__(self) -> Self:
         self._deliver()
@@ -72,11 +73,12 @@ class TrainingRun:
         if time.monotonic() < self._not_before:
             return False
         try:
-            if self._store is None:
-                store = Store(self._tracking, patience=IMPATIENT)
-                settle(store, self._stage, store.experiment(self._tracking.experiment))
-                self._store = store
+            self._store = self._store or Store(self._tracking, patience=IMPATIENT)
             self._delivery(self._store)
+            if not self._is_settled:
+                self._is_settled = True
+                experiment = self._store.experiment(self._tracking.experiment)
+                settle_or_warn(self._store, self._stage, experiment)
         except OSError as error:
             self._not_before = time.monotonic() + self._pause
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
@@ -91,7 +93,7 @@ class TrainingRun:
         """Once, until something else is to say."""
         if text != self._said:
             self._said = text
-            print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+            warn(text)
 
 
 class Run:
@@ -119,7 +121,6 @@ class Run:
         )
         self._delivery = Delivery(self._journal)
         try:
-            settle(store, stage, self.experiment)
             self._delivery(store)
         except OSError:
             if self._delivery.was_asked:  # MLflow may have the run: the next one ends it
@@ -130,6 +131,7 @@ class Run:
             raise
         assert self._journal.run_id
         self.id = self._journal.run_id
+        settle_or_warn(store, stage, self.experiment)
 
     def __enter__(self) -> Self:
         return self
@@ -200,6 +202,18 @@ class Run:
         tags = [InputTag("mlflow.data.context", "training")]
         with self._store.asking("write what data the run is of"):
             self._store.client.log_inputs(self.id, [DatasetInput(data, tags)])
+
+
+def settle_or_warn(store: Store, stage: str | None = None, experiment: str | None = None) -> None:
+    """`settle`; what fails of it does not stop the run that is beginning."""
+    try:
+        settle(store, stage, experiment)
+    except OSError as error:
+        warn(str(error))
+
+
+def warn(text: str) -> None:
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,8 @@ DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
 MAX_MESSAGE = 300  # characters of a third party's words
 
 # How often MLflow's client tries again, and how long it waits for an answer, in seconds.
-PATIENT = (3, 60)
+PATIENT = (3, 30)
+SECONDS_IN_SILENCE = 10.0
 IMPATIENT = (0, 10)  # while training waits
 
 
@@ -57,6 +60,9 @@ class Store:
         What is not repeatable is sent once, whatever the user's settings say.
         """
         retries, timeout_s = self._patience
+        notice = threading.Timer(SECONDS_IN_SILENCE, self._say_waiting, [what])
+        notice.daemon = True
+        notice.start()
         try:
             with _settings(retries if is_repeatable else 0, timeout_s, force=not is_repeatable):
                 yield
@@ -66,6 +72,17 @@ class Store:
             raise TrackingError(
                 f"MLflow at {self.name}: could not {what}: {_brief(error)}. {self._advice(error)}"
             ) from error
+        finally:
+            notice.cancel()
+
+    def _say_waiting(self, what: str) -> None:
+        retries, timeout_s = self._patience
+        print(
+            f"waiting for MLflow at {self.name}: to {what}; tried {retries + 1} times, "
+            f"{timeout_s} seconds each without an answer",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def experiment(self, name: str) -> str:
         """The id of the experiment, made if the store says that there is none."""
@@ -204,8 +221,11 @@ def is_absent(error: MlflowException) -> bool:
 
 def _brief(error: Exception) -> str:
     """The part of an error's text that says something, in one line."""
-    text = re.split(r"\[SQL:|\(Background on this error", str(error))[0]
-    text = " ".join(without_secrets(text).split()).rstrip(". ") or type(error).__name__
+    text = " ".join(without_secrets(str(error)).split())
+    text = re.split(r" \[SQL:| \(Background on this error|\. Response body: '<", text)[0]
+    if cause := re.search(r"Caused by \w+\([\"'](?:\w+\(.*?\): )?(.*?)[\"']\)", text):
+        text = cause[1]  # of urllib3's, which repeats the whole request before it
+    text = text.rstrip(". ") or type(error).__name__
     return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
 
 
