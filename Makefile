@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo mlflow test check docs clean need-git
+.PHONY: help install demo mlflow test test-services check docs clean need-git
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,11 +27,15 @@ demo: need-git $(INSTALLED)  ## run the whole pipeline on the embedded world
 
 # One worker and no job runners: up in seconds.
 mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http://127.0.0.1:5000
+	@$(PY) -m components.tracking
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PY) -m mlflow server --workers 1 \
 	    --backend-store-uri sqlite:///mlflow.db
 
 test: need-git $(INSTALLED)  ## run all tests
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+test-services: need-git $(INSTALLED)  ## run the tests that need real servers (on 127.0.0.1) or minutes
+	@$(PY) -m pytest -m services
 
 check: $(INSTALLED)  ## lint, format, types, import contracts
 	@$(PY) -m ruff check .

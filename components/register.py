@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
@@ -20,16 +20,24 @@ from components.methods import METHODS
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.pictures import stacked
-from pnp_core.files import atomic_folder, read_json, write_json
+from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from components.tracking import Registry, Run
 
 MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
+COMMIT = ("git_commit", "lock_hash")  # of a lineage: where the code stood
 
 
 def run(params: Params) -> None:
-    """Write results/report and register the guide. Raises ValueError if git is missing."""
+    """Write results/report and register the guide, if it is not registered already.
+
+    Raises ValueError if git is missing, TrackingError if MLflow fails; what was there stays, and
+    the same command goes on.
+    """
     from PIL import Image
 
-    from components.tracking import Run
+    from components.tracking import Registry, Run
     from pnp_core.bundle import GuideBundle
     from pnp_core.models import weights_hash
 
@@ -48,36 +56,22 @@ def run(params: Params) -> None:
     summary: dict[str, Any] = {"lineage": lineage, "models": results}
     rows = table_rows(results)
     table = as_markdown(rows)
-    key = hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()[:16]
-    settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
+    registry = Registry(params.tracking, params.register_.name)
+    key = version_key(summary)
+    # A run that was killed before its report was written has registered already.
+    version = registry.find(key)
 
-    with (
-        atomic_folder(REPORT) as report,
-        Run(params.tracking, "register", key=key, params=settings) as tracked,
-    ):
+    with atomic_folder(REPORT) as report:
         grids = [Image.open(EVALUATED / name / "grid.png") for name in params.models]
         stacked(grids).save(report / "grid.png")
         (report / "table.md").write_text(table)
-        tracked.tags(lineage)
-        tracked.dataset("prepared", digest=lineage["data_hash"], path=PREPARED)
-        tracked.metrics(results)
-        tracked.table("results", rows)
-        for name in params.models:
-            tracked.image(name, EVALUATED / name / "grid.png")
-        for name in ("grid.png", "table.md"):
-            tracked.file(report / name)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary) / "guide"
-            shutil.copytree(BUNDLE, folder)
-            write_json(folder / "summary.json", summary)  # what `promote` compares
-            is_short = len(table) <= MAX_DESCRIPTION
-            version = tracked.register(
-                params.register_.name,
-                folder,
-                metrics=results,
-                tags=lineage,
-                description=table if is_short else "See table.md among the run's artifacts.",
-            )
+        if version:
+            registry.settle()
+        else:
+            settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
+            with Run(registry.store, params.tracking, "register", params=settings) as tracked:
+                log_results(tracked, summary, rows, report)
+                version = upload(registry, tracked, key, summary, table)
         summary["registered"] = {"name": params.register_.name, "version": version}
         write_json(report / "summary.json", summary)
     print(f"\n{table}")
@@ -86,6 +80,53 @@ def run(params: Params) -> None:
     )
     print(f"registered: {params.register_.name} version {version}")
     print(f"grid: {REPORT / 'grid.png'}")
+
+
+def version_key(summary: Mapping[str, Any]) -> str:
+    """What makes a version: the guide's files, its results and what it was made of.
+
+    The same at another commit is no other guide.
+    """
+    made_of = {k: v for k, v in summary["lineage"].items() if k not in COMMIT}
+    files = {
+        p.relative_to(BUNDLE).as_posix(): sha256_file(p) for p in BUNDLE.rglob("*") if p.is_file()
+    }
+    identity = {"files": files, "models": summary["models"], "lineage": made_of}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def log_results(
+    tracked: "Run", summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Path
+) -> None:
+    """The run's page: numbers, table, images, and the data they are based on."""
+    lineage = summary["lineage"]
+    tracked.tags(lineage)
+    tracked.dataset("prepared", digest=lineage["data_hash"], path=PREPARED)
+    tracked.metrics(summary["models"])
+    tracked.table("results", rows)
+    for name in summary["models"]:
+        tracked.image(name, EVALUATED / name / "grid.png")
+    for name in ("grid.png", "table.md"):
+        tracked.file(report / name)
+
+
+def upload(
+    registry: "Registry", tracked: "Run", key: str, summary: Mapping[str, Any], table: str
+) -> str:
+    """Register the bundle, with the summary that `promote` compares; returns the version."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "guide"
+        shutil.copytree(BUNDLE, folder)
+        write_json(folder / "summary.json", summary)
+        is_short = len(table) <= MAX_DESCRIPTION
+        return registry.register(
+            tracked,
+            folder,
+            key=key,
+            metrics=summary["models"],
+            tags=summary["lineage"],
+            description=table if is_short else "See table.md among the run's artifacts.",
+        )
 
 
 def table_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ def train_stage(
     stage: str, work: Callable[[Params, Report], None], params: Params, *, num_images: int
 ) -> None:
     """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes."""
-    from components.tracking import Run
+    from components.tracking import TrainingRun
     from pnp_core.train import RECIPE
 
     section = getattr(params, stage)
@@ -29,7 +29,7 @@ def train_stage(
     identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    with Run(params.tracking, stage, key=key, params=settings) as run:
+    with TrainingRun(params.tracking, stage, key=key, params=settings) as run:
 
         def report(done: int, metrics: Mapping[str, float]) -> None:
             rounds = f"{metrics['num_steps']:.0f} steps, " if "num_steps" in metrics else ""

@@ -280,8 +280,9 @@ def test_distill_resumes_in_the_same_mlflow_run(
     monkeypatch.setattr(distill, "train_guide", work)
     distill.run(params)
 
-    client, experiment = tracking.connect(params.tracking)
-    (run,) = client.search_runs([experiment])
+    store = tracking.Store(params.tracking)
+    client = store.client
+    (run,) = client.search_runs([store.experiment("toy")])
     assert run.info.status == "FINISHED" and run.data.params["distill.batch_size"] == "16"
     history = client.get_metric_history(run.info.run_id, "loss")
     assert sorted(point.step for point in history) == [16, 32, 48, 64]
@@ -434,7 +435,7 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     folder = registry.folder(version)
     assert GuideBundle.load(folder).num_steps == (2, 4, 8)
     assert read_json(folder / "summary.json")["models"] == summary["models"]
-    client, _ = tracking.connect(load_params(Path("params.yaml")).tracking)
+    client = registry.store.client
     found = client.get_model_version("pnp-guide", version)
     tags = found.tags
     assert tags.items() >= summary["lineage"].items()
@@ -445,6 +446,39 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert files >= {"grid.png", "table.md", "results.json", "images"}
+
+
+def test_register_that_was_killed_before_its_report_was_written_registers_once(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(Path("params.yaml"))
+    registry = tracking.Registry(params.tracking, "pnp-guide")
+    register.run(params)  # what other tests evaluated anew since
+    before, report = registry.versions(), read_json(Path("results/report/summary.json"))
+
+    metrics = Path("results/evaluate/base/metrics.json")
+    as_it_was = metrics.read_text()
+    write_json(metrics, json.loads(as_it_was) | {"guidance_fvu": 0.987})  # another result
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(path: Path, value: Any) -> None:
+            if path.name == "summary.json" and "registered" in value:
+                raise KeyboardInterrupt
+            write_json(path, value)
+
+        patch.setattr(register, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            register.run(params)
+    assert read_json(Path("results/report/summary.json")) == report
+    register.run(params)
+    version = read_json(Path("results/report/summary.json"))["registered"]["version"]
+    assert registry.versions() == [*before, int(version)]
+    assert registry.summary(version)["models"]["base"]["guidance_fvu"] == 0.987
+
+    metrics.write_text(as_it_was)
+    register.run(params)
+    assert read_json(Path("results/report/summary.json")) == report, "that one is there already"
+    registry.store.client.delete_model_version("pnp-guide", version)
 
 
 def test_promote_refuses_then_promotes(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,12 @@
+"""MLflow: one run for each stage that has something to say, and the registry of guides.
+
+`store` says where it is and asks it, `journal` keeps on disk what a run has to say, `delivery`
+brings that to MLflow, `runs` and `registry` are what stages use. Only the driving process writes;
+workers report through it.
+"""
+
+from components.tracking.registry import CHAMPION, Decision, Registry
+from components.tracking.runs import Run, TrainingRun
+from components.tracking.store import Store, TrackingError
+
+__all__ = ["CHAMPION", "Decision", "Registry", "Run", "Store", "TrackingError", "TrainingRun"]

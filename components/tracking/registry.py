@@ -1,0 +1,333 @@
+"""Versions of one registered model, its champion, and the log of what was decided about it.
+
+A decision is a run of its own in the experiment `<model>-decisions`: nothing overwrites another.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+
+from components.params import Tracking
+from components.tracking.delivery import KEY
+from components.tracking.runs import Run, settle_or_warn
+from components.tracking.store import Store, TrackingError, database_of, is_absent
+
+CHAMPION = "champion"
+PROMOTED, REFUSED = "promoted", "refused"
+NOBODY = "none"  # how a log says that there was no champion
+PAGE = 1000  # decisions read in a call
+MAX_TAG = 5000  # characters that MLflow's databases have room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What was decided about a candidate, and on what.
+
+    Attributes:
+        verdict: ``promoted`` or ``refused``.
+        candidate: the version that was judged.
+        champion: the version that it was compared with; None if there was none.
+        reasons: why it was refused.
+        rules: the limits that held.
+        values: the numbers that they were held against, by `candidate.…` and `champion.…`.
+        commit: of the code that made the candidate.
+        who: `user@host:folder`; known once it is recorded.
+        when: known once it is recorded.
+        is_done: False if whoever decided was stopped before the alias was seen to have moved.
+    """
+
+    verdict: str
+    candidate: str
+    champion: str | None
+    reasons: Sequence[str] = ()
+    rules: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    commit: str = "unknown"
+    who: str = ""
+    when: datetime = datetime.min.replace(tzinfo=UTC)
+    is_done: bool = True
+
+
+class Registry:
+    """One registered model. Raises TrackingError for whatever the store could not answer."""
+
+    def __init__(self, tracking: Tracking, name: str) -> None:
+        self._tracking, self.name = tracking, name
+        self.store = Store(tracking)
+        self._client = self.store.client
+
+    def settle(self) -> None:
+        """End what earlier runs of this checkout left unfinished."""
+        settle_or_warn(self.store)
+
+    def versions(self) -> list[int]:
+        """All versions, in order; empty if the registry says that it has none."""
+        with self.store.asking(f"read the versions of {self.name}"):
+            found: list[int] = []
+            token = None
+            while True:
+                page = self._client.search_model_versions(f"name = '{self.name}'", page_token=token)
+                found += [int(version.version) for version in page]
+                if not (token := page.token):
+                    break
+        if not found:
+            self._model()  # an empty answer is not taken from something that is no registry
+        return sorted(found)
+
+    def newest(self) -> str | None:
+        """The newest version, or None if the registry says that it has none."""
+        versions = self.versions()
+        return str(versions[-1]) if versions else None
+
+    def champion(self) -> str | None:
+        """The version with the alias, or None if the registry, asked in two ways, has none."""
+        model = self._model()
+        listed = model.aliases.get(CHAMPION) if model else None
+        with self.store.asking(f"read who the {CHAMPION} of {self.name} is"):
+            try:
+                named = self._client.get_model_version_by_alias(self.name, CHAMPION).version
+            except MlflowException as error:
+                # This is how MLflow says that an alias is missing.
+                odd = error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error)
+                if not (odd or is_absent(error)):
+                    raise
+                named = None
+        if str(listed) != str(named):
+            raise TrackingError(
+                f"MLflow at {self.store.name}: its two answers to who the {CHAMPION} of "
+                f"{self.name} is differ: {listed or NOBODY} and {named or NOBODY}. Run the same "
+                "command again"
+            )
+        return None if named is None else str(named)
+
+    def find(self, key: str) -> str | None:
+        """The first version that was registered with `key` and still has its files."""
+        with self.store.asking(f"look for the version of {self.name} with these files"):
+            found = self._client.search_model_versions(
+                f"name = '{self.name}' and tags.`{KEY}` = '{key}'"
+            )
+        for version in sorted(int(version.version) for version in found):
+            if not self._is_lost(self._location(str(version))):
+                return str(version)
+        return None
+
+    def folder(self, version: str) -> Path:
+        """The version's files, on this disk.
+
+        Raises ValueError if there is no such version, TrackingError if its files are lost.
+        """
+        uri = self._usable(version)
+        with self.store.asking(f"download {self.name} version {version}"):
+            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+
+    def summary(self, version: str) -> dict[str, Any]:
+        """What the version was measured to be: its summary.json. Raises as `folder` does."""
+        uri = f"{self._usable(version)}/summary.json"
+        with tempfile.TemporaryDirectory() as temporary:
+            with self.store.asking(f"read {self.name} version {version}"):
+                file = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
+            try:
+                return dict(json.loads(Path(file).read_text()))
+            except ValueError as error:
+                raise ValueError(
+                    f"{uri} can't be read: {error}: register the guide again"
+                ) from None
+
+    def register(  # noqa: PLR0913, a decision's parts
+        self,
+        run: Run,
+        folder: Path,
+        *,
+        key: str,
+        metrics: Mapping[str, Any],
+        tags: Mapping[str, str],
+        description: str,
+    ) -> str:
+        """Register the files in `folder` as a new version; returns it.
+
+        Look for one of the same `key` before (`find`): this never does it twice by itself. Its page
+        and the run's show the `description`, in Markdown. The files are plain ones, with nothing to
+        unpickle.
+        """
+        own = {**tags, KEY: key}
+        with self.store.asking(f"upload the files of {self.name}"):
+            model = self._client.create_logged_model(
+                run.experiment, name=self.name, source_run_id=run.id, tags=own, model_type="guide"
+            )
+            self._client.log_model_artifacts(model.model_id, str(folder))
+            self._client.finalize_logged_model(model.model_id, "READY")
+            self._client.set_tag(run.id, "mlflow.note.content", description)
+        run.metrics(metrics, model_id=model.model_id)
+        if self._model() is None:
+            with self.store.asking(f"make the registered model {self.name}"):
+                try:
+                    self._client.create_registered_model(self.name)
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":  # someone was quicker
+                        raise
+        try:
+            # Sent once: an answer that is lost does not mean that it was not done.
+            with self.store.asking(f"register a version of {self.name}", is_repeatable=False):
+                made = self._client.create_model_version(
+                    self.name,
+                    source=f"models:/{model.model_id}",
+                    run_id=run.id,
+                    tags=own,
+                    model_id=model.model_id,
+                    description=description,
+                )
+        except TrackingError:
+            if (version := self.find(key)) is None:
+                raise
+            return version
+        return str(made.version)
+
+    def decide(self, decision: Decision) -> None:
+        """Record the decision and, if it is to promote, move the alias and see that it moved.
+
+        Raises TrackingError if the champion is no longer the one that the candidate was compared
+        with, or if the registry does not do as told; the record says so.
+        """
+        before = decision.champion or NOBODY
+        title = f"version {decision.candidate} {decision.verdict}, champion before: {before}"
+        tags = {
+            "verdict": decision.verdict,
+            "model": self.name,
+            "candidate": decision.candidate,
+            "champion": before,
+            "commit": decision.commit,
+            "mlflow.note.content": "\n".join([title, *(f"- {why}" for why in decision.reasons)]),
+        }
+        tags |= {f"reason.{i:04}": why for i, why in enumerate(decision.reasons, 1)}
+        tags = {name: value[:MAX_TAG] for name, value in tags.items()}
+        with Run(
+            self.store,
+            self._tracking,
+            "promote",
+            name=title,
+            params={f"rule.{name}": value for name, value in decision.rules.items()},
+            experiment=f"{self.name}-decisions",
+            tags=tags,
+        ) as run:
+            run.metrics(decision.values)
+            if decision.verdict == PROMOTED:
+                self._crown(decision.candidate, instead_of=decision.champion)
+
+    def decisions(self) -> list[Decision]:
+        """All decisions, the oldest first."""
+        with self.store.asking("read the decisions"):
+            experiment = self._client.get_experiment_by_name(f"{self.name}-decisions")
+            if experiment is None:
+                return []
+            runs, token = [], None
+            while True:
+                page = self._client.search_runs(
+                    [experiment.experiment_id],
+                    run_view_type=ViewType.ALL,
+                    max_results=PAGE,
+                    order_by=["attributes.start_time ASC"],
+                    page_token=token,
+                )
+                runs += page
+                if not (token := page.token):
+                    break
+        return [_decision(run) for run in runs if "verdict" in run.data.tags]
+
+    def _crown(self, version: str, *, instead_of: str | None) -> None:
+        if (now := self.champion()) != instead_of:
+            raise TrackingError(
+                f"{self.name}: version {now or NOBODY} became {CHAMPION} while version {version} "
+                f"was compared with {instead_of or NOBODY}. Nothing was changed: run the same "
+                "command again"
+            )
+        with self.store.asking(f"make version {version} of {self.name} its {CHAMPION}"):
+            self._client.set_registered_model_alias(self.name, CHAMPION, version)
+        if (now := self.champion()) != version:
+            raise TrackingError(
+                f"{self.name}: the {CHAMPION} was set to version {version}, and is "
+                f"{now or NOBODY}: someone else decided at the same time. See python -m "
+                "components.promote --log, then run the same command again"
+            )
+
+    def _model(self) -> Any:
+        """The registered model, or None if the registry says that there is none."""
+        with self.store.asking(f"read the registered model {self.name}"):
+            try:
+                model = self._client.get_registered_model(self.name)
+            except MlflowException as error:
+                if not is_absent(error):
+                    raise
+                return None
+            if model.name != self.name:
+                raise ValueError(f"it answers with {model.name!r}")
+        return model
+
+    def _location(self, version: str) -> str:
+        """The URI of the version's files. Raises ValueError if there is no such version."""
+        with self.store.asking(f"read where {self.name} version {version} is"):
+            try:
+                return str(self._client.get_model_version_download_uri(self.name, version))
+            except MlflowException as error:
+                if not is_absent(error):
+                    raise
+        there = ", ".join(map(str, self.versions())) or NOBODY
+        raise ValueError(
+            f"{self.name} has no usable version {version} in MLflow at {self.store.name}; "
+            f"its versions are: {there}"
+        )
+
+    def _usable(self, version: str) -> str:
+        """The URI of the version's files, which are there."""
+        uri = self._location(version)
+        if self._is_lost(uri):
+            raise TrackingError(
+                f"{self.name} version {version} is registered, but its files are lost: there is "
+                f"nothing at {uri}. Bring them back, or register the guide again: "
+                "dvc repro --force --single-item register"
+            )
+        return uri
+
+    def _is_lost(self, uri: str) -> bool:
+        """Whether the place that should have the files can be read and has none.
+
+        Raises TrackingError if it can't be told.
+        """
+        if not uri.startswith(("/", "file://")):
+            with self.store.asking(f"look into {uri}"):
+                return not mlflow.artifacts.list_artifacts(artifact_uri=uri)
+        path = Path(uri.removeprefix("file://"))
+        if path.is_dir():
+            return not any(path.iterdir())
+        database = database_of(self.store.uri)
+        beside = database is not None and path.is_relative_to(database.parent)
+        if beside or any(parent.is_dir() for parent in path.parents[:3]):
+            return True
+        raise TrackingError(
+            f"{self.name}: its files should be at {path}, and nothing of that is there: was the "
+            f"checkout moved without them, or is a disk missing? They belong beside "
+            f"{database or self.store.name}"
+        )
+
+
+def _decision(run: Any) -> Decision:
+    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
+    return Decision(
+        verdict=tags["verdict"],
+        candidate=tags["candidate"],
+        champion=None if tags["champion"] == NOBODY else tags["champion"],
+        reasons=[tags[name] for name in sorted(tags) if name.startswith("reason.")],
+        rules={name.removeprefix("rule."): float(value) for name, value in params.items()},
+        values=dict(metrics),
+        commit=tags["commit"],
+        who=tags.get("pnp.place", ""),
+        when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
+        is_done=run.info.status == "FINISHED",
+    )

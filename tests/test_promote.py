@@ -1,0 +1,230 @@
+"""Promotion: whatever MLflow answers, what becomes champion is what the rules allow."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from components import promote
+from components.cli import main
+from components.params import Params, Promote, Register, Tracking
+from components.tracking import Decision, Registry, TrackingError
+from tests.stores import ERRORS, NAME, TOY, Calls, register, results
+
+pytest_plugins = ["tests.stores"]
+
+RULES = Promote(
+    max_guidance_fvu=0.8, max_fid_ratio=1.2, max_time_ratio=0.6, max_worse_than_champion=0.1
+)
+
+
+def params(tracking: Tracking = TOY) -> Params:
+    """What promotion reads of the parameters."""
+    return Params.model_construct(
+        tracking=tracking, register_=Register(name=NAME), promote=RULES, models={}
+    )
+
+
+def champion() -> str | None:
+    return Registry(TOY, NAME).champion()
+
+
+@pytest.fixture
+def crowned(place: Path) -> None:
+    """Version 1 is champion; version 2 is worse, version 3 better."""
+    for fvu in (0.5, 0.7, 0.4):
+        register(fvu)
+    promote.run(params(), "1")
+
+
+def decide(version: str) -> int:
+    """Promote as the command line does; returns the exit code."""
+    try:
+        main_of(lambda: promote.run(params(), version))
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def main_of(work: Any) -> None:
+    """Errors in one line, without a params.yaml."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("components.cli.load_params", lambda path: params())
+        patch.setattr("components.cli.check_files", lambda params: None)
+        main(lambda params: work())
+
+
+def num_calls(calls: Calls, version: str) -> int:
+    """How many calls a promotion takes when all goes well; the champion is as before."""
+    before = champion()
+    calls.reset()
+    decide(version)
+    number = len(calls.names)
+    calls.reset()
+    assert before
+    Registry(TOY, NAME).store.client.set_registered_model_alias(NAME, "champion", before)
+    return number
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_a_worse_guide_is_not_promoted_whichever_call_fails(
+    crowned: None, calls: Calls, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = num_calls(calls, "2")
+    assert {"get_registered_model", "get_model_version_by_alias"} <= set(
+        MlflowClient.__dict__
+    ) and number > 8
+    calls.error = ERRORS[kind]
+    for failing in range(number):
+        capsys.readouterr()
+        calls.reset(failing)
+        code = decide("2")
+        told = capsys.readouterr().err
+        calls.reset()
+        assert champion() == "1", calls.names
+        assert code in (1, 3)
+        if code == 1:
+            assert len(told.splitlines()) == 1 and told.startswith("error: MLflow at "), told
+            assert "same command again" in told or "MLFLOW_TRACKING_" in told
+
+
+@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+def test_a_better_guide_is_promoted_or_an_error_told_whichever_call_fails(
+    crowned: None, calls: Calls, is_done_first: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = num_calls(calls, "3")
+    calls.is_done_first = is_done_first
+    client = Registry(TOY, NAME).store.client
+    for failing in range(number):
+        calls.reset(failing)
+        code = decide("3")
+        calls.reset()
+        if code == 0:
+            assert champion() == "3"
+        else:
+            assert code == 1 and champion() in ("1", "3")
+        assert decide("3") == 0 and champion() == "3", "the same command does it"
+        assert Registry(TOY, NAME).decisions()[-1].champion == "1", "what it was compared with"
+        client.set_registered_model_alias(NAME, "champion", "1")
+    capsys.readouterr()
+    promote.print_log(params())
+    log = capsys.readouterr().out
+    assert log.count("broke off") == sum(not d.is_done for d in Registry(TOY, NAME).decisions())
+    runs = client.search_runs([client.get_experiment_by_name(f"{NAME}-decisions").experiment_id])
+    assert all(run.info.status != "RUNNING" for run in runs)
+
+
+def test_with_no_champion_anything_that_fails_is_no_reason_to_promote(
+    place: Path, calls: Calls
+) -> None:
+    register(0.9)  # beyond the absolute rule
+    calls.reset()
+    assert decide("1") == 3
+    for failing in range(len(calls.names)):
+        calls.reset(failing)
+        assert decide("1") in (1, 3)
+        calls.reset()
+        assert champion() is None
+
+
+def test_decisions_are_kept_with_who_when_what_and_why(
+    crowned: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("2") == 3
+    assert decide("2") == 3
+    assert decide("3") == 0
+    decisions = Registry(TOY, NAME).decisions()
+    assert [(d.verdict, d.candidate, d.champion) for d in decisions] == [
+        ("promoted", "1", None),
+        ("refused", "2", "1"),
+        ("refused", "2", "1"),
+        ("promoted", "3", "1"),
+    ]
+    refused = decisions[1]
+    assert refused.is_done and str(Path.cwd()) in refused.who and "@" in refused.who
+    assert refused.when <= decisions[2].when and refused.commit == "c0ffee"
+    assert refused.rules == RULES.model_dump()
+    assert refused.values["candidate.base.guidance_fvu"] == 0.7
+    assert refused.values["champion.base.guidance_fvu"] == 0.5
+    (why,) = promote.objections(results(0.7), results(0.5), RULES)
+    assert list(refused.reasons) == [why]
+    capsys.readouterr()
+    promote.print_log(params())
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "version" in line.split("by")[0][:30]]) == 4
+    assert f"  - {why}" in lines and "c0ffee" in lines[0]
+
+
+def test_as_many_reasons_and_as_long_ones_as_there_are(place: Path) -> None:
+    register(0.5)
+    reasons = [f"model-{i}: " + "x" * 400 for i in range(150)]
+    registry = Registry(TOY, NAME)
+    registry.decide(Decision(verdict="refused", candidate="1", champion=None, reasons=reasons))
+    assert list(registry.decisions()[0].reasons) == reasons
+
+
+def test_a_champion_crowned_meanwhile_is_not_replaced_unseen(
+    crowned: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decides = Registry.decide
+
+    def after_another(registry: Registry, decision: Decision) -> None:
+        registry.store.client.set_registered_model_alias(NAME, "champion", "2")
+        decides(registry, decision)
+
+    monkeypatch.setattr(Registry, "decide", after_another)
+    assert decide("3") == 1
+    assert (
+        "version 2 became champion while version 3 was compared with 1" in capsys.readouterr().err
+    )
+    assert champion() == "2"
+    assert not Registry(TOY, NAME).decisions()[-1].is_done
+
+
+def test_an_alias_that_did_not_move_is_noticed(
+    crowned: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lambda *args: None)
+    assert decide("3") == 1
+    assert "was set to version 3, and is 1" in capsys.readouterr().err
+
+
+def test_absence_is_the_stores_own_word(place: Path) -> None:
+    registry = Registry(TOY, NAME)
+    assert registry.newest() is None and registry.champion() is None
+    assert registry.decisions() == [] and registry.find("key") is None
+    register(0.5)
+    assert registry.champion() is None and registry.newest() == "1"
+    with pytest.raises(ValueError, match=r"no usable version 7 .*its versions are: 1"):
+        registry.summary("7")
+
+
+def test_a_version_whose_files_are_gone_is_lost(crowned: None) -> None:
+    registry = Registry(TOY, NAME)
+    folder = registry.folder("2")
+    folder.rename(folder.with_name("elsewhere"))
+    with pytest.raises(TrackingError, match="version 2 is registered, but its files are lost"):
+        promote.run(params(), "2")
+    assert champion() == "1"
+
+
+def test_a_version_that_the_report_names_is_lost_and_not_yet_to_be_made(place: Path) -> None:
+    with pytest.raises(ValueError, match="has no version yet: run the stage register first"):
+        promote.run(params())
+    report = Path("results/report/summary.json")
+    report.parent.mkdir(parents=True)
+    report.write_text(f'{{"registered": {{"name": "{NAME}", "version": "1"}}}}')
+    with pytest.raises(ValueError, match=re.escape("version 1 was registered, but MLflow at")):
+        promote.run(params())
+
+
+def test_a_result_that_lacks_a_number_is_named(crowned: None) -> None:
+    summary = Registry(TOY, NAME).folder("2") / "summary.json"
+    summary.write_text(summary.read_text().replace("time_ratio", "time"))
+    with pytest.raises(ValueError, match="have no 'time_ratio': evaluate and register again"):
+        promote.run(params(), "2")
+    summary.write_text("{")
+    with pytest.raises(ValueError, match="can't be read"):
+        promote.run(params(), "2")
