@@ -32,11 +32,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider, GuiderConfig
 from pnp_core.models import (
-    AddedConditions,
     encode_prompts,
     is_xl,
     time_ids_of,
@@ -168,6 +168,10 @@ class Pairs(NamedTuple):
     negative_text: Tensor
     added: AddedConditions | None
 
+    def conditions(self, w_B: Tensor) -> Conditions:
+        """Their prompts at these guidance scales."""
+        return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
+
 
 class Latents(NamedTuple):
     """A batch of latents of the data with noise to add, on a device."""
@@ -177,6 +181,10 @@ class Latents(NamedTuple):
     text: Tensor
     negative_text: Tensor
     added: AddedConditions | None
+
+    def conditions(self, w_B: Tensor) -> Conditions:
+        """Their prompts at these guidance scales."""
+        return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
 
 
 def plan_cache(
@@ -401,7 +409,8 @@ class CacheBuilder:
             for x in (z_t, self.text["states"][prompt_B], self.text["states"][negative_B])
         )
         added = added_rows(self.text, prompt_B, negative_B, unet.device, unet.dtype)
-        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), c, n, added)
+        conditions = Conditions.at_scale(1.0, c_BLD=c, n_BLD=n, added=added)
+        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), conditions)
         return eps_c.float().cpu(), eps_n.float().cpu()
 
     def forward_pairs(

@@ -127,8 +127,7 @@ def distillation_objective(
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
-        student = students[teacher]
-        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
+        eps = students[teacher](pairs.z_t, pairs.timestep, pairs.conditions(w_B))
         return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
 
     return loss_fn
