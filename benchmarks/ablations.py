@@ -18,7 +18,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -27,42 +26,28 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.guides import (
-    External,
-    FeatureReading,
-    Shape,
-    TextResidual,
-    WithoutEntrances,
-    WithoutGains,
-    WithoutModulations,
-    WithoutText,
-    shaped_guide,
-)
-from benchmarks.quality import models_of, pipe_of, results_so_far
-from components.device import load_base, load_companions
+from benchmarks.guides import InDecoder, shaped_guide
+from benchmarks.peers import Ours
+from benchmarks.quality import Methods, models_of, pipe_of, results_so_far
+from benchmarks.record import header, note, precision_on, record
+from benchmarks.variants import VARIANTS, Variant, Weights
+from components.device import device, load_base, load_companions
 from components.environment import quiet
-from components.params import Model, Params, companion_paths, load_params
+from components.params import Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
-from components.sampling import Sampler, choose_tasks
+from components.sampling import choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
-from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import FLOOR, guidance_power, turn_of
 from pnp_core.files import read_json, write_json, write_text
-from pnp_core.guide import (
-    Guide,
-    GuideConfig,
-    Modulation,
-    hold_offsets,
-    modulated_layers,
-    text_attentions,
-)
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide.guide import hold_offsets
 from pnp_core.identity import base_identity
-from pnp_core.inject import injecting
-from pnp_core.models import AddedConditions, load_unet, weights_hash
-from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
+from pnp_core.models import weights_hash
+from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, step_generator, train
 
 RESULTS = Path("benchmarks/results/ablations.json")
@@ -73,131 +58,16 @@ NUM_PERTURBED = 3
 PAIRS_PERTURBED = 2_000  # of each perturbed base
 
 
-class Weights(NamedTuple):
-    """What an error of eps counts, by timestep: functions of alpha_t^2, averaging 1."""
+class Student(Ours):
+    """A variant's guide, as a method."""
 
-    eps: Callable[[Tensor], Tensor] = staticmethod(torch.ones_like)
-    v: Callable[[Tensor], Tensor] = staticmethod(lambda alpha2: 1 / alpha2)
-    x: Callable[[Tensor], Tensor] = staticmethod(lambda alpha2: (1 - alpha2) / alpha2)
-    # Hang et al., ICCV 2023: an error of x counts min(SNR, 5)
-    min_snr: Callable[[Tensor], Tensor] = staticmethod(
-        lambda alpha2: (5 * (1 - alpha2) / alpha2).clamp(max=1)
-    )
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide, variant: Variant) -> None:
+        super().__init__(unet, guide)
+        self.variant = variant
 
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One guide to train.
-
-    Attributes:
-        shape: of the guide's network; None: the tiny guide's.
-        size: parameters of the tiny guide, over those that params.yaml allows.
-        in_decoder: what acts on the text acts in the decoder alone.
-        states: which of the base's pairs: ``trajectory``, ``forward`` or ``mixed``.
-        weight: of an error of eps, a field of :class:`Weights`.
-        relative: errors count relative to the guidance of the same pair.
-        guidance_scale: range of w in training.
-        power: w is drawn as ``low + (high - low) u**power``.
-        w_weighted: errors count ``1 / max(w - 1, 1)^2``.
-        companions: train on the cache's companions in turns in every other step, else on the base.
-        perturbed: train on the base and on copies with noise in their weights in turns.
-    """
-
-    shape: Shape | None = None
-    size: float = 1.0
-    in_decoder: bool = False
-    states: str = "trajectory"
-    weight: str = "eps"
-    relative: bool = True
-    guidance_scale: tuple[float, float] = (1.0, 8.0)
-    power: float = 1.0
-    w_weighted: bool = True
-    companions: bool = True
-    perturbed: bool = False
-
-
-VARIANTS = {
-    "the default": {"every other step the base, companions in turns": Variant()},
-    "the guide's shape, at equal parameters": {
-        "external: reads the latent": Variant(shape=External),
-        "reads features alone": Variant(shape=FeatureReading),
-        "text residual alone": Variant(shape=TextResidual),
-        "without gains on attention": Variant(shape=WithoutGains),
-        "without text residual": Variant(shape=WithoutText),
-        "without modulating layers": Variant(shape=WithoutModulations),
-        "without adapters at the decoder's entrances": Variant(shape=WithoutEntrances),
-        "in the decoder alone": Variant(in_decoder=True),
-        "up to 2.5 times as large": Variant(size=2.5),
-    },
-    "loss: not relative to each pair's guidance": {
-        "on eps": Variant(relative=False),
-        "on v": Variant(relative=False, weight="v"),
-        "on x": Variant(relative=False, weight="x"),
-        "on x, min-SNR 5": Variant(relative=False, weight="min_snr"),
-    },
-    "guidance scales in training": {
-        "uniform in [1, 5]": Variant(guidance_scale=(1.0, 5.0)),
-        "more low ones: 1 + 7 u^2": Variant(power=2.0),
-        "errors not divided by (w - 1)^2": Variant(w_weighted=False),
-    },
-    "trained on the base alone": {
-        "trajectories": Variant(companions=False),
-        "noised images": Variant(companions=False, states="forward"),
-        "both": Variant(companions=False, states="mixed"),
-        "trajectories, also with noise in the weights": Variant(companions=False, perturbed=True),
-    },
-}
-
-
-class InDecoder:
-    """A guided forward in which the guide acts in the decoder alone, and so do gradients."""
-
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
-        self.plain = PlainDenoiser(unet, schedule)
-        self.guide = guide
-
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        found = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD)
-        steered = self.guide.steer(c_BLD, found)
-        unet = self.plain.unet
-        in_decoder = {id(m) for m in (*unet.up_blocks.modules(), unet.conv_norm_out)}
-
-        if found.attention_gains:
-            gains = tuple(
-                gain if id(layer) in in_decoder else torch.zeros_like(gain)
-                for layer, gain in zip(text_attentions(unet), found.attention_gains, strict=True)
-            )
-            found = found._replace(attention_gains=gains)
-        if found.modulations:
-            modulations = tuple(
-                modulation
-                if id(layer) in in_decoder
-                else Modulation(
-                    torch.ones_like(modulation.factor), torch.zeros_like(modulation.shift)
-                )
-                for layer, modulation in zip(modulated_layers(unet), found.modulations, strict=True)
-            )
-            found = found._replace(modulations=modulations)
-
-        def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            return args, {**kwargs, "encoder_hidden_states": steered}
-
-        blocks = [block for block in unet.up_blocks if hasattr(block, "attentions")]
-        handles = [b.register_forward_pre_hook(with_text, with_kwargs=True) for b in blocks]
-        try:
-            with injecting(unet, self.guide, found):
-                return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        kind = InDecoder if self.variant.in_decoder else GuidedDenoiser
+        return kind(unet, self.guide, schedule)
 
 
 class Pairs(NamedTuple):
@@ -215,7 +85,6 @@ def pairs_of(
     companions: Sequence[UNet2DConditionModel] = (),
 ) -> list[Pairs]:
     """The pairs that a variant trains on, base by base."""
-    device = unet.device
     starts = cache.starts.tolist()
     num_forward = read_json(CACHE / "index.json")["config"]["num_forward"]  # they come first
     start, stop = {
@@ -225,7 +94,7 @@ def pairs_of(
     }[variant.states]
 
     def stretch(teacher: UNet2DConditionModel, first: int, last: int) -> Pairs:
-        return Pairs(teacher, lambda i: cache.pairs(first + i, device), last - first)
+        return Pairs(teacher, lambda i: cache.pairs(first + i, unet.device), last - first)
 
     own = stretch(unet, start, stop)
     if variant.companions:
@@ -258,7 +127,8 @@ def repaired(unet: UNet2DConditionModel, cache: TeacherCache, indices: Tensor) -
     with torch.no_grad():
         for batch in indices.split(64):
             p = cache.pairs(batch, unet.device)
-            eps.append(teacher.pair(p.z_t, p.timestep, p.text, p.negative_text))
+            w_B = torch.ones(len(batch), device=unet.device)
+            eps.append(teacher.pair(p.z_t, p.timestep, p.conditions(w_B)))
     eps_c, eps_n = (torch.cat(part) for part in zip(*eps, strict=True))
 
     def rows(i: Tensor) -> Any:
@@ -289,7 +159,7 @@ def objective(
         p = pairs[turn].rows(rows[part])
         w_B = (low + (high - low) * drawn)[part].to(p.z_t)
         target = cfg_target(eps_c=p.eps_c, eps_n=p.eps_n, guidance_scale_B=w_B)
-        eps = students[turn](p.z_t, p.timestep, p.text, w_B, p.negative_text, p.added)
+        eps = students[turn](p.z_t, p.timestep, p.conditions(w_B))
         error = (eps.float() - target).square().mean(dim=(1, 2, 3)) / power
         error = error * weight_t[p.timestep.cpu()].to(error)
         if variant.relative:
@@ -300,54 +170,8 @@ def objective(
     return loss_fn
 
 
-class Probe(NamedTuple):
-    """States that CFG visits on one model from held-out prompts, and its predictions there."""
-
-    c_BLD: Tensor
-    n_BLD: Tensor
-    states: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # z_t, t, eps_c, eps_w
-
-
-@torch.no_grad()
-def probe(row: Model, params: Params) -> Probe:
-    pipe = pipe_of(row, params)
-    fresh = Guide.from_unet(pipe.unet, GuideConfig(**params.distill.guide.model_dump()))
-    sampler = Sampler(pipe, GuideBundle({1: fresh}), params)  # only CFG samples here
-    tasks = [task for task in choose_tasks(params.evaluate) if task.is_heldout][:NUM_PROMPTS]
-    inputs = sampler.inputs(tasks)
-    z, c, n = inputs["z_T"], inputs["c_BLD"], inputs["n_BLD"]
-    teacher = sampler.teacher()
-    grid = sampling_timesteps(pipe.scheduler, params.evaluate.num_steps[0], sampler.spacing)
-    w_B = torch.full((len(z),), params.evaluate.guidance_scale, device=z.device)
-    states = []
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
-        t_B = t.expand(len(z)).to(z.device)
-        eps_c, eps_n = teacher.pair(z, t_B, c, n)
-        eps_w = teacher.guider(eps_c, eps_n, t_B, w_B)
-        states.append((z, t_B, eps_c, eps_w))
-        z = sampler.schedule.ddim_step(z, eps_w, t_B, s.expand(len(z)))
-    return Probe(c, n, states)
-
-
-@torch.no_grad()
-def unexplained(student: Denoiser, found: Probe, guidance_scale: float) -> float:
-    """``guidance_fvu`` at the probe's states."""
-    left = total = 0.0
-    for z, t_B, eps_c, eps_w in found.states:
-        w_B = torch.full((len(z),), guidance_scale, device=z.device)
-        eps = student(z, t_B, found.c_BLD, w_B, found.n_BLD)
-        left += float((eps - eps_w).square().sum())
-        total += float((eps_c - eps_w).square().sum())
-    return left / total
-
-
-def student_of(
-    variant: Variant, unet: UNet2DConditionModel, guide: Guide, at: NoiseSchedule
-) -> Any:
-    return (InDecoder if variant.in_decoder else GuidedDenoiser)(unet, guide, at)
-
-
-def train_variant(variant: Variant, params: Params, name: str) -> Guide:
+def train_variant(variant: Variant, params: Params, name: str) -> Student:
+    """The variant, trained on the cache."""
     pipe = load_base(params.base)
     unet = pipe.unet
     cache = TeacherCache.open(CACHE, base=base_identity(params.base))
@@ -362,25 +186,23 @@ def train_variant(variant: Variant, params: Params, name: str) -> Guide:
     guide = Guide.from_unet(unet, GuideConfig(max_parameters_ratio=ratio))
     if variant.shape:
         guide = hold_offsets(shaped_guide(variant.shape, unet, guide)).to(unet.device)
+    student = Student(unet, guide, variant)
     companions = load_companions(companion_paths(params), pipe) if variant.companions else {}
     pairs = pairs_of(cache, unet, variant, list(companions.values()))
-    students = [student_of(variant, p.unet, guide, cache.schedule) for p in pairs]
+    students = [student.denoiser(p.unet, cache.schedule) for p in pairs]
     progress = Progress(name, NUM_IMAGES, "images")
     power = guidance_power(cache, config.seed)
     return train(
         objective(variant, pairs, students, cache.schedule, config, power),
-        guide,
+        student,
         config,
         run_hash="",
         report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
     )
 
 
-def run(params: Params) -> None:
-    """Fill in what the results lack.
-
-    Raises ValueError if there is no cache of this base, or if it lacks a kind of pairs.
-    """
+def check_cache(params: Params) -> None:
+    """Raise ValueError if there is no cache of this base, or if it lacks a kind of pairs."""
     TeacherCache.open(CACHE, base=base_identity(params.base))
     made = read_json(CACHE / "index.json")["config"]
     if not (made["num_forward"] and made["num_trajectory"]):
@@ -389,62 +211,82 @@ def run(params: Params) -> None:
             f"{made['num_trajectory']} along trajectories; the ablations compare the two. Set "
             "cache.num_forward and cache.num_trajectory, and run `dvc repro cache`."
         )
+
+
+def run(params: Params) -> None:
+    """Fill in what the results lack.
+
+    Raises ValueError if there is no cache of this base, or if it lacks a kind of pairs.
+    """
+    check_cache(params)
     setting = {
         "guidance_scale": params.evaluate.guidance_scale,
         "images_seen": NUM_IMAGES,
         "base_hash": weights_hash(params.base)[:16],
     }
     results = results_so_far(RESULTS, setting)
+    precision = precision_on(device().type, params.distill.precision)
+    made_by = record(guide="of each row in the JSON file", precision=precision)
     rows = results.setdefault("rows", {})
-    models = models_of(params)
-    probes: dict[str, Probe] = {}
     for group, variants in VARIANTS.items():
         for label, variant in variants.items():
             if label in rows.get(group, {}):
                 continue
-            probes = probes or {model: probe(row, params) for model, row in models.items()}
-            started = time.monotonic()
-            guide = train_variant(variant, params, label)
-            seconds = time.monotonic() - started
-            pipe = load_base(params.base)
-            fvu = {}
-            for model, row in models.items():
-                is_base = row.path == params.base
-                unet = pipe.unet if is_base else load_unet(row.path, base=pipe)
-                at = NoiseSchedule.from_scheduler(pipe.scheduler)
-                student = student_of(variant, unet, guide, at)
-                fvu[model] = unexplained(student, probes[model], params.evaluate.guidance_scale)
-            base = sum(p.numel() for p in pipe.unet.parameters())
-            rows.setdefault(group, {})[label] = {
-                "params_ratio": sum(p.numel() for p in guide.parameters()) / base,
-                "images_per_second": NUM_IMAGES / seconds,
-                "guidance_fvu": fvu,
-            }
-            print(f"{label}: {fvu}", flush=True)
+            row = row_of(variant, params, label)
+            rows.setdefault(group, {})[label] = row
+            print(f"{label}: {row['guidance_fvu']}", flush=True)
+            note(results, label, made_by)
             write_json(RESULTS, results)
             write_text(RESULTS.with_suffix(".md"), as_markdown(results))
 
 
+def row_of(variant: Variant, params: Params, label: str) -> dict[str, Any]:
+    """Train a variant and measure it on every model."""
+    started = time.monotonic()
+    student = train_variant(variant, params, label)
+    seconds = time.monotonic() - started
+    tasks = [task for task in choose_tasks(params.evaluate) if task.is_heldout][:NUM_PROMPTS]
+    fvu, bundle = {}, GuideBundle({1: student.guide})
+    for model, row in models_of(params).items():
+        methods = Methods(pipe_of(row, params), bundle, params, peers={label: student})
+        fvu[model] = methods.guidance_fvu(tasks, label)
+    base = sum(p.numel() for p in methods.pipe.unet.parameters())
+    return {
+        "guide": student.guide.weights_digest()[:16],
+        "params_ratio": sum(p.numel() for p in student.parameters()) / base,
+        "images_per_second": NUM_IMAGES / seconds,
+        "guidance_fvu": fvu,
+    }
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
-    setting = results["setting"]
+    setting, rows = results["setting"], results["rows"]
+    names = [
+        label
+        for group, known in VARIANTS.items()
+        for label in known
+        if label in rows.get(group, {})
+    ]
     lines = [
+        header(results, names),
+        "",
         f"`guidance_fvu` at guidance scale {setting['guidance_scale']:g} on held-out prompts after "
         f"{setting['images_seen']:,} training samples; the base of the first column was trained on,"
         " the fine-tunes never.",
         "",
     ]
     for group, known in VARIANTS.items():
-        made = results["rows"].get(group, {})
+        made = rows.get(group, {})
         variants = {label: made[label] for label in known if label in made}
         if not variants:
             continue
-        models = list(next(iter(variants.values()))["guidance_fvu"])
+        models = sorted(next(iter(variants.values()))["guidance_fvu"])
         titles = [group, "parameters", "samples/s", *models, "mean of fine-tunes"]
         lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
         for label, row in variants.items():
             fvu = row["guidance_fvu"]
             cells = [label, f"{row['params_ratio']:.2%}", f"{row['images_per_second']:.0f}"]
-            cells += [f"{value:.3f}" for value in fvu.values()]
+            cells += [f"{fvu[model]:.3f}" for model in models]
             cells.append(f"{of_finetunes(fvu):.3f}")
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
@@ -482,7 +324,7 @@ def main() -> None:
     results = read_json(RESULTS)
     print(as_markdown(results))
     if arguments.json:
-        print(json.dumps(summary(results)))
+        print(json.dumps({**summary(results), "records": results.get("records")}))
 
 
 if __name__ == "__main__":

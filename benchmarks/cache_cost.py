@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from benchmarks.cost import ARCHITECTURES, Steps, unet_config
+from benchmarks.cost import ARCHITECTURES, Forwards, unet_config
 from components.environment import quiet
 from pnp_core.cache import SampleBytes, sample_bytes
 from pnp_core.metrics import count_flops
@@ -32,7 +32,7 @@ def architecture_bytes(name: str) -> SampleBytes:
 def row(name: str, tflops: float) -> str:
     """The architecture's line of the table in docs/own-models.md."""
     size = architecture_bytes(name)
-    flops = count_flops(Steps(name, "tiny", "meta", torch.float32).cfg)
+    flops = count_flops(Forwards(name, "meta", torch.float32).cfg)
     cells = [
         name,
         f"{size.pair:,}",

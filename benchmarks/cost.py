@@ -3,26 +3,31 @@
     python -m benchmarks.cost --json                # parameters and FLOPs, in seconds
     python -m benchmarks.cost --json --run sd15     # real forwards too: minutes on a CPU
 
-A CFG step is one UNet forward of two samples, a guided step one forward of one sample and the
-guide. FLOPs are counted by PyTorch on meta tensors. Wall times are medians of forwards taken in
-turns in one process, in fp16 on a GPU and in fp32, a pipeline's default, on a CPU; the
-`plain_time_ratio` is that of a forward with no guide, which no guide can go below. Memory is the
-peak of a forward, weights included. With --json, the last line on stdout is one JSON object; what
-was not run is null.
+A CFG step is one UNet forward of two samples; a guided step is one forward of one sample and all
+that the guide does for it, also what later steps of a run find done: reading the conditions, keys
+and values of the negative prompt. FLOPs are counted by PyTorch on meta tensors. Wall times are
+medians of forwards taken in turns in one process, in fp16 on a GPU and in fp32, a pipeline's
+default, on a CPU; the `plain_time_ratio` is that of a forward with no guide, which no guide can go
+below. Memory is the peak of a forward, weights included. With --json, the last line on stdout is
+one JSON object; what was not run is null.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from benchmarks.record import UNTRAINED, as_line, record
+from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import KINDS, Guide, GuideConfig
-from pnp_core.inject import injecting
 from pnp_core.metrics import count_flops, time_ratio
+from pnp_core.schedule import NoiseSchedule
 from pnp_core.single_file import LAYOUTS
 
 ARCHITECTURES = ("sd15", "sd21", "sdxl")
@@ -35,54 +40,71 @@ def unet_config(name: str) -> dict[str, Any]:
     return config
 
 
-class Steps:
-    """A guided and a CFG step of one architecture, on one device."""
+def bare_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet with the same weights, which it shares, and without hooks."""
+    with torch.device("meta"):
+        twin = UNet2DConditionModel.from_config(unet.config)
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    return twin.requires_grad_(False).eval()
 
-    def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
+
+class Forwards:
+    """A plain and a CFG step of one architecture, on one device."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
         with torch.device(device):
             self.unet = UNet2DConditionModel.from_config(unet_config(name)).to(dtype).eval()
-            guide_config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
-            self.guide = Guide.from_unet(self.unet, guide_config).to(dtype).eval()
         self.device, self.dtype = device, dtype
+        self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler())  # of a base that predicts eps
+        self.bare = PlainDenoiser(self.unet, self.schedule)
         self.inputs = {batch: self.make_inputs(batch) for batch in (1, 2)}
 
-    def make_inputs(self, batch: int) -> dict[str, Any]:
+    def make_inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
+        """What a denoiser takes."""
         config = self.unet.config
 
         def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(batch, *shape, device=self.device, dtype=self.dtype)
+            return torch.randn(shape, device=self.device, dtype=self.dtype)
 
-        inputs: dict[str, Any] = {
-            "sample": normal(config.in_channels, config.sample_size, config.sample_size),
-            "timestep": torch.full((batch,), 500, device=self.device),
-            "encoder_hidden_states": normal(77, config.cross_attention_dim),
-        }
+        z = normal(batch, config.in_channels, config.sample_size, config.sample_size)
+        width, added = config.cross_attention_dim, None
         if config.addition_embed_type == "text_time":
-            inputs["added_cond_kwargs"] = {"text_embeds": normal(1280), "time_ids": normal(6)}
-        return inputs
+            added = AddedConditions(normal(batch, 1280), normal(batch, 1280), normal(batch, 6))
+        c, n = normal(batch, 77, width), normal(1, 77, width)
+        conditions = Conditions.at_scale(4.0, c_BLD=c, n_BLD=n, added=added)
+        return z, torch.full((batch,), 500, device=self.device), conditions
 
     @torch.no_grad()
     def cfg(self) -> None:
-        self.unet(**self.inputs[2])
+        """The forward of two samples that CFG needs."""
+        self.bare(*self.inputs[2])
 
     @torch.no_grad()
     def plain(self) -> None:
-        self.unet(**self.inputs[1])
+        """A forward with no guide."""
+        self.bare(*self.inputs[1])
+
+
+class Steps(Forwards):
+    """A guided step besides."""
+
+    def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
+        super().__init__(name, device, dtype)
+        with torch.device(device):
+            guide_config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
+            self.guide = Guide.from_unet(self.unet, guide_config).to(dtype).eval()
+        self.student = GuidedDenoiser(bare_twin(self.unet), self.guide, self.schedule)
 
     @torch.no_grad()
     def guided(self) -> None:
-        inputs = self.inputs[1]
-        conditioning = self.guide(
-            inputs["sample"],
-            inputs["timestep"],
-            inputs["encoder_hidden_states"],
-            guidance_scale=torch.full((1,), 4.0, device=self.device),
-            negative_hidden_states=inputs["encoder_hidden_states"],
-            negative_added=inputs.get("added_cond_kwargs"),
-        )
-        steered = self.guide.steer(inputs["encoder_hidden_states"], conditioning)
-        with injecting(self.unet, self.guide, conditioning):
-            self.unet(**{**inputs, "encoder_hidden_states": steered})
+        """The first step of a run, which has to do everything."""
+        z, t, conditions = self.inputs[1]
+        self.student(z, t, replace(conditions))
+
+    @torch.no_grad()
+    def guided_again(self) -> None:
+        """A further step of a run: one of the same conditions as the call before."""
+        self.student(*self.inputs[1])
 
 
 def peak_memory(step: Callable[[], None], device: str) -> int:
@@ -116,18 +138,23 @@ def measure(name: str, kind: str, *, run: bool, repeats: int) -> dict[str, float
         # CFG needs no guide in memory.
         guided = peak_memory(steps.guided, device)
         steps.guide.to("meta")
+        steps.student.call = None
         row["memory_ratio"] = guided / peak_memory(steps.cfg, device)
     return row
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description="What a guide costs.")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--run", nargs="*", default=[], choices=[*ARCHITECTURES], metavar="NAME",
                         help=f"real forwards of these: {', '.join(ARCHITECTURES)}")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    results: dict[str, dict[str, dict[str, float | None]]] = {}
+    precision = "fp16" if torch.cuda.is_available() else "fp32"
+    made_by = record(guide=UNTRAINED, precision=precision)
+    print(as_line(made_by), flush=True)
+    results: dict[str, dict[str, Any]] = {}
     for name in ARCHITECTURES:
         for kind in KINDS:
             row = measure(name, kind, run=name in arguments.run, repeats=arguments.repeats)
@@ -135,7 +162,7 @@ def main() -> None:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if v is not None)
             print(f"{name} {kind}: {shown}", flush=True)
     if arguments.json:
-        print(json.dumps(results))
+        print(json.dumps({**results, "record": made_by}))
 
 
 if __name__ == "__main__":

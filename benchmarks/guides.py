@@ -1,132 +1,128 @@
 """Other shapes of a tiny guide, as large as the default one, for the ablations.
 
-Each is a network that stands in for a guide's own: it has the same `condition` and `residuals`.
+Each is a kind of guide (:class:`pnp_core.guide.kind.Kind`) that takes the network's place in a
+:class:`pnp_core.guide.Guide`.
 
-Shape legend: B batch, C channels, H W latent size, L text tokens, D text width, R rank, M width of
-the conditioning vector.
+Shape legend: B batch, C channels, H W latent size, N positions, L text tokens, D text width,
+R rank, M width of the conditioning vector.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from pnp_core.guide import (
-    Conditioning,
+from pnp_core.calls import entered
+from pnp_core.conditions import Conditions
+from pnp_core.denoiser import DenoiserCall, GuidedDenoiser
+from pnp_core.guide import Guide
+from pnp_core.guide.kind import (
+    EMBEDDING_DIM,
+    W_SCALE,
     DecoderInput,
-    Guide,
-    TextAdapter,
-    TinyGuide,
-    TinyShape,
-    attention,
-    decoder_entrances,
-    modulated_channels,
-    modulated_layers,
+    Effect,
+    Gain,
+    KeyValue,
+    Kind,
+    Prepared,
+    add_all,
+    frequencies,
     rms_normed,
-    text_attentions,
+    sinusoidal,
     zero_module,
 )
+from pnp_core.guide.tiny import PROMPT_RANK, TinyGuide, TinyShape
+from pnp_core.guide.unet import decoder_entrances, describe, modulated_layers, text_attentions
+from pnp_core.schedule import NoiseSchedule
 
-EMBEDDING_DIM = 32  # width M, the default guide's on the embedded base
-
-
-class Silent(nn.Module):
-    """No residual on the text states."""
-
-    def forward(self, *args: object) -> None:
-        return None
+WIDTH = 32  # of the conditioning vector, the default guide's on the embedded base
 
 
-class FeatureReading(TinyGuide):
-    """Adapters at the decoder's entrances alone."""
+class Parts(NamedTuple):
+    """Which parts of the default guide there are."""
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        entrances = decoder_entrances(unet)
-        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
-        super().__init__(entrances, shape, unet.config.cross_attention_dim)
-        self.text = Silent()  # type: ignore[assignment]
-
-
-class TextResidual(TinyGuide):
-    """A residual on the text states alone."""
-
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        text_dim = unet.config.cross_attention_dim
-        super().__init__([], TinyShape([], 4, EMBEDDING_DIM), text_dim)
-        self.text = TextAdapter(text_dim, rank, EMBEDDING_DIM)
-
-    def residuals(
-        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
-    ) -> list[Tensor | None]:
-        return [None] * (1 + len(entering.skips))
+    text: bool = True
+    attentions: bool = True
+    modulations: bool = True
+    entrances: bool = True
 
 
-class WithoutGains(TinyGuide):
-    """The default, wider, without gains on the cross-attentions."""
+class PartialGuide(Kind):
+    """The default guide without some of its parts, the others wider."""
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        entrances = decoder_entrances(unet)
-        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
-        text_dim = unet.config.cross_attention_dim
-        super().__init__(entrances, shape, text_dim, (), channels_of_layers(unet))
+    def __init__(self, unet: UNet2DConditionModel, rank: int, parts: Parts) -> None:
+        super().__init__()
+        facts = describe(unet)
+        entrances = decoder_entrances(unet) if parts.entrances else []
+        self.parts = parts
+        self.net = TinyGuide(
+            entrances,
+            TinyShape([rank] * len(entrances), rank if parts.text else 0, WIDTH),
+            facts["text_dim"],
+            facts["attention_channels"] if parts.attentions else [],
+            facts["modulated_channels"] if parts.modulations else [],
+        )
 
-
-class WithoutText(TinyGuide):
-    """The default, wider, without a residual on the text states."""
-
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        entrances = decoder_entrances(unet)
-        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
-        channels = [layer.inner_dim for layer in text_attentions(unet)]
-        text_dim = unet.config.cross_attention_dim
-        super().__init__(entrances, shape, text_dim, channels, channels_of_layers(unet))
-        self.text = Silent()  # type: ignore[assignment]
+    def prepare(self, conditions: Conditions, strength: float) -> "PreparedPartial":
+        return PreparedPartial(self.net.prepare(conditions, strength), self.parts)
 
 
-class WithoutModulations(TinyGuide):
-    """The default, wider, without modulating what layers give."""
+class PreparedPartial(Prepared):
+    """A partial guide that has read a run's conditions."""
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        entrances = decoder_entrances(unet)
-        shape = TinyShape([rank] * len(entrances), rank, EMBEDDING_DIM)
-        channels = [layer.inner_dim for layer in text_attentions(unet)]
-        super().__init__(entrances, shape, unet.config.cross_attention_dim, channels)
+    def __init__(self, whole: Prepared, parts: Parts) -> None:
+        self.whole = whole
+        self.parts = parts
 
-
-class WithoutEntrances(TinyGuide):
-    """The default, its text residual wider, without adapters at the decoder's entrances."""
-
-    def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        shape = TinyShape([], rank, EMBEDDING_DIM)
-        channels = [layer.inner_dim for layer in text_attentions(unet)]
-        text_dim = unet.config.cross_attention_dim
-        super().__init__([], shape, text_dim, channels, channels_of_layers(unet))
-
-    def residuals(
-        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
-    ) -> list[Tensor | None]:
-        return [None] * (1 + len(entering.skips))
+    def at(self, sample: Tensor, timestep_B: Tensor) -> "PartialEffect":
+        return PartialEffect(self.whole.at(sample, timestep_B), self.parts)
 
 
-def channels_of_layers(unet: UNet2DConditionModel) -> list[int]:
-    return [modulated_channels(layer) for layer in modulated_layers(unet)]
+class PartialEffect(Effect):
+    """What a guide does, but for parts that it does not have."""
+
+    def __init__(self, whole: Effect, parts: Parts) -> None:
+        self.whole = whole
+        self.parts = parts
+        self.attends = parts.attentions
+        self.modulates = parts.modulations
+
+    def steer(self, c_BLD: Tensor) -> Tensor:
+        return self.whole.steer(c_BLD) if self.parts.text else c_BLD
+
+    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        return self.whole.attend(index, query_BNC, read_BNC, negative)
+
+    def modulate(self, index: int, output: Tensor) -> Tensor:
+        return self.whole.modulate(index, output)
+
+    def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        return self.whole.enter(index, entering) if self.parts.entrances else entering
 
 
-class External(TinyGuide):
+class External(Kind):
     """A narrow convolutional network that reads the noisy latent, not the UNet's features.
 
     A zero projection of what it finds enters the decoder with the hidden states and each skip.
     """
 
     def __init__(self, unet: UNet2DConditionModel, rank: int) -> None:
-        self.split = [(e.hidden, *e.skips) for e in decoder_entrances(unet)]
+        super().__init__()
         text_dim = unet.config.cross_attention_dim
-        super().__init__([], TinyShape([], rank, EMBEDDING_DIM), text_dim)
-        self.text = Silent()  # type: ignore[assignment]
+        self.split = [(e.hidden, *e.skips) for e in decoder_entrances(unet)]
+        self.embed = nn.Sequential(
+            nn.Linear(2 * EMBEDDING_DIM, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU()
+        )
+        self.prompt = nn.Sequential(
+            nn.Linear(text_dim, PROMPT_RANK, bias=False),
+            zero_module(nn.Linear(PROMPT_RANK, WIDTH, bias=False)),
+        )
         self.conv_in = nn.Conv2d(unet.config.in_channels, rank, 3, padding=1)
-        self.blocks = nn.ModuleList(Block(rank, EMBEDDING_DIM) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(rank) for _ in range(2))
         self.query = nn.Linear(rank, rank)
         self.key = nn.Linear(text_dim, rank)
         self.value = nn.Linear(text_dim, rank)
@@ -135,37 +131,56 @@ class External(TinyGuide):
             zero_module(nn.Conv2d(rank, sum(parts), 1, bias=False)) for parts in self.split
         )
 
-    def condition(
-        self,
-        sample: Tensor,
-        timestep_B: Tensor,
-        c_BLD: Tensor,
-        n_BLD: Tensor,
-        w_B: Tensor,
-        strength: float,
-        negative_added: Mapping[str, Tensor] | None,
-    ) -> Conditioning:
-        found = super().condition(sample, timestep_B, c_BLD, n_BLD, w_B, strength, negative_added)
-        assert found.embedding_BM is not None
-        h = self.blocks[0](self.conv_in(sample), found.embedding_BM)
-        query = heads(self.query(h.flatten(2).transpose(1, 2)))
-        normed = [rms_normed(text) for text in (c_BLD, n_BLD)]
-        positive, negative = (
-            attention(query, heads(self.key(text)), heads(self.value(text))) for text in normed
-        )
-        attended = self.attended((positive - negative).transpose(1, 2).flatten(2))
-        h = h + attended.transpose(1, 2).reshape(h.shape)
-        h = F.silu(self.blocks[1](h, found.embedding_BM))
-        return found._replace(encoder_features=(found.gain_B.to(h)[:, None, None, None] * h,))
+    def prepare(self, conditions: Conditions, strength: float) -> "PreparedExternal":
+        return PreparedExternal(self, conditions, strength)
 
-    def residuals(
-        self, block_index: int, conditioning: Conditioning, entering: DecoderInput
-    ) -> list[Tensor | None]:
-        assert conditioning.encoder_features
-        (h,) = conditioning.encoder_features
-        height, width = entering.hidden_states.shape[-2:]
-        h = F.adaptive_avg_pool2d(h, (height, width))
-        return list(self.up[block_index](h).split(self.split[block_index], dim=1))
+
+class PreparedExternal(Prepared):
+    """An external guide that has read a run's conditions."""
+
+    def __init__(self, net: External, conditions: Conditions, strength: float) -> None:
+        self.net = net
+        self.dtype = net.conv_in.weight.dtype
+        normed = [rms_normed(x.to(self.dtype)) for x in (conditions.c_BLD, conditions.n_BLD)]
+        difference_BLD = normed[0] - normed[1]
+        self.gain_B1 = Gain.of(conditions.w_B, difference_BLD, strength).scale_B1
+        self.frequencies = frequencies(difference_BLD.device)
+        self.w_BE = sinusoidal(W_SCALE * conditions.w_B, self.frequencies)
+        self.prompt_BM = net.prompt(difference_BLD.mean(dim=1))
+        self.texts = [(heads(net.key(text)), heads(net.value(text))) for text in normed]
+
+    def at(self, sample: Tensor, timestep_B: Tensor) -> "ExternalEffect":
+        net = self.net
+        t_BE = sinusoidal(timestep_B, self.frequencies).expand_as(self.w_BE)
+        embedding_BM = net.embed(torch.cat([t_BE, self.w_BE], dim=1).to(self.dtype))
+        embedding_BM = embedding_BM + self.prompt_BM
+        h = net.blocks[0](net.conv_in(sample.to(self.dtype)), embedding_BM)
+        query = heads(net.query(h.flatten(2).transpose(1, 2)))
+        each = (len(query), -1, -1, -1)  # one negative prompt may stand for all samples
+        positive, negative = (
+            F.scaled_dot_product_attention(query, key.expand(*each), value.expand(*each))
+            for key, value in self.texts
+        )
+        attended = net.attended((positive - negative).transpose(1, 2).flatten(2))
+        h = h + attended.transpose(1, 2).reshape(h.shape)
+        h = F.silu(net.blocks[1](h, embedding_BM))
+        return ExternalEffect(net, self.gain_B1.to(h.dtype)[..., None, None] * h)
+
+
+class ExternalEffect(Effect):
+    """What an external guide does in one forward."""
+
+    def __init__(self, net: External, h_BRHW: Tensor) -> None:
+        self.net = net
+        self.h_BRHW = h_BRHW
+
+    def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        features = (entering.hidden_states, *entering.skips)
+        height, width = features[0].shape[-2:]
+        h = F.adaptive_avg_pool2d(self.h_BRHW, (height, width))
+        residuals = self.net.up[index](h).split(self.net.split[index], dim=1)
+        hidden, *skips = add_all(features, residuals)
+        return DecoderInput(hidden, tuple(skips))
 
 
 def heads(x_BNA: Tensor) -> Tensor:
@@ -177,18 +192,25 @@ def heads(x_BNA: Tensor) -> Tensor:
 class Block(nn.Module):
     """A residual block, modulated by the conditioning vector."""
 
-    def __init__(self, rank: int, embedding_dim: int) -> None:
+    def __init__(self, rank: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.modulation = nn.Linear(WIDTH, 2 * rank)
         self.conv = nn.Conv2d(rank, rank, 3, padding=1)
 
     def forward(self, h: Tensor, embedding_BM: Tensor) -> Tensor:
+        """The features, changed as the vector says."""
         scale, shift = self.modulation(embedding_BM)[..., None, None].chunk(2, dim=1)
         result: Tensor = h + self.conv(F.silu(h * (1 + scale) + shift))
         return result
 
 
-Shape = Callable[[UNet2DConditionModel, int], TinyGuide]
+Shape = Callable[[UNet2DConditionModel, int], Kind]
+"""Makes a network for a UNet, as wide as a rank says."""
+
+
+def without(**parts: bool) -> Shape:
+    """The default guide without some of its parts, as ``without(text=False)``."""
+    return partial(PartialGuide, parts=Parts(**parts))
 
 
 def widest(make: Shape, unet: UNet2DConditionModel, max_parameters: int) -> int:
@@ -206,3 +228,79 @@ def shaped_guide(make: Shape, unet: UNet2DConditionModel, guide: Guide) -> Guide
     """``guide`` with a network of another shape that has at most as many parameters."""
     guide.net = make(unet, widest(make, unet, sum(p.numel() for p in guide.parameters())))
     return guide
+
+
+class InDecoder(GuidedDenoiser):
+    """A guided forward in which the guide acts in the decoder alone, and so do gradients."""
+
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
+        super().__init__(unet, guide, schedule)
+        in_decoder = {id(module) for module in (*unet.up_blocks.modules(), unet.conv_norm_out)}
+        self.places = Places(
+            *(
+                {index for index, layer in enumerate(layers) if id(layer) in in_decoder}
+                for layers in (text_attentions(unet), modulated_layers(unet))
+            )
+        )
+
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        unet = self.plain.unet
+        call = DecoderCall(unet, self.guide, conditions, self.places)
+
+        def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            return args, {**kwargs, "encoder_hidden_states": call.steered_BLD}
+
+        blocks = [block for block in unet.up_blocks if hasattr(block, "attentions")]
+        handles = [b.register_forward_pre_hook(with_text, with_kwargs=True) for b in blocks]
+        try:
+            with entered(call):
+                return self.plain(z_BCHW, t_B, conditions)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class Places(NamedTuple):
+    """Where in the decoder a guide can act: numbers of cross-attentions and modulated layers."""
+
+    attentions: set[int]
+    layers: set[int]
+
+
+class DecoderCall(DenoiserCall):
+    """A forward whose encoder reads the prompt as it is, and its decoder what a guide makes of it.
+
+    Attributes:
+        steered_BLD: what the decoder is to read.
+    """
+
+    steered_BLD: Tensor
+
+    def __init__(
+        self, unet: UNet2DConditionModel, guide: Guide, conditions: Conditions, places: Places
+    ) -> None:
+        super().__init__(unet, guide, conditions)
+        self.places = places
+
+    def begin(self, arguments: dict[str, Any]) -> Effect:
+        text_BLD = arguments["encoder_hidden_states"]
+        effect = super().begin(arguments)
+        self.steered_BLD = arguments["encoder_hidden_states"]
+        arguments["encoder_hidden_states"] = text_BLD
+        return DecoderEffect(effect, self.places)
+
+
+class DecoderEffect(PartialEffect):
+    """What a guide does, in the decoder alone."""
+
+    def __init__(self, whole: Effect, places: Places) -> None:
+        super().__init__(whole, Parts(attentions=whole.attends, modulations=whole.modulates))
+        self.places = places
+
+    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        if index not in self.places.attentions:
+            return read_BNC
+        return super().attend(index, query_BNC, read_BNC, negative)
+
+    def modulate(self, index: int, output: Tensor) -> Tensor:
+        return super().modulate(index, output) if index in self.places.layers else output

@@ -15,6 +15,7 @@ import copy
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,31 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quality import methods_on, models_of
-from components.device import load_base
+from benchmarks.record import digest, header, note, precision_on, record
+from components.device import device, load_base
 from components.environment import quiet
 from components.params import Params, load_params
 from components.paths import BUNDLE, CACHE
 from components.progress import Progress
-from components.sampling import choose_tasks
+from components.sampling import Sampler, choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
-from pnp_core.distill import draw_guidance_scale
 from pnp_core.files import read_json, write_json, write_text
-from pnp_core.guide import EMBEDDING_DIM, Guide, TinyGuide, sinusoidal
-from pnp_core.halve import (
-    halving_rounds,
-    halving_target,
-    raised_guidance_scale,
-    truncated_snr_loss,
-)
+from pnp_core.guide import Guide
+from pnp_core.guide.kind import EMBEDDING_DIM, Kind, Prepared, frequencies, sinusoidal
+from pnp_core.guide.tiny import PreparedTiny, TinyGuide
+from pnp_core.halve import HalveConfig, halving_objective, rounds_of
 from pnp_core.identity import base_identity
-from pnp_core.models import AddedConditions, weights_hash
+from pnp_core.models import weights_hash
 from pnp_core.sample import sample
-from pnp_core.schedule import sampling_timesteps
-from pnp_core.train import TrainConfig, step_generator, train
+from pnp_core.train import step_generator, train
 
 RESULTS = Path("benchmarks/results/halving.json")
 NUM_PROMPTS = 48
+STEPS_SCALE = 100  # log2 of 1 to 1000 steps covers about the range of phases that t does
 LABELS = {
     "unhalved": "the guide before halving",
     "each": "a guide for each count",
@@ -57,112 +56,110 @@ LABELS = {
 }
 
 
-class ToldSteps(nn.Module):
-    """A tiny guide's embedding of t and w, told log2 of the number of steps as well."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CountedConditions(Conditions):
+    """Conditions of a run that takes so many steps."""
 
-    def __init__(self, embed: nn.Sequential) -> None:
+    num_steps: int
+
+
+class ToldSteps(Kind):
+    """A tiny guide whose conditioning vector is told log2 of the number of steps as well."""
+
+    def __init__(self, net: TinyGuide) -> None:
         super().__init__()
-        self.embed = embed
-        first = embed[0]
+        self.net = net
+        first = net.embed[0]
         assert isinstance(first, nn.Linear)
         self.steps = nn.Linear(EMBEDDING_DIM, first.out_features, bias=False)
         nn.init.zeros_(self.steps.weight)
-        self.log2_steps_B = torch.zeros(1)
 
-    def forward(self, embedding_B2: Tensor) -> Tensor:
-        told_BE = sinusoidal(self.log2_steps_B, 100).to(embedding_B2)
-        h: Tensor = self.embed[0](embedding_B2) + self.steps(told_BE)
-        for layer in self.embed[1:]:
-            h = layer(h)
-        return h
+    def prepare(self, conditions: Conditions, strength: float) -> Prepared:
+        assert isinstance(conditions, CountedConditions)
+        prepared = PreparedTiny(self.net, conditions, strength)
+        log2_steps_1 = torch.tensor([conditions.num_steps], device=conditions.w_B.device).log2()
+        told_1E = sinusoidal(STEPS_SCALE * log2_steps_1, frequencies(log2_steps_1.device))
+        prepared.of_w_BM = prepared.of_w_BM + self.steps(told_1E.to(self.steps.weight.dtype))
+        return prepared
 
 
 class OneGuide:
-    """A guided forward for samples that each have a number of steps of their own."""
+    """A guided forward of a guide that is told the number of steps."""
 
-    def __init__(self, guided: GuidedDenoiser, num_steps_B: Tensor) -> None:
+    def __init__(self, guided: GuidedDenoiser, num_steps: int) -> None:
         self.guided = guided
-        self.log2_steps_B = num_steps_B.float().log2()
+        self.num_steps = num_steps
+        self.given: Conditions | None = None
+        self.counted: CountedConditions | None = None
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        told_steps(self.guided.guide).log2_steps_B = self.log2_steps_B
-        return self.guided(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
-
-
-def told_steps(guide: Guide) -> ToldSteps:
-    assert isinstance(guide.net, TinyGuide) and isinstance(guide.net.embed, ToldSteps)
-    return guide.net.embed
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        if self.counted is None or self.given is not conditions:
+            self.given = conditions
+            self.counted = CountedConditions(**vars(conditions), num_steps=self.num_steps)
+        return self.guided(z_BCHW, t_B, self.counted)
 
 
 def one_guide(distilled: Guide) -> Guide:
     """A copy that does the same until it is trained."""
     guide = copy.deepcopy(distilled).requires_grad_(True)
     assert isinstance(guide.net, TinyGuide)
-    guide.net.embed = ToldSteps(guide.net.embed)  # type: ignore[assignment]
+    guide.net = ToldSteps(guide.net).to(guide.device)
     return guide
 
 
+def halve_config(params: Params) -> HalveConfig:
+    """Of stage halve, as one training that is as long as all its rounds."""
+    section = params.halve
+    train = train_config(section)
+    config = HalveConfig(
+        train=train,
+        start_steps=section.start_steps,
+        end_steps=section.end_steps,
+        guidance_scale=params.distill.guidance_scale,
+        guidance_gain=section.guidance_gain,
+        timestep_spacing=section.timestep_spacing,
+    )
+    num_images = len(rounds_of(config)) * section.num_images
+    return replace(config, train=replace(train, num_images=num_images))
+
+
 def train_one_guide(params: Params, distilled: Guide) -> Guide:
+    """One guide for all counts. In phase k the counts down to the k-th are learnt, in turns drawn
+    at random: each has a teacher by then."""
     pipe = load_base(params.base)
+    unet, config = pipe.unet, halve_config(params)
     cache = TeacherCache.open(CACHE, base=base_identity(params.base))
-    section, device, schedule = params.halve, pipe.unet.device, cache.schedule
-    counts = halving_rounds(section.start_steps, section.end_steps)
-    settings = vars(train_config(section))
-    config = TrainConfig(**{**settings, "num_images": len(counts) * section.num_images})
-    grids = {
-        n: sampling_timesteps(pipe.scheduler, n, section.timestep_spacing)
-        for n in (section.start_steps, *counts)
-    }
-    guide = one_guide(distilled.to(device))
+    guide = one_guide(distilled.to(unet.device))
     frozen = copy.deepcopy(guide).requires_grad_(False).eval()
-    student = GuidedDenoiser(pipe.unet, guide, schedule)
-    renewed = GuidedDenoiser(pipe.unet, frozen, schedule)
-    first = GuidedDenoiser(pipe.unet, copy.deepcopy(frozen), schedule)
-    phase_steps = config.num_steps // len(counts)
+    student, renewed, first = (
+        GuidedDenoiser(unet, each, cache.schedule)
+        for each in (guide, frozen, copy.deepcopy(frozen))
+    )
+    # one stream of data for all counts; not the one that turns are drawn from
+    rounds = [replace(each, seed=config.train.seed + 1) for each in rounds_of(config)]
+    objectives = [
+        halving_objective(
+            OneGuide(student, this.num_steps),
+            OneGuide(renewed if this.number else first, 2 * this.num_steps),
+            cache, pipe.scheduler, config, this, unet.device,
+        )
+        for this in rounds
+    ]  # fmt: skip
+    phase_steps = max(1, config.train.num_steps // len(rounds))
 
     def loss_fn(step: int, part: slice) -> Tensor:
         if step > 0 and step % phase_steps == 0:
             frozen.load_state_dict(guide.state_dict())
-        generator = step_generator(config.seed, step)
-        indices = cache.latent_indices(batch_size=config.batch_size, seed=config.seed, step=step)
-        w_B = draw_guidance_scale(params.distill.guidance_scale, config.batch_size, generator)
-        # in phase k the counts down to the k-th are learnt: each has a teacher by then
-        known = counts[: min(step // phase_steps + 1, len(counts))]
-        num_steps = known[int(torch.randint(len(known), (1,), generator=generator))]
-        interval_B = torch.randint(num_steps, (config.batch_size,), generator=generator)[part]
-        latents = cache.latents(indices, generator, part, device)
-        grid, fine = grids[num_steps], grids[2 * num_steps]
-        t_B, s_B = grid[interval_B], grid[interval_B + 1]
-        w_B, t_B, s_B = w_B[part].to(device), t_B.to(device), s_B.to(device)
-        z_t = schedule.add_noise(latents.x, latents.noise, t_B)
-        steps_B = torch.full((len(z_t),), num_steps, device=device)
-        is_first = 2 * num_steps == section.start_steps
-        teacher = first if is_first else renewed
-        gain, highest = section.guidance_gain if is_first else 1.0, params.distill.guidance_scale[1]
-        with torch.no_grad():
-            target = halving_target(
-                OneGuide(teacher, 2 * steps_B), schedule, z_t=z_t, t_B=t_B, s_B=s_B,
-                m_B=fine[2 * interval_B + 1].to(device), c_BLD=latents.text,
-                w_B=raised_guidance_scale(w_B, gain, highest),
-                n_BLD=latents.negative_text, added=latents.added,
-            )  # fmt: skip
-        own = OneGuide(student, steps_B)
-        eps = own(z_t, t_B, latents.text, w_B, latents.negative_text, latents.added)
-        return truncated_snr_loss(schedule, eps, target, z_t, t_B)
+        num_known = min(step // phase_steps + 1, len(rounds))
+        generator = step_generator(config.train.seed, step)
+        turn = int(torch.randint(num_known, (1,), generator=generator))
+        return objectives[turn](step, part)
 
-    progress = Progress("one guide", config.num_images, "images")
+    progress = Progress("one guide", config.train.num_images, "images")
     return train(
         loss_fn,
         guide,
-        config,
+        config.train,
         run_hash="",
         report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
     )
@@ -173,38 +170,11 @@ def run(params: Params) -> None:
     bundle = GuideBundle.load(BUNDLE)
     start = bundle.num_steps[-1]
     one = train_one_guide(params, bundle.guides[start])
-    counts = halving_rounds(params.halve.start_steps, params.halve.end_steps)
+    counts = [each.num_steps for each in rounds_of(halve_config(params))]
     models: dict[str, Any] = {}
     for model, row in models_of(params).items():
         methods = methods_on(row, params, {})
-        tasks = [task for task in choose_tasks(params.evaluate) if task.is_heldout][:NUM_PROMPTS]
-        inputs = methods.inputs(tasks)
-        unet, schedule = methods.pipe.unet, methods.schedule
-
-        def latents(denoiser: Denoiser, num_steps: int, methods: Any = methods) -> Tensor:
-            with methods.computing():
-                return sample(
-                    denoiser,
-                    methods.pipe.scheduler,
-                    guidance_scale=params.evaluate.guidance_scale,
-                    num_steps=num_steps,
-                    timestep_spacing=params.halve.timestep_spacing,
-                    **inputs,  # noqa: B023
-                )
-
-        reference = latents(CFGDenoiser(unet, schedule), start)
-        models[model] = {label: {} for label in LABELS}
-        for num_steps in counts:
-            steps_B = torch.full((len(tasks),), num_steps, device=unet.device)
-            denoisers: dict[str, Denoiser] = {
-                "unhalved": GuidedDenoiser(unet, bundle.guides[start], schedule),
-                "each": GuidedDenoiser(unet, bundle.guides[num_steps], schedule),
-                "one": OneGuide(GuidedDenoiser(unet, one, schedule), steps_B),
-                "cfg": CFGDenoiser(unet, schedule),
-            }
-            for label, denoiser in denoisers.items():
-                error = (latents(denoiser, num_steps) - reference).square().mean()
-                models[model][label][str(num_steps)] = float(error / reference.square().mean())
+        models[model] = errors(methods, bundle, one, counts)
         print(f"{model}: {models[model]}", flush=True)
     setting = {
         "guidance_scale": params.evaluate.guidance_scale,
@@ -213,15 +183,56 @@ def run(params: Params) -> None:
         "base_hash": weights_hash(params.base)[:16],
     }
     results = {"setting": setting, "models": models}
+    trained, sampled = (
+        precision_on(device().type, each.precision) for each in (params.halve, params.evaluate)
+    )
+    precision = f"{trained} in training, {sampled} in sampling"
+    guide = f"{digest(bundle)}, the one guide {one.weights_digest()[:16]}"
+    note(results, "all", record(guide=guide, precision=precision))
     write_json(RESULTS, results)
     write_text(RESULTS.with_suffix(".md"), as_markdown(results))
 
 
+def errors(
+    methods: Sampler, bundle: GuideBundle, one: Guide, counts: list[int]
+) -> dict[str, dict[str, float]]:
+    """Relative errors on one model, by label and number of steps."""
+    tasks = choose_tasks(methods.config)
+    inputs = methods.inputs([task for task in tasks if task.is_heldout][:NUM_PROMPTS])
+    unet, schedule, start = methods.pipe.unet, methods.schedule, bundle.num_steps[-1]
+
+    def latents(denoiser: Denoiser, num_steps: int) -> Tensor:
+        with methods.computing():
+            return sample(
+                denoiser,
+                methods.pipe.scheduler,
+                num_steps=num_steps,
+                timestep_spacing=methods.spacing,
+                **inputs,
+            )
+
+    reference = latents(CFGDenoiser(unet, schedule), start)
+    found: dict[str, dict[str, float]] = {label: {} for label in LABELS}
+    for num_steps in counts:
+        denoisers: dict[str, Denoiser] = {
+            "unhalved": GuidedDenoiser(unet, bundle.guides[start], schedule),
+            "each": GuidedDenoiser(unet, bundle.guides[num_steps], schedule),
+            "one": OneGuide(GuidedDenoiser(unet, one, schedule), num_steps),
+            "cfg": CFGDenoiser(unet, schedule),
+        }
+        for label, denoiser in denoisers.items():
+            error = (latents(denoiser, num_steps) - reference).square().mean()
+            found[label][str(num_steps)] = float(error / reference.square().mean())
+    return found
+
+
 def as_markdown(results: Mapping[str, Any]) -> str:
     setting, models = results["setting"], results["models"]
-    counts = list(next(iter(models.values()))["cfg"])
+    counts = sorted(next(iter(models.values()))["cfg"], key=int, reverse=True)
     titles = ["model", "", *(f"{n} steps" for n in counts)]
     lines = [
+        header(results, ["all"]),
+        "",
         f"Relative error of the final latents to CFG's with {setting['reference_steps']} steps, "
         f"guidance scale {setting['guidance_scale']:g}, held-out prompts; "
         f"{setting['images_seen']:,} images seen in halving.",
@@ -229,7 +240,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"| {' | '.join(titles)} |",
         "|---" * len(titles) + "|",
     ]
-    for model, rows in models.items():
+    for model, rows in sorted(models.items()):
         for name, label in LABELS.items():
             cells = [f"{rows[name][n]:.4f}" for n in counts]
             lines.append(f"| {' | '.join([model, label, *cells])} |")
@@ -237,6 +248,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="make the results")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
@@ -249,7 +261,7 @@ def main() -> None:
     results = read_json(RESULTS)
     print(as_markdown(results))
     if arguments.json:
-        print(json.dumps(results["models"]))
+        print(json.dumps({**results["models"], "records": results.get("records")}))
 
 
 if __name__ == "__main__":

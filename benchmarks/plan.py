@@ -25,11 +25,11 @@ from components.environment import quiet
 from components.params import Params, load_params
 from components.training import train_config
 from pnp_core.cache import Pairs
+from pnp_core.conditions import AddedConditions
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import halving_rounds
 from pnp_core.metrics import count_flops
-from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.soap import sides
 from pnp_core.train import TrainConfig, train

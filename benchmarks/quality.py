@@ -26,18 +26,19 @@ its `guidance_fvu` that of the guide before halving, without; the peers have nei
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS, Ours, Peer
+from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
+from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
-from components.device import frozen, load_base, load_companions
+from components.device import device, frozen, load_base, load_companions
 from components.environment import quiet
 from components.judging import Judge, fid, kid
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
@@ -52,7 +53,7 @@ from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.identity import base_identity
-from pnp_core.metrics import count_flops, psnr
+from pnp_core.metrics import psnr
 from pnp_core.models import load_unet, weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
@@ -60,21 +61,9 @@ RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
 TRIAL_SHARE = 0.1
 PEER_BATCH_SIZE = 32
-STEPS = (50, 16, 8, 4)
-PEER_STEPS = (16,)
 # Images of a row, over `evaluate.num_images`: of 192, the guide's FID over CFG's is another by 0.05
 # with other seeds, which is more than it is from 1.
 MORE_IMAGES = 3
-ADD_ONS = ("agd", "dice")
-LABELS = {
-    "unguided": "no guidance",
-    "cfg": "CFG",
-    "cfg_half": "CFG, half the steps",
-    "guided": "this guide",
-    "meng": "whole UNet tuned (Meng et al., stage 1)",
-    "agd": "attention adapters (AGD)",
-    "dice": "text sharpening (DICE)",
-}
 ZOO = ("fluent-emoji-high-contrast", "noto-v1", "emojione-monotone-lora", "emojione-v1")
 
 
@@ -126,7 +115,7 @@ def train_peer(
     runs/peers.
     """
     pipe = load_base(params.base)
-    companions = load_companions(companion_paths(params), pipe) if name in ADD_ONS else {}
+    companions = load_companions(companion_paths(params), pipe) if PEERS[name].is_add_on else {}
     unet = pipe.unet
     full = train_config(params.distill)
 
@@ -184,7 +173,7 @@ def run(params: Params, anew: str | None = None) -> None:
 
     Raises ValueError if there is no cache or no bundle.
     """
-    judge = Judge(params.evaluate.judge, load_base(params.base).unet.device)
+    judge = Judge(params.evaluate.judge, device())
     setting = {
         "judge": judge.name,
         "guidance_scale": params.evaluate.guidance_scale,
@@ -193,40 +182,20 @@ def run(params: Params, anew: str | None = None) -> None:
         "base_hash": weights_hash(params.base)[:16],
     }
     results = results_so_far(RESULTS, setting)
-    wanted = [anew] if anew else list(LABELS)
+    rows: dict[str, Any] = results.setdefault("models", {})
     if anew:
-        for made in results.get("models", {}).values():
+        forget(results, anew)
+        for made in rows.values():
             made.pop(anew, None)
     cache = TeacherCache.open(CACHE, base=base_identity(params.base))
-    rows = results.setdefault("models", {})
     tasks = tasks_of(params)
-    todo = {
-        model: [
-            (method, n)
-            for method in wanted
-            for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
-            if rows.setdefault(model, {}).get(method, {}).get(str(n), {}).get("num_images")
-            != len(tasks)
-        ]
-        for model in models_of(params)
-    }
-    peers, costs = {}, results.setdefault("costs", {})
-    missing = {method for pairs in todo.values() for method, _ in pairs}
-    for name in [name for name in PEERS if name in missing]:
-        known = costs.get(name, {}).get("learning_rate")
-        peers[name], rate = train_peer(name, params, cache, known)
-        costs[name] = cost_of(name, params, peers[name])
-        is_add_on = name in ADD_ONS
-        costs[name] |= {
-            "learning_rate": rate,
-            "pairs": int(cache.starts[-1 if is_add_on else 1]),
-            "companions": len(cache.companions) if is_add_on else 0,
-        }
-        write_json(RESULTS, results)
-    costs["guided"] = cost_of("guided", params, None)
-    costs["guided"] |= {"pairs": int(cache.starts[-1]), "companions": len(cache.companions)}
+    todo = missing(rows, params, [anew] if anew else list(LABELS), len(tasks))
+    wanted = {method for pairs in todo.values() for method, _ in pairs}
+    peers = train_peers([name for name in PEERS if name in wanted], params, cache, results)
+    costs = results["costs"]
+    costs["guided"] = cost_of("guided", params, None) | pairs_seen(cache, is_add_on=True)
+    made_by = record(guide=digest(GuideBundle.load(BUNDLE)), precision=precision_of(params))
     for model, row in models_of(params).items():
-        done = rows[model]
         if not todo[model]:
             continue
         methods = methods_on(row, params, peers)
@@ -234,27 +203,93 @@ def run(params: Params, anew: str | None = None) -> None:
         progress = Progress(f"quality of {model}", len(todo[model]), "rows")
         cfg: dict[int, np.ndarray] = {}
         for number, (method, num_steps) in enumerate(todo[model], 1):
-            actual = num_steps // 2 if method == "cfg_half" else num_steps
-            made = images(methods, method, actual, tasks)
-            features = judge.features(made)
-            done.setdefault(method, {})[str(num_steps)] = {
-                "num_images": len(tasks),
-                "fid": fid(features, references),
-                "kid": kid(features, references),
-                "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
-            }
-            if num_steps in PEER_STEPS and method != "cfg":
-                if num_steps not in cfg:
-                    cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
-                agreement = psnr(made, cfg[num_steps])
-                done[method][str(num_steps)]["cfg_psnr"] = float(agreement.mean())
-            if method in (*PEERS, "guided") and "guidance_fvu" not in done[method]:
-                heldout = [task for task in tasks if task.is_heldout]
-                done[method]["guidance_fvu"] = methods.guidance_fvu(heldout, method)
+            done = rows[model].setdefault(method, {})
+            done |= row_of(methods, method, num_steps, tasks, judge, references, cfg)
+            note(results, method, made_by)
             progress(number, f"{LABELS[method]}, {num_steps} steps")
             write_json(RESULTS, results)
     write_json(RESULTS, results)
     write_text(RESULTS.with_suffix(".md"), as_markdown(results))
+
+
+def precision_of(params: Params) -> str:
+    """What training and sampling are computed in; ``guidance_fvu`` always is in fp32."""
+    trained, sampled = (
+        precision_on(device().type, each.precision) for each in (params.distill, params.evaluate)
+    )
+    return f"{trained} in training, {sampled} in sampling"
+
+
+def missing(
+    rows: dict[str, Any], params: Params, wanted: Sequence[str], num_images: int
+) -> dict[str, list[tuple[str, int]]]:
+    """By model, the methods and step counts that have no row of so many images yet."""
+    return {
+        model: [
+            (method, n)
+            for method in wanted
+            for n in (PEER_STEPS if method in PEERS or method == "cfg_half" else STEPS)
+            if rows.setdefault(model, {}).get(method, {}).get(str(n), {}).get("num_images")
+            != num_images
+        ]
+        for model in models_of(params)
+    }
+
+
+def train_peers(
+    names: Sequence[str], params: Params, cache: TeacherCache, results: dict[str, Any]
+) -> dict[str, Peer]:
+    """The peers of these names; what each costs goes into the results."""
+    costs = results.setdefault("costs", {})
+    peers = {}
+    for name in names:
+        known = costs.get(name, {}).get("learning_rate")
+        peers[name], rate = train_peer(name, params, cache, known)
+        costs[name] = cost_of(name, params, peers[name])
+        costs[name] |= {"learning_rate": rate, **pairs_seen(cache, PEERS[name].is_add_on)}
+        write_json(RESULTS, results)
+    return peers
+
+
+def pairs_seen(cache: TeacherCache, is_add_on: bool) -> dict[str, int]:
+    """How many teacher pairs a method is trained on, and of how many companions besides."""
+    return {
+        "pairs": int(cache.starts[-1 if is_add_on else 1]),
+        "companions": len(cache.companions) if is_add_on else 0,
+    }
+
+
+def row_of(
+    methods: Methods,
+    method: str,
+    num_steps: int,
+    tasks: Sequence[Task],
+    judge: Judge,
+    references: np.ndarray,
+    cfg: dict[int, np.ndarray],
+) -> dict[str, Any]:
+    """Sample and judge a method at a step count.
+
+    Args:
+        cfg: CFG's images by step count; those that are missing are made.
+    """
+    made = images(methods, method, num_steps // 2 if method == "cfg_half" else num_steps, tasks)
+    features = judge.features(made)
+    scores: dict[str, float] = {
+        "num_images": len(tasks),
+        "fid": fid(features, references),
+        "kid": kid(features, references),
+        "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
+    }
+    if num_steps in PEER_STEPS and method != "cfg":
+        if num_steps not in cfg:
+            cfg[num_steps] = images(methods, "cfg", num_steps, tasks)
+        scores["cfg_psnr"] = float(psnr(made, cfg[num_steps]).mean())
+    row: dict[str, Any] = {str(num_steps): scores}
+    if method in (*PEERS, "guided") and num_steps == PEER_STEPS[0]:
+        heldout = [task for task in tasks if task.is_heldout]
+        row["guidance_fvu"] = methods.guidance_fvu(heldout, method)
+    return row
 
 
 def tasks_of(params: Params) -> list[Task]:
@@ -268,118 +303,17 @@ def images(methods: Methods, method: str, num_steps: int, tasks: Sequence[Task])
 
 
 def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
-    """Parameters over the base's, FLOPs of a step over CFG's, of training over a forward's.
-
-    Training is from the cache, forward and backward: the teacher's two forwards are not in it.
-    """
+    """See :meth:`benchmarks.peers.Peer.cost`; by default of the guide before halving."""
     methods = methods_on(models_of(params)["base"], params, {} if peer is None else {method: peer})
+    bundle, unet = methods.bundle, methods.pipe.unet
+    peer = peer or Ours(unet, bundle.guides[bundle.num_steps[-1]])
     one = methods.inputs(choose_tasks(params.evaluate)[:1])
-    distilled = methods.bundle.num_steps[-1]
-    module = methods.bundle.guides[distilled] if peer is None else peer
-    own, theirs, forward = (
-        count_flops(lambda m=m: methods.denoise(one, m, 1))  # type: ignore[misc]
-        for m in (method, "cfg", "unguided")
-    )
-
-    def train_once() -> None:
-        z, device = one["z_T"], methods.device
-        t_B, w_B = torch.tensor([500], device=device), torch.tensor([3.0], device=device)
-        student = methods.denoiser(method, distilled)
-        eps = student(z, t_B, one["c_BLD"], w_B, one["n_BLD"], one["added"])
-        eps.square().sum().backward()
-
-    base = sum(p.numel() for p in methods.pipe.unet.parameters())
-    return {
-        "params_ratio": sum(p.numel() for p in module.parameters()) / base,
-        "flops_ratio": own / theirs,
-        "train_flops_ratio": count_flops(train_once) / forward,
-    }
-
-
-def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers that the project answers for; None where rows of peers are not made yet."""
-    models: Mapping[str, Any] = results["models"]
-    tuned = [name for name in models if name != "base"]
-
-    def fvu(method: str, names: Iterable[str]) -> float:
-        return mean(models[name][method]["guidance_fvu"] for name in names)
-
-    def distance(method: str, names: Iterable[str], num_steps: int) -> float:
-        return mean(models[name][method][str(num_steps)]["fid"] for name in names)
-
-    def worst_ratio(steps: Sequence[int]) -> float:
-        return max(
-            distance("guided", [m], n) / distance("cfg", [m], n) for m in models for n in steps
-        )
-
-    (at,) = PEER_STEPS
-    ahead = behind = None
-    if all(peer in rows for rows in models.values() for peer in PEERS):
-        ahead = all(
-            figure("guided", names) < figure(peer, names)
-            for peer in ADD_ONS
-            for names in (["base"], tuned)
-            for figure in (fvu, lambda method, names: distance(method, names, at))
-        )
-        behind = distance("guided", ["base"], at) / distance("meng", ["base"], at) - 1
-    return {
-        "judge": results["setting"]["judge"],
-        "fvu_base": fvu("guided", ["base"]),
-        "fvu_finetune_worst": max(fvu("guided", [name]) for name in tuned),
-        "fid_ratio_worst": worst_ratio([n for n in STEPS if n != 4]),
-        "fid_ratio_4": worst_ratio([4]),
-        "beats_all_peers": ahead,
-        "fid_behind_whole_unet": behind,
-    }
-
-
-def as_markdown(results: Mapping[str, Any]) -> str:
-    setting, models, costs = results["setting"], results["models"], results["costs"]
-    num_images = next(iter(models.values()))["cfg"][str(STEPS[0])]["num_images"]
-    lines = [
-        f"Guidance scale {setting['guidance_scale']:g}; {setting['images_seen']:,} images seen in "
-        f"training and {setting['images_seen_in_a_round']:,} more in a round of halving. Judge: "
-        f"{setting['judge']}.",
-        "",
-        f"FID of {num_images:,} images each, which is biased upwards: compare within this table.",
-        "",
-        "Teacher pairs trained on: "
-        + ", ".join(
-            f"{LABELS[method]} {cost['pairs']:,} of the base"
-            + (f" and {cost['companions']} companions" if cost["companions"] else "")
-            for method, cost in costs.items()
-        )
-        + ".",
-    ]
-    for model, rows in models.items():
-        lines += [
-            "",
-            f"## {model}",
-            "",
-            "| method | parameters | FLOPs / CFG | training FLOPs / forward | guidance_fvu | "
-            + " | ".join(f"FID, {n} steps" for n in STEPS)
-            + " | PSNR to CFG, 16 steps |",
-            "|---" * (6 + len(STEPS)) + "|",
-        ]
-        for method, label in LABELS.items():
-            if method not in rows:
-                continue
-            row, cost = rows[method], costs.get(method, {})
-            fids = [f"{row[str(n)]['fid']:.2f}" if str(n) in row else "" for n in STEPS]
-            cells = [
-                label,
-                f"{cost['params_ratio']:.2%}" if cost else "",
-                f"{cost['flops_ratio']:.3f}" if cost else "",
-                f"{cost['train_flops_ratio']:.2f}" if cost else "",
-                f"{row['guidance_fvu']:.3f}" if "guidance_fvu" in row else "",
-                *fids,
-                f"{row['16']['cfg_psnr']:.1f} dB" if "16" in row and method != "cfg" else "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    z, t_B = one["z_T"], torch.tensor([500], device=methods.device)
+    return peer.cost(unet, methods.schedule, z_BCHW=z, t_B=t_B, conditions=one["conditions"])
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="make the results")
     parser.add_argument("--anew", choices=LABELS, help="with --run: this method's rows alone, anew")
@@ -393,7 +327,7 @@ def main() -> None:
     results = read_json(RESULTS)
     print(as_markdown(results))
     if arguments.json:
-        print(json.dumps(summary(results)))
+        print(json.dumps({**summary(results), "records": results.get("records")}))
 
 
 if __name__ == "__main__":

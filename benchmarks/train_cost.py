@@ -34,8 +34,9 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.cost import unet_config
+from benchmarks.record import UNTRAINED, as_line, precision_on, record
 from components.dataset import read_records
-from components.device import load_base
+from components.device import device, load_base
 from components.environment import quiet
 from components.params import Params, load_params
 from components.storage import Mirror
@@ -56,18 +57,18 @@ def naive_losses(
 ) -> Tensor:
     """Losses ``(B,)`` without cached predictions and with gradients through the whole UNet."""
     with torch.no_grad():
-        pair = teacher.pair(pairs.z_t, pairs.timestep, pairs.text, pairs.negative_text)
+        pair = teacher.pair(pairs.z_t, pairs.timestep, pairs.conditions(w_B))
         eps_c, eps_n = (eps.float() for eps in pair)
         target = torch.lerp(eps_n, eps_c, w_B.reshape(-1, 1, 1, 1))
     z_t = pairs.z_t.detach().requires_grad_(True)
-    eps = student(z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text)
+    eps = student(z_t, pairs.timestep, pairs.conditions(w_B))
     return distillation_loss(eps, target, eps_c - eps_n, w_B, power=1.0)
 
 
 def cached_losses(student: GuidedDenoiser, pairs: Pairs, w_B: Tensor) -> Tensor:
-    """Losses ``(B,)`` as :func:`pnp_core.distill.distill` has them."""
+    """Losses ``(B,)`` as :func:`pnp_core.distill.distillation_objective` has them."""
     target = torch.lerp(pairs.eps_n, pairs.eps_c, w_B.reshape(-1, 1, 1, 1))
-    eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
+    eps = student(pairs.z_t, pairs.timestep, pairs.conditions(w_B))
     return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power=1.0)
 
 
@@ -335,6 +336,9 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     params = load_params(Path("params.yaml"))
+    precision = precision_on(device().type, params.distill.precision)
+    made_by = record(guide=UNTRAINED, precision=precision)
+    print(as_line(made_by), flush=True)
     with torch.device("meta"):
         sd15 = UNet2DConditionModel.from_config(unet_config("sd15"))
     pipe = load_base(params.base)
@@ -354,7 +358,7 @@ def main() -> None:
     result = measure(pipe, examples, params, rounds=arguments.rounds)
     result["train_flops_ratio_sd15"] = ratio
     if arguments.json:
-        print(json.dumps(result))
+        print(json.dumps({**result, "record": made_by}))
 
 
 if __name__ == "__main__":

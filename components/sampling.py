@@ -12,6 +12,7 @@ from components.dataset import read_records
 from components.params import Evaluate, Params, teacher_guider
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guiders import Guider
 from pnp_core.metrics import count_flops, guidance_fvu_terms, one_thread, time_ratio
@@ -85,15 +86,17 @@ class Sampler:
         return CFGDenoiser(self.pipe.unet, self.schedule, guider)
 
     def inputs(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Noise, text states and what an SDXL base is told besides."""
+        """Noise and conditions."""
         text = encode_prompts(self.pipe, [task.prompt for task in tasks])
         added = added_conditions(self.pipe, text, self.null)
-        return {
-            "z_T": initial_noise(self.shape, [task.seed for task in tasks]).to(self.device),
-            "c_BLD": text.states_NLD.to(self.device),
-            "n_BLD": self.null.states_NLD.to(self.device).expand(len(tasks), -1, -1),
-            "added": None if added is None else added.to(self.device),
-        }
+        conditions = Conditions.at_scale(
+            self.config.guidance_scale,
+            c_BLD=text.states_NLD.to(self.device),
+            n_BLD=self.null.states_NLD.to(self.device),
+            added=None if added is None else added.to(self.device),
+        )
+        noise = initial_noise(self.shape, [task.seed for task in tasks])
+        return {"z_T": noise.to(self.device), "conditions": conditions}
 
     def denoise(self, inputs: dict[str, Any], method: str, num_steps: int) -> torch.Tensor:
         """Latents (N, C, H, W)."""
@@ -101,7 +104,6 @@ class Sampler:
             return sample(
                 self.denoiser(method, num_steps),
                 self.pipe.scheduler,
-                guidance_scale=self.config.guidance_scale,
                 num_steps=num_steps,
                 timestep_spacing=self.spacing,
                 **inputs,
@@ -130,18 +132,15 @@ class Sampler:
         unexplained = total = 0.0
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
             inputs = self.inputs(batch)
-            z, texts = inputs["z_T"], (inputs["c_BLD"], inputs["n_BLD"])
-            added = inputs["added"]
-            w_B = torch.full((len(batch),), self.config.guidance_scale, device=self.device)
+            z, conditions = inputs["z_T"], inputs["conditions"]
             with torch.no_grad():
                 for t, s in zip(grid[:-1], grid[1:], strict=True):
                     t_B = t.expand(len(batch)).to(self.device)
                     terms = guidance_fvu_terms(
-                        guided, teacher, z_t=z, t_B=t_B, c_BLD=texts[0], n_BLD=texts[1], w_B=w_B,
-                        added=added,
-                    )  # fmt: skip
+                        guided, teacher, z_t=z, t_B=t_B, conditions=conditions
+                    )
                     unexplained, total = unexplained + terms[0], total + terms[1]
-                    eps_w = teacher(z, t_B, texts[0], w_B, texts[1], added).float()
+                    eps_w = teacher(z, t_B, conditions).float()
                     z = self.schedule.ddim_step(z, eps_w, t_B, s.expand(len(batch)))
         return unexplained / total
 

@@ -1,37 +1,36 @@
-"""One contract for everything that denoises: ``(z_BCHW, t_B, c_BLD, w_B, n_BLD) -> eps_BCHW``.
-
-``c`` are the text states of the prompt, ``n`` those of the negative (or null) prompt; ``added`` is
-what an SDXL base is told besides, None for other bases.
-"""
+"""One contract for everything that denoises: ``(z_BCHW, t_B, conditions) -> eps_BCHW``."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from pnp_core.calls import Call, Negatives, entered
+from pnp_core.conditions import Conditions
 from pnp_core.guide import Guide
+from pnp_core.guide.kind import Effect
 from pnp_core.guiders import Guider
-from pnp_core.inject import injecting
-from pnp_core.models import AddedConditions
+from pnp_core.inject import use
 from pnp_core.schedule import NoiseSchedule
 
 
 class Denoiser(Protocol):
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor: ...
+    """Predicts eps.
+
+    Args:
+        z_BCHW: latents at ``t_B``.
+        t_B: timesteps.
+        conditions: prompts, negative prompts and guidance scales. Where a run passes the same
+            object at each step, what it fixes is computed once.
+    """
+
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor: ...
 
 
 class PlainDenoiser:
-    """The base as it is, without guidance: one forward, ``w`` and ``n`` unused."""
+    """The base as it is, without guidance: one forward under the prompt."""
 
     def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> None:
         self.unet = unet
@@ -44,16 +43,11 @@ class PlainDenoiser:
         prediction = self.unet(z_BCHW, t_B, text_BLD, added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        return self.predict(z_BCHW, t_B, c_BLD, None if added is None else added.positive)
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        added = conditions.added
+        return self.predict(
+            z_BCHW, t_B, conditions.c_BLD, None if added is None else added.positive
+        )
 
 
 class CFGDenoiser:
@@ -69,17 +63,10 @@ class CFGDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
         self.guider = guider or Guider()
 
-    def pair(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def pair(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
         """``eps_c`` and ``eps_n``."""
-        texts = torch.cat([c_BLD, n_BLD])
-        both = None
+        texts = torch.cat([conditions.c_BLD, conditions.each_negative])
+        both, added = None, conditions.added
         if added is not None:
             both = {
                 key: torch.cat([value, added.negative[key]])
@@ -89,17 +76,9 @@ class CFGDenoiser:
         eps_c, eps_n = eps.chunk(2)
         return eps_c, eps_n
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        eps_c, eps_n = self.pair(z_BCHW, t_B, c_BLD, n_BLD, added)
-        return self.guider(eps_c, eps_n, t_B, w_B)
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        eps_c, eps_n = self.pair(z_BCHW, t_B, conditions)
+        return self.guider(eps_c, eps_n, t_B, conditions.w_B)
 
 
 class GuidedDenoiser:
@@ -107,22 +86,32 @@ class GuidedDenoiser:
 
     def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
         guide.check_fits(unet)
+        use(unet, self)
         self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
+        self.call: DenoiserCall | None = None
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        negative = None if added is None else added.negative
-        if n_BLD.stride(0) == 0:  # one negative prompt, expanded
-            n_BLD = n_BLD[:1]
-        conditioning = self.guide(z_BCHW, t_B, c_BLD, w_B, n_BLD, negative_added=negative)
-        text_BLD = self.guide.steer(c_BLD, conditioning)
-        with injecting(self.plain.unet, self.guide, conditioning):
-            return self.plain(z_BCHW, t_B, text_BLD, w_B, n_BLD, added)
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        if torch.is_grad_enabled():  # the guide may be another after this step
+            call = DenoiserCall(self.plain.unet, self.guide, conditions)
+        elif self.call is None or self.call.conditions is not conditions:
+            call = self.call = DenoiserCall(self.plain.unet, self.guide, conditions)
+        else:
+            call = self.call
+        with entered(call):
+            return self.plain(z_BCHW, t_B, conditions)
+
+
+class DenoiserCall(Call):
+    """A guide under conditions that are given."""
+
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide, conditions: Conditions) -> None:
+        self.unet = unet
+        self.conditions = conditions
+        self.negatives = Negatives(conditions.n_BLD)
+        self.prepared = guide.prepare(conditions)
+
+    def begin(self, arguments: dict[str, Any]) -> Effect:
+        effect = self.prepared.at(arguments["sample"], arguments["timestep"].reshape(-1))
+        arguments["encoder_hidden_states"] = effect.steer(arguments["encoder_hidden_states"])
+        return effect

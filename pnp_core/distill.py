@@ -100,11 +100,22 @@ def distillation_objective(
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
         target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
-        student = students[teacher]
-        eps = student(pairs.z_t, pairs.timestep, pairs.text, w_B, pairs.negative_text, pairs.added)
+        eps = students[teacher](pairs.z_t, pairs.timestep, pairs.conditions(w_B))
         return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
 
     return loss_fn
+
+
+def check_companions(given: Sequence[str], cache: TeacherCache) -> None:
+    """Raise ValueError if these are not the cache's further teachers, in its order."""
+    if list(given) != list(cache.companions):
+        ours, theirs = (
+            ", ".join(i[:12] for i in ids) or "none" for ids in (given, cache.companions)
+        )
+        raise ValueError(
+            f"The cache was made with other companions of the base ({theirs}) than are given "
+            f"({ours}): build the cache again."
+        )
 
 
 def distill(
@@ -130,15 +141,7 @@ def distill(
         ValueError: other companions than the cache's; a loss that diverges or is not finite.
     """
     companions = companions or {}
-    if list(companions) != list(cache.companions):
-        given, known = (
-            ", ".join(i[:12] for i in ids) or "none" for ids in (companions, cache.companions)
-        )
-        raise ValueError(
-            f"The cache was made with other companions of the base ({known}) than are given "
-            f"({given}): build the cache again."
-        )
-    device = unet.device
+    check_companions(list(companions), cache)
     teachers = (unet, *companions.values())
     for teacher in teachers:
         teacher.requires_grad_(False).eval()
@@ -163,7 +166,7 @@ def distill(
         return cache.name_pair(int(indices[row]))
 
     return train(
-        distillation_objective(students, cache, config, device),
+        distillation_objective(students, cache, config, unet.device),
         guide,
         config.train,
         run_hash=config_hash(config, cache.content_hash, RECIPE),

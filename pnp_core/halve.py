@@ -6,6 +6,8 @@ lacks of CFG's strength, the halved ones may get.
 """
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pnp_core.cache import TeacherCache
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.distill import draw_guidance_scale
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
-from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
 from pnp_core.settings import HalveConfig as HalveConfig
 from pnp_core.settings import halving_rounds as halving_rounds
@@ -33,12 +35,15 @@ from pnp_core.train import (
 
 
 def raised_guidance_scale(w_B: Tensor, gain: float, highest: float) -> Tensor:
-    """``1 + gain (w - 1)``, no more than ``highest``: what the first teacher is asked for.
+    """What the first teacher is asked for: ``w + (gain - 1) u (1 - u / u_max)``, ``u = w - 1``.
 
     A guide trained by squared error is a mean over what it can't tell apart, so it guides more
-    weakly than CFG at the same ``w``. The halved guides make up for it.
+    weakly than CFG at the same ``w``. The halved guides make up for it: near ``w = 1`` guidance is
+    multiplied by ``gain``. The teacher is asked for no more than ``highest``, which it was trained
+    for; up to there this rises with ``w``.
     """
-    return (1 + gain * (w_B - 1)).clamp(max=highest)
+    above_B = w_B - 1
+    return w_B + (gain - 1) * above_B * (1 - above_B / (highest - 1))
 
 
 def halving_target(
@@ -49,14 +54,11 @@ def halving_target(
     t_B: Tensor,
     m_B: Tensor,
     s_B: Tensor,
-    c_BLD: Tensor,
-    w_B: Tensor,
-    n_BLD: Tensor,
-    added: AddedConditions | None = None,
+    conditions: Conditions,
 ) -> Tensor:
     """The eps with which one step ``t -> s`` lands where two teacher steps ``t -> m -> s`` do."""
-    z_m = schedule.ddim_step(z_t, teacher(z_t, t_B, c_BLD, w_B, n_BLD, added).float(), t_B, m_B)
-    z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, c_BLD, w_B, n_BLD, added).float(), m_B, s_B)
+    z_m = schedule.ddim_step(z_t, teacher(z_t, t_B, conditions).float(), t_B, m_B)
+    z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, conditions).float(), m_B, s_B)
     return two_step_target(schedule, z_t=z_t, z_s=z_s, t_B=t_B, s_B=s_B)
 
 
@@ -70,6 +72,73 @@ def truncated_snr_loss(
     alpha, sigma = schedule.alpha_sigma(t_B, z_t)
     error = (eps.float() - target.float()).square().mean(dim=(1, 2, 3))
     return error * (sigma / alpha).flatten().square().clamp(min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round of halving.
+
+    Attributes:
+        number: from 0.
+        num_steps: the student's; the teacher has twice as many.
+        gain: what the teacher's guidance is multiplied by, see :func:`raised_guidance_scale`.
+        seed: of its batches.
+    """
+
+    number: int
+    num_steps: int
+    gain: float
+    seed: int
+
+
+def rounds_of(config: HalveConfig) -> list[Round]:
+    """The rounds, in order. The first alone has the gain: the later teachers have it in them."""
+    return [
+        Round(
+            number=number,
+            num_steps=num_steps,
+            gain=config.guidance_gain if number == 0 else 1.0,
+            seed=config.train.seed + 1 + number,
+        )
+        for number, num_steps in enumerate(halving_rounds(config.start_steps, config.end_steps))
+    ]
+
+
+def halving_objective(
+    student: Denoiser,
+    teacher: Denoiser,
+    cache: TeacherCache,
+    scheduler: Any,
+    config: HalveConfig,
+    this: Round,
+    device: torch.device,
+) -> Callable[[int, slice], Tensor]:
+    """What :func:`pnp_core.train.train` minimises in a round: a step's distance from two."""
+    schedule, batch_size = cache.schedule, config.train.batch_size
+    grid = sampling_timesteps(scheduler, this.num_steps, config.timestep_spacing)
+    fine = sampling_timesteps(scheduler, 2 * this.num_steps, config.timestep_spacing)
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        generator = step_generator(this.seed, step)
+        indices = cache.latent_indices(batch_size=batch_size, seed=this.seed, step=step)
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)[part].to(device)
+        interval_B = torch.randint(this.num_steps, (batch_size,), generator=generator)[part]
+        latents = cache.latents(indices, generator, part, device)
+        t_B, m_B, s_B = (
+            x.to(device) for x in (grid[interval_B], fine[2 * interval_B + 1], grid[interval_B + 1])
+        )
+        z_t = schedule.add_noise(latents.x, latents.noise, t_B)
+        conditions = latents.conditions(w_B)
+        raised = raised_guidance_scale(w_B, this.gain, config.guidance_scale[1])
+        with torch.no_grad():
+            target = halving_target(
+                teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B, s_B=s_B,
+                conditions=conditions.with_scale(raised),
+            )  # fmt: skip
+        eps = student(z_t, t_B, conditions)
+        return truncated_snr_loss(schedule, eps, target, z_t, t_B)
+
+    return loss_fn
 
 
 def halve(
@@ -95,81 +164,65 @@ def halve(
         A guide for each step count, ``start_steps`` included.
     """
     unet.requires_grad_(False).eval()
-    device, schedule = unet.device, cache.schedule
-    batch_size = config.train.batch_size
     guides = {config.start_steps: guide}
-    for number, num_steps in enumerate(halving_rounds(config.start_steps, config.end_steps)):
-        teacher_digest = guides[2 * num_steps].weights_digest()
-        run_hash = config_hash(config, cache.content_hash, teacher_digest, RECIPE)
-        finished = directory / f"steps-{num_steps}-{run_hash}"
+    for this in rounds_of(config):
+        teacher = guides[2 * this.num_steps]
+        run_hash = config_hash(config, cache.content_hash, teacher.weights_digest(), RECIPE)
+        finished = directory / f"steps-{this.num_steps}-{run_hash}"
         if finished.exists():
-            guides[num_steps] = Guide.from_pretrained(finished).to(device)
+            guides[this.num_steps] = Guide.from_pretrained(finished).to(unet.device)
             continue
-        teacher_guide = guides[2 * num_steps].requires_grad_(False).eval()
-        student_guide = copy.deepcopy(teacher_guide).requires_grad_(True)
-        student_guide.register_to_config(
-            num_steps=num_steps, timestep_spacing=config.timestep_spacing
-        )
-        teacher = GuidedDenoiser(unet, teacher_guide, schedule)
-        student = GuidedDenoiser(unet, student_guide, schedule)
-        grid = sampling_timesteps(scheduler, num_steps, config.timestep_spacing)
-        fine = sampling_timesteps(scheduler, 2 * num_steps, config.timestep_spacing)
-        seed = config.train.seed + 1 + number
-        gain = config.guidance_gain if number == 0 else 1.0  # the later teachers have it in them
 
-        def loss_fn(
-            step: int,
-            part: slice,
-            seed: int = seed,
-            gain: float = gain,
-            num_steps: int = num_steps,
-            grid: Tensor = grid,
-            fine: Tensor = fine,
-            teacher: GuidedDenoiser = teacher,
-            student: GuidedDenoiser = student,
-        ) -> Tensor:
-            generator = step_generator(seed, step)
-            indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
-            w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)[part]
-            interval_B = torch.randint(num_steps, (batch_size,), generator=generator)[part]
-            latents = cache.latents(indices, generator, part, device)
-            t_B, s_B = grid[interval_B], grid[interval_B + 1]
-            m_B = fine[2 * interval_B + 1]
-            w_B, t_B = w_B.to(device), t_B.to(device)
-            z_t = schedule.add_noise(latents.x, latents.noise, t_B)
-            with torch.no_grad():
-                target = halving_target(
-                    teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B.to(device), s_B=s_B.to(device),
-                    c_BLD=latents.text, n_BLD=latents.negative_text, added=latents.added,
-                    w_B=raised_guidance_scale(w_B, gain, config.guidance_scale[1]),
-                )  # fmt: skip
-            eps = student(z_t, t_B, latents.text, w_B, latents.negative_text, latents.added)
-            return truncated_snr_loss(schedule, eps, target, z_t, t_B)
+        def report_round(num_images: int, metrics: Any, this: Round = this) -> None:
+            before = this.number * config.train.num_images
+            report(before + num_images, {**metrics, "num_steps": this.num_steps})
 
-        def name_row(step: int, row: int, seed: int = seed) -> str:
-            indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
-            return cache.moment_shards.name_row(int(indices[row]))
-
-        def report_round(
-            num_images: int,
-            metrics: Any,
-            number: int = number,
-            num_steps: int = num_steps,
-        ) -> None:
-            report(
-                number * config.train.num_images + num_images, {**metrics, "num_steps": num_steps}
-            )
-
-        guides[num_steps] = train(
-            loss_fn,
-            student_guide,
-            config.train,
+        guides[this.num_steps] = train_round(
+            unet,
+            scheduler,
+            teacher.requires_grad_(False).eval(),
+            cache,
+            config,
+            this,
             run_hash=run_hash,
             checkpoint=directory / "checkpoint.pt",
             report=report_round,
-            name_row=name_row,
-            diverged=100,  # a round starts close to its target
         )
         if rank_and_world()[0] == 0:
-            write_directory(finished, guides[num_steps].save_pretrained)
+            write_directory(finished, guides[this.num_steps].save_pretrained)
     return guides
+
+
+def train_round(
+    unet: UNet2DConditionModel,
+    scheduler: Any,
+    teacher: Guide,
+    cache: TeacherCache,
+    config: HalveConfig,
+    this: Round,
+    *,
+    run_hash: str,
+    checkpoint: Path,
+    report: Report,
+) -> Guide:
+    """Train one round's guide, from its teacher on."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    student.register_to_config(num_steps=this.num_steps, timestep_spacing=config.timestep_spacing)
+    own, theirs = (GuidedDenoiser(unet, guide, cache.schedule) for guide in (student, teacher))
+
+    def name_row(step: int, row: int) -> str:
+        indices = cache.latent_indices(
+            batch_size=config.train.batch_size, seed=this.seed, step=step
+        )
+        return cache.moment_shards.name_row(int(indices[row]))
+
+    return train(
+        halving_objective(own, theirs, cache, scheduler, config, this, unet.device),
+        student,
+        config.train,
+        run_hash=run_hash,
+        checkpoint=checkpoint,
+        report=report,
+        name_row=name_row,
+        diverged=100,  # a round starts close to its target
+    )

@@ -1,145 +1,303 @@
-"""Letting a guide act in a UNet, by hooks on its cross-attentions, layers and up blocks."""
+"""Letting a guide act in a UNet, by hooks on its cross-attentions, layers and up blocks.
 
-import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+The hooks are registered once and stay; whoever guides the UNet, be it a plugged pipeline or a
+denoiser, is a user of theirs, and they go with the last user. They do nothing but in the forwards
+of a :class:`pnp_core.calls.Call` that has been entered in the same thread.
+"""
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch._dynamo import reset_code  # type: ignore[attr-defined]
 
-from pnp_core.guide import (
-    Conditioning,
-    DecoderInput,
-    Guide,
-    modulated_layers,
-    text_attentions,
-)
+from pnp_core.calls import Acting, Negatives, call_of, now
+from pnp_core.guide.kind import DecoderInput
+from pnp_core.guide.unet import modulated_layers, text_attentions
 
 
-class UpBlockHook:
-    """Adds the guide's residuals to what enters one up block, while there is a conditioning."""
+class UNetHook:
+    """Asks the call under way what its guide does in a forward, before it runs.
 
-    def __init__(self, injector: "Injector", block_index: int) -> None:
-        self.injector = injector
-        self.block_index = block_index
+    Bound methods of this object are the UNet's hooks, so a deep copy of the UNet has its own.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self.users: dict[int, weakref.ref[Any]] = {}
+        self.layers: list[Attention] = []
+        self.projections: list[tuple[nn.Module, nn.Module]] = []
+        self.reach(unet)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UNetHook":
+        """Of a copied UNet, whose users are not known yet; its layers are copied with it."""
+        twin = object.__new__(UNetHook)
+        memo[id(self)] = twin
+        twin.users = {}
+        twin.layers = copy.deepcopy(self.layers, memo)
+        twin.projections = copy.deepcopy(self.projections, memo)
+        return twin
+
+    def reach(self, unet: UNet2DConditionModel) -> None:
+        """Be in every place where a guide acts, also in parts that have been replaced."""
+        for index, block in enumerate(unet.up_blocks):
+            place(block, EnterHook(index))
+        for index, layer in enumerate(modulated_layers(unet)):
+            place(layer, ModulateHook(index))
+        self.layers = text_attentions(unet)
+        for index, layer in enumerate(self.layers):
+            place(layer, NegativeHook(index))
+        self.follow()
+
+    def follow(self) -> None:
+        """Be in the projections as they are now: loading a LoRA puts others in place."""
+        current = [(layer.to_q, layer.to_out[0]) for layer in self.layers]
+        if len(current) == len(self.projections) and all(
+            a is b for ours, theirs in zip(current, self.projections, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        ):  # fmt: skip
+            return
+        for pair in self.projections:
+            for projection in pair:
+                displace(projection)
+        for index, (to_q, to_out) in enumerate(current):
+            place(to_q, QueryHook())
+            place(to_out, AttendHook(index))
+        self.projections = current
+
+    @torch.compiler.disable  # so that what is compiled sees tensors alone
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the UNet's forward."""
+        now.acting = None
+        call = call_of(module)
+        if call is None:
+            for user in self.users.values():
+                if (told := getattr(user(), "tell_others", None)) is not None:
+                    told(module)
+                    break
+            return None
+        names = inspect.signature(type(module).forward).parameters
+        arguments = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
+        effect = call.begin(arguments)
+        if effect is not None:
+            self.follow()
+            if effect.attends:
+                self.make_negatives(module, call.negatives, arguments)
+            now.acting = Acting(effect, call.negatives)
+        return (), arguments
+
+    def make_negatives(
+        self, unet: nn.Module, negatives: "Negatives", arguments: Mapping[str, Any]
+    ) -> None:
+        """What a compiled UNet is to find made: made within, it would be compiled twice."""
+        scale = (arguments.get("cross_attention_kwargs") or {}).get("scale", 1.0)
+        negatives.follow(self.layers, scale)
+        if None not in negatives.kept or not is_compiled(unet):
+            return
+        if any(layer.to_k.weight.device != negatives.n_BLD.device for layer in self.layers):
+            return  # offloaded: they come with the forward
+        scale_lora_layers(unet, scale)
+        for index, layer in enumerate(self.layers):
+            negatives.fill(index, layer)
+        unscale_lora_layers(unet, scale)
+
+    @torch.compiler.disable
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """After the UNet's forward, also one that failed."""
+        now.acting = None
+        call = call_of(module)
+        return None if call is None or output is None else call.end(output)
+
+
+class EnterHook:
+    """Lets the guide change what enters one up block."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        conditioning, guide = self.injector.conditioning, self.injector.guide
-        if conditioning is None or guide is None:
+        acting = now.acting
+        if acting is None:
             return None
         entering = DecoderInput(kwargs["hidden_states"], kwargs["res_hidden_states_tuple"])
-        injected = guide.inject(self.block_index, conditioning, entering)
+        entered = acting.effect.enter(self.index, entering)
         return args, {
             **kwargs,
-            "hidden_states": injected.hidden_states,
-            "res_hidden_states_tuple": injected.skips,
+            "hidden_states": entered.hidden_states,
+            "res_hidden_states_tuple": entered.skips,
         }
 
 
-class AttentionHook:
-    """Turns up what one cross-attention reads of the prompt, while there is a conditioning.
+class ModulateHook:
+    """Lets the guide change what one layer gives."""
 
-    Acts between the layer's projections, so that its own queries serve the negative prompt too.
-    """
-
-    def __init__(self, injector: "Injector", index: int, layer: Attention) -> None:
-        self.injector = injector
-        self.index = index
-        self.layer = layer
-        self.query: Tensor | None = None
-        self.hooked: tuple[nn.Module, ...] = ()
-        self.handles: list[RemovableHandle] = []
-
-    def refresh(self) -> None:
-        """Hook the layer's projections as they are now: loading a LoRA puts others in place."""
-        current = (self.layer.to_q, self.layer.to_out[0])
-        if len(self.hooked) == 2 and all(map(operator.is_, current, self.hooked)):
-            return
-        self.remove()
-        self.hooked = current
-        self.handles = [
-            current[0].register_forward_hook(self.keep_query),
-            current[1].register_forward_pre_hook(self.before_out),
-        ]
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def keep_query(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        conditioning = self.injector.conditioning
-        if conditioning is not None and conditioning.attention_gains:
-            self.query = output
-
-    def before_out(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        conditioning, guide, query = self.injector.conditioning, self.injector.guide, self.query
-        if conditioning is None or guide is None or query is None:
-            return None
-        self.query = None
-        read = guide.attend(self.index, conditioning, self.layer, query, args[0])
-        return (read, *args[1:])
-
-
-class LayerHook:
-    """Modulates what one layer gives, while there is a conditioning."""
-
-    def __init__(self, injector: "Injector", index: int) -> None:
-        self.injector = injector
+    def __init__(self, index: int) -> None:
         self.index = index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        conditioning, guide = self.injector.conditioning, self.injector.guide
-        if conditioning is None or guide is None or not conditioning.modulations:
+        acting = now.acting
+        if acting is None or not acting.effect.modulates:
             return None
         if isinstance(output, tuple):
-            return (guide.modulate(self.index, conditioning, output[0]), *output[1:])
-        return guide.modulate(self.index, conditioning, output)
+            return (acting.effect.modulate(self.index, output[0]), *output[1:])
+        return acting.effect.modulate(self.index, output)
 
 
-class Injector:
-    """Hooks in one UNet. Inert until it has a guide and a conditioning."""
+class NegativeHook:
+    """Before a cross-attention: has its keys and values of the negative prompts made."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self.guide: Guide | None = None
-        self.conditioning: Conditioning | None = None
-        self.handles: list[RemovableHandle] = [
-            block.register_forward_pre_hook(UpBlockHook(self, index), with_kwargs=True)
-            for index, block in enumerate(unet.up_blocks)
-        ]
-        self.handles += [
-            layer.register_forward_hook(LayerHook(self, index))
-            for index, layer in enumerate(modulated_layers(unet))
-        ]
-        self.attentions = [
-            AttentionHook(self, index, layer) for index, layer in enumerate(text_attentions(unet))
-        ]
-        self.refresh()
+    def __init__(self, index: int) -> None:
+        self.index = index
 
-    def refresh(self) -> None:
-        """Follow what has changed in the UNet since the last forward."""
-        for hook in self.attentions:
-            hook.refresh()
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for hook in self.attentions:
-            hook.remove()
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
+        acting = now.acting
+        if acting is not None and acting.effect.attends:
+            acting.negatives.fill(self.index, module)
 
 
-@contextmanager
-def injecting(
-    unet: UNet2DConditionModel, guide: Guide, conditioning: Conditioning
-) -> Iterator[None]:
-    """While open, forwards of ``unet`` carry the guide's residuals; afterwards it is as before."""
-    injector = Injector(unet)
-    injector.guide, injector.conditioning = guide, conditioning
-    try:
-        yield
-    finally:
-        injector.remove()
+class QueryHook:
+    """Keeps a cross-attention's queries, which serve the negative prompt too."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        acting = now.acting
+        if acting is not None:
+            acting.query = output
+
+
+class AttendHook:
+    """Lets the guide change what one cross-attention has read, before its output projection."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        acting = now.acting
+        if acting is None or not acting.effect.attends:
+            return None
+        query, negative = acting.query, acting.negatives.kept[self.index]
+        if query is None or negative is None:
+            raise ValueError(
+                "A cross-attention of this UNet does not compute its queries by its to_q, which a "
+                "guide has to see: use one of diffusers' own attention processors."
+            )
+        acting.query = None
+        return (acting.effect.attend(self.index, query, args[0], negative), *args[1:])
+
+
+BEFORE = (EnterHook, NegativeHook, AttendHook)
+AFTER = (ModulateHook, QueryHook)
+
+
+def place(module: nn.Module, hook: Any) -> None:
+    """Register one of the hooks above, if the module has none of its kind."""
+    before = isinstance(hook, BEFORE)
+    there = module._forward_pre_hooks if before else module._forward_hooks
+    if any(type(other) is type(hook) for other in there.values()):
+        return
+    if isinstance(hook, EnterHook):
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    elif before:
+        module.register_forward_pre_hook(hook)
+    else:
+        module.register_forward_hook(hook)
+
+
+def displace(module: nn.Module) -> None:
+    """Take all of this module's hooks of ours away."""
+    for hooks, more in (
+        (module._forward_pre_hooks, [module._forward_pre_hooks_with_kwargs]),
+        (
+            module._forward_hooks,
+            [module._forward_hooks_with_kwargs, module._forward_hooks_always_called],
+        ),
+    ):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", hook), (UNetHook, *BEFORE, *AFTER)):
+                del hooks[key]
+                for table in more:
+                    table.pop(key, None)
+
+
+def hook_in(unet: nn.Module) -> UNetHook | None:
+    """The hook in a UNet, if it has one."""
+    for hook in unet._forward_pre_hooks.values():
+        if isinstance(owner := getattr(hook, "__self__", None), UNetHook):
+            return owner
+    return None
+
+
+lock = threading.RLock()
+
+
+def use(unet: UNet2DConditionModel, user: Any) -> None:
+    """Have the hooks in place for as long as ``user`` lives, or until it is through with them.
+
+    Args:
+        user: if it has a method ``tell_others(unet)``, that is called in forwards of the UNet that
+            are no call's.
+    """
+    with lock:
+        hook = hook_in(unet)
+        if hook is None:
+            hook = UNetHook(unet)
+            unet.register_forward_pre_hook(hook.before, with_kwargs=True)
+            unet.register_forward_hook(hook.after, always_call=True)
+            forget_compiled(unet)
+        else:
+            hook.reach(unet)
+        if id(user) not in hook.users:
+            place_of, key = weakref.ref(unet), id(user)
+
+            def gone(reference: Any) -> None:
+                if (still := place_of()) is not None:
+                    leave(still, key)
+
+            hook.users[key] = weakref.ref(user, gone)
+
+
+def unuse(unet: nn.Module, user: Any) -> None:
+    """``user`` is through with the hooks; the last to go leaves the UNet as it was."""
+    leave(unet, id(user))
+
+
+def leave(unet: nn.Module, key: int) -> None:
+    """Forget the user of this id."""
+    with lock:
+        hook = hook_in(unet)
+        if hook is None:
+            return
+        hook.users.pop(key, None)
+        if not hook.users:
+            for module in unet.modules():
+                displace(module)
+            forget_compiled(unet)
+
+
+def is_compiled(unet: nn.Module) -> bool:
+    """Whether it, or a part of it, runs compiled."""
+    return unet in optimized or any(m._compiled_call_impl is not None for m in unet.modules())
+
+
+optimized: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""UNets that have been seen in a wrapper of ``torch.compile``."""
+
+
+def forget_compiled(unet: nn.Module) -> None:
+    """Compiled code does not look at hooks: have it compiled again if there is any."""
+    if not is_compiled(unet):
+        return
+    functions = {nn.Module._call_impl, nn.Module._wrapped_call_impl}
+    functions |= {type(module).forward for module in unet.modules()}
+    for function in functions | {inspect.unwrap(function) for function in functions}:
+        reset_code(function.__code__)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser
-from pnp_core.models import AddedConditions
 
 
 @torch.no_grad()
@@ -20,19 +20,16 @@ def guidance_fvu_terms(
     *,
     z_t: Tensor,
     t_B: Tensor,
-    c_BLD: Tensor,
-    n_BLD: Tensor,
-    w_B: Tensor,
-    added: AddedConditions | None = None,
+    conditions: Conditions,
 ) -> tuple[float, float]:
     """Numerator and denominator of ``guidance_fvu``; add them up over batches, then divide.
 
     ``||eps_guide - eps_w||^2 / ||eps_c - eps_w||^2``: the share of guidance left unexplained.
     1 is no guide at all, 0 is CFG itself.
     """
-    eps_c, eps_n = teacher.pair(z_t, t_B, c_BLD, n_BLD, added)
-    eps_w = teacher.guider(eps_c.float(), eps_n.float(), t_B, w_B)
-    eps = guided(z_t, t_B, c_BLD, w_B, n_BLD, added).float()
+    eps_c, eps_n = teacher.pair(z_t, t_B, conditions)
+    eps_w = teacher.guider(eps_c.float(), eps_n.float(), t_B, conditions.w_B)
+    eps = guided(z_t, t_B, conditions).float()
     return float((eps - eps_w).square().sum()), float((eps_c.float() - eps_w).square().sum())
 
 

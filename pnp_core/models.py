@@ -18,7 +18,8 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pnp_core.guide import describe
+from pnp_core.conditions import AddedConditions
+from pnp_core.guide.unet import describe
 from pnp_core.single_file import is_lora, load_single_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -228,27 +229,6 @@ class TextStates(NamedTuple):
 
     states_NLD: Tensor
     pooled_NP: Tensor | None  # SDXL's
-
-
-class AddedConditions(NamedTuple):
-    """What an SDXL UNet is told beside the text states of the prompt and the negative prompt."""
-
-    pooled_BP: Tensor
-    negative_pooled_BP: Tensor
-    time_ids_B6: Tensor  # original size, crop, target size; in pixels, the same for both prompts
-
-    @property
-    def positive(self) -> dict[str, Tensor]:
-        """``added_cond_kwargs`` of the forward under the prompt."""
-        return {"text_embeds": self.pooled_BP, "time_ids": self.time_ids_B6}
-
-    @property
-    def negative(self) -> dict[str, Tensor]:
-        """``added_cond_kwargs`` of the forward under the negative prompt."""
-        return {"text_embeds": self.negative_pooled_BP, "time_ids": self.time_ids_B6}
-
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "AddedConditions":
-        return AddedConditions(*(x.to(device, dtype) for x in self))
 
 
 @torch.no_grad()

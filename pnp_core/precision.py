@@ -20,3 +20,8 @@ def mixed_precision(device_type: str, precision: str) -> torch.autocast:
     """A context that computes in bf16 if ``precision`` says so and the hardware has it."""
     enabled = precision == "bf16" and has_bf16(device_type)
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def is_mixed(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -1,5 +1,6 @@
 """Deterministic DDIM sampling of any denoiser, in batches."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser
-from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 
 
@@ -25,12 +26,9 @@ def sample(
     scheduler: Any,
     *,
     z_T: Tensor,
-    c_BLD: Tensor,
-    n_BLD: Tensor,
-    guidance_scale: float,
+    conditions: Conditions,
     num_steps: int,
     timestep_spacing: str | None = None,
-    added: AddedConditions | None = None,
 ) -> Tensor:
     """Run DDIM (eta 0) from ``z_T`` to ``z_0``, as diffusers' ``DDIMScheduler`` does.
 
@@ -40,12 +38,10 @@ def sample(
     schedule = NoiseSchedule.from_scheduler(scheduler)
     grid = sampling_timesteps(scheduler, num_steps, timestep_spacing)
     batch = z_T.shape[0]
-    w_B = torch.full((batch,), guidance_scale, device=z_T.device)
     z = z_T
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
-        t_B = t.expand(batch).to(z.device)
-        eps = denoiser(z, t_B, c_BLD, w_B, n_BLD, added).to(z.dtype)
-        z = schedule.ddim_step(z, eps, t_B, s.expand(batch))
+    for t_B, s_B in pairwise(grid.to(z.device)[:, None].expand(-1, batch)):
+        eps = denoiser(z, t_B, conditions).to(z.dtype)
+        z = schedule.ddim_step(z, eps, t_B, s_B)
     return z
 
 

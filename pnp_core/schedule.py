@@ -4,7 +4,7 @@ Everything is variance preserving: ``z_t = alpha_t x + sigma_t eps``, ``alpha_t^
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     final_alpha_cumprod: float
     prediction_type: str
+    copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
@@ -74,15 +75,15 @@ class NoiseSchedule:
 
         A timestep below zero stands for the end of the last DDIM step.
         """
-        t_B = timestep_B.long().cpu()
-        alpha2_B = self.alphas_cumprod[t_B.clamp(min=0)]
-        alpha2_B = torch.where(t_B < 0, self.final_alpha_cumprod, alpha2_B)
+        # Looked up where `like` is: to ask a GPU for the timesteps would be to wait for it.
+        table = self.copies.get(like.device)
+        if table is None:
+            table = self.copies[like.device] = self.alphas_cumprod.to(like.device)
+        t_B = timestep_B.to(like.device).long()
+        alpha2_B = torch.where(t_B < 0, self.final_alpha_cumprod, table[t_B.clamp(min=0)])
         shape = (-1,) + (1,) * (like.ndim - 1)
         alpha, sigma = alpha2_B.sqrt(), (1 - alpha2_B).sqrt()
-        return (
-            alpha.to(like.device, like.dtype).reshape(shape),
-            sigma.to(like.device, like.dtype).reshape(shape),
-        )
+        return alpha.to(like.dtype).reshape(shape), sigma.to(like.dtype).reshape(shape)
 
     def add_noise(self, x: Tensor, eps: Tensor, timestep_B: Tensor) -> Tensor:
         """``z_t = alpha_t x + sigma_t eps``."""

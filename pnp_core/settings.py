@@ -302,7 +302,7 @@ class HalveSettings:
         timestep_spacing: of the sampler, in diffusers' terms.
 
     Raises:
-        ValueError: step counts that halving does not connect; a gain below 1.
+        ValueError: step counts that halving does not connect; a gain outside [1, 2).
     """
 
     start_steps: int = 64
@@ -311,7 +311,9 @@ class HalveSettings:
     timestep_spacing: str = "trailing"
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "start_steps", "end_steps", "guidance_gain")
+        at_least(self, 1, "start_steps", "end_steps")
+        if not 1 <= self.guidance_gain < 2:
+            raise SettingError("guidance_gain", f"is {self.guidance_gain}; it must lie in [1, 2).")
         if not halving_rounds(self.start_steps, self.end_steps):
             raise ValueError(f"start_steps and end_steps are both {self.end_steps}: no halving.")
         one_of(self, SPACINGS, "timestep_spacing")

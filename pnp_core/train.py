@@ -32,7 +32,7 @@ Trained = TypeVar("Trained", bound=nn.Module)
 
 RECIPE = (
     "SOAP along short sides, relative errors, every other step the base; layers scaled and "
-    "shifted, attention mixed"
+    "shifted, attention mixed; nothing at w = 1 and between equal prompts"
 )
 """What guides are and how they are trained, to change with it: work begun by another recipe is not
 gone on with."""
@@ -85,118 +85,204 @@ def train(
             and samples.
     """
     rank, world = rank_and_world()
-    if config.batch_size % world:
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of the {world} workers."
-        )
-    rows = config.batch_size // world
-    part = slice(rank * rows, (rank + 1) * rows)
-    parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
-    device = parameters[0].device
-    autocast = partial(mixed_precision, device.type, config.precision)
-    optimizer = SOAP(parameters, lr=config.learning_rate)
-    ema = [p.detach().clone() for p in parameters]
-    decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
-    step = 0
+    part = own_part(config.batch_size)
+    state = State(guide, config)
+    autocast = partial(mixed_precision, state.device.type, config.precision)
     with torch.no_grad(), autocast():
-        before = torch.stack([loss_fn(k, part).float().sum() for k in range(STEPS_BEFORE)]).sum()
-    if world > 1:
-        dist.all_reduce(before)
-    loss_before = float(before) / (STEPS_BEFORE * config.batch_size)
-
-    if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["run_hash"] == run_hash:
-            with torch.no_grad():
-                for p, average, saved, saved_ema in zip(
-                    parameters, ema, state["parameters"], state["ema"], strict=True
-                ):
-                    p.copy_(saved)
-                    average.copy_(saved_ema)
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-
-    def save() -> None:
-        if checkpoint is not None and rank == 0:
-            write_state(
-                checkpoint,
-                {
-                    "run_hash": run_hash,
-                    "step": step,
-                    "parameters": [p.detach() for p in parameters],
-                    "ema": ema,
-                    "optimizer": optimizer.state_dict(),
-                },
-            )
-
+        loss_before = untrained_loss(loss_fn, part, config.batch_size)
+    if checkpoint is not None:
+        state.resume(checkpoint, run_hash)
     guide.train()
-    losses: list[float] = []
-    grad_norm = torch.zeros(())
-    since, since_step = time.monotonic(), step
-    while step < config.num_steps:
-        num_images = step * config.batch_size
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(config, num_images)
+    recent = Recent(config, state.step)
+    under_way: Outcome | None = None
+    while state.step < config.num_steps:
         with autocast():
-            loss_rows = loss_fn(step, part)
-        loss = loss_rows.float().sum() / config.batch_size
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        total = loss.detach().clone()
-        if world > 1:
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([total.flatten(), *(g.flatten() for g in gradients)])
-            dist.all_reduce(flat)
-            total, *summed = flat.split([1, *(p.numel() for p in parameters)])
-            for p, gradient in zip(parameters, summed, strict=True):
-                p.grad = gradient.view_as(p)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if not (total.isfinite() and grad_norm.isfinite()):
-            bad = (~loss_rows.isfinite()).nonzero().flatten().tolist()
-            named = [name_row(step, part.start + row) for row in bad[:3]]
-            where = f" It is not finite at {', '.join(named)}" if bad else ""
-            more = f" and {len(bad) - 3} more." if len(bad) > 3 else "." if bad else ""
-            raise ValueError(
-                f"Training stopped at step {step} ({num_images} images): the loss is "
-                f"{float(total)}, the gradient norm {float(grad_norm)}.{where}{more} Lower "
-                "learning_rate; if a few samples are named, look at those. The last checkpoint is "
-                "untouched."
-            )
-        optimizer.step()
-        with torch.no_grad():
-            # A young average follows the weights closely, so that it forgets where it began.
-            d = min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(ema, parameters, 1 - d)
-        losses.append(float(total))
-        step += 1
-        done = step * config.batch_size
-        if crossed(done, config.batch_size, config.report_every_images) or step == config.num_steps:
-            now = time.monotonic()
-            rate = (step - since_step) * config.batch_size / max(now - since, 1e-9)
-            report(
-                done,
-                {
-                    "loss": sum(losses) / len(losses),
-                    "grad_norm": float(grad_norm),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                    "images_per_second": rate,
-                },
-            )
-            is_young = 4 * done < config.num_images
-            if not is_young and 0 < diverged * loss_before < sum(losses) / len(losses):
+            loss_rows = loss_fn(state.step, part)
+        total, grad_norm = state.backward(loss_rows, world)
+        if under_way is not None:
+            under_way.check(config, part, name_row)
+        under_way = Outcome(state.step, torch.stack([total, grad_norm]), loss_rows.detach())
+        state.update()
+        recent.losses.append(total)
+        done = state.step * config.batch_size
+        is_last = state.step == config.num_steps
+        if is_last or crossed(done, config.batch_size, config.report_every_images):
+            under_way.check(config, part, name_row)
+            metrics = recent.metrics(state.step)
+            report(done, {**metrics, "grad_norm": float(grad_norm), "learning_rate": state.rate})
+            if 4 * done >= config.num_images and 0 < diverged * loss_before < metrics["loss"]:
                 raise ValueError(
-                    f"Training stopped at step {step} ({done} images): the loss is "
-                    f"{sum(losses) / len(losses):.3g}, and was {loss_before:.3g} before training. "
+                    f"Training stopped at step {state.step} ({done} images): the loss is "
+                    f"{metrics['loss']:.3g}, and was {loss_before:.3g} before training. "
                     "It diverges: lower learning_rate."
                 )
-            losses, since, since_step = [], now, step
-        if crossed(done, config.batch_size, config.checkpoint_every_images):
-            save()
-    save()
-    with torch.no_grad():
-        for p, average in zip(parameters, ema, strict=True):
-            p.copy_(average)
+        is_due = is_last or crossed(done, config.batch_size, config.checkpoint_every_images)
+        if is_due and checkpoint is not None and rank == 0:
+            under_way.check(config, part, name_row)
+            state.save(checkpoint, run_hash)
+    state.average()
     return guide.eval()
+
+
+def own_part(batch_size: int) -> slice:
+    """This worker's rows of a global batch.
+
+    Raises:
+        ValueError: the batch can't be shared out equally.
+    """
+    rank, world = rank_and_world()
+    if batch_size % world:
+        raise ValueError(f"batch_size {batch_size} is not a multiple of the {world} workers.")
+    rows = batch_size // world
+    return slice(rank * rows, (rank + 1) * rows)
+
+
+def untrained_loss(loss_fn: Callable[[int, slice], Tensor], part: slice, batch_size: int) -> float:
+    """The mean loss of the first steps' batches, over all workers."""
+    total = torch.stack([loss_fn(step, part).float().sum() for step in range(STEPS_BEFORE)]).sum()
+    if rank_and_world()[1] > 1:
+        dist.all_reduce(total)
+    return float(total) / (STEPS_BEFORE * batch_size)
+
+
+class State:
+    """What training changes: parameters, their average, the optimizer, the number of steps."""
+
+    def __init__(self, guide: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        self.parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizer = SOAP(self.parameters, lr=config.learning_rate)
+        self.ema = [p.detach().clone() for p in self.parameters]
+        self.decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
+        self.step = 0
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def resume(self, checkpoint: Path, run_hash: str) -> None:
+        """Go on where this run was saved, if it was."""
+        if not checkpoint.exists():
+            return
+        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        if state["run_hash"] != run_hash:
+            return
+        with torch.no_grad():
+            for p, saved in zip(self.parameters, state["parameters"], strict=True):
+                p.copy_(saved)
+            for average, saved in zip(self.ema, state["ema"], strict=True):
+                average.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self, checkpoint: Path, run_hash: str) -> None:
+        """Write all of it, atomically."""
+        write_state(
+            checkpoint,
+            {
+                "run_hash": run_hash,
+                "step": self.step,
+                "parameters": [p.detach() for p in self.parameters],
+                "ema": self.ema,
+                "optimizer": self.optimizer.state_dict(),
+            },
+        )
+
+    def backward(self, loss_rows: Tensor, world: int) -> tuple[Tensor, Tensor]:
+        """Gradients over all workers, clipped; their loss, and the norm before."""
+        loss = loss_rows.float().sum() / self.config.batch_size
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        total = loss.detach()
+        if world > 1:
+            total = summed_over_workers(total, self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        return total, norm
+
+    def update(self) -> None:
+        """One step of the optimizer, and of the average."""
+        config = self.config
+        factor = learning_rate_factor(config, self.step * config.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
+        self.optimizer.step()
+        with torch.no_grad():
+            # A young average follows the weights closely, so that it forgets where it began.
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.ema, self.parameters, 1 - decay)
+        self.step += 1
+
+    def average(self) -> None:
+        """Put the average in the parameters' place."""
+        with torch.no_grad():
+            for p, average in zip(self.parameters, self.ema, strict=True):
+                p.copy_(average)
+
+
+class Recent:
+    """Losses and speed since they were last reported."""
+
+    def __init__(self, config: TrainConfig, step: int) -> None:
+        self.config = config
+        self.losses: list[Tensor] = []
+        self.since, self.since_step = time.monotonic(), step
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Their means; begins anew."""
+        mean = float(torch.stack(self.losses).double().mean())
+        now = time.monotonic()
+        num_images = (step - self.since_step) * self.config.batch_size
+        rate = num_images / max(now - self.since, 1e-9)
+        self.losses, self.since, self.since_step = [], now, step
+        return {"loss": mean, "images_per_second": rate}
+
+
+class Outcome:
+    """Loss and gradient norm of a step, looked at when the device has gone on to the next.
+
+    To look at once would be to wait for the device at every step.
+    """
+
+    def __init__(self, step: int, numbers: Tensor, loss_rows: Tensor) -> None:
+        self.step = step
+        self.loss_rows = loss_rows
+        self.arrived: torch.cuda.Event | None = None
+        self.numbers = numbers
+        if numbers.is_cuda:
+            self.numbers = torch.empty(numbers.shape, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def check(self, config: TrainConfig, part: slice, name_row: Callable[[int, int], str]) -> None:
+        """Raise ValueError, naming step and samples, if they are not finite."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        total, grad_norm = self.numbers.tolist()
+        if math.isfinite(total) and math.isfinite(grad_norm):
+            return
+        bad = (~self.loss_rows.isfinite()).nonzero().flatten().tolist()
+        named = [name_row(self.step, part.start + row) for row in bad[:3]]
+        where = f" It is not finite at {', '.join(named)}" if bad else ""
+        more = f" and {len(bad) - 3} more." if len(bad) > 3 else "." if bad else ""
+        raise ValueError(
+            f"Training stopped at step {self.step} ({self.step * config.batch_size} images): the "
+            f"loss is {total}, the gradient norm {grad_norm}.{where}{more} Lower learning_rate; if "
+            "a few samples are named, look at those. The last checkpoint is untouched."
+        )
+
+
+def summed_over_workers(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    """Sum gradients over the workers, in place, and the loss, which is returned."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([loss.flatten(), *(g.flatten() for g in gradients)])
+    dist.all_reduce(flat)
+    total, *summed = flat.split([1, *(p.numel() for p in parameters)])
+    for p, gradient in zip(parameters, summed, strict=True):
+        p.grad = gradient.view_as(p)
+    return total[0]
 
 
 def crossed(num_images: int, batch_size: int, every: int) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline as Pipe
 
-from benchmarks import ablations, halving, quality
-from benchmarks.ablations import VARIANTS, Variant
-from benchmarks.guides import (
-    External,
-    FeatureReading,
-    Shape,
-    TextResidual,
-    WithoutEntrances,
-    WithoutGains,
-    WithoutModulations,
-    WithoutText,
-    shaped_guide,
-)
+from benchmarks import ablations, halving, quality, quality_table
+from benchmarks.ablations import VARIANTS, Student, Variant
+from benchmarks.guides import External, Parts, shaped_guide, without
+from benchmarks.record import digest
 from components import cache as cache_stage
 from components import distill, halve, prepare
 from components.params import load_params
+from components.paths import BUNDLE
+from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.files import read_json, write_json
@@ -36,36 +30,73 @@ pytest_plugins = ["tests.toy"]
 
 ALL = {label: variant for group in VARIANTS.values() for label, variant in group.items()}
 TRAIN = TrainConfig(num_images=32, batch_size=8, precision="fp32")
+SHAPED = {label: variant for label, variant in ALL.items() if variant.shape}
+TEXT_ALONE = without(attentions=False, modulations=False, entrances=False)
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        External,
-        FeatureReading,
-        TextResidual,
-        WithoutEntrances,
-        WithoutGains,
-        WithoutModulations,
-        WithoutText,
-    ],
-)
+def shaped(pipe: Pipe, label: str) -> Guide:
+    default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    shape = SHAPED[label].shape
+    assert shape
+    return shaped_guide(shape, pipe.unet, default)
+
+
+@pytest.mark.parametrize("label", SHAPED)
 @torch.no_grad()
 def test_a_shape_has_no_more_parameters_and_changes_nothing_before_training(
-    shape: Shape, pipe: Pipe, cache: TeacherCache
+    label: str, pipe: Pipe, cache: TeacherCache
 ) -> None:
     default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
     num_parameters = sum(p.numel() for p in default.parameters())
-    guide = shaped_guide(shape, pipe.unet, default)
+    guide = shaped(pipe, label)
     own = sum(p.numel() for p in guide.parameters())
     assert 0.8 * num_parameters < own <= num_parameters
     p = cache.pairs(torch.arange(4), torch.device("cpu"))
-    inputs = (p.z_t, p.timestep, p.text, torch.tensor([2.0, 3.0, 5.0, 8.0]), p.negative_text)
+    inputs = (p.z_t, p.timestep, p.conditions(torch.tensor([2.0, 3.0, 5.0, 8.0])))
     plain = PlainDenoiser(pipe.unet, cache.schedule)(*inputs)
-    student = ablations.student_of(Variant(shape=shape), pipe.unet, guide, cache.schedule)
-    assert torch.equal(student(*inputs), plain)
+    student = Student(pipe.unet, guide, SHAPED[label])
+    assert torch.equal(student.denoiser(pipe.unet, cache.schedule)(*inputs), plain)
     roused(guide)
-    assert not torch.allclose(student(*inputs), plain)
+    assert not torch.allclose(student.denoiser(pipe.unet, cache.schedule)(*inputs), plain)
+
+
+@pytest.mark.parametrize("label", SHAPED)
+@torch.no_grad()
+def test_a_shape_does_nothing_at_guidance_scale_1_and_between_equal_prompts(
+    label: str, pipe: Pipe, cache: TeacherCache
+) -> None:
+    guided = GuidedDenoiser(pipe.unet, roused(shaped(pipe, label)), cache.schedule)
+    plain = PlainDenoiser(pipe.unet, cache.schedule)
+    p = cache.pairs(torch.arange(4), torch.device("cpu"))
+    unguided = p.conditions(torch.ones(4))
+    equal = dataclasses.replace(p.conditions(torch.full((4,), 5.0)), n_BLD=p.text)
+    for conditions in (unguided, equal):
+        inputs = (p.z_t, p.timestep, conditions)
+        torch.testing.assert_close(guided(*inputs), plain(*inputs))
+
+
+@pytest.mark.parametrize("left_out", Parts._fields)
+@torch.no_grad()
+def test_a_shape_without_a_part_is_one_in_which_that_part_does_nothing(
+    left_out: str, pipe: Pipe, cache: TeacherCache
+) -> None:
+    whole, fewer = (
+        Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)) for _ in range(2)
+    )
+    whole.net, fewer.net = without()(pipe.unet, 6), without(**{left_out: False})(pipe.unet, 6)
+    roused(whole)
+    of_part = f"net.{left_out}"
+    kept = {k: v for k, v in whole.net.state_dict().items() if not k.startswith(of_part)}
+    fewer.net.load_state_dict({**fewer.net.state_dict(), **kept})
+    for name, parameter in whole.net.named_parameters():
+        if name.startswith(of_part) and name.endswith(("up.weight", "factor", "shift")):
+            parameter.zero_()
+    p = cache.pairs(torch.arange(4), torch.device("cpu"))
+    inputs = (p.z_t, p.timestep, p.conditions(torch.tensor([2.0, 3.0, 5.0, 8.0])))
+    found, expected = (
+        GuidedDenoiser(pipe.unet, guide, cache.schedule)(*inputs) for guide in (fewer, whole)
+    )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -73,24 +104,42 @@ def test_a_text_residual_is_another_prompt_everywhere_or_in_the_decoder(
     pipe: Pipe, cache: TeacherCache
 ) -> None:
     default = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
-    guide = roused(shaped_guide(TextResidual, pipe.unet, default))
+    guide = roused(shaped_guide(TEXT_ALONE, pipe.unet, default))
     p = cache.pairs(torch.arange(2), torch.device("cpu"))
-    w_B = torch.tensor([2.0, 5.0])
-    residual = guide(p.z_t, p.timestep, p.text, w_B, p.negative_text).text_residual_BLD
-    student = ablations.student_of(Variant(), pipe.unet, guide, cache.schedule)
-    expected = pipe.unet(p.z_t, p.timestep, p.text + residual).sample
-    eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
-    torch.testing.assert_close(eps, expected)
+    inputs = (p.z_t, p.timestep, p.conditions(torch.tensor([2.0, 5.0])))
+    steered = guide.prepare(inputs[2]).at(p.z_t, p.timestep).steer(p.text)
+    assert not torch.allclose(steered, p.text)
+    student = Student(pipe.unet, guide, Variant()).denoiser(pipe.unet, cache.schedule)
+    expected = pipe.unet(p.z_t, p.timestep, steered).sample
+    torch.testing.assert_close(student(*inputs), expected)
 
     def with_residual(module: Any, args: Any, kwargs: Any) -> Any:
-        return args, {**kwargs, "encoder_hidden_states": p.text + residual}
+        return args, {**kwargs, "encoder_hidden_states": steered}
 
-    in_decoder = Variant(in_decoder=True)
-    student = ablations.student_of(in_decoder, pipe.unet, guide, cache.schedule)
-    eps = student(p.z_t, p.timestep, p.text, w_B, p.negative_text)
+    in_decoder = Student(pipe.unet, guide, Variant(in_decoder=True))
+    eps = in_decoder.denoiser(pipe.unet, cache.schedule)(*inputs)
     for up_block in pipe.unet.up_blocks[1:]:  # the first has no attention
         up_block.register_forward_pre_hook(with_residual, with_kwargs=True)
     torch.testing.assert_close(eps, pipe.unet(p.z_t, p.timestep, p.text).sample)
+
+
+def test_in_the_decoder_alone_nothing_before_it_is_changed(pipe: Pipe, cache: TeacherCache) -> None:
+    guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    p = cache.pairs(torch.arange(2), torch.device("cpu"))
+    inputs = (p.z_t, p.timestep, p.conditions(torch.tensor([2.0, 5.0])))
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.setdefault(name, []).append(output)
+
+    pipe.unet.mid_block.register_forward_hook(keep("mid"))
+    pipe.unet.conv_out.register_forward_hook(keep("out"))
+    pipe.unet.requires_grad_(False)
+    student = Student(pipe.unet, guide, Variant(in_decoder=True))
+    PlainDenoiser(pipe.unet, cache.schedule)(*inputs)
+    student.denoiser(pipe.unet, cache.schedule)(*inputs)
+    assert torch.equal(*seen["mid"]) and not seen["mid"][1].requires_grad
+    assert not torch.allclose(*seen["out"]) and seen["out"][1].requires_grad
 
 
 def test_states_are_told_apart(
@@ -175,7 +224,11 @@ def test_both_tables_are_made_resumed_and_read(
     for stage in (prepare, cache_stage):
         stage.run(params)
     chosen = {
-        "shape": {"as it is": Variant(), "external": Variant(shape=External)},
+        "shape": {
+            "as it is": Variant(),
+            "external": Variant(shape=External),
+            "in the decoder": Variant(in_decoder=True),
+        },
         "bases": {"the base alone": Variant(companions=False)},
     }
     monkeypatch.setattr(ablations, "VARIANTS", chosen)
@@ -188,11 +241,15 @@ def test_both_tables_are_made_resumed_and_read(
     assert read_json(ablations.RESULTS) == results
     assert ablations.summary(results)["shape"]["external"]["fvu_base"] > 0
     assert "| external |" in ablations.as_markdown(results)
+    digests = {row["guide"] for row in results["rows"]["shape"].values()}
+    assert len(digests) == 3
+    assert ablations.as_markdown(results).startswith("Guide of each row in the JSON file, fp32, ")
 
     for stage in (distill, halve):
         stage.run(params)
-    monkeypatch.setattr(quality, "STEPS", (8, 4))
-    monkeypatch.setattr(quality, "PEER_STEPS", (4,))
+    for module in (quality, quality_table):
+        monkeypatch.setattr(module, "STEPS", (8, 4))
+        monkeypatch.setattr(module, "PEER_STEPS", (4,))
     monkeypatch.setattr(quality, "models_of", lambda params: params.models)
     quality.run(params)
     results = read_json(quality.RESULTS)
@@ -211,14 +268,14 @@ def test_both_tables_are_made_resumed_and_read(
     quality.run(params)
     assert read_json(quality.RESULTS) == results
     for rows in results["models"].values():
-        assert rows.keys() == quality.LABELS.keys()
+        assert rows.keys() == quality_table.LABELS.keys()
         assert rows["guided"]["4"]["cfg_psnr"] > rows["unguided"]["4"]["cfg_psnr"]
     guided, agd, meng = (results["costs"][name] for name in ("guided", "agd", "meng"))
     assert agd["pairs"] == guided["pairs"] > meng["pairs"]
     assert agd["companions"] == guided["companions"] > meng["companions"] == 0
     # a forward and a backward through what is frozen; gradients of all weights cost one more
     assert 1 < guided["train_flops_ratio"] < meng["train_flops_ratio"] < 3.1
-    found = quality.summary(results)
+    found = quality_table.summary(results)
     assert found["fvu_base"] > 0 and found["fid_ratio_worst"] > 0
     other = {**results["setting"], "base_hash": "another"}
     assert quality.results_so_far(quality.RESULTS, other) == {"setting": other}
@@ -230,6 +287,7 @@ def test_both_tables_are_made_resumed_and_read(
         assert rows.keys() == halving.LABELS.keys()
         assert rows["cfg"]["4"] < rows["unhalved"]["4"]
     assert "one guide, told the count" in halving.as_markdown(results)
+    assert digest(GuideBundle.load(BUNDLE)) in halving.as_markdown(results)
 
 
 @torch.no_grad()
@@ -238,16 +296,14 @@ def test_one_guide_for_all_counts_starts_as_the_distilled_one(
 ) -> None:
     distilled = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
     p = cache.pairs(torch.arange(4), torch.device("cpu"))
-    inputs = (p.z_t, p.timestep, p.text, torch.tensor([2.0, 3.0, 5.0, 8.0]), p.negative_text)
+    inputs = (p.z_t, p.timestep, p.conditions(torch.tensor([2.0, 3.0, 5.0, 8.0])))
     expected = GuidedDenoiser(pipe.unet, distilled, cache.schedule)(*inputs)
     guide = halving.one_guide(distilled)
     guided = GuidedDenoiser(pipe.unet, guide, cache.schedule)
-    num_steps_B = torch.tensor([32, 16, 8, 4])
-    assert torch.equal(halving.OneGuide(guided, num_steps_B)(*inputs), expected)
-    torch.nn.init.normal_(halving.told_steps(guide).steps.weight)
-    together = halving.OneGuide(guided, num_steps_B)(*inputs)
-    for row in range(4):  # each sample is told its own count
-        alone = halving.OneGuide(guided, num_steps_B[row : row + 1])
-        one = slice(row, row + 1)
-        torch.testing.assert_close(alone(*(x[one] for x in inputs)), together[one])
-        assert not torch.allclose(together[one], expected[one])
+    assert torch.equal(halving.OneGuide(guided, 32)(*inputs), expected)
+    assert isinstance(guide.net, halving.ToldSteps)
+    torch.nn.init.normal_(guide.net.steps.weight)
+    found = {n: halving.OneGuide(guided, n)(*inputs) for n in (32, 16, 4)}
+    for a, b in itertools.combinations([expected, *found.values()], 2):  # each count is another
+        assert not torch.allclose(a, b)
+    assert torch.equal(halving.OneGuide(guided, 16)(*inputs), found[16])

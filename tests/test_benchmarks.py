@@ -1,7 +1,9 @@
 """The benchmarks measure what they say."""
 
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,14 +11,18 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from benchmarks import cache_cost, plan, train_cost
-from benchmarks.cost import ARCHITECTURES
+from benchmarks import cache_cost, cost, plan, plug, record, train_cost
+from benchmarks.cost import ARCHITECTURES, Steps, bare_twin
 from components.environment import quiet
 from components.params import load_params
+from pnp_core.bundle import GuideBundle
 from pnp_core.cache import Example
-from pnp_core.guide import GuideConfig
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.metrics import count_flops
+from pnp_core.plug import plug as plug_in
 from pnp_core.schedule import NoiseSchedule
 from tests import toy
+from tests.conftest import roused
 
 quiet()
 BASE = Path(__file__).parent.parent / "zoo/models/base"
@@ -127,3 +133,138 @@ def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "unet_config", lambda name: small)
     found = plan.dry_run("sd15", load_params(plan.PRESETS / "sd15.yaml"))
     assert found["peak_memory_gb"] > 0
+
+
+# Records
+
+
+def test_a_record_names_the_guide_the_commit_and_the_command(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "git_commit", lambda: "abc-dirty")
+    monkeypatch.setattr(sys, "argv", ["quality.py", "--run", "--anew", "guided one"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", cost.__spec__)
+    config = GuideConfig(max_parameters_ratio=0.2)
+    one, other = (GuideBundle({4: Guide.from_unet(pipe.unet, config)}) for _ in range(2))
+    found = record.record(guide=record.digest(one), precision="fp32")
+    assert found["command"] == "python -m benchmarks.cost --run --anew 'guided one'"
+    assert found["commit"] == "abc-dirty"
+    assert record.digest(one) != record.digest(other)
+    other.guides[4].load_state_dict(one.guides[4].state_dict())
+    assert record.digest(one) == record.digest(other)
+    assert record.digest(GuideBundle({8: one.guides[4]})) != record.digest(one)
+
+
+def test_a_table_says_which_run_made_which_rows_and_what_was_not_recorded() -> None:
+    first, second = (
+        {"guide": guide, "precision": "bf16", "commit": "c", "command": f"make {guide}"}
+        for guide in ("g1", "g2")
+    )
+    results: dict[str, Any] = {}
+    assert record.header(results, ["a", "b"]) == record.NOT_RECORDED
+    record.note(results, "a", first)
+    record.note(results, "b", first)
+    record.note(results, "b", first)
+    assert record.header(results, ["a", "b"]) == "Guide g1, bf16, commit c, `make g1`."
+    record.note(results, "b", second)
+    header = record.header(results, ["a", "b", "c"])
+    assert header.splitlines() == [
+        f"- a: {record.as_line(first)}",
+        f"- b: {record.as_line(first)} {record.as_line(second)}",
+        f"- c: {record.NOT_RECORDED}",
+    ]
+    record.forget(results, "b")
+    record.note(results, "b", second)
+    assert f"- b: {record.as_line(second)}" in record.header(results, ["a", "b"])
+
+
+# A plugged step beside a plain one
+
+
+def test_operations_are_counted_but_for_views() -> None:
+    a, b = torch.randn(2, 3, 3).unbind()
+    found = plug.kernels(lambda: (a @ b).mT.reshape(9).view(3, 3)[1:].unsqueeze(0).add(1).relu_())
+    assert found == {"mm": 1, "clone": 1, "add": 1, "relu_": 1}  # reshape has to copy
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x[0].item(),
+        lambda x: bool(x[0] > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x + torch.tensor([1.0, 2.0]),
+        lambda x: x.to("meta"),
+        lambda x: x.repeat_interleave(torch.ones(2, dtype=torch.long, device=x.device)),
+    ],
+)
+def test_what_makes_a_host_wait_is_counted(wait: Any) -> None:
+    with plug.Operations(plug.waits) as operations:
+        wait(torch.randn(2))
+    assert operations.found.total() > 0
+
+
+def test_what_lets_a_host_go_on_is_not_counted() -> None:
+    x, index = torch.randn(4), torch.tensor([0, 2])
+    with plug.Operations(plug.waits) as operations:
+        torch.where(x > 0, x, 0.0)[index].to(torch.bfloat16).sum() + torch.full((1,), 3.0)
+    assert not operations.found
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    small = dict(UNet2DConditionModel.load_config(BASE / "unet"))
+    monkeypatch.setattr(cost, "unet_config", lambda name: small)
+    return Steps("sd15", "tiny", "meta", torch.float32)
+
+
+def test_a_run_does_only_in_its_first_step_what_its_conditions_fix(small_steps: Steps) -> None:
+    anew, again, plain = (
+        plug.kernels(step)
+        for step in (small_steps.guided, small_steps.guided_again, small_steps.plain)
+    )
+    small_steps.guided_again()  # the run above was another's
+    later = plug.kernels(small_steps.guided_again)
+    assert plain.total() < later.total() < anew.total() == again.total()
+    flops = [count_flops(step) for step in (small_steps.guided, small_steps.cfg)]
+    assert flops[0] < 0.6 * flops[1]
+    ratio, num_plain = plug.kernel_ratio("sd15")
+    assert ratio == later.total() / plain.total() and num_plain == plain.total()
+
+
+@torch.no_grad()
+def test_a_bare_twin_shares_the_weights_and_has_no_hooks(pipe: StableDiffusionPipeline) -> None:
+    plug_in(pipe, roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))))
+    twin = bare_twin(pipe.unet)
+    own, theirs = twin.state_dict(), pipe.unet.state_dict()
+    assert own.keys() == theirs.keys()
+    assert all(own[k].data_ptr() == theirs[k].data_ptr() for k in own)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+
+
+@pytest.fixture
+def plugged(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    config = GuideConfig(max_parameters_ratio=0.2)
+    guides = {n: roused(Guide.from_unet(pipe.unet, config)) for n in (4, 8, 16)}
+    return plug_in(pipe, GuideBundle(guides))
+
+
+def test_waits_of_a_plugged_step_are_counted(plugged: StableDiffusionPipeline) -> None:
+    assert plug.host_syncs_per_step(plugged) == 0
+    plugged.unet.mid_block.register_forward_hook(lambda *_: torch.ones(2).sum().item() and None)
+    assert plug.host_syncs_per_step(plugged) == 1
+
+
+def test_graph_breaks_and_recompilations_are_counted(plugged: StableDiffusionPipeline) -> None:
+    assert plug.compiled(plugged) == plug.Compiled(graph_breaks=0, recompilations=0)
+    plugged.unet.mid_block.register_forward_hook(lambda *_: print("", end=""))
+    assert plug.compiled(plugged).graph_breaks > 0
+
+
+def test_times_of_steps_are_compared(plugged: StableDiffusionPipeline, toy_folder: Path) -> None:
+    plain = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    assert 0.1 < plug.step_over_plain(plugged, plain, ["a", "b"], rounds=2) < 10

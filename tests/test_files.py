@@ -152,9 +152,7 @@ def test_a_folder_that_cannot_be_put_back_is_kept_and_named_and_put_back_by_the_
     path, old = tmp_path / "guide", tmp_path / ".guide.old"
     fill(path, "old")
     refuse(2, 3)
-    with pytest.raises(
-        OSError, match=r"is whole, in .*/\.guide\.old, and the next run"
-    ):
+    with pytest.raises(OSError, match=r"is whole, in .*/\.guide\.old, and the next run"):
         fill(path, "new")
     assert not path.exists() and texts(old) == {"old"}
     refuse()

@@ -4,9 +4,6 @@ The teacher's eps under a prompt (one Gaussian) and without (the whole mixture) 
 so the guided eps that a guide has to reach is known exactly, at every state and guidance scale.
 """
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +13,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from pnp_core.cache import Pairs
+from pnp_core.calls import now
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import DistillConfig, distill
 from pnp_core.guide import Guide, GuideConfig
@@ -79,19 +78,10 @@ class ExactUNet(UNet2DConditionModel):
         exact_BD = (prompt_BK[..., None] * eps_BKD).sum(dim=1) + (1 - has_prompt_B1) * eps_BD
         inputs = (sample, timestep, encoder_hidden_states)
         network = super().forward(*inputs).sample
-        with torch.no_grad(), without_hooks(self.up_blocks):
+        now.acting = None  # the guide has done its part
+        with torch.no_grad():
             unguided = super().forward(*inputs).sample
         return (exact_BD.unflatten(1, SHAPE) + network - unguided,)
-
-
-@contextmanager
-def without_hooks(blocks: Iterable[torch.nn.Module]) -> Iterator[None]:
-    kept = [(block, block._forward_pre_hooks) for block in blocks]
-    for block, _ in kept:
-        block._forward_pre_hooks = OrderedDict()
-    yield
-    for block, hooks in kept:
-        block._forward_pre_hooks = hooks
 
 
 def draw(num_states: int, seed: int) -> States:
@@ -183,11 +173,11 @@ def test_a_distilled_guide_predicts_the_exact_guided_eps_at_states_it_never_saw(
     base: UNet2DConditionModel, guide: Guide, guidance_scale: float
 ) -> None:
     z, t, text, eps_c, eps_n = draw(1024, seed=2)
-    w, null = torch.full((1024,), guidance_scale), torch.zeros_like(text)
+    conditions = Conditions.at_scale(guidance_scale, c_BLD=text, n_BLD=torch.zeros_like(text))
     exact = eps_n + guidance_scale * (eps_c - eps_n)
-    unguided = PlainDenoiser(base, SCHEDULE)(z, t, text, w, null)
+    unguided = PlainDenoiser(base, SCHEDULE)(z, t, conditions)
     torch.testing.assert_close(unguided, eps_c)
-    guided = GuidedDenoiser(base, guide, SCHEDULE)(z, t, text, w, null)
+    guided = GuidedDenoiser(base, guide, SCHEDULE)(z, t, conditions)
     assert (guided - exact).square().sum() < 0.5 * (unguided - exact).square().sum()
 
 
@@ -196,15 +186,15 @@ def test_guided_samples_land_where_exact_guidance_takes_them(
     base: UNet2DConditionModel, guide: Guide
 ) -> None:
     text = TEXT_K2D.repeat(16, 1, 1)
+    null = torch.zeros_like(text[:1])
+    conditions = Conditions.at_scale(MAX_GUIDANCE_SCALE, c_BLD=text, n_BLD=null)
     z_T = torch.randn((len(text), *SHAPE), generator=torch.Generator().manual_seed(0))
     made = {
         name: sample(
             denoiser,
             SCHEDULER,
             z_T=z_T,
-            c_BLD=text,
-            n_BLD=torch.zeros_like(text),
-            guidance_scale=MAX_GUIDANCE_SCALE,
+            conditions=conditions,
             num_steps=10,
         )
         for name, denoiser in {

@@ -8,9 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline as Pipe
 from torch import nn
 
-from benchmarks import quality
+from benchmarks import quality_table
 from benchmarks.peers import PEERS
 from pnp_core.cache import TeacherCache
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import PlainDenoiser
 from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.guide import GuideConfig
@@ -18,12 +19,13 @@ from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig, train
 
 
-def inputs(unet: nn.Module) -> tuple[torch.Tensor, ...]:
+def inputs(unet: nn.Module) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
     generator = torch.Generator().manual_seed(0)
     size, width = unet.config.sample_size, unet.config.cross_attention_dim
     z = torch.randn(2, unet.config.in_channels, size, size, generator=generator)
     c, n = torch.randn(2, 2, 7, width, generator=generator)
-    return z, torch.tensor([900, 100]), c, torch.tensor([2.0, 7.0]), n
+    conditions = Conditions(c_BLD=c, n_BLD=n, w_B=torch.tensor([2.0, 7.0]))
+    return z, torch.tensor([900, 100]), conditions
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -76,7 +78,9 @@ def results(**fvu: float) -> dict[str, Any]:
         }
         return {"guidance_fvu": fvu.get(method, 1.0), **steps}
 
-    models = {m: {method: row(method) for method in quality.LABELS} for m in ("base", "a", "b")}
+    models = {
+        m: {method: row(method) for method in quality_table.LABELS} for m in ("base", "a", "b")
+    }
     setting = {
         "judge": "j",
         "guidance_scale": 4.0,
@@ -90,23 +94,23 @@ def results(**fvu: float) -> dict[str, Any]:
 
 def test_the_summary_names_a_winner_only_where_it_leads_everywhere() -> None:
     ahead = results(guided=0.3, agd=0.4, dice=0.5, meng=0.2, cfg=0.1)
-    found = quality.summary(ahead)
+    found = quality_table.summary(ahead)
     assert found["beats_all_peers"] and found["fvu_base"] == 0.3
     assert found["fid_ratio_worst"] == pytest.approx(4 / 2)
     assert found["fid_behind_whole_unet"] == pytest.approx(4 / 3 - 1)
     ahead["models"]["b"]["guided"]["8"]["fid"] = 10.0
-    assert quality.summary(ahead)["fid_ratio_worst"] == pytest.approx(10 / 2)  # of any model
+    assert quality_table.summary(ahead)["fid_ratio_worst"] == pytest.approx(10 / 2)  # of any model
     ahead["models"]["b"]["agd"]["guidance_fvu"] = 0.0
-    assert quality.summary(ahead)["beats_all_peers"] is False
-    assert "| this guide |" in quality.as_markdown(ahead)
-    assert "this guide 7 of the base and 2 companions" in quality.as_markdown(ahead)
+    assert quality_table.summary(ahead)["beats_all_peers"] is False
+    assert "| this guide |" in quality_table.as_markdown(ahead)
+    assert "this guide 7 of the base and 2 companions" in quality_table.as_markdown(ahead)
 
 
 def test_rows_that_are_not_made_yet_decide_nothing() -> None:
     part = results(guided=0.3)
     for rows in part["models"].values():
         del rows["meng"]
-    found = quality.summary(part)
+    found = quality_table.summary(part)
     assert found["beats_all_peers"] is None and found["fid_behind_whole_unet"] is None
     assert found["fvu_base"] == 0.3
-    assert quality.LABELS["meng"] not in quality.as_markdown(part)
+    assert quality_table.LABELS["meng"] not in quality_table.as_markdown(part)

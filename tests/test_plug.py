@@ -1,8 +1,11 @@
 """A plugged stock pipeline, as its user sees it."""
 
 import copy
+import gc
 import json
 import logging
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +32,35 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNetMotionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
+from torch._dynamo.testing import CompileCounter
 
 from pnp_core.bundle import GuideBundle
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide.unet import text_attentions
+from pnp_core.inject import Negatives
 from pnp_core.models import encode_prompts
 from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
-from tests.conftest import roused, save_lora
+from tests.conftest import changed, roused, same_weights, save_lora
 
 
 def generate(pipe: Any, prompt: Any = "a cat", **options: Any) -> np.ndarray:
     defaults = {
+        "prompt": prompt,
         "num_inference_steps": 4,
         "guidance_scale": 4.0,
         "output_type": "np",
         "generator": torch.Generator().manual_seed(3),
     }
-    return np.asarray(pipe(prompt, **{**defaults, **options}).images)
+    return np.asarray(pipe(**{**defaults, **options}).images)
 
 
 @pytest.fixture
@@ -66,9 +76,11 @@ def test_a_plugged_pipeline_makes_what_our_own_sampler_makes(
         GuidedDenoiser(pipe.unet, roused(guide), schedule),
         pipe.scheduler,
         z_T=initial_noise((4, 4, 4), [3]),
-        c_BLD=encode_prompts(pipe, ["a cat"]).states_NLD,
-        n_BLD=encode_prompts(pipe, ["a dog"]).states_NLD,
-        guidance_scale=4.0,
+        conditions=Conditions.at_scale(
+            4.0,
+            c_BLD=encode_prompts(pipe, ["a cat"]).states_NLD,
+            n_BLD=encode_prompts(pipe, ["a dog"]).states_NLD,
+        ),
         num_steps=4,
     )
     plug(pipe, guide)
@@ -510,3 +522,423 @@ def test_a_lora_can_be_loaded_before_or_after_plugging(
     np.testing.assert_allclose(made, generate(reference), atol=1e-5)
     pipe.unload_lora_weights()
     np.testing.assert_allclose(generate(pipe), plain, atol=1e-5)
+
+
+# A call's state belongs to its call.
+
+
+def test_two_pipelines_over_one_unet_keep_their_own_settings(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance_scale": 3.0, "negative_prompt": "a dog", "num_inference_steps": 4},
+        {"guidance_scale": 6.0, "negative_prompt": "red", "num_inference_steps": 2},
+    ]
+    strengths = (1.0, 0.5)
+    alone = []
+    for call, strength in zip(calls, strengths, strict=True):
+        plug(pipe, tiny, strength=strength)
+        alone.append(generate(pipe, **call))
+        unplug(pipe)
+    pipes = [
+        StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in calls
+    ]
+    for each, strength in zip(pipes, strengths, strict=True):
+        each.set_progress_bar_config(disable=True)
+        each.scheduler = copy.deepcopy(pipe.scheduler)
+        plug(each, tiny, strength=strength)
+    made: list[list[np.ndarray]] = [[], []]
+
+    def other(at: int) -> Any:
+        def callback(
+            running: Any, step: int, timestep: Any, given: dict[str, Any]
+        ) -> dict[str, Any]:
+            if step == 0:
+                made[at].append(generate(pipes[at], **calls[at]))
+            return given
+
+        return callback
+
+    outer = generate(pipes[0], **calls[0], callback_on_step_end=other(1))
+    np.testing.assert_array_equal(outer, alone[0])
+    np.testing.assert_array_equal(made[1][0], alone[1])
+    np.testing.assert_array_equal(generate(pipes[1], **calls[1]), alone[1])
+
+
+def test_a_hundred_calls_in_eight_threads_don_t_see_one_another(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance_scale": 2.0 + n, "negative_prompt": f"dog {n % 3}", "num_inference_steps": 2}
+        for n in range(8)
+    ]
+
+    def own() -> StableDiffusionPipeline:
+        mine = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        mine.set_progress_bar_config(disable=True)
+        mine.scheduler = copy.deepcopy(pipe.scheduler)
+        return plug(mine, tiny)
+
+    expected = [generate(own(), **call) for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        pipes = [own() for _ in calls]
+
+        def several(number: int) -> list[np.ndarray]:
+            return [generate(pipes[number], **calls[number]) for _ in range(13)]
+
+        for images, one in zip(pool.map(several, range(8)), expected, strict=True):
+            for image in images:
+                np.testing.assert_allclose(image, one, atol=1e-5)
+
+
+def test_a_shallow_copy_is_plugged_and_unplugs_alone(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = generate(pipe)
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    twin = copy.copy(pipe)
+    assert np.array_equal(generate(twin), expected)
+    unplug(pipe)
+    assert np.array_equal(generate(twin), expected)
+    unplug(twin)
+    assert np.array_equal(generate(pipe), stock)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_what_encodes_a_prompt_in_a_callback_changes_nothing(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe, negative_prompt="a dog")
+
+    def count(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        running.encode_prompt("a cow", "cpu", 1, True, "blue")
+        running.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32))
+        return given
+
+    made = generate(pipe, negative_prompt="a dog", callback_on_step_end=count)
+    assert np.array_equal(made, expected)
+
+
+@pytest.mark.parametrize("how", ["both", "positive", "in place"])
+def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
+    pipe: StableDiffusionPipeline, tiny: Guide, how: str
+) -> None:
+    """Compared with a run that is handed over: two calls, each with its own prompt."""
+    plug(pipe, tiny)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    new, negative = pipe.encode_prompt("a cow", "cpu", 1, True, "a dog")
+
+    def switch(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            if how == "both":
+                given["prompt_embeds"] = torch.cat([negative, new])
+            elif how == "positive":
+                given["prompt_embeds"] = new
+            else:
+                given["prompt_embeds"].chunk(2)[1].copy_(new)
+        return given
+
+    made = generate(
+        pipe, negative_prompt="a dog", output_type="latent", callback_on_step_end=switch,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )  # fmt: skip
+    kept: list[torch.Tensor] = []
+
+    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        kept.append(given["latents"])
+        return given
+
+    generate(pipe, negative_prompt="a dog", callback_on_step_end=keep)
+    pipe.scheduler.set_timesteps(4)
+    latents = kept[1]
+
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    denoiser = GuidedDenoiser(pipe.unet, tiny, schedule)
+    conditions = Conditions.at_scale(4.0, c_BLD=new, n_BLD=negative)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[2:]:
+            eps = denoiser(latents, t[None], conditions)
+            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    kept: list[torch.Tensor] = []
+
+    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        kept.append(given["latents"])
+        return given
+
+    made = generate(pipe, output_type="latent", callback_on_step_end=cut)
+    generate(pipe, callback_on_step_end=keep)
+    latents, text = kept[1], encode_prompts(pipe, ["a cat"]).states_NLD
+    pipe.scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[2:]:
+            eps = pipe.unet(latents, t, text).sample
+            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    stock = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+
+    def inside(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(ValueError, match=r"call plug\(pipe, guide\) on this pipeline too"):
+            generate(stock)
+        return given
+
+    generate(pipe, callback_on_step_end=inside)
+    for options in ({}, {"guidance_scale": 1.0}, {"negative_prompt": "a dog"}):
+        with pytest.raises(ValueError, match="has not been plugged"):
+            generate(stock, **options)
+    assert pipe.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)) is not None  # no pipeline
+
+
+def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    mine = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    mine.set_progress_bar_config(disable=True)
+    mine.scheduler = copy.deepcopy(pipe.scheduler)
+    unet = pipe.unet
+    gc.collect()
+    gc.disable()
+    try:
+        plug(mine, tiny)
+        generate(mine, callback_on_step_end=lambda running, step, timestep, given: given)
+        gone = weakref.ref(mine)
+        del mine
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+# Nothing of the base's is touched.
+
+
+def test_a_plugged_unet_looks_as_the_stock_one_to_whoever_reads_it(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path
+) -> None:
+    pipe.unet.config.encoder_hid_dim_type = "kept as an attribute"
+    config, items = pipe.unet.config, dict(pipe.unet.config)
+    plug(pipe, tiny)
+    generate(pipe)
+    assert pipe.unet.config is config and dict(config) == items
+    assert config.encoder_hid_dim_type == "kept as an attribute"
+    assert config.time_cond_proj_dim is None
+    twin = UNet2DConditionModel.from_config(pipe.unet.config)
+    twin.load_state_dict(pipe.unet.state_dict())
+    pipe.unet.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["time_cond_proj_dim"] is None and "encoder_hid_dim_type" in saved
+    assert type(pipe.unet) is UNet2DConditionModel and "save_config" not in vars(pipe.unet)
+
+
+def test_a_motion_model_made_of_a_plugged_unet_is_that_of_the_stock_one(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    def hooks(model: torch.nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    torch.manual_seed(0)
+    expected = UNetMotionModel.from_unet2d(pipe.unet)
+    plug(pipe, tiny)
+    torch.manual_seed(0)
+    made = UNetMotionModel.from_unet2d(pipe.unet)
+    assert same_weights(made, expected) and hooks(made) == 0
+
+
+@pytest.mark.parametrize("first", ["wrapper", "plug"])
+def test_a_users_own_wrapper_of_a_method_is_called_and_stays(
+    pipe: StableDiffusionPipeline, tiny: Guide, first: str
+) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe, negative_prompt="a dog")
+    unplug(pipe)
+    seen = []
+
+    def wrap() -> None:
+        inner = pipe.encode_prompt
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            seen.append(args)
+            return inner(*args, **kwargs)
+
+        pipe.encode_prompt = wrapper
+
+    for what in ("wrapper", "plug") if first == "wrapper" else ("plug", "wrapper"):
+        if what == "wrapper":
+            wrap()
+        else:
+            plug(pipe, tiny)
+    wrapper = vars(pipe)["encode_prompt"]
+    assert np.array_equal(generate(pipe, negative_prompt="a dog"), expected) and seen
+    unplug(pipe)
+    assert pipe.encode_prompt is wrapper and vars(pipe)["encode_prompt"] is wrapper
+
+
+# Guidance's own rules.
+
+
+def test_rows_whose_prompt_is_their_negative_prompt_come_out_unguided(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    prompts = ["a cat", "a dog", "red"]
+    options: dict[str, Any] = {"output_type": "latent"}
+
+    def several(**more: Any) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        return generate(pipe, prompts, generator=generators, **options, **more)
+
+    unguided = several(guidance_scale=1.0)
+    for num_steps in (None, 4):
+        halved = roused(
+            Guide.from_unet(
+                pipe.unet,
+                GuideConfig(kind=guide.config.kind, max_parameters_ratio=0.2),
+                num_steps=num_steps,
+            )
+        )
+        plug(pipe, halved)
+        made = several(negative_prompt=["a cow", "a dog", "red"])
+        unplug(pipe)
+        np.testing.assert_allclose(made[1:], unguided[1:], atol=1e-5)
+        assert not np.allclose(made[0], unguided[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
+def test_a_guidance_scale_of_at_most_1_is_no_guidance_also_for_a_halved_guide(
+    pipe: StableDiffusionPipeline, scale: float
+) -> None:
+    unguided = generate(pipe, guidance_scale=scale)
+    config = GuideConfig(max_parameters_ratio=0.2)
+    plug(pipe, roused(Guide.from_unet(pipe.unet, config, num_steps=4)))
+    assert np.array_equal(generate(pipe, guidance_scale=scale), unguided)
+
+
+def test_the_picture_does_not_jump_just_above_1(pipe: StableDiffusionPipeline) -> None:
+    config = GuideConfig(max_parameters_ratio=0.2)
+    plug(pipe, roused(Guide.from_unet(pipe.unet, config, num_steps=4)))
+    at = [generate(pipe, guidance_scale=1 + d, output_type="latent") for d in (0, 1e-3, 1.0)]
+    assert np.abs(at[1] - at[0]).max() < 0.02 * np.abs(at[2] - at[0]).max()
+
+
+# What is replaced after plugging.
+
+
+def test_a_unet_that_is_replaced_is_served_if_the_guide_fits_it(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    first, other = pipe.unet, changed(pipe.unet)
+    plug(pipe, tiny)
+    generate(pipe)
+    pipe.unet = other
+    made = generate(pipe)
+    assert not any(m._forward_hooks for m in first.modules())
+    unplug(pipe)
+    plug(pipe, tiny)
+    assert np.array_equal(generate(pipe), made)
+    pipe.unet = UNet2DConditionModel.from_config({**other.config, "block_out_channels": (64, 64)})
+    with pytest.raises(ValueError, match="This guide was made for a UNet with channels"):
+        generate(pipe)
+
+
+def test_a_scheduler_of_another_prediction_type_is_refused_when_called(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, prediction_type="v_prediction"
+    )
+    with pytest.raises(ValueError, match="scheduler has 'v_prediction'"):
+        generate(pipe)
+
+
+# Fast.
+
+
+def test_keys_and_values_of_the_negative_prompt_are_made_once_a_call(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    layer = text_attentions(pipe.unet)[0].to_k
+    asked: list[int] = []
+    layer.register_forward_hook(lambda module, args, output: asked.append(len(args[0])))
+    generate(pipe, negative_prompt="a dog")
+    assert len(asked) == 4 + 1  # the prompt's at each step, which the guide steers
+
+
+def test_they_are_made_again_when_a_lora_or_its_scale_changes(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path
+) -> None:
+    save_lora(pipe.unet, tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    plug(pipe, tiny)
+    pipe.set_adapters("style", 0.3)
+    weak = generate(pipe, output_type="latent")
+    pipe.set_adapters("style", 1.0)
+
+    def weaken(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        running.set_adapters("style", 0.3)
+        return given
+
+    negatives = Negatives(torch.randn(1, 16, 32))
+    layers = text_attentions(pipe.unet)
+    negatives.follow(layers)
+    strong = negatives.fill(0, layers[0])
+    weaken(pipe, 0, 0, {})
+    negatives.follow(layers)
+    assert not torch.equal(negatives.fill(0, layers[0]).value, strong.value)
+    assert np.array_equal(generate(pipe, output_type="latent"), weak)
+    pipe.unload_lora_weights()
+    negatives.follow(layers)
+    assert negatives.kept[0] is None
+
+
+@pytest.mark.parametrize("style", ["module", "wrapper", "blocks"])
+@pytest.mark.parametrize("first", ["plug", "compile"])
+def test_compiled_without_a_break_or_recompilation_it_gives_the_same_images(
+    pipe: StableDiffusionPipeline, tiny: Guide, style: str, first: str
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance_scale": 3.0, "num_inference_steps": 2},
+        {"guidance_scale": 7.0, "negative_prompt": "a dog", "num_inference_steps": 3},
+        {"prompt": "a cow", "guidance_scale": 4.5, "num_inference_steps": 2},
+    ]
+    plug(pipe, tiny)
+    expected = [generate(pipe, **call) for call in calls]
+    unplug(pipe)
+    stock = generate(pipe, guidance_scale=1.0)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    if first == "plug":
+        plug(pipe, tiny)
+    match style:
+        case "module":
+            pipe.unet.compile(backend=counter, fullgraph=True)
+        case "wrapper":
+            pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
+        case "blocks":
+            pipe.unet.compile_repeated_blocks(backend=counter, fullgraph=True)
+    if first == "compile":
+        assert np.allclose(generate(pipe, guidance_scale=1.0), stock, atol=1e-5)
+        plug(pipe, tiny)
+    counts = []
+    for call, image in zip(calls, expected, strict=True):
+        np.testing.assert_allclose(generate(pipe, **call), image, atol=1e-4)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+    unplug(pipe)
+    assert np.allclose(generate(pipe, guidance_scale=1.0), stock, atol=1e-5)

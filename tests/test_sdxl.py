@@ -16,6 +16,7 @@ from components import halve as halve_stage
 from components.environment import quiet
 from components.params import load_params
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
 from pnp_core.files import read_json
@@ -141,14 +142,9 @@ def test_a_plugged_sdxl_pipeline_makes_what_our_own_sampler_makes(
         Guide.from_unet(xl_pipe.unet, GuideConfig(kind=kind, max_parameters_ratio=0.2)), scale=0.05
     )
     c, n = (encode_prompts(xl_pipe, [prompt]) for prompt in ("a cat", negative_prompt or ""))
-    inputs = {
-        "z_T": initial_noise((4, 4, 4), [3]),
-        "c_BLD": c.states_NLD,
-        "n_BLD": n.states_NLD,
-        "added": added_conditions(xl_pipe, c, n),
-        "guidance_scale": 4.0,
-        "num_steps": 4,
-    }
+    added = added_conditions(xl_pipe, c, n)
+    conditions = Conditions.at_scale(4.0, c_BLD=c.states_NLD, n_BLD=n.states_NLD, added=added)
+    inputs = {"z_T": initial_noise((4, 4, 4), [3]), "conditions": conditions, "num_steps": 4}
     schedule = NoiseSchedule.from_scheduler(xl_pipe.scheduler)
     call = {"negative_prompt": negative_prompt, "guidance_scale": 4.0, "num_inference_steps": 4}
 

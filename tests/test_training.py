@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss, turn_of
 from pnp_core.guide import Guide, GuideConfig
@@ -125,7 +126,7 @@ def test_companions_bring_a_guide_closer_to_their_own_guidance(
     def error(guide: Guide) -> float:
         student = GuidedDenoiser(other, guide, cache.schedule)
         with torch.no_grad():
-            eps = student(held.z_t, held.timestep, held.text, w, held.negative_text)
+            eps = student(held.z_t, held.timestep, held.conditions(w))
         return float((eps - target).square().mean())
 
     assert error(taught) < 0.9 * error(untaught)
@@ -234,7 +235,7 @@ def test_two_workers_train_the_guides_that_one_does(
     pairs = cache.pairs(torch.arange(32), torch.device("cpu"))
     w = torch.full((32,), 6.0)
     fresh = Guide.from_unet(pipe.unet, DISTILL.guide)
-    inputs = (pairs.z_t, pairs.timestep, pairs.text, w, pairs.negative_text)
+    inputs = (pairs.z_t, pairs.timestep, pairs.conditions(w))
     with torch.no_grad():
         plain = GuidedDenoiser(pipe.unet, fresh, cache.schedule)(*inputs)
         for kind in ("guide", "halved"):
@@ -299,14 +300,14 @@ def test_the_halving_target_takes_the_student_where_two_teacher_steps_go(
     generator = torch.Generator().manual_seed(0)
     z = torch.randn((2, 4, 4, 4), generator=generator)
     c, n = (torch.randn((2, 16, 32), generator=generator) for _ in range(2))
-    w = torch.tensor([2.0, 5.0])
+    conditions = Conditions(c_BLD=c, n_BLD=n, w_B=torch.tensor([2.0, 5.0]))
     for t, m, s in ((999, 874, 749), (124, 62, -1)):
         t_B, m_B, s_B = (torch.full((2,), value) for value in (t, m, s))
         eps = halving_target(
-            teacher, schedule, z_t=z, t_B=t_B, m_B=m_B, s_B=s_B, c_BLD=c, w_B=w, n_BLD=n
+            teacher, schedule, z_t=z, t_B=t_B, m_B=m_B, s_B=s_B, conditions=conditions
         )
-        z_m = schedule.ddim_step(z, teacher(z, t_B, c, w, n), t_B, m_B)
-        z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, c, w, n), m_B, s_B)
+        z_m = schedule.ddim_step(z, teacher(z, t_B, conditions), t_B, m_B)
+        z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, conditions), m_B, s_B)
         landed = schedule.ddim_step(z, eps, t_B, s_B)
         torch.testing.assert_close(landed, z_s, atol=1e-4, rtol=1e-4)
 
@@ -381,7 +382,7 @@ def test_a_raised_guidance_scale_leaves_1_alone_and_keeps_to_the_range() -> None
     raised = raised_guidance_scale(w_B, 1.5, highest=8.0)
     torch.testing.assert_close(raised, torch.tensor([1.0, 4.0, 8.0, 8.0]))
     torch.testing.assert_close(raised_guidance_scale(w_B, 1.0, highest=8.0), w_B)
-    with pytest.raises(ValueError, match="guidance_gain is 0.5; it must be at least 1"):
+    with pytest.raises(ValueError, match=r"guidance_gain is 0.5; it must lie in \[1, 2\)"):
         dataclasses.replace(HALVE, guidance_gain=0.5)
 
 
@@ -391,7 +392,7 @@ def test_only_the_first_round_of_halving_raises_the_guidance_scale(
     torch.manual_seed(0)
     first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05)
     training = dataclasses.replace(HALVE_TRAIN, num_images=960, learning_rate=3e-3)
-    config = dataclasses.replace(HALVE, train=training, guidance_gain=2.0)
+    config = dataclasses.replace(HALVE, train=training, guidance_gain=1.8)
     guides = halve(pipe.unet, pipe.scheduler, first, cache, config, directory=tmp_path)
     schedule = cache.schedule
     generator = torch.Generator().manual_seed(0)
@@ -415,12 +416,13 @@ def test_only_the_first_round_of_halving_raises_the_guidance_scale(
                 t.expand(len(latents.x)) for t in (grid[i], fine[2 * i + 1], grid[i + 1])
             )
             z_t = schedule.add_noise(latents.x, latents.noise, t_B)
-            given = {"c_BLD": latents.text, "n_BLD": latents.negative_text}
+            own, theirs = (
+                latents.conditions(torch.full((len(z_t),), scale)) for scale in (w, teacher_w)
+            )
             target = halving_target(
-                teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B, s_B=s_B,
-                w_B=torch.full((len(z_t),), teacher_w), **given,
-            )  # fmt: skip
-            eps = student(z_t, t_B, w_B=torch.full((len(z_t),), w), **given)
+                teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B, s_B=s_B, conditions=theirs
+            )
+            eps = student(z_t, t_B, own)
             total += float(truncated_snr_loss(schedule, eps, target, z_t, t_B).mean())
         return total
 
@@ -440,10 +442,11 @@ def test_the_guided_denoiser_is_its_teacher_when_there_is_nothing_to_learn(
         torch.randn((2, 4, 4, 4), generator=generator),
         torch.randn((2, 16, 32), generator=generator),
     )
-    t, w = torch.tensor([10, 900]), torch.tensor([3.0, 7.0])
+    t = torch.tensor([10, 900])
+    conditions = Conditions(c_BLD=c, n_BLD=c, w_B=torch.tensor([3.0, 7.0]))
     with torch.no_grad():
-        cfg = CFGDenoiser(pipe.unet, schedule)(z, t, c, w, c)
-        guided = GuidedDenoiser(pipe.unet, guide, schedule)(z, t, c, w, c)
+        cfg = CFGDenoiser(pipe.unet, schedule)(z, t, conditions)
+        guided = GuidedDenoiser(pipe.unet, guide, schedule)(z, t, conditions)
     torch.testing.assert_close(guided, cfg, atol=1e-5, rtol=1e-4)
 
 

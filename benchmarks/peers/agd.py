@@ -13,16 +13,17 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from benchmarks.peers.peer import Peer
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, PlainDenoiser
-from pnp_core.guide import sinusoidal
-from pnp_core.models import AddedConditions
+from pnp_core.guide.kind import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.schedule import NoiseSchedule
 
 PARAMETERS_SHARE = 0.02
-EMBEDDING = 64  # channels of pnp_core.guide.sinusoidal
 
 
 def attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
+    """The layers that an adapter stands beside."""
     return [
         module
         for name, module in unet.named_modules()
@@ -31,15 +32,18 @@ def attention_layers(unet: UNet2DConditionModel) -> list[Attention]:
 
 
 class Adapter(nn.Module):
+    """Beside one attention layer."""
+
     def __init__(self, channels: int, text_width: int, width: int) -> None:
         super().__init__()
         self.query = nn.Linear(channels, width, bias=False)
         self.text = nn.Linear(text_width, 2 * width, bias=False)
-        self.scalars = nn.Linear(EMBEDDING, 2 * width)  # a token each for t and w
+        self.scalars = nn.Linear(EMBEDDING_DIM, 2 * width)  # a token each for t and w
         self.out = nn.Linear(width, channels, bias=False)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x_BNC: Tensor, text_BLD: Tensor, scalars_B2E: Tensor) -> Tensor:
+        """What to add to the layer's output, given its input."""
         tokens = torch.cat([self.text(text_BLD), self.scalars(scalars_B2E)], dim=1)
         keys, values = tokens.chunk(2, dim=-1)
         query = self.query(x_BNC)
@@ -48,15 +52,15 @@ class Adapter(nn.Module):
         return result
 
 
-class AttentionAdapters(nn.Module):
+class AttentionAdapters(Peer):
     """Adapters for every attention layer of a UNet."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
+        super().__init__(unet)
         self.text_width = unet.config.cross_attention_dim
         self.channels = [layer.query_dim for layer in attention_layers(unet)]
         budget = PARAMETERS_SHARE * sum(p.numel() for p in unet.parameters())
-        per_width = sum(2 * c + 2 * self.text_width + 2 * EMBEDDING + 2 for c in self.channels)
+        per_width = sum(2 * c + 2 * self.text_width + 2 * EMBEDDING_DIM + 2 for c in self.channels)
         width = max(1, int(budget / per_width))
         self.adapters = nn.ModuleList(Adapter(c, self.text_width, width) for c in self.channels)
 
@@ -73,31 +77,27 @@ class AdaptedDenoiser:
         self.peer = peer
         self.plain = PlainDenoiser(unet, schedule)
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
-        scalars_B2E = torch.stack([sinusoidal(t_B, 1), sinusoidal(w_B, 30)], dim=1)
-        layers = attention_layers(self.plain.unet)
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        of = frequencies(z_BCHW.device)
+        scalars_B2E = torch.stack(
+            [sinusoidal(t_B, of), sinusoidal(W_SCALE * conditions.w_B, of)], dim=1
+        )
 
         def adapted(adapter: nn.Module) -> Any:
             def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
                 x_BNC = args[0] if args else kwargs["hidden_states"]
-                return output + adapter(x_BNC, c_BLD, scalars_B2E).to(output.dtype)
+                more: Tensor = adapter(x_BNC, conditions.c_BLD, scalars_B2E)
+                return output + more.to(output.dtype)
 
             return hook
 
+        layers = attention_layers(self.plain.unet)
         handles = [
             layer.register_forward_hook(adapted(adapter), with_kwargs=True)
             for layer, adapter in zip(layers, self.peer.adapters, strict=True)
         ]
         try:
-            return self.plain(z_BCHW, t_B, c_BLD, w_B, n_BLD, added)
+            return self.plain(z_BCHW, t_B, conditions)
         finally:
             for handle in handles:
                 handle.remove()

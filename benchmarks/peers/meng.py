@@ -9,22 +9,23 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from benchmarks.peers.peer import Peer
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser
-from pnp_core.guide import sinusoidal
-from pnp_core.models import AddedConditions
+from pnp_core.guide.kind import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.schedule import NoiseSchedule
 
-W_EMBEDDING = 64  # channels of pnp_core.guide.sinusoidal
 
-
-class WholeUNet(nn.Module):
+class WholeUNet(Peer):
     """A copy of the base with every weight trained."""
 
+    is_add_on = False
+
     def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
+        super().__init__(unet)
         config = {key: value for key, value in unet.config.items() if not key.startswith("_")}
         self.student = UNet2DConditionModel.from_config(
-            {**config, "time_cond_proj_dim": W_EMBEDDING}
+            {**config, "time_cond_proj_dim": EMBEDDING_DIM}
         )
         self.student.load_state_dict(unet.state_dict(), strict=False)
         nn.init.zeros_(self.student.time_embedding.cond_proj.weight)
@@ -55,16 +56,15 @@ class WDenoiser:
         self.unet = unet
         self.schedule = schedule
 
-    def __call__(
-        self,
-        z_BCHW: Tensor,
-        t_B: Tensor,
-        c_BLD: Tensor,
-        w_B: Tensor,
-        n_BLD: Tensor,
-        added: AddedConditions | None = None,
-    ) -> Tensor:
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        w_BE = sinusoidal(W_SCALE * conditions.w_B, frequencies(z_BCHW.device))
+        added = conditions.added
         prediction = self.unet(
-            z_BCHW, t_B, c_BLD, timestep_cond=sinusoidal(w_B, 30), return_dict=False
+            z_BCHW,
+            t_B,
+            conditions.c_BLD,
+            timestep_cond=w_BE,
+            added_cond_kwargs=None if added is None else added.positive,
+            return_dict=False,
         )[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)

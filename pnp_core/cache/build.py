@@ -22,6 +22,7 @@ from torch import Tensor
 from pnp_core.cache.identity import VERSION, CacheIdentity
 from pnp_core.cache.plan import TEXT, plan_cache
 from pnp_core.cache.read import added_rows
+from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider
@@ -226,7 +227,8 @@ class CacheBuilder:
             for x in (z_t, self.text["states"][prompt_B], self.text["states"][negative_B])
         )
         added = added_rows(self.text, prompt_B, negative_B, unet.device, unet.dtype)
-        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), c, n, added)
+        conditions = Conditions.at_scale(1.0, c_BLD=c, n_BLD=n, added=added)
+        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), conditions)
         return eps_c.float().cpu(), eps_n.float().cpu()
 
     def forward_pairs(

@@ -11,8 +11,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pnp_core.cache.identity import differences
+from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.identity import BaseIdentity
-from pnp_core.models import AddedConditions
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CacheConfig
 from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, read_shard
@@ -29,6 +29,10 @@ class Pairs(NamedTuple):
     negative_text: Tensor
     added: AddedConditions | None
 
+    def conditions(self, w_B: Tensor) -> Conditions:
+        """Their prompts at these guidance scales."""
+        return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
+
 
 class Latents(NamedTuple):
     """A batch of latents of the data with noise to add, on a device."""
@@ -38,6 +42,10 @@ class Latents(NamedTuple):
     text: Tensor
     negative_text: Tensor
     added: AddedConditions | None
+
+    def conditions(self, w_B: Tensor) -> Conditions:
+        """Their prompts at these guidance scales."""
+        return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
 
 
 class TeacherCache:

@@ -1,0 +1,163 @@
+"""Runs of a guide, each knowing what it was told, and what the running forward is told by them.
+
+What a call knows belongs to it: calls in other threads, or one inside another, don't see it.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from pnp_core.guide.kind import Effect, KeyValue
+
+
+class Call(ABC):
+    """A run of a guide in one UNet.
+
+    Attributes:
+        unet: whose forwards it is asked about.
+        negatives: keys and values of its negative prompts.
+    """
+
+    unet: nn.Module
+    negatives: "Negatives"
+
+    @abstractmethod
+    def begin(self, arguments: dict[str, Any]) -> Effect | None:
+        """What the guide does in the forward that is about to run; None: nothing.
+
+        Args:
+            arguments: of that forward by name; may be changed.
+        """
+
+    def end(self, output: Any) -> Any:
+        """What the forward is to return in place of ``output``."""
+        return output
+
+
+class Suspended(Call):
+    """While a user's own code runs in the middle of a call: forwards are nobody's."""
+
+    unet = nn.Module()
+
+    def begin(self, arguments: dict[str, Any]) -> Effect | None:
+        raise AssertionError("asked of no forward")
+
+
+class Acting:
+    """A guide at work in the forward that is running."""
+
+    def __init__(self, effect: Effect, negatives: "Negatives") -> None:
+        self.effect = effect
+        self.negatives = negatives
+        self.query: Tensor | None = None  # of the cross-attention that is running
+
+
+class Now(threading.local):
+    """What goes on in this thread."""
+
+    calls: tuple[Call, ...] = ()  # the innermost is the last
+    acting: Acting | None = None
+
+
+now = Now()
+
+
+@contextmanager
+def entered(call: Call) -> Iterator[None]:
+    """While open, forwards of the call's UNet in this thread are the call's."""
+    before = now.calls
+    now.calls = (*before, call)
+    try:
+        yield
+    finally:
+        now.calls = before
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """While open, forwards in this thread belong to none of the calls under way."""
+    with entered(Suspended()):
+        yield
+
+
+def call_of(unet: nn.Module) -> Call | None:
+    """The call under way in this thread whose forward this is."""
+    for call in reversed(now.calls):
+        if isinstance(call, Suspended):
+            return None
+        if call.unet is unet:
+            return call
+    return None
+
+
+class Negatives:
+    """Keys and values of negative prompts in each cross-attention of a UNet.
+
+    They are made where they are first wanted, and again when what makes them has changed: another
+    adapter, another scale of one, other weights.
+
+    Args:
+        n_BLD: text states of the negative prompts; one row if all samples share it.
+    """
+
+    def __init__(self, n_BLD: Tensor) -> None:
+        self.n_BLD = n_BLD
+        self.kept: list[KeyValue | None] = []
+        self.made_by: list[tuple[Any, ...]] = []
+
+    def follow(self, layers: list[Attention], more: Any = None) -> None:
+        """Forget what these layers would now make in another way.
+
+        Args:
+            more: whatever else it depends on.
+        """
+        made_by = [(more, *state_of(a.to_k), *state_of(a.to_v)) for a in layers]
+        if made_by != self.made_by:
+            self.made_by = made_by
+            self.kept = [None] * len(layers)
+
+    def fill(self, index: int, layer: Attention) -> KeyValue:
+        """What ``layer`` makes of them."""
+        kept = self.kept[index]
+        if kept is None:
+            n_BLD = self.n_BLD.to(layer.to_k.weight.dtype)
+            key, value = (
+                x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+                for x in (layer.to_k(n_BLD) * layer.scale, layer.to_v(n_BLD))
+            )
+            kept = self.kept[index] = KeyValue(key, value)
+        return kept
+
+
+def state_of(linear: nn.Module) -> tuple[Any, ...]:
+    """Tells whether a layer, with a LoRA or without, still is what it was."""
+    base: Any = getattr(linear, "base_layer", linear)
+    state: tuple[Any, ...] = (id(linear), *version_of(base.weight))
+    if base is not linear:
+        lora: Any = linear
+        weights = [w for name in lora.active_adapters for w in weights_of(lora, name)]
+        scales = getattr(lora, "scaling", {})
+        state += (lora.disable_adapters, tuple(lora.active_adapters), *scales.values())
+        state += tuple(part for weight in weights for part in version_of(weight))
+    return state
+
+
+def weights_of(lora: Any, adapter: str) -> list[Tensor]:
+    """The weights of one adapter of peft's in a layer."""
+    tables = (getattr(lora, name) for name in lora.adapter_layer_names)
+    return [p for table in tables if adapter in table for p in parameters_of(table[adapter])]
+
+
+def parameters_of(part: nn.Module | Tensor) -> list[Tensor]:
+    """Peft keeps an adapter's parts as modules, or as bare parameters."""
+    return [part] if isinstance(part, Tensor) else list(part.parameters())
+
+
+def version_of(weight: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is replaced or written to."""
+    return id(weight), 0 if weight.is_inference() else weight._version

@@ -1,0 +1,89 @@
+"""Whether a guide and a pipeline go together, said before anything runs."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pnp_core.bundle import GuideBundle
+from pnp_core.pipelines import check_class
+
+
+def bare_unet(pipe: Any) -> Any:
+    """The pipeline's UNet without a wrapper of ``torch.compile``; None if it has none."""
+    unet = getattr(pipe, "unet", None)
+    return getattr(unet, "_orig_mod", unet)
+
+
+def check_unet(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
+    """Raise ValueError if the pipeline can't have a guide, or has no UNet that all guides fit."""
+    check_class(type(pipe))
+    unet = bare_unet(pipe)
+    check_not_wrapped(unet)
+    if unet is None or not hasattr(unet, "up_blocks"):
+        raise ValueError(f"{type(pipe).__name__} has no UNet with up blocks to plug a guide into.")
+    if not isinstance(unet, UNet2DConditionModel):
+        raise ValueError(
+            f"A guide works in a UNet2DConditionModel; this pipeline's UNet is a "
+            f"{type(unet).__name__}."
+        )
+    check_weights(unet)
+    for guide in bundle.guides.values():
+        guide.check_fits(unet)
+    if unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            "This UNet is guidance-distilled itself (time_cond_proj_dim is "
+            f"{unet.config.time_cond_proj_dim}): it needs no guide."
+        )
+
+
+def check_prediction_type(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
+    """Raise ValueError if the guides were made for a base that predicts something else."""
+    prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
+    for guide in bundle.guides.values():
+        if guide.config.prediction_type != prediction_type:
+            raise ValueError(
+                f"This guide was made for a base with prediction_type "
+                f"{guide.config.prediction_type!r}; this pipeline's scheduler has "
+                f"{prediction_type!r}."
+            )
+
+
+def check_weights(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if the UNet is quantised, or spread over several devices."""
+    config = unet.config.get("quantization_config")
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    odd = [p for p in unet.parameters() if type(p.data) is not Tensor or not p.is_floating_point()]
+    if method is not None or getattr(unet, "hf_quantizer", None) is not None or odd:
+        how = method or (
+            f"{type(odd[0].data).__name__} of {odd[0].dtype}" if odd else "by a hf_quantizer"
+        )
+        raise ValueError(
+            f"A guide works beside a UNet of ordinary floating-point weights, but this UNet is "
+            f"quantised ({how}): load it without quantization_config."
+        )
+    devices = {str(device) for device in (getattr(unet, "hf_device_map", None) or {}).values()}
+    if len(devices) < 2:
+        devices = {str(p.device) for p in unet.parameters() if p.device.type != "meta"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"A guide works beside a UNet on one device, but this UNet is spread over "
+            f"{', '.join(sorted(devices))}: load it without device_map, or use "
+            "pipe.enable_model_cpu_offload()."
+        )
+
+
+def check_not_wrapped(unet: Any) -> None:
+    """Raise ValueError if the UNet is within another module that runs it past its hooks."""
+    if isinstance(unet, PeftModel):
+        raise ValueError(
+            f"A guide does not see the forwards of a UNet within a {type(unet).__name__}: "
+            "pipe.unet = pipe.unet.merge_and_unload(), or load the adapter with "
+            "pipe.load_lora_weights or pipe.unet.add_adapter."
+        )
+    if isinstance(unet, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            f"A guide does not see the forwards of a UNet within a {type(unet).__name__}: "
+            "pipe.unet = pipe.unet.module."
+        )

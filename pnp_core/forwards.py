@@ -1,0 +1,99 @@
+"""A pipeline's forwards: whether a guide can stand in for them, and halves of doubled batches.
+
+A batch that is doubled for classifier-free guidance is one or more blocks, each of all samples
+under their negative prompts and then of the same samples under their prompts.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pnp_core.pipelines import ASKS, VIEWS
+
+NEGATIVE, POSITIVE = 0, 1
+
+
+class Forwards:
+    """Sees to it that a pipeline of this name and way runs one forward a step, as it should."""
+
+    def __init__(self, name: str, way: str) -> None:
+        self.name = name
+        self.way = way
+        self.number = 0
+        self.last_timestep: Any = None
+
+    def check(
+        self, arguments: Mapping[str, Any], num_prompts: int | None, num_steps: int | None
+    ) -> None:
+        """Raise ValueError if this forward is not of a row a prompt, or two, or is one too many.
+
+        Args:
+            arguments: of the forward by name.
+            num_prompts: as encoded, images a prompt included; None: not known.
+            num_steps: of the whole run; None: not known.
+        """
+        num_rows = len(arguments["sample"])
+        if num_prompts is not None:
+            self.check_rows(num_rows, num_prompts)
+        if self.way == VIEWS:
+            return
+        self.number += 1
+        timestep, last = arguments["timestep"], self.last_timestep
+        again = isinstance(timestep, Tensor) and isinstance(last, Tensor)
+        again = again and timestep.data_ptr() == last.data_ptr()
+        if again or (num_steps is not None and self.number > num_steps):
+            raise ValueError(
+                f"{self.name} runs its UNet more than once a step, so it has a guidance of its "
+                "own, which a guide can't replace: use it unplugged."
+            )
+        self.last_timestep = timestep  # held, so that no other tensor gets its address
+
+    def check_rows(self, num_rows: int, num_prompts: int) -> None:
+        """Raise ValueError if a forward of so many rows is not what so many prompts make."""
+        if self.way == VIEWS and num_prompts > 1:
+            raise ValueError(
+                f"{self.name} confuses the rows of several prompts or images, with a guide and "
+                "without: ask for one image a call."
+            )
+        expected = num_prompts if self.way == ASKS else 2 * num_prompts
+        odd = num_rows != expected if self.way == ASKS else num_rows % expected
+        if odd:
+            raise ValueError(
+                f"{self.name} runs its UNet on {num_rows} rows for {num_prompts} prompts, where a "
+                f"guide needs {expected}, so it has a guidance of its own, which a guide can't "
+                "replace: use it unplugged."
+            )
+
+
+def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> Any:
+    """Rows under the prompts, or the negative ones.
+
+    Args:
+        value: a tensor, or tensors in tuples, lists and dicts; what does not have ``num_rows``
+            rows stays as it is.
+        num_rows: of the doubled batch.
+        num_samples: of a block; a block has twice as many rows.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or len(value) != num_rows:
+            return value
+        return value.unflatten(0, (-1, 2, num_samples))[:, which].flatten(0, 1)
+    if isinstance(value, Mapping):
+        return {k: half(each, num_rows, num_samples, which) for k, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(half(each, num_rows, num_samples, which) for each in value)
+    return value
+
+
+def doubled(output: Any, num_samples: int) -> Any:
+    """What a UNet returned, a tuple or diffusers' own class, with both halves the same."""
+
+    def both(sample: Tensor) -> Tensor:
+        blocks = sample.unflatten(0, (-1, num_samples))
+        return torch.stack([blocks, blocks], dim=1).flatten(0, 2)
+
+    if isinstance(output, tuple):
+        return (both(output[0]), *output[1:])
+    return type(output)(sample=both(output.sample))

@@ -1,0 +1,169 @@
+"""The parts of a tiny guide.
+
+Each owns its parameters. What they do before the UNet runs is done for all of them together, see
+:class:`pnp_core.guide.tiny.PreparedTiny`: one by one, hundreds of small operations would take as
+long as the UNet.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pnp_core.guide.kind import KeyValue, zero_module
+from pnp_core.guide.unet import EntranceChannels
+
+GAIN_RANK = 4  # of the gains on one cross-attention
+PROJECTION_RANK = 8  # of what is mixed from its channels besides
+
+
+class Told(NamedTuple):
+    """What an entrance is told of t, w and the prompt: by direction, ``(B, R)``."""
+
+    scale_BR: Tensor
+    shift_BR: Tensor
+    gain_BR: Tensor
+
+
+class EntranceAdapter(nn.Module):
+    """Reads hidden states and skips at an up block's entrance, returns residuals for them."""
+
+    def __init__(self, channels: EntranceChannels, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.split = (channels.hidden, *channels.skips)
+        total = sum(self.split)
+        self.down = nn.Conv2d(total, rank, 1)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.mix = nn.Conv2d(rank, rank, 3, padding=1)
+        self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, features: Sequence[Tensor], told: Told) -> list[Tensor]:
+        """Residuals for the features, in this module's dtype."""
+        scale, shift, gain = (x[..., None] for x in told)
+        # 1. down to the rank, features of different magnitudes brought to one root mean square;
+        # dividing what comes out of the projection costs less than dividing what goes in; no
+        # gradient goes through the norms, where it would take time and teach nothing
+        weight, up = self.down.weight.flatten(1), self.up.weight.flatten(1)
+        assert self.down.bias is not None
+        norms = torch.stack([norm_of(x.detach()) for x in features]).clamp(min=1e-6)
+        h = self.down.bias[:, None]
+        for x, part, norm in zip(
+            features, weight.split(self.split, dim=1), norms.to(weight.dtype), strict=True
+        ):
+            # a product of matrices: on a CPU a convolution would first copy what it reads
+            read = torch.bmm(part.expand(len(x), -1, -1), x.flatten(2).to(weight.dtype))
+            h = torch.addcdiv(h, read, norm, value=x[0].numel() ** 0.5)
+        # 2. what t, w and the prompt ask for
+        h = F.silu(torch.addcmul(shift, h, scale))
+        # 3. look around, then project back
+        size = features[0].shape[2:]
+        h = h + self.mix(F.silu(h).unflatten(2, size)).flatten(2)
+        residual = torch.bmm(up.expand(len(h), -1, -1), gain * F.silu(h))
+        return list(residual.unflatten(2, size).split(self.split, dim=1))
+
+
+class TextAdapter(nn.Module):
+    """A residual on the text states that the UNet attends to, from prompt minus negative."""
+
+    def __init__(self, text_dim: int, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(text_dim, rank)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.up = zero_module(nn.Linear(rank, text_dim, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, down_BLR: Tensor, told: Told) -> Tensor:
+        """The residual, ``(B, L, D)``, from the difference as :attr:`down` gives it."""
+        scale, shift, gain = (x[:, None] for x in told)
+        residual: Tensor = self.up(gain * F.silu(torch.addcmul(shift, down_BLR, scale)))
+        return residual
+
+
+class Gains(nn.Module):
+    """Factors that the conditioning vector sets, channel by channel."""
+
+    def __init__(self, channels: int, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(embedding_dim, rank)
+        self.up = zero_module(nn.Linear(rank, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
+
+
+class AttentionAdapter(nn.Module):
+    """How much more a cross-attention is to make of what the prompt says beyond the negative one.
+
+    Channel by channel, and by a projection of few directions that mixes channels.
+    """
+
+    def __init__(self, channels: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.gains = Gains(channels, GAIN_RANK, embedding_dim)
+        self.down = nn.Linear(channels, PROJECTION_RANK, bias=False)
+        self.code = nn.Linear(embedding_dim, PROJECTION_RANK)
+        self.up = zero_module(nn.Linear(PROJECTION_RANK, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(PROJECTION_RANK))
+
+
+class Modulations(nn.Module):
+    """Factors and shifts for the channels of many layers, along one direction a layer.
+
+    Parameters are in the order of ``groups``, layers that are equally wide beside one another.
+    """
+
+    def __init__(self, channels: Sequence[int], embedding_dim: int) -> None:
+        super().__init__()
+        self.groups = groups_of(channels)
+        down = nn.Linear(embedding_dim, len(channels))
+        # A vector, not a matrix: the optimizer is not to mix directions of different layers.
+        self.down = nn.Parameter(down.weight.detach().flatten())
+        self.bias = nn.Parameter(down.bias.detach())
+        self.factor = nn.Parameter(torch.zeros(sum(channels)))
+        self.shift = nn.Parameter(torch.zeros(sum(channels)))
+        self.offset = nn.Parameter(torch.zeros(len(channels)))
+
+    def tables(self) -> list[Tensor]:
+        """Of each group of K layers: factors and shifts, ``(2, K, C)``."""
+        parts, start = [], 0
+        for width, layers in self.groups:
+            part = slice(start, start := start + width * len(layers))
+            parts.append(torch.stack([x[part].view(-1, width) for x in (self.factor, self.shift)]))
+        return parts
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """Of each sample of ``(B, C, H, W)``: ``(B, 1, 1)``, float32."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)[:, None, None]
+
+
+def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """Which layers have how many channels, by width."""
+    return [
+        (width, [layer for layer, c in enumerate(channels) if c == width])
+        for width in sorted(set(channels))
+    ]
+
+
+def read_negative(query_BNC: Tensor, negative: KeyValue) -> Tensor:
+    """What a cross-attention with these queries reads of the negative prompt: ``(B, N, H, D)``.
+
+    Written out but on a GPU: elsewhere the fused kernel's backward pass is slow with so few
+    channels. On a CPU the softmax is taken in fp32, which is three times as fast as in bf16.
+    """
+    key, value = (x.to(query_BNC.dtype) for x in negative)
+    batch, num_heads = len(query_BNC), key.shape[1]
+    query = query_BNC.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    if shared := len(key) < batch:  # all samples' positions make one attention
+        query = query.transpose(0, 1).flatten(1, 2)[None]
+    if query.device.type == "cuda":
+        read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    else:
+        weights = query @ key.mT
+        if query.device.type == "cpu":
+            weights = weights.float()
+        read = weights.softmax(dim=-1).to(query.dtype) @ value
+    if shared:
+        return read[0].unflatten(1, (batch, -1)).permute(1, 2, 0, 3)
+    return read.transpose(1, 2)

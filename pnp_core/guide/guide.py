@@ -1,0 +1,169 @@
+"""A guide of any kind, for one UNet architecture: made, saved, opened, checked against a UNet."""
+
+import hashlib
+import os
+from typing import Any
+
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+
+from pnp_core.conditions import Conditions
+from pnp_core.guide.full import FullGuide
+from pnp_core.guide.kind import Kind, Prepared
+from pnp_core.guide.tiny import TinyGuide, TinyShape, tiny_shape
+from pnp_core.guide.unet import EntranceChannels, decoder_entrances, describe, plain
+from pnp_core.settings import GuideConfig
+
+# 2: nothing is done where prompt and negative prompt are the same or w is at most 1. Guides of
+# format 1 have the same parameters and are read as such.
+FORMAT = 2
+
+
+class Guide(ModelMixin, ConfigMixin):
+    """A guide for one UNet architecture; make one with :meth:`from_unet`.
+
+    The config saved beside the weights says which architecture the guide fits and what it was
+    trained for. Attributes of the config:
+
+        base_hash: identity of the base it was trained on, see :func:`pnp_core.models.weights_hash`.
+        prediction_type: what that base predicts.
+        guidance_scale_range: the ``w`` it was trained for.
+        num_steps: sampling steps it was halved to; None: any number (stage 1).
+        timestep_spacing: of those steps.
+        format_version: of what is on disk, see ``FORMAT``.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: str,
+        in_channels: int,
+        text_dim: int,
+        channels: list[list[int]],
+        attention_channels: list[int],
+        modulated_channels: list[int],
+        ranks: list[int] | None = None,
+        text_rank: int = 0,
+        embedding_dim: int = 0,
+        unet_config: dict[str, Any] | None = None,
+        base_hash: str | None = None,
+        prediction_type: str = "epsilon",
+        guidance_scale_range: tuple[float, float] = (1.0, 8.0),
+        num_steps: int | None = None,
+        timestep_spacing: str | None = None,
+        format_version: int = 1,
+    ) -> None:
+        super().__init__()
+        entrances = [EntranceChannels(hidden, tuple(skips)) for hidden, *skips in channels]
+        self.net: Kind
+        if kind == "tiny":
+            assert ranks is not None
+            shape = TinyShape(ranks, text_rank, embedding_dim)
+            self.net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
+        else:
+            assert unet_config is not None
+            self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
+
+    @classmethod
+    def from_unet(
+        cls, unet: UNet2DConditionModel, config: GuideConfig | None = None, **trained_for: Any
+    ) -> "Guide":
+        """A fresh guide that fits ``unet`` and leaves it unchanged.
+
+        Args:
+            trained_for: config entries such as ``base_hash`` and ``prediction_type``.
+
+        Raises:
+            ValueError: the UNet is too small for a tiny guide within its share of parameters, or
+                has parts a guide can't work with.
+        """
+        config = config or GuideConfig()
+        architecture = describe(unet)
+        entries = {"kind": config.kind, "format_version": FORMAT, **architecture, **trained_for}
+        if config.kind == "full":
+            if unet.class_embedding is not None:
+                raise ValueError(
+                    "A full guide does not know of class labels, which this UNet is told: make a "
+                    "tiny one."
+                )
+            base = {k: v for k, v in unet.config.items() if not k.startswith("_")}
+            guide = cls(unet_config={**base, "time_cond_proj_dim": None}, **entries)
+            assert isinstance(guide.net, FullGuide)
+            guide.net.load_encoder(unet)
+            return hold_offsets(guide).to(unet.device)
+        base_parameters = sum(p.numel() for p in unet.parameters())
+        shape = tiny_shape(
+            decoder_entrances(unet),
+            text_dim=architecture["text_dim"],
+            attention_channels=architecture["attention_channels"],
+            modulated_channels=architecture["modulated_channels"],
+            embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 16),
+            max_parameters=int(config.max_parameters_ratio * base_parameters),
+        )
+        if shape is None:
+            raise ValueError(
+                f"No tiny guide is as small as {config.max_parameters_ratio:.1%} of this UNet's "
+                f"{base_parameters:,} parameters. Raise max_parameters_ratio."
+            )
+        return hold_offsets(cls(**shape._asdict(), **entries)).to(unet.device)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> "Guide":
+        """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled.
+
+        Raises:
+            ValueError: the weights are not those of such a guide; another version wrote them.
+        """
+        guide: Guide
+        guide, loading = super().from_pretrained(
+            path, **{**options, "use_safetensors": True, "output_loading_info": True}
+        )
+        if guide.config.format_version > FORMAT:
+            raise ValueError(
+                f"The guide in {path} has format {guide.config.format_version}, and this version "
+                f"of pnp-guide knows formats up to {FORMAT}: install a newer one."
+            )
+        if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
+            raise ValueError(
+                f"The guide in {path} was saved by another version of pnp-guide: {len(wrong)} of "
+                f"its parameters are missing or unknown, {wrong[0]} among them. Train it again, or "
+                "load it with the version that saved it."
+            )
+        guide.register_to_config(format_version=FORMAT)  # as which it would be saved again
+        return guide
+
+    def weights_digest(self) -> str:
+        """Identity of this guide: SHA-256 over its weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_fits(self, unet: UNet2DConditionModel) -> None:
+        """Raise ValueError, naming both sides, if this guide was made for another architecture."""
+        for key, theirs in describe(unet).items():
+            own = self.config[key]
+            if plain(own) != plain(theirs):
+                raise ValueError(
+                    f"This guide was made for a UNet with {key} = {plain(own)}, "
+                    f"but this UNet has {key} = {plain(theirs)}."
+                )
+
+    def prepare(self, conditions: Conditions, strength: float = 1.0) -> Prepared:
+        """Read what a run does not change from step to step.
+
+        Args:
+            strength: multiplies all that the guide does.
+        """
+        return self.net.prepare(conditions, strength)
+
+
+def hold_offsets(guide: Guide) -> Guide:
+    """Keep the offsets of the gains at zero: before halving, they have nothing to mend."""
+    for name, parameter in guide.named_parameters():
+        if name.endswith("offset"):
+            parameter.requires_grad_(False)
+    return guide

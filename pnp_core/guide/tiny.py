@@ -1,0 +1,307 @@
+"""The tiny guide: adapters of text, attentions, layers and entrances that share a conditioning.
+
+It acts by a residual on the text states, by turning up and mixing what each cross-attention reads
+of the prompt beyond what it would read of the negative prompt, by scaling and shifting the channels
+of what the layers from there on give, and by residuals at the entrances of the decoder. All of it
+carries the factor ``w - 1`` and starts from zero projections. Halving adds a learnt offset to that
+factor, since fewer steps need mending at every w.
+
+Shape legend: B batch, C channels, N positions, L text tokens, D text width, R rank, K layers that
+are equally wide, M width of the conditioning vector, X all that is told by that vector.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pnp_core.conditions import Conditions
+from pnp_core.guide.adapters import (
+    GAIN_RANK,
+    PROJECTION_RANK,
+    AttentionAdapter,
+    EntranceAdapter,
+    Modulations,
+    TextAdapter,
+    Told,
+    groups_of,
+    read_negative,
+)
+from pnp_core.guide.kind import (
+    EMBEDDING_DIM,
+    W_SCALE,
+    DecoderInput,
+    Effect,
+    Gain,
+    KeyValue,
+    Kind,
+    Prepared,
+    add_all,
+    frequencies,
+    rms_normed,
+    sinusoidal,
+    zero_module,
+)
+from pnp_core.guide.unet import EntranceChannels
+from pnp_core.precision import is_mixed
+
+PROMPT_RANK = 8  # of what the whole prompt adds to the conditioning vector
+
+
+class TinyShape(NamedTuple):
+    """Widths of a tiny guide."""
+
+    ranks: list[int]  # one an entrance
+    text_rank: int
+    embedding_dim: int
+
+
+class TinyGuide(Kind):
+    """Adapters of text, attentions, layers and entrances that share a conditioning vector."""
+
+    def __init__(
+        self,
+        entrances: Sequence[EntranceChannels],
+        shape: TinyShape,
+        text_dim: int,
+        attention_channels: Sequence[int],
+        modulated_channels: Sequence[int],
+    ) -> None:
+        super().__init__()
+        ranks, text_rank, embedding_dim = shape
+        self.embed = nn.Sequential(
+            nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
+            nn.SiLU(),
+            nn.Linear(embedding_dim, embedding_dim),
+            nn.SiLU(),
+        )
+        self.prompt = nn.Sequential(
+            nn.Linear(text_dim, PROMPT_RANK, bias=False),
+            zero_module(nn.Linear(PROMPT_RANK, embedding_dim, bias=False)),
+        )
+        self.text = TextAdapter(text_dim, text_rank, embedding_dim)
+        self.attentions = nn.ModuleList(
+            AttentionAdapter(channels, embedding_dim) for channels in attention_channels
+        )
+        self.modulations = Modulations(modulated_channels, embedding_dim)
+        self.entrances = nn.ModuleList(
+            EntranceAdapter(channels, rank, embedding_dim)
+            for channels, rank in zip(entrances, ranks, strict=True)
+        )
+        self.attention_groups = groups_of(attention_channels)
+
+    def prepare(self, conditions: Conditions, strength: float) -> "PreparedTiny":
+        return PreparedTiny(self, conditions, strength)
+
+    def grouped_attentions(self) -> list[list[AttentionAdapter]]:
+        """The adapters of attentions that are equally wide, in the order of the groups."""
+        adapters = [a for a in self.attentions if isinstance(a, AttentionAdapter)]  # as all are
+        return [[adapters[i] for i in indices] for _, indices in self.attention_groups]
+
+
+class PreparedTiny(Prepared):
+    """A tiny guide that has read a run's conditions.
+
+    The small matrices that read the conditioning vector stand in one, whose outputs are, in this
+    order: scales and shifts of text and entrances; codes of the attentions' gains and of their
+    projections, group by group; codes of the modulations.
+    """
+
+    def __init__(self, net: TinyGuide, conditions: Conditions, strength: float) -> None:
+        self.net = net
+        linear = net.embed[0]
+        assert isinstance(linear, nn.Linear) and linear.bias is not None
+        dtype = linear.weight.dtype
+        c, n = conditions.c_BLD.to(dtype), conditions.n_BLD.to(dtype)
+        difference_BLD = rms_normed(c) - rms_normed(n)
+        gain = Gain.of(conditions.w_B, difference_BLD, strength)
+        of_t, of_w = linear.weight.split(EMBEDDING_DIM, dim=1)
+        self.of_t = of_t
+        self.frequencies = frequencies(c.device)
+        w_BE = sinusoidal(W_SCALE * conditions.w_B, self.frequencies)
+        self.of_w_BM = F.linear(w_BE.to(dtype), of_w, linear.bias)
+        self.prompt_BM = net.prompt(difference_BLD.mean(dim=1))
+        self.down_BLR = net.text.down(difference_BLD)
+        # one matrix of all that reads the conditioning vector
+        told = [net.text, *net.entrances]
+        groups = net.grouped_attentions()
+        adapters = [adapter for group in groups for adapter in group]
+        readers = [part.modulation for part in told]
+        readers += [a.gains.down for a in adapters] + [a.code for a in adapters]
+        down = net.modulations.down.view(-1, linear.out_features)
+        self.weight_XM = torch.cat([*(linear.weight for linear in readers), down])
+        ranks = [len(part.offset) for part in told]
+        ones = [x for rank in ranks for x in (down.new_ones(rank), down.new_zeros(rank))]
+        biases = torch.cat([*(linear.bias for linear in readers), net.modulations.bias])
+        self.bias_X = biases + F.pad(torch.cat(ones), (0, len(biases) - 2 * sum(ranks)))
+        # the gains they carry
+        offsets = [a.gains.offset for g in groups for a in g] + [
+            a.offset for g in groups for a in g
+        ]
+        self.gains_BX = gain.with_offset(torch.cat([*offsets, net.modulations.offset]))
+        told_gains = gain.with_offset(torch.cat([part.offset for part in told]))
+        self.told_gains = told_gains.split(ranks, dim=1)
+        self.split_told = [rank for rank in ranks for _ in range(2)]
+        num = [len(g) for g in groups]
+        self.split_driven = [
+            *(k * GAIN_RANK for k in num),
+            *(k * PROJECTION_RANK for k in num),
+            *(len(layers) for _, layers in net.modulations.groups),
+        ]
+        # what they drive
+        self.gain_up = [torch.stack([a.gains.up.weight.T for a in g]) for g in groups]  # (K, R, C)
+        self.down = [torch.stack([a.down.weight.T for a in g])[:, None] for g in groups]
+        self.up = [torch.stack([a.up.weight.T for a in g]) for g in groups]
+        self.tables = net.modulations.tables()
+        self.base = torch.tensor([1.0, 0.0], dtype=dtype, device=c.device)[:, None, None]
+
+    def at(self, sample: Tensor, timestep_B: Tensor) -> "TinyEffect":
+        net = self.net
+        # 1. the conditioning vector
+        t_BE = sinusoidal(timestep_B, self.frequencies).to(self.of_t.dtype)
+        embedding_BM = F.silu(F.linear(t_BE, self.of_t) + self.of_w_BM)
+        embedding_BM = F.silu(net.embed[2](embedding_BM)) + self.prompt_BM
+        # 2. all that reads it
+        told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
+            [sum(self.split_told), self.gains_BX.shape[1]], dim=1
+        )
+        parts = told_BX.split(self.split_told, dim=1)
+        told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
+        driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
+        # 3. what that drives
+        mixed = is_mixed(sample.device.type)
+        dtype = told_BX.dtype if mixed else sample.dtype
+        return TinyEffect(
+            net=net,
+            told=told[1:],
+            text_residual_BLD=net.text(self.down_BLR, told[0]),
+            mixtures=self.mixtures(driven, dtype),
+            modulations=self.modulations(driven[2 * len(self.up) :], dtype),
+        )
+
+    def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list["Mixture"]:
+        """What each cross-attention's adapter does, in the order of the forward."""
+        num_groups = len(self.up)
+        found: dict[int, Mixture] = {}
+        for group, (_, layers) in enumerate(self.net.attention_groups):
+            gains_KBR, codes_KBR = (
+                x.unflatten(1, (len(layers), -1)).transpose(0, 1)
+                for x in (driven[group], driven[num_groups + group])
+            )
+            gains_KBC = torch.bmm(gains_KBR.to(self.gain_up[group].dtype), self.gain_up[group])
+            down_KBCR = self.down[group] * codes_KBR[:, :, None]
+            parts = zip(
+                gains_KBC.to(dtype)[:, :, None].unbind(),
+                down_KBCR.to(dtype).unbind(),
+                self.up[group].to(dtype).unbind(),
+                strict=True,
+            )
+            found |= zip(layers, (Mixture(*part) for part in parts), strict=True)
+        return [found[layer] for layer in range(len(found))]
+
+    def modulations(self, codes: Sequence[Tensor], dtype: torch.dtype) -> list["Modulation"]:
+        """What each layer's output is multiplied by and what is added, in the forward's order."""
+        found: dict[int, Modulation] = {}
+        for (_, layers), code_BK, table_2KC in zip(
+            self.net.modulations.groups, codes, self.tables, strict=True
+        ):
+            both_B2KC = torch.addcmul(self.base, code_BK[:, None, :, None], table_2KC).to(dtype)
+            factors, shifts = (x.unbind(1) for x in both_B2KC.unbind(1))
+            found |= zip(layers, map(Modulation, factors, shifts), strict=True)
+        return [found[layer] for layer in range(len(found))]
+
+
+class Mixture(NamedTuple):
+    """What is added to what a cross-attention read, from what it reads beyond the negative."""
+
+    gain_B1C: Tensor
+    down_BCR: Tensor
+    up_RC: Tensor
+
+
+class Modulation(NamedTuple):
+    """What a layer's output is multiplied by and what is added then, by channel, ``(B, C)``."""
+
+    factor: Tensor
+    shift: Tensor
+
+
+class TinyEffect(Effect):
+    """What a tiny guide does in one forward."""
+
+    attends = True
+    modulates = True
+
+    def __init__(
+        self,
+        *,
+        net: TinyGuide,
+        told: list[Told],
+        text_residual_BLD: Tensor,
+        mixtures: list[Mixture],
+        modulations: list[Modulation],
+    ) -> None:
+        self.net = net
+        self.told = told
+        self.text_residual_BLD = text_residual_BLD
+        self.mixtures = mixtures
+        self.modulations = modulations
+
+    def steer(self, c_BLD: Tensor) -> Tensor:
+        return c_BLD + self.text_residual_BLD.to(c_BLD.dtype)
+
+    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        gain, down, up = (x.to(read_BNC.dtype) for x in self.mixtures[index])
+        read_n = read_negative(query_BNC, negative)
+        beyond = (read_BNC.unflatten(-1, read_n.shape[2:]) - read_n).flatten(2).to(read_BNC.dtype)
+        mixed = torch.bmm(beyond, down)
+        more = torch.baddbmm(read_BNC, mixed, up.expand(len(mixed), -1, -1))
+        return torch.addcmul(more, gain, beyond)
+
+    def modulate(self, index: int, output: Tensor) -> Tensor:
+        factor, shift = self.modulations[index]
+        each = (..., None, None) if output.ndim == 4 else (slice(None), None)
+        return torch.addcmul(shift.to(output.dtype)[each], output, factor.to(output.dtype)[each])
+
+    def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        features = (entering.hidden_states, *entering.skips)
+        residuals = self.net.entrances[index](features, self.told[index])
+        hidden, *skips = add_all(features, residuals)
+        return DecoderInput(hidden, tuple(skips))
+
+
+def tiny_shape(
+    entrances: Sequence[EntranceChannels],
+    *,
+    text_dim: int,
+    attention_channels: Sequence[int],
+    modulated_channels: Sequence[int],
+    embedding_dim: int,
+    max_parameters: int,
+) -> TinyShape | None:
+    """The widest tiny guide within a number of parameters; None if there is none.
+
+    Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
+    grow with the share of parameters.
+    """
+    best = None
+    widest = max(max(e.skips) for e in entrances)
+    few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
+    with torch.device("meta"):
+        rest, counted = (Modulations(c, embedding_dim) for c in (modulated_channels, few))
+    max_parameters -= sum(p.numel() for p in rest.parameters())
+    max_parameters += sum(p.numel() for p in counted.parameters())
+    for rank in range(4, widest):
+        ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
+        # from 32 on, sizes that GPUs like
+        ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
+        text_rank = rank if rank < 32 else rank // 64 * 32 + 32
+        shape = TinyShape(ranks, text_rank, embedding_dim)
+        with torch.device("meta"):
+            net = TinyGuide(entrances, shape, text_dim, attention_channels, few)
+        if sum(p.numel() for p in net.parameters()) > max_parameters:
+            break
+        best = shape
+    return best

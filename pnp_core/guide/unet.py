@@ -1,0 +1,152 @@
+"""What a UNet is made of: the places where a guide can act, in the order of the forward."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from diffusers import Transformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import FeedForward, GatedSelfAttentionDense
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from torch import nn
+
+MODULATED = (
+    nn.GroupNorm,
+    nn.LayerNorm,
+    Attention,
+    FeedForward,
+    ResnetBlock2D,
+    Transformer2DModel,
+    Downsample2D,
+    Upsample2D,
+)
+
+# Of a UNet's config: other entries mean that it is told more than a guide knows of.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "encoder_hid_dim_type": (None,),  # it projects the text states that it is given
+    "addition_embed_type": (None, "text_time"),
+}
+
+
+class EntranceChannels(NamedTuple):
+    """Channels of what enters one up block."""
+
+    hidden: int
+    skips: tuple[int, ...]
+
+
+def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
+    """Channels of the hidden states and skips that enter each of the UNet's up blocks."""
+    stack = [unet.conv_in.out_channels]
+    for block in unet.down_blocks:
+        stack += [resnet.out_channels for resnet in block.resnets]
+        stack += [down.out_channels for down in block.downsamplers or []]
+    entrances = []
+    hidden = stack[-1]
+    for block in unet.up_blocks:
+        num_skips = len(block.resnets)
+        entrances.append(EntranceChannels(hidden, tuple(stack[-num_skips:])))
+        del stack[-num_skips:]
+        hidden = block.resnets[-1].out_channels
+    return entrances
+
+
+def text_attentions(unet: UNet2DConditionModel) -> list[Attention]:
+    """The layers that attend to the text, in the order of the forward."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    return [
+        block.attn2
+        for outer in blocks
+        for transformer in getattr(outer, "attentions", [])
+        for block in getattr(transformer, "transformer_blocks", [])
+        if block.attn2 is not None
+    ]
+
+
+def modulated_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """The layers whose outputs a tiny guide modulates, in the order in which they give them.
+
+    They start with the first cross-attention: what lies before it needs no gradients in training.
+    Parts that a LoRA may replace are not among them.
+    """
+    layers = [*in_order(unet), unet.conv_norm_out]
+    first = layers.index(text_attentions(unet)[0])
+    return [layer for layer in layers[first:] if isinstance(layer, MODULATED)]
+
+
+def in_order(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
+    """All modules of the UNet's blocks, as their forwards end."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    for block in (block for block in blocks if block is not None):
+        first, second = list(block.resnets), list(getattr(block, "attentions", []))
+        if block is unet.mid_block:  # which has a resnet more than attentions
+            yield from inside_out(first.pop(0))
+            first, second = second, first
+        for index, layer in enumerate(first):
+            yield from inside_out(layer)
+            if index < len(second):
+                yield from inside_out(second[index])
+        for samplers in ("downsamplers", "upsamplers"):
+            for sampler in getattr(block, samplers, None) or []:
+                yield from inside_out(sampler)
+
+
+def inside_out(module: nn.Module) -> Iterator[nn.Module]:
+    """A module's parts before the module itself, without what GLIGEN adds to a base."""
+    if isinstance(module, GatedSelfAttentionDense):
+        return
+    for child in module.children():
+        yield from inside_out(child)
+    yield module
+
+
+def modulated_channels(layer: nn.Module) -> int:
+    """Channels of what one of :func:`modulated_layers` gives."""
+    match layer:
+        case nn.GroupNorm():
+            return layer.num_channels
+        case nn.LayerNorm():
+            return layer.normalized_shape[0]
+        case Attention():
+            return int(layer.out_dim)
+        case FeedForward():
+            return int(layer.net[-1].out_features)
+    assert isinstance(layer, ResnetBlock2D | Transformer2DModel | Downsample2D | Upsample2D)
+    return int(layer.out_channels)
+
+
+def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
+    """The facts about a UNet that a guide depends on.
+
+    Raises:
+        ValueError: it has nothing that attends to a text, or is told more than a guide knows of.
+    """
+    attentions = text_attentions(unet)
+    if not attentions:
+        raise ValueError(
+            "This UNet has no cross-attention to a text in plain transformer blocks, where a guide "
+            "acts."
+        )
+    for name, allowed in PLAIN.items():
+        if (entry := unet.config.get(name)) not in allowed:
+            raise ValueError(
+                f"This UNet has {name} {entry!r}: it is told more than a guide knows of, so there "
+                "is none for it."
+            )
+    if not isinstance(unet.config.cross_attention_dim, int):
+        raise ValueError(
+            f"This UNet has cross_attention_dim {unet.config.cross_attention_dim}: a guide knows "
+            "of one width of text states only."
+        )
+    return {
+        "in_channels": unet.config.in_channels,
+        "text_dim": unet.config.cross_attention_dim,
+        "channels": [[e.hidden, *e.skips] for e in decoder_entrances(unet)],
+        "attention_channels": [layer.inner_dim for layer in attentions],
+        "modulated_channels": [modulated_channels(layer) for layer in modulated_layers(unet)],
+    }
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists, so that what JSON gave back compares equal."""
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else copy.copy(value)

@@ -1,0 +1,290 @@
+"""What one call of a plugged pipeline knows, and what the guide does in its forwards."""
+
+import copy
+import inspect
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from torch import Tensor, nn
+
+from pnp_core.bundle import GuideBundle
+from pnp_core.calls import Call, Negatives, suspended
+from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.fit import bare_unet
+from pnp_core.forwards import NEGATIVE, Forwards, doubled, half
+from pnp_core.guide import Guide
+from pnp_core.guide.kind import Effect, Prepared
+from pnp_core.pipelines import ASKS, CFG, way_in
+from pnp_core.precision import is_mixed
+
+logger = logging.getLogger(__name__)
+
+BEGAN_UNGUIDED = (
+    "guidance_scale has been raised above 1 in the middle of a call that began without guidance, "
+    "so the negative prompt is unknown: begin with a guidance_scale above 1."
+)
+NOT_ENCODED = (
+    "{} did not call its encode_prompt, by which a guide learns of the negative prompt: use it "
+    "unplugged."
+)
+
+
+@dataclass(kw_only=True)
+class Plug:
+    """What a pipeline has been plugged with."""
+
+    bundle: GuideBundle
+    strength: float
+    stock_class: type[DiffusionPipeline]
+    unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
+    warned: set[str] = field(default_factory=set)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Plug":
+        """Of a copied pipeline, with a guide of its own; its UNet has yet to be checked."""
+        return replace(self, bundle=copy.deepcopy(self.bundle, memo), unet=None, warned=set())
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning, the first time."""
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
+
+
+class PipelineCall(Call):
+    """One call of a plugged pipeline."""
+
+    def __init__(self, pipe: Any, plug: Plug, arguments: Mapping[str, Any]) -> None:
+        self.pipe = pipe
+        self.plug = plug
+        self.asked_scale: float = arguments.get("guidance_scale", 1.0)
+        self.unet = bare_unet(pipe)
+        self.way = way_in(plug.stock_class)
+        self.doubles = self.way != ASKS
+        self.guide: Guide | None = None  # for the number of steps
+        self.negative: Tensor | None = None  # text states; one row if all samples share it
+        self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
+        self.has_encoded = False
+        self.has_time_ids = False
+        self.began_unguided = False
+        self.num_prompts: int | None = None  # as encoded, before the batch is doubled
+        self.num_samples = 0
+        self.forwards = Forwards(type(pipe).__name__, self.way)
+        self.prepared: Prepared | None = None
+        self.prepared_for: tuple[Any, ...] = ()
+
+    @property
+    def guidance_scale(self) -> float:
+        """As it is now: a callback may change it, where the pipeline looks at it again."""
+        if self.doubles:
+            return float(self.asked_scale)
+        return float(getattr(self.pipe, "_guidance_scale", self.asked_scale))
+
+    # What the pipeline's own methods are made to do.
+
+    def encode_prompt(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Encode the negative prompt too, which a pipeline without CFG would not."""
+        signature = inspect.signature(self.plug.stock_class.encode_prompt)
+        self.began_unguided = self.began_unguided or self.guidance_scale <= 1
+        if self.has_encoded or self.guidance_scale <= 1 or CFG not in signature.parameters:
+            return method(*args, **kwargs)
+        bound = signature.bind(self.pipe, *args, **kwargs)
+        bound.arguments[CFG] = True
+        result = method(*bound.args[1:], **bound.kwargs)
+        self.has_encoded = True
+        self.num_prompts = len(result[0])
+        negative = result[1]
+        if torch.equal(negative, negative[:1].expand_as(negative)):
+            negative = negative[:1]  # all share it
+        self.negative = negative
+        self.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
+        return result
+
+    def prepare_ip_adapter_image_embeds(
+        self, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Of embeddings kept for CFG, which come in two halves, the image's own."""
+        if self.doubles or self.guidance_scale <= 1:
+            return method(*args, **kwargs)
+        stock: Any = self.plug.stock_class
+        bound = inspect.signature(stock.prepare_ip_adapter_image_embeds).bind(
+            self.pipe, *args, **kwargs
+        )
+        kept = bound.arguments.get("ip_adapter_image_embeds")
+        if kept is not None:
+            bound.arguments["ip_adapter_image_embeds"] = [
+                each if len(each) % 2 else each.chunk(2)[1] for each in kept
+            ]
+        return method(*bound.args[1:], **bound.kwargs)
+
+    def _get_add_time_ids(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Say what has no effect.
+
+        Text-to-image pipelines call it again for a negative size that is given; image-to-image and
+        inpainting pass both sizes in one call.
+        """
+        stock: Any = self.plug.stock_class
+        given = inspect.signature(stock._get_add_time_ids).bind(self.pipe, *args, **kwargs)
+        differs = any(
+            given.arguments.get(f"negative_{name}") not in (None, given.arguments.get(name))
+            for name in ("original_size", "crops_coords_top_left", "target_size")
+        )
+        if self.guidance_scale > 1 and (differs or self.has_time_ids):
+            self.plug.warn_once(
+                "negative_original_size, negative_crops_coords_top_left and negative_target_size "
+                "have no effect with a guide: it knows the negative prompt by its text alone."
+            )
+        self.has_time_ids = True
+        return method(*args, **kwargs)
+
+    # What the UNet's hook asks.
+
+    def begin(self, arguments: dict[str, Any]) -> Effect | None:
+        scale = self.guidance_scale
+        if scale > 1:
+            if self.num_prompts is None and not self.doubles:
+                message = BEGAN_UNGUIDED if self.began_unguided else NOT_ENCODED
+                raise ValueError(message.format(type(self.pipe).__name__))
+            timesteps = getattr(self.pipe.scheduler, "timesteps", None)
+            num_steps = None if timesteps is None else len(timesteps)
+            self.forwards.check(arguments, self.num_prompts, num_steps)
+            if self.doubles:
+                self.halve(arguments)
+        sample = arguments["sample"]
+        self.num_samples = len(sample)
+        self.take_apart(arguments)
+        if scale <= 1 or self.plug.strength == 0:
+            return None
+        text = arguments["encoder_hidden_states"]
+        added = arguments.get("added_cond_kwargs") or {}
+        self.prepare(sample, text, added, scale)
+        assert self.prepared is not None
+        timestep = arguments["timestep"]
+        if not isinstance(timestep, Tensor):
+            timestep = torch.full((1,), timestep, device=sample.device)
+        effect = self.prepared.at(sample, timestep.to(sample.device).reshape(-1))
+        arguments["encoder_hidden_states"] = effect.steer(text)
+        return effect
+
+    def end(self, output: Any) -> Any:
+        if not self.doubles or self.guidance_scale <= 1:
+            return None
+        return doubled(output, self.num_prompts or self.num_samples)
+
+    def halve(self, arguments: dict[str, Any]) -> None:
+        """Leave of a doubled batch the rows under the prompts, and keep the negative prompts."""
+        num_rows = len(arguments["sample"])
+        num_samples = self.num_prompts or num_rows // 2
+        negative = half(arguments["encoder_hidden_states"], num_rows, num_samples, NEGATIVE)
+        self.negative = negative[:1] if num_samples == 1 else negative
+        for name, value in arguments.items():
+            arguments[name] = half(value, num_rows, num_samples)
+
+    def take_apart(self, arguments: dict[str, Any]) -> None:
+        """Where a callback has given states of both prompts, as CFG has them: tell them apart."""
+        both = 2 * self.num_samples
+        text, added = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs")
+        if len(text) == both:
+            self.negative, arguments["encoder_hidden_states"] = text.chunk(2)
+        if added is not None and len(added.get("text_embeds", ())) == both:
+            self.negative_pooled = added["text_embeds"].chunk(2)[0]
+        if added is not None:
+            arguments["added_cond_kwargs"] = half(added, both, self.num_samples)
+
+    def prepare(
+        self, sample: Tensor, text: Tensor, added: Mapping[str, Tensor], scale: float
+    ) -> None:
+        """Have the guide read the conditions, where they are not those of the step before."""
+        negative, pooled = self.negative, added.get("text_embeds")
+        mixed = is_mixed(sample.device.type)
+        now_for = (key_of(text), key_of(negative), key_of(pooled), scale, sample.device, mixed)
+        if now_for == self.prepared_for:
+            return
+        assert negative is not None
+        if len(text) != len(sample) or len(negative) not in (1, len(sample)):
+            raise ValueError(
+                f"{type(self.pipe).__name__} runs its UNet on {len(sample)} samples with "
+                f"{len(text)} prompts and {len(negative)} negative prompts: a guide needs one of "
+                "each a sample."
+            )
+        guide = self.guide_in_use(sample.device, scale)
+        conditions = Conditions.at_scale(scale, c_BLD=text, n_BLD=negative.to(text))
+        if pooled is not None and self.negative_pooled is not None:
+            negative_pooled = self.negative_pooled.to(pooled)
+            conditions = replace(
+                conditions, added=AddedConditions(pooled, negative_pooled, added["time_ids"])
+            )
+        self.prepared = guide.prepare(conditions, self.plug.strength)
+        self.prepared_for = now_for
+        self.held = (text, negative, pooled)  # so that no other tensor gets their addresses
+        self.negatives = Negatives(conditions.n_BLD)
+
+    def guide_in_use(self, device: torch.device, scale: float) -> Guide:
+        """The guide for the call's number of steps, on this device."""
+        bundle = self.plug.bundle
+        if self.guide is None:
+            num_steps = getattr(self.pipe.scheduler, "num_inference_steps", None)
+            self.guide = bundle.for_steps(num_steps or max(bundle.num_steps))
+        self.guide.to(device=device)
+        low, high = self.guide.config.guidance_scale_range
+        if not low <= scale <= high:
+            self.plug.warn_once(
+                f"guidance_scale {scale:g} is outside [{low:g}, {high:g}], the range "
+                "this guide was trained for."
+            )
+        return self.guide
+
+    # What a user's callback sees: what it would see of the stock pipeline.
+
+    def wrapped(self, callback: Any) -> Any:
+        """A callback that sees the states of both prompts, as CFG has them, and may change them."""
+
+        def called(*args: Any) -> Any:
+            with suspended():
+                return callback(*map(self.shown, args))
+
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            return OfficialCallback(callback, called)
+        return called
+
+    def shown(self, given: Any) -> Any:
+        """An argument of a callback as the stock pipeline would give it."""
+        is_stock = self.doubles or self.guidance_scale <= 1 or self.negative is None
+        if is_stock or not isinstance(given, dict):
+            return given
+        beside = {"prompt_embeds": self.negative, "add_text_embeds": self.negative_pooled}
+        beside["add_time_ids"] = given.get("add_time_ids")
+        for name, negative in beside.items():
+            if negative is not None and len(given.get(name, ())) == self.num_samples:
+                own = given[name]
+                given[name] = torch.cat([negative.to(own).expand_as(own), own])
+        return given
+
+
+class OfficialCallback(PipelineCallback):
+    """Stands in for one of diffusers' own callbacks, which pipelines know by their class."""
+
+    def __init__(self, callback: Any, called: Callable[..., Any]) -> None:
+        self.callback = callback
+        self.called = called
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """Names of what it wants to be given."""
+        return self.callback.tensor_inputs
+
+    def __call__(self, *args: Any) -> Any:
+        return self.called(*args)
+
+
+def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Tells whether a tensor is the one of the step before, without looking at its values."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version

@@ -1,0 +1,157 @@
+"""What a plugged pipeline does otherwise than the stock one.
+
+``plug`` makes a pipeline's class a subclass of the same name. Nothing is kept on the UNet, and
+nothing of a call on the pipeline: what a call is told belongs to it, and goes with it.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from diffusers import DiffusionPipeline, ModularPipeline
+from torch import nn
+
+from pnp_core.calls import entered, now
+from pnp_core.fit import bare_unet, check_prediction_type, check_unet
+from pnp_core.inject import optimized, unuse, use
+from pnp_core.pipeline_call import PipelineCall, Plug
+from pnp_core.pipelines import ASKS, check_arguments, rest_of, told_to, way_in
+
+STATE = "_pnp_plug"  # attribute of a plugged pipeline
+CALLBACKS = ("callback_on_step_end", "callback")
+NOT_PLUGGED = (
+    "This UNet carries a guide, but the pipeline that runs it has not been plugged, so it would "
+    "run two forwards a step and no guide: call plug(pipe, guide) on this pipeline too."
+)
+
+
+def state_of_plug(pipe: Any) -> Plug | None:
+    """What a pipeline has been plugged with; None: it has not."""
+    return vars(pipe).get(STATE)
+
+
+class Intercepted:
+    """A method of a pipeline that a call under way sees first, whoever has wrapped it.
+
+    Being a data descriptor, it is found before what a user has put on the pipeline under the same
+    name; that is what it calls.
+    """
+
+    def __init__(self, name: str, before: Callable[..., Any]) -> None:
+        self.name = name
+        self.before = before
+
+    def __get__(self, pipe: Any, owner: type[Any]) -> Any:
+        if pipe is None:
+            return getattr(super(Plugged, owner), self.name)
+        if self.name in vars(pipe):
+            method = vars(pipe)[self.name]
+        else:
+            method = getattr(super(Plugged, pipe), self.name)
+        call = call_under_way(pipe)
+        return method if call is None else functools.partial(self.before, call, method)
+
+    def __set__(self, pipe: Any, value: Any) -> None:
+        vars(pipe)[self.name] = value
+
+    def __delete__(self, pipe: Any) -> None:
+        try:
+            del vars(pipe)[self.name]
+        except KeyError:
+            raise AttributeError(self.name) from None
+
+
+def call_under_way(pipe: Any) -> PipelineCall | None:
+    """The innermost call in this thread, if it is this pipeline's and not in a callback."""
+    call = now.calls[-1] if now.calls else None
+    return call if isinstance(call, PipelineCall) and call.pipe is pipe else None
+
+
+class Plugged:
+    """Mixed into a pipeline's class by :func:`plug`."""
+
+    encode_prompt = Intercepted("encode_prompt", PipelineCall.encode_prompt)
+    prepare_ip_adapter_image_embeds = Intercepted(
+        "prepare_ip_adapter_image_embeds", PipelineCall.prepare_ip_adapter_image_embeds
+    )
+    _get_add_time_ids = Intercepted("_get_add_time_ids", PipelineCall._get_add_time_ids)
+
+    def __copy__(self) -> Any:
+        """A shallow copy, as plugged as this one."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        plug = state_of_plug(self)
+        if plug is not None:
+            vars(twin)[STATE] = replace(plug, unet=None, warned=set())
+        return twin
+
+    @staticmethod
+    def tell_others(unet: nn.Module) -> None:
+        """Raise ValueError if the UNet is being run by a pipeline that has not been plugged."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
+                if state_of_plug(owner) is None:
+                    raise ValueError(NOT_PLUGGED)
+                return
+            frame = frame.f_back
+
+
+def get_ready(pipe: Any, plug: Plug) -> None:
+    """Before a call: check what may have been replaced since the one before.
+
+    Raises:
+        ValueError: the pipeline has a UNet or scheduler now that the guide does not fit.
+    """
+    unet = bare_unet(pipe)
+    check_prediction_type(pipe, plug.bundle)
+    known = None if plug.unet is None else plug.unet()
+    if known is not unet:
+        check_unet(pipe, plug.bundle)
+        if known is not None:
+            unuse(known, pipe)
+        plug.unet = weakref.ref(unet)
+    if pipe.unet is not unet:
+        optimized.add(unet)
+    use(unet, pipe)
+
+
+@functools.cache
+def plugged_class(stock: Any) -> Any:
+    """The subclass, of the same name, that a plugged pipeline is of."""
+    names: dict[str, Any] = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    names["__doc__"] = stock.__doc__
+    signature = inspect.signature(stock.__call__)
+
+    @functools.wraps(stock.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807, a method
+        plug = state_of_plug(self)
+        if plug is None:
+            return stock.__call__(self, *args, **kwargs)
+        get_ready(self, plug)
+        bound = signature.bind(self, *args, **kwargs)
+        told = told_to(stock, bound)
+        call = PipelineCall(self, plug, told)
+        if call.asked_scale > 1:
+            check_arguments(told)
+        for where in (bound.arguments, bound.arguments.get(rest_of(signature), {})):
+            for name in CALLBACKS:
+                if where.get(name) is not None:
+                    where[name] = call.wrapped(where[name])
+        with entered(call):
+            return stock.__call__(*bound.args, **bound.kwargs)
+
+    names["__call__"] = __call__
+    if way_in(stock) == ASKS:
+
+        def do_classifier_free_guidance(self: Any) -> bool:
+            """Whether two forwards a step are run: not in a call, where the guide replaces them."""
+            asked: Any = super(plugged_class(stock), self).do_classifier_free_guidance
+            return bool(asked) and call_under_way(self) is None
+
+        names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
+    return type(stock.__name__, (Plugged, stock), names)

@@ -1,0 +1,98 @@
+"""What a plugged pipeline is compared with: the stock one, with our own denoiser for its UNet."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
+
+from pnp_core.calls import entered
+from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.denoiser import DenoiserCall, GuidedDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.schedule import NoiseSchedule
+from tests.conftest import roused
+
+SCALE = 4.0
+
+
+def guide_for(unet: Any) -> Guide:
+    torch.manual_seed(1)
+    return roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
+
+
+def run(pipe: Any, call: dict[str, Any]) -> np.ndarray:
+    """What a call gives, as an array."""
+    output = pipe(**call, generator=torch.Generator().manual_seed(3))
+    return np.asarray(output.rgb if hasattr(output, "rgb") else output.images)
+
+
+def rows_run(unet: nn.Module) -> list[int]:
+    """How many rows each forward of the UNet has from now on."""
+    rows: list[int] = []
+    unet.conv_in.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    return rows
+
+
+class Reference(nn.Module):
+    """In place of a UNet: of a batch doubled for CFG, gives the guided prediction for both halves.
+
+    Made by our own denoiser's call, so that a stock pipeline with CFG gives what one with a guide
+    should: ``u + w (c - u)`` is the guided prediction where u and c are.
+    """
+
+    def __init__(self, unet: Any, guide: Guide, num_prompts: int, scheduler: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        self.guide = guide
+        self.num_prompts = num_prompts
+        self.denoiser = GuidedDenoiser(unet, guide, NoiseSchedule.from_scheduler(scheduler))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.unet, name)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        return_dict: bool = True,
+        **more: Any,
+    ) -> Any:
+        num_rows = len(sample)
+        blocks = torch.arange(num_rows).view(-1, 2, self.num_prompts)
+        n, c = blocks[:, 0].flatten(), blocks[:, 1].flatten()
+
+        def rows(value: Any, which: Tensor) -> Any:
+            if isinstance(value, Tensor) and value.ndim and len(value) == num_rows:
+                return value[which]
+            if isinstance(value, dict):
+                return {key: rows(each, which) for key, each in value.items()}
+            if isinstance(value, list | tuple):
+                return [rows(each, which) for each in value]
+            return value
+
+        torch.testing.assert_close(sample[n], sample[c], rtol=0, atol=0)
+        added = None
+        if "text_embeds" in (told := more.get("added_cond_kwargs") or {}):
+            pooled = told["text_embeds"]
+            added = AddedConditions(pooled[c], pooled[n], told["time_ids"][c])
+        text = encoder_hidden_states
+        conditions = Conditions.at_scale(SCALE, c_BLD=text[c], n_BLD=text[n], added=added)
+        timestep = rows(timestep.reshape(-1), c)
+        with entered(DenoiserCall(self.unet, self.guide, conditions)):
+            guided = self.unet(sample[c], timestep, text[c], return_dict=False, **rows(more, c))[0]
+        both = torch.empty(num_rows, *guided.shape[1:])
+        both[n], both[c] = guided, guided
+        return UNet2DConditionOutput(sample=both) if return_dict else (both,)
+
+
+def stand_in(pipe: Any, unet: Any) -> None:
+    """Have the pipeline run this for its UNet."""
+    pipe.unet = unet
+    if "wrapped_unet" in vars(pipe):  # of ParaDiGMS
+        pipe.wrapped_unet = unet

@@ -1,0 +1,147 @@
+"""Nothing that a plugged step, our sampler or a training step does waits for the device."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pnp_core.cache import TeacherCache
+from pnp_core.conditions import Conditions
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.models import encode_prompts
+from pnp_core.plug import plug
+from pnp_core.sample import initial_noise, sample
+from pnp_core.schedule import NoiseSchedule
+from pnp_core.train import TrainConfig, train
+from tests.conftest import roused
+
+# What a GPU can't answer before it has done all that it was told.
+WAITS = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_consecutive",
+}
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations that would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_a_plugged_step_after_the_first_waits_for_nothing(
+    pipe: StableDiffusionPipeline, kind: str
+) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(kind=kind, max_parameters_ratio=0.2))
+    plug(pipe, roused(guide))
+    counted: list[int] = []
+    forward = pipe.unet._call_impl
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        with Waits() as waits:
+            result = forward(*args, **kwargs)
+        counted.append(waits.counts.total())
+        return result
+
+    pipe.unet._call_impl = counting
+    pipe("a cat", negative_prompt="a dog", num_inference_steps=3, output_type="latent")
+    assert len(counted) == 3 and counted[1:] == [0, 0]
+
+
+def test_our_sampler_waits_for_nothing_in_a_step(pipe: StableDiffusionPipeline) -> None:
+    guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    denoiser = GuidedDenoiser(pipe.unet, guide, NoiseSchedule.from_scheduler(pipe.scheduler))
+    text, null = (encode_prompts(pipe, [prompt]).states_NLD for prompt in ("a cat", ""))
+    counts = []
+    for num_steps in (1, 5):
+        with Waits() as waits:
+            sample(
+                denoiser,
+                pipe.scheduler,
+                z_T=initial_noise((4, 4, 4), [0]),
+                conditions=Conditions.at_scale(4.0, c_BLD=text, n_BLD=null),
+                num_steps=num_steps,
+            )
+        counts.append(waits.counts)
+    assert counts[0] == counts[1]  # of the scheduler's own tables, which are on the CPU
+
+
+def test_training_waits_only_where_it_reports(cache: TeacherCache) -> None:
+    weight = torch.nn.Linear(4, 4)
+    config = TrainConfig(
+        num_images=64, batch_size=4, precision="fp32", report_every_images=64,
+        checkpoint_every_images=64,
+    )  # fmt: skip
+    per_step: list[int] = []
+    waits = Waits()
+
+    def loss_fn(step: int, part: slice) -> torch.Tensor:
+        per_step.append(waits.counts.total())
+        return weight(torch.full((4, 4), float(step + 1))).square().mean(dim=1)
+
+    with waits:
+        train(loss_fn, weight, config, run_hash="run")
+    # the first four calls are before training; every tenth step turns the optimizer's bases
+    between = [b - a for a, b in zip(per_step[4:-1], per_step[5:], strict=True)]
+    assert len(between) == 15 and not any(n for step, n in enumerate(between) if step % 10)
+
+
+@NEEDS_CUDA
+def test_pytorch_finds_no_wait_in_a_plugged_step_on_a_gpu(pipe: StableDiffusionPipeline) -> None:
+    pipe.to("cuda")
+    plug(pipe, roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))))
+    forward, steps = pipe.unet._call_impl, []
+
+    def strict(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        torch.cuda.set_sync_debug_mode("error" if len(steps) > 1 else "default")
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    pipe.unet._call_impl = strict
+    pipe("a cat", num_inference_steps=3, output_type="latent")
+    assert len(steps) == 3
+
+
+@NEEDS_CUDA
+def test_cuda_graphs_give_the_same_image(pipe: StableDiffusionPipeline) -> None:
+    pipe.to("cuda")
+    plug(pipe, roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))))
+
+    def made() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe(
+            "a cat", num_inference_steps=4, output_type="latent", generator=generator
+        ).images
+
+    expected = made()
+    pipe.unet.compile(mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(made(), expected, atol=1e-3, rtol=1e-3)

@@ -1,0 +1,335 @@
+"""Every class of SD and SDXL pipeline in diffusers: served, refused or not affected."""
+
+import copy
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from pnp_core.guide import Guide
+from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
+from pnp_core.plug import plug, unplug
+from tests.pipeline_page import PAGE, class_named, modules, page
+from tests.pipeline_zoo import CASES, Case, Parts
+from tests.reference import SCALE, Reference, guide_for, rows_run, run, stand_in
+from tests.toy import make_pipeline, make_xl_pipeline
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    torch.manual_seed(0)
+    base = make_pipeline(tmp_path_factory.mktemp("base") / "tokenizer")
+    return Parts(base, make_xl_pipeline(base))
+
+
+@pytest.fixture(scope="module")
+def guide(parts: Parts) -> Guide:
+    """For the base."""
+    return guide_for(parts.base.unet)
+
+
+def made(name: str, parts: Parts) -> Any:
+    """A random pipeline of the class of this name."""
+    torch.manual_seed(0)
+    case = CASES[name]
+    cls = class_named(name)
+    mine = {k: v if k == "tokenizer" else copy.deepcopy(v) for k, v in case.parts(parts).items()}
+    pipe = cls(**mine)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call_of(pipe: Any, case: Case) -> dict[str, Any]:
+    """What the pipeline is asked for."""
+    call = {
+        "prompt": case.prompt,
+        case.negative: negative(case, "a dog"),
+        "num_inference_steps": 2,
+        "guidance_scale": SCALE,
+        "output_type": "latent",
+        **case.call,
+    }
+    return case.ready(pipe, call)
+
+
+def negative(case: Case, text: str) -> Any:
+    """A negative prompt, as many as there are prompts."""
+    return [text] * case.num_prompts if case.num_prompts > 1 else text
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_served_class_gives_the_guided_prediction_in_one_forward_a_step(
+    name: str, parts: Parts
+) -> None:
+    case, pipe = CASES[name], made(name, parts)
+    call = call_of(pipe, case)
+    unguided = {**call, "guidance_scale": 1.0}
+    unet, cls = pipe.unet, type(pipe)
+    guide = guide_for(unet)
+    # 1. the stock pipeline, and the stock pipeline with our own denoiser for its UNet
+    stock = run(pipe, call)
+    rows = rows_run(unet)
+    plain = run(pipe, unguided)
+    expected_rows = [*rows]
+    stand_in(pipe, Reference(unet, guide, case.num_prompts, pipe.scheduler))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    # 2. plugged
+    plug(pipe, guide)
+    rows.clear()
+    guided = run(pipe, call)
+    assert rows == expected_rows
+    np.testing.assert_allclose(guided, expected, atol=2e-4)
+    others = [
+        run(pipe, {**call, case.negative: negative(case, "red")}),
+        run(pipe, {**call, "guidance_scale": 6.0}),
+    ]
+    assert all(not np.allclose(each, guided, atol=1e-3) for each in (*others, plain, stock))
+    assert np.array_equal(run(pipe, unguided), plain)
+    # 3. as before
+    unplug(pipe)
+    assert type(pipe) is cls
+    assert np.array_equal(run(pipe, call), stock)
+
+
+def test_every_class_with_such_a_unet_is_known() -> None:
+    assert {name for name in modules() if known(class_named(name)) is None} == set()
+
+
+def test_the_tables_name_nothing_that_diffusers_does_not_have() -> None:
+    tables = [SERVED, REFUSED, UNAFFECTED]
+    assert {name for table in tables for name in table} <= modules().keys()
+    assert sum(map(len, tables)) == len({name for table in tables for name in table})
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "run python -m tests.pipeline_page"
+
+
+# Refused, and unknown.
+
+
+def without_parts(name: str, parts: Parts) -> Any:
+    """A pipeline of a class that needs parts we don't have: a UNet is all that is asked for."""
+    pipe = object.__new__(class_named(name))
+    vars(pipe)["unet"] = parts.base.unet
+    return pipe
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *UNAFFECTED])
+def test_what_is_refused_is_told_by_name_and_left_as_it_was(
+    name: str, parts: Parts, guide: Guide
+) -> None:
+    pipe = without_parts(name, parts)
+    cls, before, config = type(pipe), dict(vars(pipe)), dict(parts.base.unet.config)
+    answer = "has no use for" if name in UNAFFECTED else "can't have"
+    with pytest.raises(ValueError, match=f"^{name} {answer} a guide: .*[^.]\\.$"):
+        plug(pipe, guide)
+    assert type(pipe) is cls and vars(pipe) == before
+    assert dict(parts.base.unet.config) == config
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in parts.base.unet.modules())
+
+
+def test_a_real_pipeline_of_a_refused_class_goes_on_as_it_was(parts: Parts, guide: Guide) -> None:
+    pag = diffusers.StableDiffusionPAGPipeline.from_pipe(parts.base)
+    pag.set_progress_bar_config(disable=True)
+    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+    before = run(pag, call)
+    with pytest.raises(ValueError, match="use StableDiffusionPipeline.from_pipe"):
+        plug(pag, guide)
+    assert np.array_equal(run(pag, call), before)
+
+
+NOT_SAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+SIMPLE = {
+    "prompt": "a cat", "negative_prompt": "a dog", "num_inference_steps": 2,
+    "guidance_scale": SCALE, "output_type": "latent",
+}  # fmt: skip
+
+
+def of_class(cls: type[Any], parts: Parts) -> Any:
+    """Of a class with Stable Diffusion's code, or the same code elsewhere."""
+    names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    stock = next(each for each in cls.__mro__ if each.__module__.startswith("diffusers.pip"))
+    stock = StableDiffusionPipeline if stock.__name__ == "DiffusionPipeline" else stock
+    pipe = stock(**{name: parts.base.components[name] for name in names}, **NOT_SAFE)
+    pipe.__class__ = cls
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def plugged_run(cls: type[Any], parts: Parts, guide: Guide, **changes: Any) -> np.ndarray:
+    """What a plugged pipeline of this class makes."""
+    pipe = of_class(cls, parts)
+    plug(pipe, guide)
+    try:
+        return run(pipe, {**SIMPLE, **changes})
+    finally:
+        unplug(pipe)
+
+
+class Passing(StableDiffusionPipeline):
+    """A user's subclass that hands everything on."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+Legacy: Any = class_named("StableDiffusionModelEditingPipeline")
+
+
+class PassingLegacy(Legacy):
+    """The same of a class that doubles its batch, and leaves the scale to its default."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+class DoublesByItself(StableDiffusionPipeline):
+    """As many community pipelines do, whatever the property says."""
+
+    def __call__(self, prompt: str, guidance_scale: float = 7.5, **kwargs: Any) -> Any:
+        self._guidance_scale = guidance_scale
+        c, n = self.encode_prompt(prompt, "cpu", 1, True, kwargs["negative_prompt"])
+        self.scheduler.set_timesteps(2)
+        for t in self.scheduler.timesteps:
+            self.unet(torch.zeros(2, 4, 4, 4), t, torch.cat([n, c]))
+
+
+class TwiceAStep(StableDiffusionPipeline):
+    """With guidance of its own from a further forward."""
+
+    def __call__(self, prompt: str, guidance_scale: float = 7.5, **kwargs: Any) -> Any:
+        self._guidance_scale = guidance_scale
+        c, _ = self.encode_prompt(prompt, "cpu", 1, self.do_classifier_free_guidance)
+        self.scheduler.set_timesteps(4)
+        for t in self.scheduler.timesteps[2:]:
+            for blur in (0.0, 1.0):
+                self.unet(torch.full((1, 4, 4, 4), blur), t, c)
+
+
+class NeverEncodes(StableDiffusionPipeline):
+    """Makes its text states in a way of its own."""
+
+    def __call__(self, prompt: str, guidance_scale: float = 7.5, **kwargs: Any) -> Any:
+        self._guidance_scale = guidance_scale
+        self.unet(torch.zeros(1, 4, 4, 4), torch.tensor(5), torch.zeros(1, 16, 32))
+
+
+def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
+    """A class with this code that diffusers does not know of."""
+    members = {k: v for k, v in vars(stock).items() if k not in ("__dict__", "__weakref__")}
+    return type(name, stock.__bases__, {**members, "__module__": "elsewhere", **changes})
+
+
+def test_a_users_subclass_goes_as_its_ancestor(parts: Parts, guide: Guide) -> None:
+    expected = plugged_run(StableDiffusionPipeline, parts, guide)
+    assert np.array_equal(plugged_run(Passing, parts, guide), expected)
+
+
+def test_a_subclass_that_hands_on_the_scale_of_a_class_that_doubles_is_guided(
+    parts: Parts, guide: Guide
+) -> None:
+    expected = plugged_run(Legacy, parts, guide, guidance_scale=7.5)
+    assert np.array_equal(plugged_run(PassingLegacy, parts, guide, guidance_scale=7.5), expected)
+    pipe = of_class(PassingLegacy, parts)
+    plug(pipe, guide)
+    call = {name: value for name, value in SIMPLE.items() if name != "guidance_scale"}
+    assert np.array_equal(run(pipe, call), expected)  # 7.5 is the ancestor's default
+    unplug(pipe)
+
+
+def test_a_class_outside_diffusers_that_decides_as_theirs_is_served(
+    parts: Parts, guide: Guide
+) -> None:
+    expected = plugged_run(StableDiffusionPipeline, parts, guide)
+    mine = outside("Mine", StableDiffusionPipeline)
+    assert known(mine) is None
+    assert np.array_equal(plugged_run(mine, parts, guide), expected)
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (DoublesByItself, "runs its UNet on 2 rows for 1 prompts, where a guide needs 1"),
+        (TwiceAStep, "runs its UNet more than once a step"),
+        (NeverEncodes, "did not call its encode_prompt"),
+    ],
+)
+def test_a_subclass_with_a_guidance_of_its_own_is_found_out_in_its_call(
+    cls: type[Any], message: str, parts: Parts, guide: Guide
+) -> None:
+    with pytest.raises(ValueError, match=f"^{cls.__name__} {message}.*use it unplugged"):
+        plugged_run(cls, parts, guide)
+
+
+@pytest.mark.parametrize("without", ["do_classifier_free_guidance", "encode_prompt"])
+def test_a_class_outside_diffusers_that_decides_in_another_way_is_refused(
+    without: str, parts: Parts, guide: Guide
+) -> None:
+    cls = outside("StableDiffusionPipeline", StableDiffusionPipeline, **{without: None})
+    pipe = of_class(cls, parts)
+    with pytest.raises(ValueError, match="derives from no class that is known"):
+        plug(pipe, guide)
+    assert type(pipe) is cls
+
+
+# What some served classes ask for beside.
+
+
+def test_diffedits_mask_and_inversion_are_those_of_the_stock_pipeline(parts: Parts) -> None:
+    pipe = made("StableDiffusionDiffEditPipeline", parts)
+    stock = call_of(pipe, CASES["StableDiffusionDiffEditPipeline"])
+    plug(pipe, guide_for(pipe.unet))
+    made_plugged = call_of(pipe, CASES["StableDiffusionDiffEditPipeline"])
+    assert np.array_equal(made_plugged["mask_image"], stock["mask_image"])
+    assert torch.equal(made_plugged["image_latents"], stock["image_latents"])
+
+
+def test_a_panorama_of_two_images_is_refused_when_called(parts: Parts) -> None:
+    pipe = made("StableDiffusionPanoramaPipeline", parts)
+    plug(pipe, guide_for(pipe.unet))
+    call = call_of(pipe, CASES["StableDiffusionPanoramaPipeline"])
+    with pytest.raises(ValueError, match="confuses the rows of several prompts"):
+        run(pipe, {**call, "num_images_per_prompt": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("StableDiffusionInpaintPipelineLegacy", {"add_predicted_noise": True}),
+        ("StableDiffusionPanoramaPipeline", {"guidance_rescale": 0.5}),
+        ("StableDiffusionXLAdapterPipeline", {"guidance_rescale": 0.5}),
+    ],
+)
+def test_what_needs_the_unguided_prediction_is_refused_when_called(
+    name: str, asked: dict[str, Any], parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    call = call_of(pipe, CASES[name])
+    plug(pipe, guide_for(pipe.unet))
+    (entry,) = asked
+    with pytest.raises(ValueError, match=f"{entry} does not work with a guide"):
+        run(pipe, {**call, **asked})
+    run(pipe, {**call, **asked, "guidance_scale": 1.0} if entry == "guidance_rescale" else call)
+
+
+def test_a_guide_of_the_base_serves_its_gligen(parts: Parts, guide: Guide) -> None:
+    guide.check_fits(made("StableDiffusionGLIGENPipeline", parts).unet)
+
+
+def test_a_modular_pipeline_over_a_plugged_unet_is_told_so(parts: Parts) -> None:
+    modular = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
+    own = {k: v for k, v in parts.xl.components.items() if k in modular.component_names and v}
+    modular.update_components(**own)
+    call = {"prompt": "a cat", "num_inference_steps": 1, "height": 32, "width": 32}
+    before = modular(**call, output="latents", generator=torch.Generator().manual_seed(3))
+    plug(parts.xl, guide_for(parts.xl.unet))
+    with pytest.raises(ValueError, match="has not been plugged"):
+        modular(**call, output="latents")
+    unplug(parts.xl)
+    again = modular(**call, output="latents", generator=torch.Generator().manual_seed(3))
+    assert torch.equal(again, before)
