@@ -110,18 +110,25 @@ def train(
             under_way.check(config, part, name_row)
             metrics = recent.metrics(state.step)
             report(done, {**metrics, "grad_norm": float(grad_norm), "learning_rate": state.rate})
-            if 4 * done >= config.num_images and 0 < diverged * loss_before < metrics["loss"]:
-                raise ValueError(
-                    f"Training stopped at step {state.step} ({done} images): the loss is "
-                    f"{metrics['loss']:.3g}, and was {loss_before:.3g} before training. "
-                    "It diverges: lower learning_rate."
-                )
+            if 4 * done >= config.num_images:
+                check_convergence(state.step, done, metrics["loss"], loss_before, diverged)
         is_due = is_last or crossed(done, config.batch_size, config.checkpoint_every_images)
         if is_due and checkpoint is not None and rank == 0:
             under_way.check(config, part, name_row)
             state.save(checkpoint, run_hash)
     state.average()
     return guide.eval()
+
+
+def check_convergence(
+    step: int, num_images: int, loss: float, loss_before: float, diverged: float
+) -> None:
+    """Raise ValueError if the loss is ``diverged`` times what it was before training."""
+    if 0 < diverged * loss_before < loss:
+        raise ValueError(
+            f"Training stopped at step {step} ({num_images} images): the loss is {loss:.3g}, and "
+            f"was {loss_before:.3g} before training. It diverges: lower learning_rate."
+        )
 
 
 def own_part(batch_size: int) -> slice:
