@@ -28,7 +28,7 @@ quiet()
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "tracking"}
+PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "snapshot", "tracking"}
 
 
 def own_imports(path: Path) -> Iterator[Path]:

@@ -742,13 +742,6 @@ def test_user_errors_are_one_line(
         main(stage)
 
 
-def test_register_needs_git(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert register.git_commit() == "none"
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="git is not installed"):
-        register.git_commit()
-
-
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket on a server of this process's own."""
