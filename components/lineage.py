@@ -18,8 +18,10 @@ from components.storage import read_json, write_json
 
 COMMIT = "PNP_GIT_COMMIT"  # what a flow tells its stages
 # What can be changed and committed without any result being another. The pipeline writes dvc.lock.
-NO_MATTER = ("dvc.lock", ".dvc", ".dvcignore", ".gitignore", "Makefile", "prefect.yaml")
-NO_MATTER += ("docs", "tests", "benchmarks", "*.md")
+NO_MATTER = (
+    *("dvc.lock", ".dvc", ".dvcignore", ".gitignore", "Makefile", "prefect.yaml"),
+    *("docs", "tests", "benchmarks", "*.md"),
+)
 
 
 def git_commit() -> str:

@@ -1,4 +1,4 @@
-"""Storage does what it is told: nothing is made that was not asked for, mistakes are told at once."""
+"""Storage does what it is told: nothing is made unasked, mistakes are told at once."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
