@@ -36,7 +36,7 @@ ARCHITECTURE = (
     "up_block_types",
 )
 # A row of the table, a DVC stage and a folder have this name.
-ModelName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+ModelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class ParamsError(ValueError):
@@ -256,6 +256,12 @@ def check_files(params: Params) -> None:
             check_model_files(path)
         except (ValueError, OSError) as error:
             raise ParamsError(f"params.yaml: {key}: {error}") from None
+        if not Path(path).exists():
+            raise ParamsError(
+                f"params.yaml: {key}: {path} is the name of a model on a hub, and the pipeline "
+                "works on files that DVC can version: download it (hf download "
+                f"{path} --local-dir models/{Path(path).name}) and name that folder"
+            )
         ours, theirs = _unet_config(params.base), _unet_config(path)
         for field in ARCHITECTURE:
             if ours and theirs and ours.get(field) != theirs.get(field):
