@@ -184,7 +184,7 @@ class Tracking(Section):
 class Cluster(Section):
     num_workers: CountOrZero  # 0: in this process, without Ray
     max_failures: CountOrZero  # how many lost workers a training run survives
-    wait_minutes: Positive = 10  # for workers that a cluster lacks, or a lock that another holds
+    wait_minutes: Positive  # for workers that a cluster lacks, or a lock that another holds
 
 
 class Params(Section):

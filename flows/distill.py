@@ -15,6 +15,7 @@ from prefect.client.schemas.objects import State, TaskRun
 
 from components.params import Params
 from components.paths import REPORT
+from flows.lost import settle_lost_runs
 from flows.process import DVC, StageFailed, log_without_tracebacks, repro, run
 from flows.sharing import dvc_remote, needs_no_cache, to_commit
 from flows.start import STAGES, Stage, begin
@@ -93,6 +94,8 @@ def distill_flow(start_at: Stage = "prepare") -> None:
         start_at: stages before this one are left as they are, such as in a clone that has a guide.
     """
     log_without_tracebacks()
+    for name in settle_lost_runs():
+        get_run_logger().info(f"Flow run {name} had been killed, and is now marked Crashed")
     with begin() as params:
         bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
         if remote := dvc_remote():

@@ -26,7 +26,7 @@ from flows import distill, process, sharing
 from flows.process import StageFailed
 from flows.sharing import needs_no_cache
 from flows.start import begin
-from tests.toy import make_world, toy_params, write_params
+from tests.toy import make_repository, toy_params, write_params
 
 pytest_plugins = ["tests.toy"]
 
@@ -335,19 +335,9 @@ def test_a_mistake_in_params_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of this repository with the toy world in place of the zoo."""
     repository = tmp_path / "repository"
-    for name in ("components", "flows", "pnp_core"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, repository / name, ignore=ignore)
-    (repository / ".dvc").mkdir()
-    for name in (".gitignore", ".dvc/config", "dvc.yaml", "prefect.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, repository / name)
-    make_world(repository)
+    make_repository(repository)
     monkeypatch.chdir(repository)
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "toy")
     return repository
 
 
