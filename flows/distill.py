@@ -19,6 +19,7 @@ from flows.lost import settle_lost_runs
 from flows.process import DVC, StageFailed, log_without_tracebacks, repro, run
 from flows.sharing import dvc_remote, needs_no_cache, to_commit
 from flows.start import STAGES, Stage, begin
+from flows.watching import saying_why
 
 P = ParamSpec("P")
 
@@ -96,7 +97,7 @@ def distill_flow(start_at: Stage = "prepare") -> None:
     log_without_tracebacks()
     for name in settle_lost_runs():
         get_run_logger().info(f"Flow run {name} had been killed, and is now marked Crashed")
-    with begin() as params:
+    with saying_why(), begin() as params:
         bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
         if remote := dvc_remote():
             push(remote)

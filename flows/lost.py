@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import psutil
 from prefect.client.orchestration import get_client
@@ -12,7 +13,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.runtime import deployment, flow_run
 from prefect.states import Crashed
 
@@ -37,7 +38,7 @@ def settle_lost_runs() -> list[str]:
         )
         for run in client.read_flow_runs(flow_run_filter=running):
             if str(run.id) != str(flow_run.id) and is_lost(run):
-                crashed = Crashed(message="The process that ran it was killed")
+                crashed: State[Any] = Crashed(message="The process that ran it was killed")
                 client.set_flow_run_state(run.id, crashed, force=True)
                 ended.append(run.name)
     return ended
@@ -55,7 +56,11 @@ def is_lost(run: FlowRun) -> bool:
         return True
 
 
-def _here() -> dict[str, str]:
+def _here() -> dict[str, bool | int | float | str]:
     started = psutil.Process().create_time()
-    here = (socket.gethostname(), str(Path.cwd()), str(os.getpid()), repr(started))
-    return dict(zip(WHERE, here, strict=True))
+    return {
+        "pnp.host": socket.gethostname(),
+        "pnp.checkout": str(Path.cwd()),
+        "pnp.pid": os.getpid(),
+        "pnp.started": started,
+    }

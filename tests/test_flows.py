@@ -22,7 +22,7 @@ from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
-from flows import distill, process, sharing
+from flows import distill, lost, process, sharing
 from flows.process import StageFailed
 from flows.sharing import needs_no_cache
 from flows.start import begin
@@ -235,6 +235,24 @@ def wait_until(holds: Callable[[], bool], *, seconds: float = 30.0) -> None:
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_only_a_run_of_this_machine_and_checkout_whose_process_is_gone_is_lost() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = lost._here()
+    dead = here | {"pnp.pid": gone.pid}
+    reused = here | {"pnp.started": 1.0}  # another process has its number now
+    for labels, expected in (
+        (here, False),
+        (dead, True),
+        (reused, True),
+        (dead | {"pnp.host": "elsewhere"}, False),
+        (dead | {"pnp.checkout": "/elsewhere"}, False),
+        ({}, False),
+    ):
+        run = SimpleNamespace(labels=labels)
+        assert lost.is_lost(run) is expected  # type: ignore[arg-type]
 
 
 # Before anything runs

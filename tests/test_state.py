@@ -1,6 +1,8 @@
 """What is recorded is what ran: a stage's snapshot of its inputs, and the lineage of a run."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from components import lineage, snapshot
 from components.cli import main
 from components.environment import quiet
 from components.lineage import git_commit, lock_hash
-from components.params import Params
+from components.params import Params, ParamsError, check_files, load_params
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -239,3 +241,60 @@ def test_the_hash_of_the_lock_is_of_what_the_guide_was_made_with(tmp_path: Path)
     assert lock_hash(lock) == before
     lock.write_text("schema: '2.0'\nstages:\n  distill: {cmd: other}\n")
     assert lock_hash(lock) != before
+
+
+# How a stage is ended
+
+
+def test_sigterm_ends_a_stage_as_ctrl_c_does_once_and_in_one_line(tmp_path: Path) -> None:
+    Path(tmp_path, "stage.py").write_text("""
+import os, signal, sys, time
+from contextlib import contextmanager
+from components import cli
+cli.load_params = cli.check_files = lambda *_: None
+@contextmanager
+def run_in_mlflow():
+    try:
+        yield
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient one
+        time.sleep(0.1)
+        print("closed", flush=True)
+def run(params):
+    with run_in_mlflow():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+cli.main(run)
+""")
+    done = run(sys.executable, str(tmp_path / "stage.py"))
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "closed\n"
+    assert done.stderr == "stopped; the same command goes on from here\n"
+
+
+# Names and places
+
+
+@pytest.mark.parametrize("name", ["DreamShaper_8", "base-2", "SDXL"])
+def test_names_of_models_are_as_people_have_them(world: Path, name: str) -> None:
+    values = toy.toy_params()
+    values["models"][name] = values["models"].pop("tuned")
+    toy.write_params(world, values)
+    assert name in load_params(Path("params.yaml")).models
+
+
+@pytest.mark.parametrize("key", ["base", "models.tuned.path"])
+def test_the_name_of_a_model_on_a_hub_is_refused_at_the_start(world: Path, key: str) -> None:
+    set_param(key, "someone/some-model")
+    with pytest.raises(ParamsError, match=rf"{key}: someone/some-model .*hub.*hf download"):
+        check_files(load_params(Path("params.yaml")))
+
+
+def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    said = run("make", "-C", str(folder), "demo", "INSTALLED=Makefile", "PY=echo")
+    assert said.returncode == 0, said.stderr
+    assert "-m flows distill" in said.stdout
