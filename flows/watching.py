@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
 from prefect.runtime import flow_run
 
 FAILED = "pnp-guide.failed"
@@ -23,4 +24,5 @@ def saying_why() -> Iterator[None]:
                 "prefect.resource.name": f"{why} (prefect flow-run logs {flow_run.id})",
             },
         )
+        EventsWorker.instance().wait_until_empty()  # else the run has failed before it is sent
         raise
