@@ -34,7 +34,8 @@ def parameters_edited_while_training(workspace: Workspace) -> None:
         workspace, "distill", lambda: workspace.set_param("distill.seed", 7), "seed was 0, is 7"
     )
     workspace.set_param("distill.seed", 0)
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "distill")
+    workspace.stages = ("distill",)
 
 
 @fault("lock", before="distill")
@@ -58,10 +59,11 @@ def code_edited_while_training(workspace: Workspace) -> None:
     text = module.read_text()
     change_in(workspace, "halve", lambda: module.write_text(text + "# edited\n"), "soap.py")
     module.write_text(text)
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "halve")
+    workspace.stages = ("halve",)
 
 
-@fault("lock", before="evaluate@base")
+@fault("lock", before="evaluate@tuned")
 def reference_replaced_while_evaluating(workspace: Workspace) -> None:
     """The real images are replaced while a model is measured against them."""
     images = workspace.folder / "art/tuned.parquet"
@@ -73,15 +75,16 @@ def reference_replaced_while_evaluating(workspace: Workspace) -> None:
         "art/tuned.parquet has changed",
     )
     images.write_bytes(content)
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "evaluate@tuned")
+    workspace.stages = ("evaluate@tuned",)
 
 
-@fault("lock", before="halve")
+@fault("lock", before="evaluate@tuned")
 def commit_made_while_running(workspace: Workspace) -> None:
     """Somebody commits while `dvc repro` runs: lineage names the commit that it began with."""
     commit = workspace.git("rev-parse", "HEAD")
     running = workspace.start("dvc", "repro")
-    workspace.in_the_middle(running, "halve")
+    workspace.in_the_middle(running, "evaluate@tuned")
     workspace.lost_work_s = 0.0
     workspace.git("commit", "--allow-empty", "--quiet", "--message", "other")
     if workspace.finish(running).exit_code != 0:
@@ -198,15 +201,16 @@ def two_runs_at_once(workspace: Workspace) -> None:
     workspace.told(workspace.run(*ONE, "distill"), r"PID \d+\): .*dvc")
     if workspace.finish(first).exit_code != 0:
         raise Unexpected("the first fails")
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "distill")
+    workspace.stages = ("distill",)
 
 
-@fault("shared checkout", before="distill")
+@fault("shared checkout", before="evaluate@tuned")
 def two_flows_at_once(workspace: Workspace) -> None:
-    """A flow is started a second time while it trains: the second waits, and says for whom."""
+    """A flow is started a second time while it measures: the second waits, and says for whom."""
     workspace.set_param("cluster.wait_minutes", 4)
     first = workspace.start("python", "-m", "flows", "distill")
-    workspace.in_the_middle(first, "distill")
+    workspace.in_the_middle(first, "evaluate@tuned")
     workspace.lost_work_s = 0.0
     second = workspace.run("python", "-m", "flows", "distill")
     if workspace.finish(first).exit_code != 0 or second.exit_code != 0:
@@ -214,7 +218,7 @@ def two_flows_at_once(workspace: Workspace) -> None:
     workspace.said = second.line("another run is at it") or "the second found all done"
 
 
-@fault("shared checkout", before="distill")
+@fault("shared checkout", before="register")
 def dvc_lock_held_for_ever(workspace: Workspace) -> None:
     """A DVC that is stopped (SIGSTOP) holds the lock of the checkout."""
     hold = "import time, zc.lockfile as z; a = z.LockFile('.dvc/tmp/lock'); time.sleep(600)"
@@ -223,7 +227,7 @@ def dvc_lock_held_for_ever(workspace: Workspace) -> None:
     holder.wait_for(lambda: str(holder.pid) in path.read_text(), "lock")
     holder.signal(signal.SIGSTOP)
     told = "DVC's lock is held by PID"
-    workspace.told(workspace.run("python", "-m", "flows", "distill", "--from", "distill"), told)
+    workspace.told(workspace.run("python", "-m", "flows", "distill", "--from", "register"), told)
     holder.signal(signal.SIGKILL)
     holder.end()
     workspace.recovers("dvc", "repro")

@@ -22,7 +22,7 @@ FLOW = ("python", "-m", "flows", "distill")
 def dies_in(workspace: Workspace, stage: str, how: signal.Signals, says: str) -> None:
     """A stage gets a signal in the middle; the same command goes on."""
     workspace.told(workspace.kill_in(stage, how), says)
-    workspace.recovers("dvc", "repro", stage)
+    workspace.recovers(*ONE, stage)
     workspace.stages = (stage,)
 
 
@@ -93,7 +93,7 @@ def interrupted(workspace: Workspace, stage: str) -> None:
     running.child(f"components.{stage.partition('@')[0]}")
     running.signal(signal.SIGINT, group=True)
     workspace.told(workspace.finish(running), "^interrupted; the same command goes on from here")
-    workspace.recovers("dvc", "repro", stage)
+    workspace.recovers(*ONE, stage)
     workspace.stages = (stage,)
 
 
@@ -132,14 +132,15 @@ def kill9_of_dvc(workspace: Workspace) -> None:
     if stage in psutil.wait_procs([stage], timeout=30)[1]:
         raise Unexpected("the stage runs on")
     workspace.said = running.output.splitlines()[-1]
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "distill")
+    workspace.stages = ("distill",)
 
 
-@fault("kill", before="distill")
+@fault("kill", before="evaluate@tuned")
 def kill9_of_the_flow(workspace: Workspace) -> None:
     """`kill -9` of the flow's process: what it started ends too."""
     running = workspace.start(*FLOW)
-    workspace.in_the_middle(running, "distill")
+    workspace.in_the_middle(running, "evaluate@tuned")
     below = psutil.Process(running.pid).children(recursive=True)
     stages = [p for p in below if "uvicorn" not in " ".join(p.cmdline())]
     running.signal(signal.SIGKILL)
@@ -150,11 +151,11 @@ def kill9_of_the_flow(workspace: Workspace) -> None:
     workspace.recovers(*FLOW)
 
 
-@fault("kill", before="distill")
+@fault("kill", before="evaluate@tuned")
 def sigterm_to_the_flow(workspace: Workspace) -> None:
     """SIGTERM to the flow's process, as a service manager sends it."""
     running = workspace.start(*FLOW)
-    workspace.in_the_middle(running, "distill")
+    workspace.in_the_middle(running, "evaluate@tuned")
     running.signal(signal.SIGTERM)
     workspace.told(workspace.finish(running), "the same command goes on from here")
     workspace.recovers(*FLOW)
@@ -219,7 +220,8 @@ def no_cluster_at_the_address(workspace: Workspace) -> None:
     done = workspace.run(*ONE, "distill", RAY_ADDRESS=address)
     workspace.told(done, "error: no Ray cluster answers at RAY_ADDRESS")
     workspace.set_param("cluster.num_workers", 0)
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "distill")
+    workspace.stages = ("distill",)
 
 
 @contextmanager
@@ -249,7 +251,8 @@ def more_workers_than_the_cluster_has(workspace: Workspace) -> None:
         if not done.line("waiting, 0:.. of 0:12 at most"):
             raise Unexpected("waits without a word")
     workspace.set_param("cluster.num_workers", 0)
-    workspace.recovers("dvc", "repro")
+    workspace.recovers(*ONE, "distill")
+    workspace.stages = ("distill",)
 
 
 @fault("cluster", before="cache")

@@ -112,7 +112,7 @@ def goes_on(workspace: Workspace, status: int, body: bytes) -> None:
         if done.exit_code != 0:
             raise Unexpected(f"does not go on: {done.output[-400:]}")
         proxy.answer = lambda method, path: None
-        done = workspace.recovers("dvc", "repro", "distill", **settings)
+        done = workspace.recovers(*ONE, "distill", **settings)
     workspace.said = "goes on, and trains from there"
     workspace.stages = ("distill",)
 
