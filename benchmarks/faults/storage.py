@@ -16,7 +16,9 @@ def refused(
 ) -> None:
     """The stage cache is told to keep its shards where it can't."""
     workspace.set_param("storage", storage)
-    with s3(workspace, INITIAL_NO_AUTH_ACTION_COUNT="3") as url:
+    # With wrong keys in `keys`, the server looks at keys once the bucket is there.
+    checks = {"INITIAL_NO_AUTH_ACTION_COUNT": "3"} if "AWS_ACCESS_KEY_ID" in keys else {}
+    with s3(workspace, **checks) as url:
         settings = {k: v for k, v in (KEYS | keys).items() if k not in without}
         began = time.monotonic()
         done = workspace.run(*ONE, "cache", AWS_ENDPOINT_URL=url, **settings)

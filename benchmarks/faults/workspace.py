@@ -185,6 +185,8 @@ class Workspace:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A benchmark in the background ignores Ctrl-C, and so would all that it starts.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )
         return Running(process, log)
 
