@@ -48,13 +48,7 @@ def run(params: Params) -> None:
         f"{len(plan.num_rows) - len(missing)} shards are there",
         flush=True,
     )
-    needed = sum(plan.num_bytes[name] for name in missing - built)
-    free = shutil.disk_usage(CACHE).free
-    if free < needed:
-        raise ValueError(
-            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
-            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
-        )
+    check_room(sum(plan.num_bytes[name] for name in missing - built))
     if mirror and missing:
         for name in plan.phases[0]:  # pairs are built from these
             if name in there - built:
@@ -87,6 +81,16 @@ def run(params: Params) -> None:
         mirror.put(index, CACHE)
         for path in CACHE.glob("*.safetensors"):
             path.unlink()
+
+
+def check_room(needed: int) -> None:
+    """Raises ValueError if the disk can't hold so many bytes."""
+    free = shutil.disk_usage(CACHE).free
+    if free < needed:
+        raise ValueError(
+            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
+            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
+        )
 
 
 def forget_damaged() -> None:

@@ -39,6 +39,7 @@ METRICS = "results/evaluate/*/metrics.json"
 TRACEBACK = "Traceback (most recent call last)"
 MARK = "PNP_FAULT"  # in the environment of all that a fault starts
 PATIENCE_S = 240.0
+SECONDS_PAST_CHECKPOINT = 0.5
 SECONDS_TO_END = 30.0  # for what a killed process had started
 
 
@@ -236,6 +237,8 @@ class Workspace:
             "register": lambda: f"components.{name}" in running.output,
         }[name]
         running.wait_for(durable, f"work of {stage}")
+        if name in ("distill", "halve"):
+            time.sleep(SECONDS_PAST_CHECKPOINT)
         kept = [self.folder / "data/cache", self.folder / "runs"]
         times = [p.stat().st_mtime for folder in kept for p in folder.rglob("*") if p.is_file()]
         since = max(times, default=0.0)
