@@ -225,7 +225,9 @@ def load_params(path: Path) -> Params:
     except TypeError as error:
         raise ParamsError(f"{path}: a value is of a kind not used here ({error})") from None
     except ValidationError as error:
-        messages = [_message(problem) for problem in error.errors()]
+        # A key that is misspelt is also missing: the first of these says what was meant.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        messages = [_message(problem) for problem in problems]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise ParamsError(f"{path}: {messages[0]}{more}") from None
 

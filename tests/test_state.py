@@ -290,6 +290,14 @@ def test_the_name_of_a_model_on_a_hub_is_refused_at_the_start(world: Path, key: 
         check_files(load_params(Path("params.yaml")))
 
 
+def test_of_a_misspelt_key_the_message_says_what_was_meant(world: Path) -> None:
+    values = toy.toy_params()
+    values["distill"]["learning_rat"] = values["distill"].pop("learning_rate")
+    toy.write_params(world, values)
+    with pytest.raises(ParamsError, match="'distill.learning_rat', did you mean 'learning_rate'"):
+        load_params(Path("params.yaml"))
+
+
 def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     folder = tmp_path / "a checkout"
     folder.mkdir()
