@@ -17,13 +17,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help install demo mlflow test test-services check docs clean need-git
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 install: $(INSTALLED)  ## make .venv and install everything into it
 
 # In-process: no server, and no Prefect or MLflow setting of the user's gets in the way.
 demo: need-git $(INSTALLED)  ## run the whole pipeline on the embedded world
-	@env -u PREFECT_API_URL PREFECT_HOME=$(CURDIR)/.prefect $(PY) -m flows distill
+	@env -u PREFECT_API_URL PREFECT_HOME="$(CURDIR)/.prefect" $(PY) -m flows distill
 
 # One worker and no job runners: up in seconds.
 mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http://127.0.0.1:5000
@@ -34,8 +34,9 @@ mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http:/
 test: need-git $(INSTALLED)  ## run all tests
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test-services: need-git $(INSTALLED)  ## run the tests that need real servers (on 127.0.0.1) or minutes
-	@$(PY) -m pytest -m services
+# Real servers, killed and started again, on 127.0.0.1: minutes each.
+test-services: need-git $(INSTALLED)  ## run the tests that need servers
+	@$(PY) -m pytest -m services --numprocesses 0
 
 check: $(INSTALLED)  ## lint, format, types, import contracts
 	@$(PY) -m ruff check .

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from components.register import git_commit
+from components.lineage import git_commit
 from pnp_core.bundle import GuideBundle
 from pnp_core.precision import has_bf16
 

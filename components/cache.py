@@ -24,11 +24,17 @@ if TYPE_CHECKING:
 
 
 def run(params: Params) -> None:
-    """Write data/cache. Raises ValueError if the disk can't hold it."""
+    """Write data/cache.
+
+    Raises ValueError if the disk can't hold it, OSError if `storage` isn't there.
+    """
+    if params.storage:
+        Mirror(params.storage).check()
     builder = cache_builder(params)
     plan = builder.plan
     mirror = cache_mirror(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
+    forget_damaged()
     for path in CACHE.iterdir():  # of an earlier, larger cache, or of a run that was killed
         if path.stem not in plan.num_rows:
             path.unlink()
@@ -43,13 +49,7 @@ def run(params: Params) -> None:
         f"{len(plan.num_rows) - len(missing)} shards are there",
         flush=True,
     )
-    needed = sum(plan.num_bytes[name] for name in missing - built)
-    free = shutil.disk_usage(CACHE).free
-    if free < needed:
-        raise ValueError(
-            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
-            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
-        )
+    check_room(sum(plan.num_bytes[name] for name in missing - built))
     if mirror and missing:
         for name in plan.phases[0]:  # pairs are built from these
             if name in there - built:
@@ -81,6 +81,29 @@ def run(params: Params) -> None:
     if mirror:
         mirror.put(index, CACHE)
         for path in CACHE.glob("*.safetensors"):
+            path.unlink()
+
+
+def check_room(needed: int) -> None:
+    """Raises ValueError if the disk can't hold so many bytes."""
+    free = shutil.disk_usage(CACHE).free
+    if free < needed:
+        raise ValueError(
+            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
+            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
+        )
+
+
+def forget_damaged() -> None:
+    """Delete shards that are not what the index of an earlier run says, so that they are built."""
+    from pnp_core.files import sha256_file
+
+    index = CACHE / "index.json"
+    recorded = read_json(index)["files"] if index.exists() else {}
+    for name, checksum in recorded.items():
+        path = CACHE / f"{name}.safetensors"
+        if path.exists() and sha256_file(path) != checksum:
+            print(f"cache: {path} is not what was written: made anew", flush=True)
             path.unlink()
 
 

@@ -1,30 +1,46 @@
 """What every `python -m components.<stage>` shares: parameters first, errors in one line.
 
 Exit codes: 0 done, 1 a mistake that the message explains, 2 a mistake in params.yaml, 3 (promote
-only) refused. `PNP_TRACEBACK=1` shows where an error came from.
+only) refused, 130 and 143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error
+came from.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from components.environment import quiet
+from components import lineage, snapshot
+from components.environment import die_with_parent, quiet
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import DISTILLED, EVALUATED, PREPARED, REPORT
 from pnp_core.files import recover_all
 
 
 def main(run: Callable[[Params], None]) -> None:
-    """Read and check params.yaml in the working directory, then `run` a stage with it."""
+    """Read and check params.yaml in the working directory, then `run` a stage with it.
+
+    A stage that DVC runs ends with an error if what it started from was changed meanwhile, so that
+    DVC does not record it, and ends when DVC does, however that ends.
+    """
     quiet()
+    signal.signal(signal.SIGTERM, _leave)
+    stage = os.environ.get("DVC_STAGE")
     try:
         params = load_params(Path("params.yaml"))
+        if stage:
+            die_with_parent()
+            lineage.run_commit()  # as the run begins: register may come hours later
+            snapshot.begin(stage)
+            params = load_params(Path("params.yaml"))  # no older than the snapshot
         check_files(params)
         for folder in (PREPARED.parent, DISTILLED.parent, EVALUATED, REPORT.parent):
             for path in recover_all(folder):
                 print(f"{path}: put back; a run was stopped while replacing it", flush=True)
         run(params)
+        snapshot.check_unchanged()
     except ParamsError as error:
         stop(error, exit_code=2)
     except (ValueError, OSError) as error:
@@ -32,6 +48,13 @@ def main(run: Callable[[Params], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave(*_: Any) -> None:
+    """At SIGTERM, end as after Ctrl-C: runs are closed and nothing is left half written."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def stop(error: Exception, *, exit_code: int) -> None:

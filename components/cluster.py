@@ -1,12 +1,16 @@
 """Ray: work that outgrows a process. On a laptop `num_workers: 0` does it without.
 
 Ray runs on this machine unless RAY_ADDRESS names a cluster, whose nodes must see this folder under
-the same path. Each worker has one thread on a CPU, or one GPU.
+the same path. Each worker has one thread on a CPU, or one GPU where the cluster has any. What a
+cluster has no room for is waited for, in the log, and given up after `cluster.wait_minutes`.
 """
 
 import json
+import math
 import os
 import shutil
+import signal
+import socket
 import sys
 import threading
 import time
@@ -16,11 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from components.params import Params
+from components.progress import clock
 
 Report = Callable[[int, Mapping[str, float]], None]
 
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing of size goes through it
 SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_TO_ANSWER = 10.0
+# A cluster that has just started tells its resources after a moment; a wait is told after it.
+SECONDS_UNTOLD = 5.0
+SECONDS_BETWEEN_LINES = 30.0
+# What a wait for workers that were lost is made of.
+GROUP_START_S = 60
 
 
 def run_training(
@@ -36,7 +47,7 @@ def run_training(
     `work` must resume from what an earlier attempt left: a group that loses a worker is started
     again, `max_failures` times. Rank 0's reports arrive at `report` in this process. `directory`
     is for Ray's own files and the reports under way. Raises ValueError, with the worker's own
-    words, if the group fails.
+    words, if the group fails, and where the cluster has no room for it for too long.
     """
     if params.cluster.num_workers == 0:
         work(params, report)
@@ -51,20 +62,25 @@ def run_training(
     reports = directory / "reports.jsonl"
     reports.unlink(missing_ok=True)
     arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": str(reports)}
-    with _ray(params) as has_gpu:
+    with _ray(params):
+        room = _Room(params, name)
+        room.wait()
         trainer = TorchTrainer(
             _on_worker,
             train_loop_config=arguments,
-            scaling_config=ScalingConfig(num_workers=params.cluster.num_workers, use_gpu=has_gpu),
+            scaling_config=ScalingConfig(num_workers=room.num_workers, use_gpu=room.has_gpu),
             run_config=RunConfig(
                 # Ray would take a second run of the same name for the end of the first.
                 name=f"{name}-{time.time_ns():x}",
                 storage_path=str(directory / "ray"),
-                failure_config=FailureConfig(max_failures=params.cluster.max_failures),
+                failure_config=FailureConfig(
+                    max_failures=params.cluster.max_failures,
+                    controller_failure_limit=math.ceil(room.limit_s / GROUP_START_S),
+                ),
             ),
         )
         try:
-            with _Follower(reports, report):
+            with _Follower(reports, report, room.tell_shortage):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
@@ -94,21 +110,94 @@ def run_tasks(
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
-    with _ray(params) as has_gpu:
+    with _ray(params):
+        room = _Room(params, name, most=most)
+        room.wait()
         worker = ray.remote(_TaskWorker).options(
             num_cpus=1,
-            num_gpus=int(has_gpu),
+            num_gpus=int(room.has_gpu),
             max_restarts=params.cluster.max_failures,
             max_task_retries=params.cluster.max_failures,
         )
-        num_workers = min(params.cluster.num_workers, most)
-        pool = ActorPool([worker.remote(make, params, str(Path.cwd())) for _ in range(num_workers)])
+        workers = [worker.remote(make, params, str(Path.cwd())) for _ in range(room.num_workers)]
+        pool = ActorPool(workers)
         try:
             for tasks in phases:
-                for task in pool.map_unordered(lambda actor, task: actor.do.remote(task), tasks):
-                    done(task)
+                for task in tasks:
+                    pool.submit(lambda actor, task: actor.do.remote(task), task)
+                while pool.has_next():
+                    try:
+                        done(pool.get_next_unordered(timeout=SECONDS_BETWEEN_LOOKS))
+                    except RayError:
+                        raise
+                    except TimeoutError:  # nothing is done yet: is there still who could do it?
+                        room.tell_shortage(give_up=True)
         except RayError as error:
             raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+
+
+class _Room:
+    """What the cluster has for the workers. With a GPU in it, each of them needs one.
+
+    Attributes:
+        num_workers: that are asked for, `most` at most.
+        has_gpu: whether each has a GPU, known after `wait`.
+        limit_s: seconds that a shortage may last.
+    """
+
+    def __init__(self, params: Params, name: str, *, most: int | None = None) -> None:
+        wanted = params.cluster.num_workers
+        self.num_workers = wanted if most is None else min(wanted, most)
+        self.has_gpu = False
+        self.limit_s = 60 * params.cluster.wait_minutes
+        self._name = name
+        self._short_since: float | None = None
+        self._told = -math.inf
+
+    def wait(self) -> None:
+        """Wait until all workers have room. Raises ValueError after the limit."""
+        import ray
+
+        while True:
+            there = ray.cluster_resources()
+            self.has_gpu = there.get("GPU", 0) >= 1
+            if not self._short(ray.available_resources(), give_up=True):
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def tell_shortage(self, *, give_up: bool = False) -> None:
+        """Say so if nodes were lost that workers need. Raises ValueError after the limit."""
+        import ray
+
+        self._short(ray.cluster_resources(), give_up=give_up)
+
+    def _short(self, there: Mapping[str, float], *, give_up: bool) -> bool:
+        import ray
+
+        kinds = ("GPU", "CPU") if self.has_gpu else ("CPU",)
+        lacking = next((kind for kind in kinds if there.get(kind, 0) < self.num_workers), None)
+        now = time.monotonic()
+        if lacking is None:
+            self._short_since, self._told = None, -math.inf
+            return False
+        self._short_since = now if self._short_since is None else self._short_since
+        waited = now - self._short_since
+        has, free = ray.cluster_resources().get(lacking, 0), there.get(lacking, 0)
+        line = (
+            f"{self._name}: {self.num_workers} Ray workers need {self.num_workers} {lacking}s, the "
+            f"cluster has {has:g}, {free:g} of them free"
+        )
+        if give_up and waited >= self.limit_s:
+            raise ValueError(
+                f"{line}; waited {clock(waited)}: lower cluster.num_workers, add nodes, or raise "
+                "cluster.wait_minutes. The same command goes on from here"
+            )
+        if waited >= min(SECONDS_UNTOLD, self.limit_s) and (
+            now - self._told >= SECONDS_BETWEEN_LINES
+        ):
+            self._told = now
+            print(f"{line}: waiting, {clock(waited)} of {clock(self.limit_s)} at most", flush=True)
+        return True
 
 
 class _TaskWorker:
@@ -126,33 +215,49 @@ class _TaskWorker:
 
 
 @contextmanager
-def _ray(params: Params) -> Iterator[bool]:
-    """Ray, for a while: here or at RAY_ADDRESS. Yields whether its workers get a GPU each."""
+def _ray(params: Params) -> Iterator[None]:
+    """Ray, for a while: here or at RAY_ADDRESS. Raises ValueError if nobody answers there."""
     import ray
-    import torch
 
-    has_gpu = torch.cuda.is_available()
-    # Workers must find this code, and must not share their threads.
+    # Workers must find this code.
     environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
+    environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_S)
+    address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {}
-    if "RAY_ADDRESS" not in os.environ:
+    if not address:
         local = {
             "num_cpus": max(params.cluster.num_workers, os.cpu_count() or 1),
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
         }
-    if not has_gpu:
-        environment["OMP_NUM_THREADS"] = "1"
-    ray.init(
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-        **local,
-    )
+    at_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        yield has_gpu
+        if address:
+            _knock(address)
+        ray.init(
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": environment},
+            **local,
+        )
+    except OSError as error:  # ConnectionError among them
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {_cause(error)}. Start it, or unset "
+            "RAY_ADDRESS to run Ray on this machine"
+        ) from error
+    if at_sigterm is not None:
+        signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put its own in place
+    try:
+        yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at `host:port`; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
 
 
 def _on_worker(arguments: Mapping[str, Any]) -> None:
@@ -187,10 +292,10 @@ def _settle(root: str) -> None:
 
 
 class _Follower:
-    """Hands on the lines of a growing file while the block runs."""
+    """Hands on the lines of a growing file while the block runs, and takes a `look` as often."""
 
-    def __init__(self, path: Path, report: Report) -> None:
-        self._path, self._report = path, report
+    def __init__(self, path: Path, report: Report, look: Callable[[], None]) -> None:
+        self._path, self._report, self._look = path, report, look
         self._position = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -206,6 +311,7 @@ class _Follower:
     def _follow(self) -> None:
         while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
             self._read()
+            self._look()
 
     def _read(self) -> None:
         if not self._path.exists():

@@ -1,7 +1,10 @@
 """One place for what third parties should not do: phone home, chatter, draw bars, spin."""
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import warnings
 
 ENVIRONMENT = {
@@ -34,3 +37,16 @@ def quiet() -> None:
     warnings.filterwarnings("ignore")
     for name in ("alembic", "ray", "diffusers", "transformers", "botocore"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def die_with_parent() -> None:
+    """Have this process interrupted when the one that started it ends, even by `kill -9`.
+
+    Linux only. Elsewhere a stage whose DVC was killed runs on to its end.
+    """
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

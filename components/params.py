@@ -178,6 +178,7 @@ class Tracking(Section, frozen=True):
 class Cluster(Section, frozen=True):
     num_workers: CountOrZero  # 0: in this process, without Ray
     max_failures: CountOrZero  # how many lost workers a training run survives
+    wait_minutes: Positive  # for workers that a cluster lacks, or a lock that another holds
 
 
 class Params(Section, frozen=True):
@@ -231,7 +232,9 @@ def load_params(path: Path) -> Params:
     except TypeError as error:
         raise ParamsError(f"{path}: a value is of a kind not used here ({error})") from None
     except ValidationError as error:
-        messages = [_message(problem) for problem in error.errors()]
+        # A key that is misspelt is also missing: the first of these says what was meant.
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        messages = [_message(problem) for problem in problems]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise ParamsError(f"{path}: {messages[0]}{more}") from None
 
@@ -262,6 +265,12 @@ def check_files(params: Params) -> None:
             check_model_files(path)
         except (ValueError, OSError) as error:
             raise ParamsError(f"params.yaml: {key}: {error}") from None
+        if not Path(path).exists():
+            raise ParamsError(
+                f"params.yaml: {key}: {path} is the name of a model on a hub, and the pipeline "
+                "works on files that DVC can version: download it (hf download "
+                f"{path} --local-dir models/{Path(path).name}) and name that folder"
+            )
         ours, theirs = _unet_config(params.base), _unet_config(path)
         for field in ARCHITECTURE:
             if ours and theirs and ours.get(field) != theirs.get(field):

@@ -7,7 +7,6 @@ grid.png; logs them to MLflow and registers guides/bundle there as a new version
 import hashlib
 import json
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from components.cli import main
+from components.lineage import lock_hash, run_commit
 from components.methods import METHODS
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.pictures import stacked
+from components.snapshot import check_unchanged
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def run(params: Params) -> None:
     results = {name: read_json(EVALUATED / name / "metrics.json") for name in params.models}
     bundle = GuideBundle.load(BUNDLE)
     lineage = {
-        "git_commit": git_commit(),
+        "git_commit": run_commit(),
+        "lock_hash": lock_hash(),
         "data_hash": data_hash(),
         "base": params.base,
         "base_hash": weights_hash(params.base),
@@ -118,6 +120,7 @@ def upload(
         folder = Path(temporary) / "guide"
         shutil.copytree(BUNDLE, folder)
         write_json(folder / "summary.json", summary)
+        check_unchanged()  # before anybody can see a version
         is_short = len(table) <= MAX_DESCRIPTION
         return registry.register(
             tracked,
@@ -171,15 +174,6 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([text[0], rule, *text[1:]]) + "\n\nTriples: unguided / CFG / guided.\n"
-
-
-def git_commit() -> str:
-    """The commit checked out, `-dirty` if tracked files differ from it; `none` outside git."""
-    if not shutil.which("git"):
-        raise ValueError("git is not installed: the guide's lineage names the commit")
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    described = subprocess.run(command, capture_output=True, text=True)
-    return described.stdout.strip() if described.returncode == 0 else "none"
 
 
 def data_hash() -> str:

@@ -10,6 +10,33 @@ Result = TypeVar("Result")
 
 # Seconds to wait after each failed attempt: storage may be away for two minutes.
 WAITS = (1, 2, 4, 8, 16, 32, 60)
+# What waiting doesn't mend, by the names that S3's client and server have for it.
+MISTAKES = {
+    "AccountProblem",
+    "AllAccessDisabled",
+    "AuthorizationHeaderMalformed",
+    "ConfigParseError",
+    "ExpiredToken",
+    "IllegalLocationConstraintException",
+    "InvalidAccessKeyId",
+    "InvalidBucketName",
+    "InvalidConfigError",
+    "InvalidRegionError",
+    "InvalidToken",
+    "MethodNotAllowed",
+    "NoCredentialsError",
+    "NoRegionError",
+    "ParamValidationError",
+    "PartialCredentialsError",
+    "PermanentRedirect",
+    "ProfileNotFound",
+    "RequestTimeTooSkewed",
+    "SignatureDoesNotMatch",
+    "TypeError",
+    "UnknownCredentialError",
+    "ValueError",
+}
+NO_BUCKET = "NoSuchBucket"
 
 
 class Mirror:
@@ -17,15 +44,29 @@ class Mirror:
 
     S3 takes its endpoint and keys from the environment (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`…).
     What fails is tried again for two minutes. Then, or at once where trying again can't help,
-    OSError says what is wrong.
+    OSError says what is wrong. A bucket, or a folder that `storage` names, is never made.
+
+    Raises:
+        ValueError: `storage` names no kind of place that is known here.
     """
 
     def __init__(self, storage: str, name: str = "") -> None:
         import fsspec
+        from fsspec.implementations.local import LocalFileSystem
 
-        self._files, root = fsspec.core.url_to_fs(storage)
+        try:
+            self._files, root = fsspec.core.url_to_fs(storage)
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"params.yaml: storage: {storage}: {error}") from None
+        self._is_local = isinstance(self._files, LocalFileSystem)
+        # What must be there already: the folder itself, or the bucket.
+        self._place = root.rstrip("/") if self._is_local else root.partition("/")[0]
         self._root = f"{root.rstrip('/')}/{name}".rstrip("/")
         self.url = f"{storage.rstrip('/')}/{name}".rstrip("/")
+
+    def check(self) -> None:
+        """Raises OSError if the bucket or folder isn't there, or can't be looked at."""
+        self._patiently("look at", "", lambda: self._files.info(self._place), is_place=True)
 
     def names(self) -> set[str]:
         """The files there, by their path below the mirror's root."""
@@ -44,30 +85,46 @@ class Mirror:
         there = f"{self._root}/{name}"
 
         def send() -> None:
-            self._files.makedirs(there.rpartition("/")[0], exist_ok=True)
+            if self._is_local:  # elsewhere it would make the bucket
+                self._files.info(self._place)
+                self._files.makedirs(there.rpartition("/")[0], exist_ok=True)
             self._files.put_file(str(path), there)
 
-        self._patiently("write", name, send)
+        self._patiently("write", name, send, is_place=True)
 
     def _names(self) -> set[str]:
         self._files.invalidate_cache()
-        if not self._files.exists(self._root):
-            return set()
         root = self._files._strip_protocol(self._root)
-        return {name[len(root) + 1 :] for name in self._files.find(root)}
+        try:
+            found = self._files.find(root)
+        except FileNotFoundError as error:
+            if NO_BUCKET in _causes(error):
+                raise
+            return set()
+        return {name[len(root) + 1 :] for name in found}
 
-    def _patiently(self, verb: str, name: str, action: Callable[[], Result]) -> Result:
+    def _patiently(
+        self, verb: str, name: str, action: Callable[[], Result], *, is_place: bool = False
+    ) -> Result:
+        """Do `action`. `is_place`: what it may not find is the bucket or folder, not a file."""
         what = f"{verb} {self.url}/{name}".rstrip("/")
         for wait in (*WAITS, None):
             try:
                 return action()
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if is_place or NO_BUCKET in _causes(error):
+                    raise OSError(self._no_place()) from None
                 raise FileNotFoundError(f"there is no {self.url}/{name}") from None
             except PermissionError as error:
                 raise PermissionError(f"storage: may not {what}: {error}") from error
             except Exception as error:  # each of fsspec's backends has its own
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
+                if _causes(error) & MISTAKES:
+                    raise OSError(
+                        f"storage: can't {what}: {error}. Correct `storage` in params.yaml, or the "
+                        "AWS_* variables and files that keys, region and endpoint come from"
+                    ) from error
                 if wait is None:
                     raise OSError(
                         f"storage: could not {what} in {sum(WAITS)} seconds: {error}. Is it "
@@ -76,3 +133,22 @@ class Mirror:
                 print(f"storage: could not {what} ({error}), again in {wait} s", flush=True)
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
+
+    def _no_place(self) -> str:
+        kind = "folder" if self._is_local else "bucket"
+        return (
+            f"storage: there is no {kind} {self._place}: correct `storage` in params.yaml, or make "
+            f"the {kind}, which is never made for you"
+        )
+
+
+def _causes(error: BaseException | None) -> set[str]:
+    """What an error and those behind it are called, by class and by S3's code."""
+    names: set[str] = set()
+    while error is not None:
+        names.add(type(error).__name__)
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            names.add(str(response.get("Error", {}).get("Code")))
+        error = error.__cause__ or error.__context__
+    return names

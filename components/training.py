@@ -15,6 +15,7 @@ from pnp_core.settings import TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
+    from pnp_core.shards import Fetch
 
 
 def train_stage(
@@ -54,6 +55,7 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """
     from pnp_core.cache import TeacherCache
     from pnp_core.identity import base_identity
+    from pnp_core.shards import fetch_from
 
     index, manifest = CACHE / "index.json", PREPARED / "manifest.json"
     storage = read_json(index).get("storage") if index.exists() else None
@@ -63,8 +65,23 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
         config=cache_config(params),
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
         scheduler=scheduler,
-        fetch=Mirror(storage).read if storage else None,
+        fetch=_naming_the_remedy(Mirror(storage).read if storage else fetch_from(CACHE)),
     )
+
+
+def _naming_the_remedy(fetch: "Fetch") -> "Fetch":
+    """`fetch`, which says of a shard that is gone what makes it anew: DVC has noticed nothing."""
+
+    def read(name: str) -> bytes:
+        try:
+            return fetch(name)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"the teacher cache lacks {name}, which has expired or was deleted ({error}): "
+                "`python -m components.cache` makes it anew, and the same command goes on from here"
+            ) from None
+
+    return read
 
 
 def checkpoint_folder(stage: str) -> Path:

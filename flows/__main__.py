@@ -1,4 +1,6 @@
-"""`python -m flows distill` and `python -m flows promote`: a flow in this process, no server.
+"""`python -m flows distill` and `python -m flows promote`: a flow in this process.
+
+It needs no server, and reports to that of PREFECT_API_URL if there is one.
 
 Exit codes are those of the stages: 0 done, 1 failed, 2 a mistake in params.yaml, 3 not promoted.
 """
@@ -8,12 +10,16 @@ import os
 import signal
 import sys
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from components.cli import stop
 from components.environment import quiet
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import REPORT
+from flows.start import STAGES
 
+SECONDS_TO_ANSWER = 5.0
 # One line of a stage, without what Prefect puts in front of it.
 TASK_RUN_FORMAT = "%(asctime)s | %(task_run_name)s | %(message)s"
 
@@ -21,7 +27,14 @@ TASK_RUN_FORMAT = "%(asctime)s | %(task_run_name)s | %(message)s"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flows", description="Run a flow here.")
     flows = parser.add_subparsers(dest="flow", required=True)
-    flows.add_parser("distill", help="train, measure and register a guide")
+    distillation = flows.add_parser("distill", help="train, measure and register a guide")
+    distillation.add_argument(
+        "--from",
+        dest="start_at",
+        default=STAGES[0],
+        choices=STAGES,
+        help="leave the stages before this one as they are",
+    )
     promotion = flows.add_parser("promote", help="make a registered guide the champion")
     promotion.add_argument("--version", type=int, help="default: the newest")
     arguments = parser.parse_args()
@@ -37,13 +50,14 @@ def main() -> None:
     # Leave as after Ctrl-C: by the default, SIGTERM would leave Prefect's server behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Prefect reads its environment when it is imported, so only now.
+    check_server()
     from flows.distill import distill_flow
     from flows.process import StageFailed
     from flows.promote import promote_flow
 
     try:
         if arguments.flow == "distill":
-            distill_flow()
+            distill_flow(arguments.start_at)
             print(summary(params))
         else:
             promote_flow(arguments.version)
@@ -53,6 +67,29 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def check_server() -> None:
+    """Leave with one line if no server answers where PREFECT_API_URL or Prefect's profile says."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return
+    try:
+        urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER).close()
+    except HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        stop(
+            ValueError(
+                f"no Prefect server answers at PREFECT_API_URL={url} ({reason}): start it (prefect "
+                "server start), or unset PREFECT_API_URL (or: prefect config unset "
+                "PREFECT_API_URL) to run without one"
+            ),
+            exit_code=1,
+        )
 
 
 def summary(params: Params) -> str:

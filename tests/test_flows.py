@@ -1,6 +1,7 @@
 """The flows: in-process on a stub of a pipeline; on a server and a worker with the toy world."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,8 +10,8 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,14 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
-from flows import distill, process
+from components.lineage import COMMIT
+from flows import distill, lost, process, sharing
 from flows.process import StageFailed
-from tests.toy import make_world, toy_params, write_params
+from flows.sharing import needs_no_cache
+from flows.start import begin
+from tests.toy import make_repository, toy_params, write_params
+
+pytest_plugins = ["tests.toy"]
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate@base", "evaluate@tuned", "register")
@@ -53,9 +59,10 @@ def pipeline(
 ) -> Iterator[dict[str, Any]]:
     """A DVC repository whose stages note their names in `ran`; yields dvc.yaml's stages."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        distill, "load_params", lambda path: SimpleNamespace(models={"base": None, "tuned": None})
+    params = SimpleNamespace(
+        models={"base": None, "tuned": None}, cluster=SimpleNamespace(wait_minutes=1)
     )
+    monkeypatch.setattr(distill, "begin", lambda: nullcontext(params))
     git("init", "--quiet")
     subprocess.run([*DVC, "init", "--quiet"], check=True)
 
@@ -96,6 +103,185 @@ def test_the_flow_and_dvc_lead_to_the_same_result(pipeline: dict[str, Any]) -> N
     distill.distill_flow()
     subprocess.run([*DVC, "repro"], check=True)
     assert ran() == list(STAGES), "nothing changed, so nothing runs again"
+
+
+def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
+    pipeline: dict[str, Any],
+) -> None:
+    subprocess.run([*DVC, "repro"], check=True)
+    pipeline["prepare"]["cmd"] += " && true"
+    pipeline["evaluate"]["do"]["cmd"] += " && true"
+    write_stages(pipeline)
+    Path("ran").unlink()
+    distill.distill_flow("evaluate")
+    assert ran() == ["evaluate@base", "evaluate@tuned"]
+
+
+def test_without_the_teacher_cache_only_training_makes_it_anew(
+    pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone after `dvc pull`: what DVC does not keep is not there."""
+    monkeypatch.setattr(sharing, "CACHE", Path("c"))
+    subprocess.run([*DVC, "repro"], check=True)
+    shutil.rmtree("c")
+    pipeline["evaluate"]["do"]["cmd"] += " && true"
+    write_stages(pipeline)
+    Path("ran").unlink()
+    distill.distill_flow()
+    assert ran() == ["evaluate@base", "evaluate@tuned"]
+
+    assert needs_no_cache()
+    pipeline["halve"]["cmd"] += " && true"
+    write_stages(pipeline)
+    assert not needs_no_cache()
+
+
+def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
+    pipeline: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    distill.distill_flow()
+    assert "git add dvc.lock && git commit" in caplog.text
+    assert "dvc remote add" in caplog.text
+    git("add", ".")
+    git("commit", "--quiet", "--message", "result")
+    caplog.clear()
+    remote = tmp_path.with_name("remote")
+    subprocess.run([*DVC, "remote", "add", "--default", "team", str(remote)], check=True)
+    distill.distill_flow("register")
+    assert list(remote.iterdir())
+    assert "git commit" not in caplog.text, "nothing has changed"
+
+
+# Locks
+
+
+def test_another_run_in_the_checkout_is_named_and_waited_for(
+    pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SECONDS_BETWEEN_TRIES", 0.2)
+    pipeline["prepare"]["cmd"] += " && touch begun && while test ! -e go; do sleep 0.1; done"
+    write_stages(pipeline)
+    other = subprocess.Popen([*DVC, "repro", "prepare"])
+    wait_until(Path("begun").exists)
+    lines: list[str] = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if "another run is at it" in line:
+            Path("go").touch()
+
+    process.repro("prepare", log)
+    assert other.wait() == 0
+    assert any(f"PID {other.pid}" in line and "of 10:00 at most" in line for line in lines)
+    assert ran() == ["prepare"], "the other's result is taken"
+
+
+def test_a_run_that_stays_busy_is_given_up_in_a_line_that_names_it(
+    pipeline: dict[str, Any],
+) -> None:
+    pipeline["prepare"]["cmd"] += " && touch begun && sleep 60"
+    write_stages(pipeline)
+    other = subprocess.Popen([*DVC, "repro", "prepare"], start_new_session=True)
+    try:
+        wait_until(Path("begun").exists)
+        with pytest.raises(StageFailed) as failed:
+            process.repro("prepare", print, wait_minutes=0)
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.wait()
+    assert re.fullmatch(
+        rf"prepare: another run is at it \(PID {other.pid}: .*\): .*", str(failed.value)
+    )
+
+
+def test_a_dvc_lock_that_is_held_for_ever_is_named_and_given_up(
+    pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "SECONDS_UNTOLD", 0.0)
+    hold = (
+        "import time, zc.lockfile as z; a = z.LockFile('.dvc/tmp/lock'); print(1); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-uc", hold], stdout=subprocess.PIPE)
+    assert holder.stdout and holder.stdout.readline() == b"1\n"
+    lines: list[str] = []
+    try:
+        with pytest.raises(StageFailed, match=f"lock is held by PID {holder.pid}: .*end it"):
+            process.repro("prepare", lines.append, wait_minutes=0.07)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert f"waiting for DVC's lock, which is held by PID {holder.pid}" in lines[0]
+    process.repro("prepare", lines.append)
+
+
+def test_what_a_killed_flow_had_started_ends_by_itself() -> None:
+    mark = f"7{uuid.uuid4().int % 10**8}"
+    code = f"from flows.process import run; run('a', ['sleep', '{mark}'], print)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    def alive() -> bool:
+        processes = psutil.process_iter(["cmdline", "status"])
+        return any(p.info["cmdline"] == ["sleep", mark] and is_running(p, mark) for p in processes)
+
+    wait_until(alive)
+    flow.kill()
+    flow.wait()
+    wait_until(lambda: not alive())
+
+
+def wait_until(holds: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_only_a_run_of_this_machine_and_checkout_whose_process_is_gone_is_lost() -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    here = lost._here()
+    dead = here | {"pnp.pid": gone.pid}
+    reused = here | {"pnp.started": 1.0}  # another process has its number now
+    for labels, expected in (
+        (here, False),
+        (dead, True),
+        (reused, True),
+        (dead | {"pnp.host": "elsewhere"}, False),
+        (dead | {"pnp.checkout": "/elsewhere"}, False),
+        ({}, False),
+    ):
+        run = SimpleNamespace(labels=labels)
+        assert lost.is_lost(run) is expected  # type: ignore[arg-type]
+
+
+# Before anything runs
+
+
+def test_a_bucket_that_is_not_there_is_told_before_any_stage(world: Path, s3: str) -> None:
+    write_params(world, toy_params() | {"storage": "s3://buckt/prefix"})
+    with pytest.raises(StageFailed, match="start: storage: there is no bucket buckt"), begin():
+        pass
+    write_params(world, toy_params() | {"storage": s3})
+    git("init", "--quiet")
+    with begin() as params:
+        assert params.storage == s3
+        assert os.environ[COMMIT] == "none"
+    assert COMMIT not in os.environ
+
+
+def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}/api"
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "distill"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_API_URL": url},
+        capture_output=True,
+        text=True,
+        timeout=60,  # most of it imports on a busy machine
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert f"no Prefect server answers at PREFECT_API_URL={url}" in line
 
 
 def test_a_failed_stage_stops_the_flow_in_its_own_words(
@@ -167,19 +353,9 @@ def test_a_mistake_in_params_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout of this repository with the toy world in place of the zoo."""
     repository = tmp_path / "repository"
-    for name in ("components", "flows", "pnp_core"):
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, repository / name, ignore=ignore)
-    (repository / ".dvc").mkdir()
-    for name in (".gitignore", ".dvc/config", "dvc.yaml", "prefect.yaml", "pyproject.toml"):
-        shutil.copy(ROOT / name, repository / name)
-    make_world(repository)
+    make_repository(repository)
     monkeypatch.chdir(repository)
-    git("init", "--quiet")
-    git("add", ".")
-    git("commit", "--quiet", "--message", "toy")
     return repository
 
 

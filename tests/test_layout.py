@@ -53,7 +53,7 @@ def test_dvc_runs_the_module_of_the_stages_name(stage: str) -> None:
 
 
 def test_the_flow_calls_the_stages_in_the_order_of_the_graph() -> None:
-    body = inspect.getsource(flows.distill.distill_flow.fn)
+    body = inspect.getsource(flows.distill.bring_up_to_date)
     called = re.findall(rf"^\s+({'|'.join(STAGES)})\(", body, re.MULTILINE)
     assert tuple(called) == STAGES
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "tracking"}
+PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "snapshot", "tracking"}
 
 
 def own_imports(path: Path) -> Iterator[Path]:

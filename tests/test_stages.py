@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import socket
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -668,6 +667,7 @@ def test_a_shard_altered_at_storage_is_named(world: Path, s3: str) -> None:
 
 def test_mirror_in_a_folder(tmp_path: Path) -> None:
     here = tmp_path / "here"
+    (tmp_path / "there").mkdir()
     mirror = Mirror(str(tmp_path / "there"), "some/name")
     write_json(here / "a.json", 1)
     mirror.put(here / "a.json", here)
@@ -705,35 +705,3 @@ def test_user_errors_are_one_line(
     monkeypatch.setenv("PNP_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no params.yaml"):
         main(stage)
-
-
-def test_register_needs_git(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert register.git_commit() == "none"
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ValueError, match="git is not installed"):
-        register.git_commit()
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A bucket on a server of this process's own."""
-    from moto.server import ThreadedMotoServer
-
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    # A server forgets nothing: its state is this process's.
-    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
-    try:
-        import s3fs
-
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket/prefix"
-    finally:
-        server.stop()
-        s3fs.S3FileSystem.clear_instance_cache()

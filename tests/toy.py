@@ -7,6 +7,7 @@ data and a params.yaml that runs the whole pipeline on them in seconds a stage.
 import io
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+ROOT = Path(__file__).parent.parent
 RESOLUTION = 32
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220)}
 COLOURS |= {"white": (250, 250, 250), "black": (10, 10, 10), "yellow": (240, 220, 30)}
@@ -59,6 +61,23 @@ def make_world(folder: Path) -> None:
     base.unet.save_pretrained(folder / "companions/other/unet")
     (folder / "prompts.txt").write_text("green disc on a red bar\ntwo rings\n")
     write_params(folder, toy_params())
+
+
+def make_repository(folder: Path, params: dict[str, Any] | None = None) -> None:
+    """A checkout of this repository with the toy world in place of the zoo, committed."""
+    for name in ("components", "flows", "pnp_core"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    (folder / ".dvc").mkdir()
+    names = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "dvc.yaml")
+    for name in (*names, "prefect.yaml", "pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, folder / name)
+    make_world(folder)
+    if params:
+        write_params(folder, params)
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost")
+    for command in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "--message", "toy")):
+        subprocess.run([*git, *command], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")
@@ -297,7 +316,7 @@ def toy_params() -> dict[str, Any]:
             "max_worse_than_champion": 100.0,
         },
         "tracking": {"uri": None, "experiment": "toy"},
-        "cluster": {"num_workers": 0, "max_failures": 1},
+        "cluster": {"num_workers": 0, "max_failures": 1, "wait_minutes": 1},
     }
 
 

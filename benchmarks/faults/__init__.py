@@ -1,0 +1,1 @@
+"""What the pipeline does when something breaks: `python -m benchmarks.faults`."""

@@ -1,0 +1,100 @@
+"""Where a result came from: the commit that its run began with, and what dvc.lock said.
+
+`python -m components.lineage` prints both of a checkout, to compare with a registered version.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from hashlib import sha256
+from pathlib import Path
+
+import psutil
+from ruamel.yaml import YAML
+
+from components.paths import RUNS
+from pnp_core.files import read_json, write_json
+
+COMMIT = "PNP_GIT_COMMIT"  # what a flow tells its stages
+# What can be changed and committed without any result being another. The pipeline writes dvc.lock.
+NO_MATTER = (
+    *("dvc.lock", ".dvc", ".dvcignore", ".gitignore", "Makefile", "prefect.yaml"),
+    *("docs", "tests", "benchmarks", "*.md"),
+)
+
+
+def git_commit() -> str:
+    """The commit checked out now, or `none` outside git.
+
+    `-dirty` follows if tracked files differ from it that could matter to a result: none of
+    `NO_MATTER`, and nothing outside this folder. Raises ValueError if git is missing or fails.
+    """
+    if not shutil.which("git"):
+        raise ValueError("git is not installed: the guide's lineage names the commit")
+    if _git("rev-parse", "--is-inside-work-tree").returncode != 0:
+        return "none"
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if head.returncode != 0:
+        return "none"  # nothing is committed yet
+    excluded = [f":(exclude){pattern}" for pattern in NO_MATTER]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    if changed.returncode != 0:
+        raise ValueError(f"git status: {' '.join(changed.stderr.split())}")
+    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def run_commit() -> str:
+    """`git_commit()` as it was when the run began that this process is a part of.
+
+    A flow says so in the environment. The stages of one `dvc repro` find what the first of them
+    noted. Outside of both it is the commit now.
+    """
+    if told := os.environ.get(COMMIT):
+        return told
+    run = _dvc_process()
+    if run is None:
+        return git_commit()
+    note = RUNS / "began.json"
+    identity = {"pid": run.pid, "started": run.create_time()}
+    if note.exists():
+        noted = read_json(note)
+        if noted.items() >= identity.items():
+            return str(noted["commit"])
+    commit = git_commit()
+    write_json(note, identity | {"commit": commit})
+    return commit
+
+
+def lock_hash(path: Path = Path("dvc.lock")) -> str:
+    """SHA-256 of what dvc.lock says of every stage before `register`; `none` without one.
+
+    Of the content, not of the file: `register` itself is added to it at the end.
+    """
+    if not path.exists():
+        return "none"
+    stages = dict(YAML(typ="safe", pure=True).load(path)["stages"])
+    stages.pop("register", None)
+    return sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+
+
+def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(["git", *arguments], capture_output=True, text=True)
+
+
+def _dvc_process() -> psutil.Process | None:
+    """The `dvc` that runs this stage; None if none does."""
+    if "DVC_STAGE" not in os.environ:
+        return None
+    for parent in psutil.Process().parents():
+        try:
+            words = parent.cmdline()[:3]
+        except psutil.Error:
+            continue
+        if any(Path(word).name == "dvc" for word in words):
+            return parent
+    return None
+
+
+if __name__ == "__main__":
+    print(f"git_commit {git_commit()}\nlock_hash  {lock_hash()}")

@@ -1,0 +1,28 @@
+"""For those who follow a run with `--watch`, which shows events and no log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefect.events import emit_event
+from prefect.events.worker import EventsWorker
+from prefect.runtime import flow_run
+
+FAILED = "pnp-guide.failed"
+
+
+@contextmanager
+def saying_why() -> Iterator[None]:
+    """If the block fails, say with which error and where its log is, before Prefect says Failed."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(str(error).split())
+        emit_event(
+            event=FAILED,
+            resource={
+                "prefect.resource.id": f"{FAILED}.{flow_run.id}",
+                "prefect.resource.name": f"{why} (prefect flow-run logs {flow_run.id})",
+            },
+        )
+        EventsWorker.instance().wait_until_empty()  # else the run has failed before it is sent
+        raise

@@ -1,0 +1,197 @@
+"""Waiting for Ray's workers is told, compared with what there is, and not for ever."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from components import cluster, prepare
+from components.cluster import run_tasks
+from components.environment import quiet
+from components.params import Params, load_params
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+quiet()
+
+
+def params_with(**section: Any) -> Params:
+    values = toy.toy_params()
+    values["cluster"] |= section
+    toy.write_params(Path(), values)
+    return load_params(Path("params.yaml"))
+
+
+class Clock:
+    """Time that passes only by waiting."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(cluster, "time", clock)
+    return clock
+
+
+def cluster_of(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, *later: tuple[float, dict[str, float]]
+) -> None:
+    """A cluster that has these resources, all of them free, from these seconds on."""
+    import ray
+
+    def there() -> dict[str, float]:
+        return [resources for since, resources in later if clock.now >= since][-1]
+
+    monkeypatch.setattr(ray, "cluster_resources", there)
+    monkeypatch.setattr(ray, "available_resources", there)
+
+
+def test_more_workers_than_there_is_room_for_are_given_up_after_the_limit(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
+    room = cluster._Room(params_with(num_workers=8, wait_minutes=2), "distill")
+    with pytest.raises(ValueError) as failed:
+        room.wait()
+    need = "distill: 8 Ray workers need 8 CPUs, the cluster has 4, 4 of them free"
+    assert str(failed.value).startswith(f"{need}; waited 2:00: lower cluster.num_workers")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{need}: waiting, 0:05 of 2:00 at most"
+    assert len(lines) == 4, "one each half minute"
+
+
+def test_nodes_that_come_late_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster_of(monkeypatch, clock, (0, {"CPU": 1.0}), (90, {"CPU": 2.0}))
+    room = cluster._Room(params_with(num_workers=2, wait_minutes=2), "cache")
+    room.wait()
+    assert clock.now == pytest.approx(90, abs=1)
+
+
+def test_whether_there_are_gpus_is_asked_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The driver, here without one, may be another machine."""
+    monkeypatch.chdir(tmp_path)
+    cluster_of(monkeypatch, clock, (0, {"CPU": 64.0, "GPU": 4.0}))
+    room = cluster._Room(params_with(num_workers=4), "distill")
+    room.wait()
+    assert room.has_gpu
+    with pytest.raises(ValueError, match="8 Ray workers need 8 GPUs, the cluster has 4"):
+        cluster._Room(params_with(num_workers=8), "distill").wait()
+
+
+def test_workers_without_tasks_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
+    room = cluster._Room(params_with(num_workers=8), "cache", most=3)
+    room.wait()
+    assert room.num_workers == 3 and not clock.now
+
+
+def test_nodes_lost_meanwhile_are_told_and_their_return_is_noticed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: Clock,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    both, one = {"CPU": 2.0}, {"CPU": 1.0}
+    cluster_of(monkeypatch, clock, (0, both), (10, one), (40, both), (100, one))
+    room = cluster._Room(params_with(num_workers=2, wait_minutes=1), "cache")
+    room.wait()
+    while clock.now < 150:
+        room.tell_shortage(give_up=True)
+        clock.now += 1
+    told = capsys.readouterr().out
+    assert "the cluster has 1, 1 of them free: waiting, 0:05 of 1:00 at most" in told
+    clock.now = 161
+    with pytest.raises(ValueError, match="waited 1:01"):
+        room.tell_shortage(give_up=True)
+
+
+def free_port() -> int:
+    with socket.socket() as candidate:
+        candidate.bind(("127.0.0.1", 0))
+        return int(candidate.getsockname()[1])
+
+
+def test_a_cluster_that_is_not_there_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        began = time.monotonic()
+        with pytest.raises(ValueError, match=f"no Ray cluster answers at RAY_ADDRESS={address}"):
+            run_tasks(no_work, params_with(num_workers=1), [["a"]], print, name="cache")
+        assert time.monotonic() - began < 30
+
+
+def no_work(params: Params) -> Any:
+    return lambda task: None
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster of one node with one CPU, which is where RAY_ADDRESS points."""
+    port = free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    options = ["--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
+    options += ["--object-store-memory=100000000", f"--temp-dir=/tmp/ray-{port}"]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    started = subprocess.Popen(
+        [*ray, *options, "--node-ip-address=127.0.0.1"], start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+        time.sleep(3)
+        yield f"127.0.0.1:{port}"
+    finally:
+        os.killpg(started.pid, signal.SIGTERM)
+        started.wait(timeout=60)
+
+
+@pytest.mark.services
+def test_a_real_cluster_with_one_cpu_runs_one_worker_and_refuses_two(
+    head: str, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare.run(params_with())
+    done: list[str] = []
+    run_tasks(no_work, params_with(num_workers=1), [["a", "b"]], done.append, name="cache")
+    assert sorted(done) == ["a", "b"]
+    with pytest.raises(ValueError, match="cache: 2 Ray workers need 2 CPUs, the cluster has 1"):
+        params = params_with(num_workers=2, wait_minutes=0.15)
+        run_tasks(no_work, params, [["a", "b"]], done.append, name="cache")
+    assert "waiting, 0:05 of 0:09 at most" in capsys.readouterr().out

@@ -1,0 +1,172 @@
+"""Storage does what it is told: nothing is made unasked, mistakes are told at once."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+
+from components import cache, cli, distill, prepare
+from components.environment import quiet
+from components.params import Params, load_params
+from components.storage import Mirror
+from pnp_core.files import read_json
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+quiet()
+
+
+def params_with(**values: Any) -> Params:
+    toy.write_params(Path(), toy.toy_params() | values)
+    return load_params(Path("params.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that storage would have waited."""
+    waited: list[float] = []
+    monkeypatch.setattr("components.storage.time.sleep", waited.append)
+    return waited
+
+
+def buckets() -> list[str]:
+    return list(s3fs.S3FileSystem().ls("", refresh=True))
+
+
+def test_a_misspelt_bucket_is_told_before_the_base_loads_and_is_not_made(
+    world: Path, s3: str, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    monkeypatch.setattr(cache, "cache_builder", None)  # would load the base
+    with pytest.raises(OSError, match="there is no bucket buckt: correct `storage` in params.yaml"):
+        cache.run(params_with(storage="s3://buckt/prefix"))
+    with pytest.raises(OSError, match="there is no bucket buckt"):
+        Mirror("s3://buckt/prefix").put(Path("params.yaml"), Path())
+    with pytest.raises(OSError, match="there is no bucket buckt"):
+        Mirror("s3://buckt/prefix").names()
+    with pytest.raises(OSError, match="there is no bucket buckt") as caught:
+        Mirror("s3://buckt/prefix").read("a")
+    assert not isinstance(caught.value, FileNotFoundError), "which says that the file is gone"
+    assert buckets() == ["bucket"] and not waits
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    """The disk may not be mounted."""
+    (tmp_path / "a").touch()
+    mirror = Mirror(str(tmp_path / "disk"), "cache/x")
+    for refused in (mirror.check, lambda: mirror.put(tmp_path / "a", tmp_path)):
+        with pytest.raises(OSError, match=f"there is no folder {tmp_path}/disk"):
+            refused()
+    assert not (tmp_path / "disk").exists()
+    (tmp_path / "disk").mkdir()
+    mirror.check()
+    mirror.put(tmp_path / "a", tmp_path)
+    assert mirror.names() == {"a"}
+
+
+def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: [patch.delenv(f"AWS_{name}") for name in names] and None
+
+
+@pytest.mark.parametrize(
+    ("storage", "break_it", "message"),
+    [
+        ("s3://bucket", without("ACCESS_KEY_ID", "SECRET_ACCESS_KEY"), "locate credentials"),
+        ("s3://bucket", without("SECRET_ACCESS_KEY"), "missing: AWS_SECRET_ACCESS_KEY"),
+        ("s3://No Bucket!", without(), "Invalid bucket name"),
+        ("s3://bucket", lambda p: p.setenv("AWS_PROFILE", "nobody"), "profile .nobody."),
+        ("s3://bucket", lambda p: p.setenv("AWS_ENDPOINT_URL", "nowhere"), "Invalid endpoint"),
+        ("s4://bucket", without(), "storage: s4://bucket: Protocol not known"),
+        ("gs://bucket", without(), "storage: gs://bucket: .*gcsfs"),
+    ],
+)
+def test_what_waiting_cannot_mend_is_not_waited_for(  # noqa: PLR0913, cases and fixtures
+    s3: str,
+    storage: str,
+    break_it: Callable[[pytest.MonkeyPatch], None],
+    message: str,
+    waits: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    break_it(monkeypatch)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises((OSError, ValueError), match=message):
+        Mirror(storage).check()
+    assert not waits
+
+
+class Answers(Exception):
+    """An error of S3's client, with what the server answered."""
+
+    def __init__(self, code: str) -> None:
+        super().__init__(f"An error occurred ({code})")
+        self.response = {"Error": {"Code": code}}
+
+
+@pytest.mark.parametrize(
+    ("code", "is_mistake"),
+    [("SlowDown", False), ("InternalError", False), ("ExpiredToken", True), ("NoSuchBucket", True)],
+)
+def test_the_servers_word_decides_whether_to_try_again(
+    s3: str, code: str, is_mistake: bool, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> bytes:
+        if code == "NoSuchBucket":
+            raise FileNotFoundError from Answers(code)
+        raise OSError(5, "Input/output error") from Answers(code)
+
+    mirror = Mirror(s3)
+    monkeypatch.setattr(mirror, "_files", type("Files", (), {"cat_file": staticmethod(refuse)}))
+    with pytest.raises(OSError, match="storage: "):
+        mirror.read("a")
+    assert bool(waits) != is_mistake
+
+
+def test_an_expired_shard_is_made_anew_by_the_command_that_the_message_names(
+    world: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_with(storage=s3)
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    there = read_json(Path("data/cache/index.json"))["storage"].removeprefix("s3://")
+    shard = f"{there}/pairs-00001.safetensors"
+    content = s3fs.S3FileSystem().cat_file(shard)
+    s3fs.S3FileSystem().rm_file(shard)
+    with pytest.raises(ValueError, match="lacks pairs-00001.*`python -m components.cache` makes"):
+        distill.run(params)
+    cli.main(cache.run)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert s3fs.S3FileSystem().cat_file(shard) == content
+    assert Path("data/cache/index.json").read_bytes() == index, "so DVC sees no change"
+    distill.run(params)
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated"])
+def test_a_damaged_shard_is_named_and_made_anew(
+    world: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_with()
+    prepare.run(params)
+    cache.run(params)
+    shard = Path("data/cache/pairs-00001.safetensors")
+    content = shard.read_bytes()
+    index = Path("data/cache/index.json").read_bytes()
+    changed: Mapping[str, bytes] = {
+        "altered": content[:-1] + bytes([content[-1] ^ 1]),
+        "truncated": content[:-10],
+    }
+    shard.write_bytes(changed[damage])
+    capsys.readouterr()
+    cache.run(params)
+    assert f"{shard} is not what was written: made anew" in capsys.readouterr().out
+    assert shard.read_bytes() == content
+    assert Path("data/cache/index.json").read_bytes() == index
+
+
+def test_a_file_that_is_not_there_is_told_apart_from_storage_that_is_not(s3: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"there is no {s3}/b.json"):
+        Mirror(s3).read("b.json")
+    assert Mirror(s3).names() == set()
