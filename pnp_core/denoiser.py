@@ -93,6 +93,7 @@ class GuidedDenoiser:
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
         if torch.is_grad_enabled():  # the guide may be another after this step
+            check_not_checkpointed(self.plain.unet)
             call = DenoiserCall(self.plain.unet, self.guide, conditions)
         elif self.call is None or self.call.conditions is not conditions:
             call = self.call = DenoiserCall(self.plain.unet, self.guide, conditions)
@@ -100,6 +101,16 @@ class GuidedDenoiser:
             call = self.call
         with entered(call):
             return self.plain(z_BCHW, t_B, conditions)
+
+
+def check_not_checkpointed(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if the UNet would run its blocks again, without a guide, for gradients."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if any(getattr(block, "gradient_checkpointing", False) for block in blocks):
+        raise ValueError(
+            "A guide can't be trained through gradient checkpoints, where the UNet runs its blocks "
+            "again without it: unet.disable_gradient_checkpointing()."
+        )
 
 
 class DenoiserCall(Call):
