@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -213,19 +214,23 @@ def step_over_plain(
     text, null = (
         plain.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts))
     )
+    calls: dict[bool, dict[str, Any]] = {
+        True: {"negative_prompt_embeds": null, "guidance_scale": GUIDANCE_SCALE},
+        False: {"guidance_scale": 1.0},
+    }
     with one_thread():
-        for _ in range(rounds + 1):
-            for is_plugged in seconds:
-                call: dict[str, Any] = {"prompt_embeds": text, "guidance_scale": 1.0}
-                if is_plugged:
-                    call |= {"negative_prompt_embeds": null, "guidance_scale": GUIDANCE_SCALE}
-                seconds[is_plugged].append(step_seconds(pipe if is_plugged else plain, call))
-    # the first round warms up
-    return median(seconds[True][1:]) / median(seconds[False][1:])
+        for number in range(rounds + 1):
+            for is_plugged in (number % 2 == 0, number % 2 == 1):
+                taken = step_seconds(
+                    pipe if is_plugged else plain, {"prompt_embeds": text, **calls[is_plugged]}
+                )
+                if number:  # the first round warms up
+                    seconds[is_plugged] += taken
+    return median(seconds[True]) / median(seconds[False])
 
 
-def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int = 4) -> float:
-    """Mean time of a step after the first of a call."""
+def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int = 4) -> list[float]:
+    """The time of each step after the first of a call."""
     ended: list[float] = []
 
     def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -239,7 +244,7 @@ def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int =
         generator=torch.Generator().manual_seed(0),
         callback_on_step_end=after_step,
     )
-    return (ended[-1] - ended[0]) / (num_steps - 1)
+    return [after - before for before, after in pairwise(ended)]
 
 
 def pipelines() -> tuple[DiffusionPipeline, DiffusionPipeline, GuideBundle]:
@@ -269,7 +274,7 @@ def measure(rounds: int) -> dict[str, Any]:
     made_by = record(guide=digest(bundle), precision="fp32")
     print(as_line(made_by), flush=True)
     prompts = [str(call["prompt"]) for call in CALLS]
-    for batch_size, num_rounds in ((1, 4 * rounds), (64, rounds)):
+    for batch_size, num_rounds in ((1, 10 * rounds), (64, rounds)):
         batch = [prompts[i % len(prompts)] for i in range(batch_size)]
         ratio = step_over_plain(pipe, plain, batch, rounds=num_rounds)
         result[f"step_over_plain_{batch_size}"] = ratio

@@ -125,7 +125,8 @@ class Negatives:
         """What ``layer`` makes of them."""
         kept = self.kept[index]
         if kept is None:
-            n_BLD = self.n_BLD.to(layer.to_k.weight.dtype)
+            dtype = layer.to_k.weight.dtype
+            n_BLD = self.n_BLD if dtype.itemsize == 1 else self.n_BLD.to(dtype)  # fp8 is storage
             key, value = (
                 x.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
                 for x in (layer.to_k(n_BLD) * layer.scale, layer.to_v(n_BLD))
@@ -142,7 +143,8 @@ def state_of(linear: nn.Module) -> tuple[Any, ...]:
         lora: Any = linear
         weights = [w for name in lora.active_adapters for w in weights_of(lora, name)]
         scales = getattr(lora, "scaling", {})
-        state += (lora.disable_adapters, tuple(lora.active_adapters), *scales.values())
+        state += (lora.disable_adapters, *lora.active_adapters, *scales.values())
+        state += tuple(lora.merged_adapters)
         state += tuple(part for weight in weights for part in version_of(weight))
     return state
 

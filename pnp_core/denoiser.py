@@ -7,12 +7,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pnp_core.calls import Call, Negatives, entered
+from pnp_core.calls import Call, Negatives, entered, version_of
 from pnp_core.conditions import Conditions
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect
 from pnp_core.guiders import Guider
 from pnp_core.inject import use
+from pnp_core.precision import is_mixed
 from pnp_core.schedule import NoiseSchedule
 
 
@@ -90,16 +91,33 @@ class GuidedDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
         self.call: DenoiserCall | None = None
+        self.made_for: tuple[Any, ...] = ()
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
-        if torch.is_grad_enabled():  # the guide may be another after this step
-            call = DenoiserCall(self.plain.unet, self.guide, conditions)
-        elif self.call is None or self.call.conditions is not conditions:
-            call = self.call = DenoiserCall(self.plain.unet, self.guide, conditions)
-        else:
-            call = self.call
-        with entered(call):
+        with entered(self.call_for(conditions, z_BCHW.device.type)):
             return self.plain(z_BCHW, t_B, conditions)
+
+    def call_for(self, conditions: Conditions, device_type: str) -> "DenoiserCall":
+        """The call of the step before, if nothing that it rests on is another."""
+        unet, guide = self.plain.unet, self.guide
+        if torch.is_grad_enabled():  # the guide may be another after this step
+            check_not_checkpointed(unet)
+            return DenoiserCall(unet, guide, conditions)
+        weights = [(p.data_ptr(), *version_of(p)) for p in guide.parameters()]
+        made_for = (conditions, is_mixed(device_type), weights)
+        if self.call is None or made_for != self.made_for:
+            self.call, self.made_for = DenoiserCall(unet, guide, conditions), made_for
+        return self.call
+
+
+def check_not_checkpointed(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if the UNet would run its blocks again, without a guide, for gradients."""
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if any(getattr(block, "gradient_checkpointing", False) for block in blocks):
+        raise ValueError(
+            "A guide can't be trained through gradient checkpoints, where the UNet runs its blocks "
+            "again without it: unet.disable_gradient_checkpointing()."
+        )
 
 
 class DenoiserCall(Call):

@@ -7,6 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pnp_core.bundle import GuideBundle
+from pnp_core.guide.unet import text_attentions
 from pnp_core.pipelines import check_class
 
 
@@ -54,11 +55,15 @@ def check_weights(unet: UNet2DConditionModel) -> None:
     """Raise ValueError if the UNet is quantised, or spread over several devices."""
     config = unet.config.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else config
-    odd = [p for p in unet.parameters() if type(p.data) is not Tensor or not p.is_floating_point()]
+    odd: list[Any] = [
+        p for p in unet.parameters() if type(p.data) is not Tensor or not p.is_floating_point()
+    ]
+    read = (
+        part for layer in text_attentions(unet) for part in (layer.to_q, layer.to_k, layer.to_v)
+    )
+    odd += [part for part in read if not isinstance(getattr(part, "weight", None), Tensor)]
     if method is not None or getattr(unet, "hf_quantizer", None) is not None or odd:
-        how = method or (
-            f"{type(odd[0].data).__name__} of {odd[0].dtype}" if odd else "by a hf_quantizer"
-        )
+        how = method or (kind_of(odd[0]) if odd else "by a hf_quantizer")
         raise ValueError(
             f"A guide works beside a UNet of ordinary floating-point weights, but this UNet is "
             f"quantised ({how}): load it without quantization_config."
@@ -87,3 +92,10 @@ def check_not_wrapped(unet: Any) -> None:
             f"A guide does not see the forwards of a UNet within a {type(unet).__name__}: "
             "pipe.unet = pipe.unet.module."
         )
+
+
+def kind_of(weight: Tensor | nn.Module) -> str:
+    """What a weight is, or a layer that hides it."""
+    if isinstance(weight, nn.Module):
+        return type(weight).__name__
+    return f"{type(weight.data).__name__} of {weight.dtype}"

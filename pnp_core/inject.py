@@ -23,6 +23,11 @@ from pnp_core.calls import Acting, Negatives, call_of, now
 from pnp_core.guide.kind import DecoderInput
 from pnp_core.guide.unet import modulated_layers, text_attentions
 
+REPLICA = (
+    "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
+    "run it on one device."
+)
+
 
 class UNetHook:
     """Asks the call under way what its guide does in a forward, before it runs.
@@ -80,20 +85,23 @@ class UNetHook:
         now.acting = None
         call = call_of(module)
         if call is None:
+            if getattr(module, "_is_replica", False):
+                raise ValueError(REPLICA)
             for user in self.users.values():
                 if (told := getattr(user(), "tell_others", None)) is not None:
                     told(module)
                     break
             return None
-        names = inspect.signature(type(module).forward).parameters
-        arguments = {**dict(zip(list(names)[1:], args, strict=False)), **kwargs}
+        names = list(inspect.signature(type(module).forward).parameters)[1 : 1 + len(args)]
+        arguments = {**dict(zip(names, args, strict=True)), **kwargs}
         effect = call.begin(arguments)
         if effect is not None:
             self.follow()
             if effect.attends:
                 self.make_negatives(module, call.negatives, arguments)
             now.acting = Acting(effect, call.negatives)
-        return (), arguments
+        # as they came: who has wrapped the forward, as DeepCache does, may look for them there
+        return tuple(arguments.pop(name) for name in names), arguments
 
     def make_negatives(
         self, unet: nn.Module, negatives: "Negatives", arguments: Mapping[str, Any]

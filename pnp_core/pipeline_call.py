@@ -130,14 +130,18 @@ class PipelineCall(Call):
         """
         stock: Any = self.plug.stock_class
         given = inspect.signature(stock._get_add_time_ids).bind(self.pipe, *args, **kwargs)
+        names = ["original_size", "crops_coords_top_left", "target_size"]
+        if self.pipe.config.get("requires_aesthetics_score"):  # a refiner
+            names.append("aesthetic_score")
         differs = any(
             given.arguments.get(f"negative_{name}") not in (None, given.arguments.get(name))
-            for name in ("original_size", "crops_coords_top_left", "target_size")
+            for name in names
         )
         if self.guidance_scale > 1 and (differs or self.has_time_ids):
             self.plug.warn_once(
-                "negative_original_size, negative_crops_coords_top_left and negative_target_size "
-                "have no effect with a guide: it knows the negative prompt by its text alone."
+                "negative_original_size, negative_crops_coords_top_left, negative_target_size and "
+                "a refiner's negative_aesthetic_score have no effect with a guide: it knows the "
+                "negative prompt by its text alone."
             )
         self.has_time_ids = True
         return method(*args, **kwargs)

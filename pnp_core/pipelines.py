@@ -249,8 +249,8 @@ def way_in(pipeline_class: type[Any]) -> str:
     asks = asks and takes(pipeline_class, "__call__", "guidance_scale")
     if not asks or not takes(pipeline_class, "encode_prompt", CFG):
         raise ValueError(
-            f"{pipeline_class.__name__} can't have a guide: it derives from no known class, "
-            "and does not decide on guidance as Stable Diffusion does, by guidance_scale, "
+            f"{pipeline_class.__name__} can't have a guide: it derives from no known pipeline, and "
+            "does not decide on guidance as Stable Diffusion does, by guidance_scale, "
             "encode_prompt and do_classifier_free_guidance. Derive it from the class it resembles."
         )
     return ASKS

@@ -11,15 +11,17 @@ from pnp_core.calls import entered
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.denoiser import DenoiserCall, GuidedDenoiser
 from pnp_core.guide import Guide, GuideConfig
+from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule
 from tests.conftest import roused
 
 SCALE = 4.0
 
 
-def guide_for(unet: Any) -> Guide:
+def guide_for(unet: Any, kind: str = "tiny") -> Guide:
+    """A random guide."""
     torch.manual_seed(1)
-    return roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
+    return roused(Guide.from_unet(unet, GuideConfig(kind=kind, max_parameters_ratio=0.2)))
 
 
 def run(pipe: Any, call: dict[str, Any]) -> np.ndarray:
@@ -86,7 +88,7 @@ class Reference(nn.Module):
         timestep = rows(timestep.reshape(-1), c)
         with entered(DenoiserCall(self.unet, self.guide, conditions)):
             guided = self.unet(sample[c], timestep, text[c], return_dict=False, **rows(more, c))[0]
-        both = torch.empty(num_rows, *guided.shape[1:])
+        both = guided.new_empty(num_rows, *guided.shape[1:])
         both[n], both[c] = guided, guided
         return UNet2DConditionOutput(sample=both) if return_dict else (both,)
 
@@ -96,3 +98,19 @@ def stand_in(pipe: Any, unet: Any) -> None:
     pipe.unet = unet
     if "wrapped_unet" in vars(pipe):  # of ParaDiGMS
         pipe.wrapped_unet = unet
+
+
+def guided(pipe: Any, guide: Guide, call: dict[str, Any], atol: float = 2e-4) -> np.ndarray:
+    """What a plugged call gives: compared with our denoiser; the pipeline is as before after it."""
+    stock = run(pipe, call)
+    unet = pipe.unet
+    stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    plug(pipe, guide)
+    made = run(pipe, call)
+    np.testing.assert_allclose(made, expected, atol=atol)
+    assert not np.allclose(made, stock, atol=1e-3)
+    unplug(pipe)
+    assert np.array_equal(run(pipe, call), stock)
+    return made

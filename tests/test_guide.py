@@ -382,3 +382,14 @@ def test_the_config_file_says_what_the_guide_was_trained_for(
     guide.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert {key: saved[key] for key in trained_for} == trained_for
+
+
+@torch.no_grad()
+def test_a_guide_that_has_changed_is_read_anew(pipe: StableDiffusionPipeline, guide: Guide) -> None:
+    guided = GuidedDenoiser(pipe.unet, guide, schedule(pipe))
+    inputs = Inputs().all
+    fresh = guided(*inputs)
+    roused(guide)
+    changed = guided(*inputs)
+    assert not torch.equal(changed, fresh)
+    assert torch.equal(changed, GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs))

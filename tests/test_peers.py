@@ -9,12 +9,12 @@ from diffusers import StableDiffusionPipeline as Pipe
 from torch import nn
 
 from benchmarks import quality_table
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Ours
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import PlainDenoiser
 from pnp_core.distill import DistillConfig, distillation_objective
-from pnp_core.guide import GuideConfig
+from pnp_core.guide import Guide, GuideConfig
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig, train
 
@@ -68,6 +68,25 @@ def test_training_a_peer_explains_guidance_and_leaves_the_base_alone(
     assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
     for key, value in pipe.unet.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("name", [*PEERS, "ours"])
+def test_what_a_method_costs_is_counted_and_changes_nothing(name: str, pipe: Pipe) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    unet = pipe.unet.requires_grad_(False)
+    guide = Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2))
+    peer = Ours(unet, guide) if name == "ours" else PEERS[name](unet)
+    before = copy.deepcopy(peer.state_dict())
+    z, t_B, conditions = inputs(unet)
+    cost = peer.cost(unet, schedule, z_BCHW=z, t_B=t_B, conditions=conditions)
+    own, base = (sum(p.numel() for p in module.parameters()) for module in (peer, unet))
+    assert cost["params_ratio"] == own / base
+    assert 0.5 <= cost["flops_ratio"] < 0.7  # one forward, where CFG runs two
+    # forward, backward, and where weights are trained their gradients
+    most = 3.1 if name == "meng" else 2.6
+    assert most - 1 < cost["train_flops_ratio"] < most
+    assert all(parameter.grad is None for parameter in peer.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in peer.state_dict().items())
 
 
 def results(**fvu: float) -> dict[str, Any]:

@@ -13,19 +13,21 @@ from diffusers import StableDiffusionPipeline
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
 from pnp_core.conditions import Conditions
-from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.distill import FLOOR, DistillConfig, distill, distillation_loss, turn_of
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import (
     HalveConfig,
     halve,
+    halving_objective,
     halving_rounds,
     halving_target,
     raised_guidance_scale,
+    rounds_of,
     truncated_snr_loss,
 )
 from pnp_core.plug import plug, unplug
-from pnp_core.schedule import NoiseSchedule, cfg_target, sampling_timesteps
+from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, train
 from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 
@@ -377,58 +379,50 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
     assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
 
 
-def test_a_raised_guidance_scale_leaves_1_alone_and_keeps_to_the_range() -> None:
-    w_B = torch.tensor([1.0, 3.0, 6.0, 8.0])
-    raised = raised_guidance_scale(w_B, 1.5, highest=8.0)
-    torch.testing.assert_close(raised, torch.tensor([1.0, 4.0, 8.0, 8.0]))
-    torch.testing.assert_close(raised_guidance_scale(w_B, 1.0, highest=8.0), w_B)
-    with pytest.raises(ValueError, match=r"guidance_gain is 0.5; it must lie in \[1, 2\)"):
-        dataclasses.replace(HALVE, guidance_gain=0.5)
+def test_a_raised_guidance_scale_rises_by_the_gain_and_by_less_towards_the_highest() -> None:
+    w_B = torch.linspace(1, 8, 1001, dtype=torch.float64)
+    for gain in (1.2, 1.5, 1.99):
+        raised = raised_guidance_scale(w_B, gain, highest=8.0)
+        assert raised[0] == 1 and raised[-1] == pytest.approx(8)
+        assert (raised.diff() > 0).all()  # also at the highest scales the dial moves the picture
+        assert (raised[1:-1] > w_B[1:-1]).all()
+        assert (raised[1] - 1) / (w_B[1] - 1) == pytest.approx(gain, rel=1e-2)
+    assert torch.equal(raised_guidance_scale(w_B, 1.0, highest=8.0), w_B)
+    for gain in (0.5, 2.0):
+        with pytest.raises(ValueError, match=rf"guidance_gain is {gain}; it must lie in \[1, 2\)"):
+            dataclasses.replace(HALVE, guidance_gain=gain)
 
 
 def test_only_the_first_round_of_halving_raises_the_guidance_scale(
-    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+    pipe: StableDiffusionPipeline, cache: TeacherCache
 ) -> None:
-    torch.manual_seed(0)
-    first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05)
-    training = dataclasses.replace(HALVE_TRAIN, num_images=960, learning_rate=3e-3)
-    config = dataclasses.replace(HALVE, train=training, guidance_gain=1.8)
-    guides = halve(pipe.unet, pipe.scheduler, first, cache, config, directory=tmp_path)
-    schedule = cache.schedule
-    generator = torch.Generator().manual_seed(0)
-    latents = cache.latents(
-        torch.arange(cache.num_latents), generator, slice(None), pipe.unet.device
-    )
-    w = 3.0
+    config = dataclasses.replace(HALVE, guidance_gain=1.8)
+    plain = PlainDenoiser(pipe.unet, cache.schedule)
 
-    @torch.no_grad()
-    def distance(num_steps: int, teacher_w: float) -> float:
-        """From the student at ``w`` to two steps of its teacher at another scale."""
-        student, teacher = (
-            GuidedDenoiser(pipe.unet, guides[n].eval(), schedule)
-            for n in (num_steps, 2 * num_steps)
+    class Asked:
+        """Notes the guidance scales that it is asked for."""
+
+        def __init__(self) -> None:
+            self.scales: list[torch.Tensor] = []
+
+        def __call__(
+            self, z: torch.Tensor, t_B: torch.Tensor, conditions: Conditions
+        ) -> torch.Tensor:
+            self.scales.append(conditions.w_B)
+            return plain(z, t_B, conditions)
+
+    gains = []
+    for this in rounds_of(config):
+        student, teacher = Asked(), Asked()
+        loss_fn = halving_objective(
+            student, teacher, cache, pipe.scheduler, config, this, pipe.unet.device
         )
-        grid = sampling_timesteps(pipe.scheduler, num_steps, "trailing")
-        fine = sampling_timesteps(pipe.scheduler, 2 * num_steps, "trailing")
-        total = 0.0
-        for i in range(num_steps):
-            t_B, m_B, s_B = (
-                t.expand(len(latents.x)) for t in (grid[i], fine[2 * i + 1], grid[i + 1])
-            )
-            z_t = schedule.add_noise(latents.x, latents.noise, t_B)
-            own, theirs = (
-                latents.conditions(torch.full((len(z_t),), scale)) for scale in (w, teacher_w)
-            )
-            target = halving_target(
-                teacher, schedule, z_t=z_t, t_B=t_B, m_B=m_B, s_B=s_B, conditions=theirs
-            )
-            eps = student(z_t, t_B, own)
-            total += float(truncated_snr_loss(schedule, eps, target, z_t, t_B).mean())
-        return total
-
-    raised = 1 + 2 * (w - 1)
-    assert distance(4, raised) < 0.8 * distance(4, w)
-    assert distance(2, w) < 0.8 * distance(2, raised)
+        loss_fn(0, slice(0, config.train.batch_size))
+        (own,), (first, second) = student.scales, teacher.scales
+        assert torch.equal(first, second) and len(own.unique()) > 1
+        torch.testing.assert_close(first, raised_guidance_scale(own, this.gain, highest=8.0))
+        gains.append(this.gain)
+    assert gains == [1.8, 1.0]
 
 
 def test_the_guided_denoiser_is_its_teacher_when_there_is_nothing_to_learn(

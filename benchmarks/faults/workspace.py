@@ -202,7 +202,7 @@ class Workspace:
         return self.finish(self.start(*command, **environment))
 
     def told(self, done: Finished, pattern: str) -> None:
-        """Raises UnexpectedError unless the command failed, and said so in a line with `pattern`."""
+        """Raises UnexpectedError unless the command failed and said `pattern` in a line."""
         if done.exit_code == 0:
             raise UnexpectedError(f"silent: ends with 0, and says {done.output[-300:]!r}")
         line = done.line(pattern)

@@ -92,11 +92,16 @@ def in_order(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
 
 
 def inside_out(module: nn.Module) -> Iterator[nn.Module]:
-    """A module's parts before the module itself, without what GLIGEN adds to a base."""
+    """A module's parts before the module itself.
+
+    Without what GLIGEN adds to a base, and without an attention's own norm, which is given the
+    channels in another place than other norms.
+    """
     if isinstance(module, GatedSelfAttentionDense):
         return
-    for child in module.children():
-        yield from inside_out(child)
+    for name, child in module.named_children():
+        if not (isinstance(module, Attention) and name == "group_norm"):
+            yield from inside_out(child)
     yield module
 
 

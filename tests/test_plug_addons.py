@@ -1,0 +1,583 @@
+"""What people add to their pipelines, together with a guide.
+
+Each is compared with the stock pipeline that has our own denoiser for its UNet (``guided``), or
+refused in one sentence.
+"""
+
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    MultiControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from pnp_core.conditions import Conditions
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.plug import plug, unplug
+from pnp_core.schedule import NoiseSchedule
+from tests.pipeline_zoo import PHOTO, SIZE, Parts, controlnet
+from tests.reference import SCALE, guide_for, guided, rows_run, run
+from tests.toy import make_pipeline, make_xl_pipeline
+
+CALL: dict[str, Any] = {
+    "prompt": "a cat",
+    "negative_prompt": "a dog",
+    "num_inference_steps": 2,
+    "guidance_scale": SCALE,
+    "output_type": "latent",
+}
+OTHER = PHOTO.rotate(90).point(lambda x: 255 - x)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    torch.manual_seed(0)
+    base = make_pipeline(tmp_path_factory.mktemp("base") / "tokenizer")
+    return Parts(base, make_xl_pipeline(base))
+
+
+@pytest.fixture(scope="module")
+def guide(parts: Parts) -> Guide:
+    return guide_for(parts.base.unet)
+
+
+def with_unet(parts: Parts, unet: Any) -> StableDiffusionPipeline:
+    """A pipeline of its own with this UNet."""
+    mine = {
+        k: v if k == "tokenizer" else copy.deepcopy(v) for k, v in parts.base.components.items()
+    }
+    pipe = StableDiffusionPipeline(**mine | {"unet": unet}, requires_safety_checker=False)
+    pipe.image_encoder, pipe.feature_extractor = parts.image_encoder(), parts.image_processor()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def pipe(parts: Parts) -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    return with_unet(parts, copy.deepcopy(parts.base.unet))
+
+
+# IP-Adapter.
+
+
+def ip_adapter(unet: UNet2DConditionModel) -> dict[str, dict[str, Tensor]]:
+    """A random one, as it lies on disk."""
+    torch.manual_seed(4)
+    width = unet.config.cross_attention_dim
+    layers: dict[str, Tensor] = {}
+    for number, name in enumerate(n for n in unet.attn_processors if "attn2" in n):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        for kind in "kv":
+            weight = 0.2 * torch.randn(attention.inner_dim, width)
+            layers[f"{2 * number + 1}.to_{kind}_ip.weight"] = weight
+    projection = {
+        "proj.weight": torch.randn(4 * width, 32),
+        "proj.bias": torch.zeros(4 * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def load_ip_adapter(pipe: Any) -> None:
+    pipe.load_ip_adapter(ip_adapter(pipe.unet), subfolder="", weight_name="")
+
+
+@pytest.mark.parametrize("first", ["adapter", "guide"])
+def test_an_ip_adapter_is_loaded_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide, first: str
+) -> None:
+    plain_image = run(pipe, CALL)
+    call = {**CALL, "ip_adapter_image": PHOTO}
+    reference = copy.deepcopy(pipe)
+    load_ip_adapter(reference)
+    stock = run(reference, call)
+    expected = guided(reference, guide, call)
+    if first == "guide":
+        plug(pipe, guide)
+    load_ip_adapter(pipe)
+    if first == "adapter":
+        plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=1e-5)
+    assert not np.allclose(run(pipe, {**call, "ip_adapter_image": OTHER}), expected, atol=1e-3)
+    unplug(pipe)
+    np.testing.assert_array_equal(run(pipe, call), stock)
+    pipe.unload_ip_adapter()
+    assert np.array_equal(run(pipe, CALL), plain_image)
+
+
+def test_an_ip_adapter_unloaded_while_plugged_leaves_the_guide(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    expected = guided(pipe, guide, CALL)
+    plug(pipe, guide)
+    load_ip_adapter(pipe)
+    run(pipe, {**CALL, "ip_adapter_image": PHOTO})
+    pipe.unload_ip_adapter()
+    np.testing.assert_allclose(run(pipe, CALL), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_an_ip_adapters_embeddings_are_taken_as_kept_for_cfg_or_without(
+    pipe: StableDiffusionPipeline, guide: Guide, num_prompts: int
+) -> None:
+    load_ip_adapter(pipe)
+    kept = pipe.prepare_ip_adapter_image_embeds(PHOTO, None, "cpu", 1, True)
+    assert [len(each) for each in kept] == [2]
+    alone = [each.chunk(2)[1] for each in kept]
+    plug(pipe, guide)
+    call = {**CALL, "prompt": ["a cat", "a cow"][:num_prompts]}
+    call["negative_prompt"] = ["a dog"] * num_prompts
+    expected = run(pipe, {**call, "ip_adapter_image": PHOTO})
+    for embeds in (kept, alone):
+        made = run(pipe, {**call, "ip_adapter_image_embeds": embeds})
+        np.testing.assert_allclose(made, expected, atol=1e-5)
+    unplug(pipe)
+    stock = run(pipe, {**call, "ip_adapter_image": PHOTO})
+    made = run(pipe, {**call, "ip_adapter_image_embeds": kept})
+    np.testing.assert_allclose(made, stock, atol=1e-5)
+
+
+def test_an_ip_adapters_scale_and_masks_work(pipe: StableDiffusionPipeline, guide: Guide) -> None:
+    load_ip_adapter(pipe)
+    call = {**CALL, "ip_adapter_image": PHOTO}
+    strong = guided(pipe, guide, call)
+    pipe.set_ip_adapter_scale(0.3)
+    weak = guided(pipe, guide, call)
+    assert not np.allclose(strong, weak, atol=1e-3)
+    mask = torch.zeros(1, 1, SIZE, SIZE)
+    mask[..., : SIZE // 2] = 1
+    masked = guided(pipe, guide, {**call, "cross_attention_kwargs": {"ip_adapter_masks": [mask]}})
+    assert not np.allclose(masked, weak, atol=1e-3)
+
+
+# Prompts.
+
+
+def test_compels_embeddings_and_longer_prompts_work(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    torch.manual_seed(5)
+    for length in (16, 48):
+        c, n = (torch.randn(1, length, 32) for _ in range(2))
+        call = {k: v for k, v in CALL.items() if "prompt" not in k}
+        guided(pipe, guide, {**call, "prompt_embeds": c, "negative_prompt_embeds": n})
+
+
+def test_embeddings_with_a_negative_prompt_left_out_are_guided_from_the_empty_one(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    c, _ = pipe.encode_prompt("a cat", "cpu", 1, False)
+    call = {k: v for k, v in CALL.items() if "prompt" not in k}
+    plug(pipe, guide)
+    made = run(pipe, {**call, "prompt_embeds": c})
+    expected = run(pipe, {**CALL, "negative_prompt": ""})
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+
+
+def test_textual_inversion_is_loaded_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pipe.tokenizer = copy.deepcopy(pipe.tokenizer)
+    token = {"<new>": 3 * torch.randn(2, 32, generator=torch.Generator().manual_seed(6))}
+    call = {**CALL, "prompt": "a <new> cat", "negative_prompt": "<new>"}
+    twin = copy.deepcopy(pipe)
+    twin.load_textual_inversion(token)
+    expected = guided(twin, guide, call)
+    plug(pipe, guide)
+    before = run(pipe, call)
+    pipe.load_textual_inversion(token)
+    made = run(pipe, call)
+    np.testing.assert_allclose(made, expected, atol=1e-5)
+    assert not np.allclose(made, before, atol=1e-3)
+
+
+def test_several_prompts_and_images_with_their_own_negatives_work(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    call = {**CALL, "prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
+    generators = [torch.Generator().manual_seed(n) for n in range(4)]
+    plug(pipe, guide)
+    together = pipe(**call, num_images_per_prompt=2, generator=generators).images
+    for number, (c, n) in enumerate([("a cat", "a dog")] * 2 + [("a cow", "red")] * 2):
+        alone = pipe(
+            **{**CALL, "prompt": c, "negative_prompt": n},
+            generator=torch.Generator().manual_seed(number),
+        ).images
+        torch.testing.assert_close(together[number], alone[0], atol=1e-4, rtol=0)
+
+
+# Adapters of weights.
+
+ADAPTERS: dict[str, Any] = {
+    "lora": LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]),
+    "dora": LoraConfig(r=4, use_dora=True, target_modules=["to_k", "to_v"]),
+    "lora of convolutions": LoraConfig(r=4, target_modules=["conv1", "conv2", "to_k", "proj_in"]),
+    "loha": LoHaConfig(r=4, target_modules=["to_q", "to_k", "to_v"]),
+    "lokr": LoKrConfig(r=4, target_modules=["to_q", "to_k", "to_v"]),
+    "ia3": IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+}
+
+
+def add_adapter(unet: UNet2DConditionModel, kind: str) -> None:
+    """One of peft's, with random weights."""
+    torch.manual_seed(7)
+    unet.add_adapter(copy.deepcopy(ADAPTERS[kind]), adapter_name="style")
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if ".style" in name and "magnitude" not in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    unet.requires_grad_(False)
+
+
+@pytest.mark.parametrize("first", ["adapter", "guide"])
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_adapters_of_peft_are_added_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide, kind: str, first: str
+) -> None:
+    twin = copy.deepcopy(pipe)
+    without = guided(twin, guide, CALL)
+    add_adapter(twin.unet, kind)
+    expected = guided(twin, guide, CALL)
+    assert not np.allclose(expected, without, atol=1e-3)
+    if first == "guide":
+        plug(pipe, guide)
+        run(pipe, CALL)
+    add_adapter(pipe.unet, kind)
+    if first == "adapter":
+        plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, CALL), expected, atol=1e-4)
+    pipe.unet.disable_adapters()
+    np.testing.assert_allclose(run(pipe, CALL), without, atol=1e-4)
+
+
+def test_a_loras_scale_in_cross_attention_kwargs_and_fusing_work(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    add_adapter(pipe.unet, "lora")
+    half = {**CALL, "cross_attention_kwargs": {"scale": 0.5}}
+    whole, weaker = guided(pipe, guide, CALL), guided(pipe, guide, half)
+    assert not np.allclose(whole, weaker, atol=1e-3)
+    pipe.fuse_lora(components=["unet"], lora_scale=0.5)
+    np.testing.assert_allclose(guided(pipe, guide, CALL), weaker, atol=1e-3)
+    pipe.unfuse_lora(components=["unet"])  # which keeps that scale
+    np.testing.assert_allclose(guided(pipe, guide, CALL), weaker, atol=1e-3)
+
+
+# Helpers that change how the UNet is run.
+
+
+class Merging(BasicTransformerBlock):
+    """As ToMe's blocks: pairs of positions are merged for attention, and taken apart after it."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        merged = hidden_states.unflatten(1, (-1, 2)).mean(dim=2)
+        change = super().forward(merged, *args, **kwargs) - merged
+        return hidden_states + change.repeat_interleave(2, dim=1)
+
+
+def merge_tokens(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if type(module) is BasicTransformerBlock:
+            module.__class__ = Merging
+
+
+def cache_deep_blocks(pipe: Any) -> None:
+    """As DeepCache: later forwards take what the middle gave in the first.
+
+    It knows the first by the timestep, which pipelines give as the second argument.
+    """
+    unet, block, kept = pipe.unet, pipe.unet.mid_block, []
+    whole, middle = unet.forward, block.forward
+
+    def run_whole(*args: Any, **kwargs: Any) -> Any:
+        if args[1].item() == pipe.scheduler.timesteps[0]:
+            kept.clear()
+        return whole(*args, **kwargs)
+
+    def run_middle(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            kept.append(middle(*args, **kwargs))
+        return kept[0]
+
+    unet.forward, block.forward = run_whole, run_middle
+
+
+HELPERS: dict[str, Callable[[Any], Any]] = {
+    "FreeU": lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4),
+    "ToMe": merge_tokens,
+    "DeepCache": cache_deep_blocks,
+    "attention slicing": lambda pipe: pipe.enable_attention_slicing(1),
+    "fused projections": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "plain processors": lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()),
+    "sliced processors": lambda pipe: pipe.unet.set_attn_processor(SlicedAttnProcessor(1)),
+    "channels last": lambda pipe: pipe.unet.to(memory_format=torch.channels_last),
+    "train mode": lambda pipe: pipe.unet.train(),
+    "gradient checkpointing": lambda pipe: (
+        pipe.unet.train(), pipe.unet.enable_gradient_checkpointing()
+    ),
+    "forward chunking": lambda pipe: [
+        module.set_chunk_feed_forward(1, dim=1)
+        for module in pipe.unet.modules() if isinstance(module, BasicTransformerBlock)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["helper", "guide"])
+@pytest.mark.parametrize("helper", HELPERS)
+def test_helpers_that_change_how_the_unet_is_run_work_before_or_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide, helper: str, first: str
+) -> None:
+    twin = copy.deepcopy(pipe)
+    HELPERS[helper](twin)
+    expected = guided(twin, guide, CALL)
+    if first == "guide":
+        plug(pipe, guide)
+    HELPERS[helper](pipe)
+    if first == "helper":
+        plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, CALL), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference mode", "autocast"],
+)
+def test_calls_within_a_context_work(
+    pipe: StableDiffusionPipeline, guide: Guide, context: Callable[[], Any]
+) -> None:
+    with context():
+        made = guided(pipe, guide, CALL, atol=0.05)
+    np.testing.assert_allclose(made, guided(pipe, guide, CALL), atol=0.2)
+
+
+@pytest.mark.parametrize("method", ["enable_tiling", "enable_slicing"])
+def test_the_vaes_helpers_work(pipe: StableDiffusionPipeline, guide: Guide, method: str) -> None:
+    getattr(pipe.vae, method)()
+    guided(pipe, guide, {**CALL, "output_type": "np"})
+
+
+def test_clip_skip_works(parts: Parts) -> None:
+    """In SDXL: with this version of transformers, that of the stock SD pipeline fails."""
+    config = copy.deepcopy(parts.base.text_encoder.config)
+    config.num_hidden_layers = 3
+    torch.manual_seed(0)
+    deep = parts.sdxl(text_encoder=CLIPTextModel(config))
+    config = copy.deepcopy(parts.xl.text_encoder_2.config)
+    config.num_hidden_layers = 3
+    deep["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    xl = StableDiffusionXLPipeline(**deep, add_watermarker=False)
+    xl.set_progress_bar_config(disable=True)
+    call = {**CALL, "height": SIZE, "width": SIZE}
+    own = guide_for(xl.unet)
+    made = [guided(xl, own, {**call, "clip_skip": skip}) for skip in (None, 1)]
+    assert not np.allclose(*made, atol=1e-3)
+
+
+def test_several_controlnets_and_guess_mode_work(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    nets = [controlnet(pipe.unet) for _ in range(2)]
+    for control, image in ((nets[0], PHOTO), (MultiControlNetModel(nets), [PHOTO, OTHER])):
+        controlled = StableDiffusionControlNetPipeline.from_pipe(pipe, controlnet=control)
+        controlled.set_progress_bar_config(disable=True)
+        call = {**CALL, "image": image}
+        made = [guided(controlled, guide, {**call, "guess_mode": g}) for g in (False, True)]
+        assert not np.allclose(*made, atol=1e-3)
+
+
+def test_an_ensemble_with_a_refiner_that_is_not_plugged_works(parts: Parts) -> None:
+    xl = StableDiffusionXLPipeline(**parts.xl.components, add_watermarker=False)
+    xl.set_progress_bar_config(disable=True)
+    refining = {**parts.xl.components, "unet": copy.deepcopy(parts.xl.unet)}
+    refiner = StableDiffusionXLImg2ImgPipeline(**refining, add_watermarker=False)
+    refiner.set_progress_bar_config(disable=True)
+    call = {**CALL, "num_inference_steps": 4, "height": SIZE, "width": SIZE, "denoising_end": 0.5}
+    made = guided(xl, guide_for(xl.unet), call)
+    rest = {**CALL, "num_inference_steps": 4, "denoising_start": 0.5, "image": torch.tensor(made)}
+    expected = run(refiner, rest)
+    plug(xl, guide_for(xl.unet))
+    rows = rows_run(xl.unet)
+    handed_over = torch.tensor(run(xl, call))
+    assert rows == [1, 1]
+    np.testing.assert_allclose(run(refiner, {**rest, "image": handed_over}), expected, atol=1e-4)
+    unplug(xl)
+
+
+def test_a_refiner_works_and_its_negative_score_is_said_to_have_no_effect(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**parts.xl.unet.config, "projection_class_embeddings_input_dim": 5 * 8 + 24}
+    refining = {**parts.xl.components, "unet": UNet2DConditionModel.from_config(config)}
+    refiner = StableDiffusionXLImg2ImgPipeline(
+        **refining, requires_aesthetics_score=True, add_watermarker=False
+    )
+    refiner.set_progress_bar_config(disable=True)
+    own, call = guide_for(refiner.unet), {**CALL, "image": PHOTO, "strength": 1.0}
+    with caplog.at_level(logging.WARNING):
+        guided(refiner, own, {**call, "negative_aesthetic_score": 6.0})
+        assert "no effect" not in caplog.text
+        guided(refiner, own, call)
+        assert "negative_aesthetic_score" in caplog.text
+
+
+# UNets of other kinds.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"only_cross_attention": True},
+        {"mid_block_type": None},
+        {"mid_block_type": "UNetMidBlock2D"},
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"use_linear_projection": True, "transformer_layers_per_block": 2},
+        {"resnet_time_scale_shift": "scale_shift", "time_embedding_type": "fourier"},
+        {"upcast_attention": True},
+        {
+            "down_block_types": ("CrossAttnDownBlock2D", "AttnDownBlock2D"),
+            "up_block_types": ("AttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        {
+            "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+            "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+        },
+        {
+            "down_block_types": ("CrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        },
+    ],
+    ids=lambda changes: ", ".join(map(str, changes.values())),
+)
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_unets_of_other_layouts_work(parts: Parts, changes: dict[str, Any], kind: str) -> None:
+    torch.manual_seed(0)
+    unet = parts.unet(**changes)
+    guided(with_unet(parts, unet), guide_for(unet, kind), CALL)
+
+
+def test_an_xl_pipeline_works_with_a_full_guide_too(parts: Parts) -> None:
+    xl = StableDiffusionXLPipeline(**parts.xl.components, add_watermarker=False)
+    xl.set_progress_bar_config(disable=True)
+    guided(xl, guide_for(xl.unet, "full"), {**CALL, "height": SIZE, "width": SIZE})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_hid_dim": 32, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type"),
+        ({"addition_embed_type": "text"}, "addition_embed_type 'text'"),
+        ({"dual_cross_attention": True}, "plain transformer blocks"),
+        ({"cross_attention_dim": (32, 48)}, "one width of text states"),
+        (
+            {
+                "down_block_types": ("KDownBlock2D", "KCrossAttnDownBlock2D"),
+                "up_block_types": ("KCrossAttnUpBlock2D", "KUpBlock2D"),
+                "mid_block_type": None,
+            },
+            "plain transformer blocks",
+        ),
+        ({"time_cond_proj_dim": 8}, "guidance-distilled itself"),
+    ],
+)
+def test_unets_that_no_guide_knows_are_refused(
+    parts: Parts, guide: Guide, changes: dict[str, Any], message: str
+) -> None:
+    unet = parts.unet(**changes)
+    pipe = with_unet(parts, unet)
+    with pytest.raises(ValueError, match=message):
+        plug(pipe, guide)
+    assert type(pipe) is StableDiffusionPipeline
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_a_full_guide_is_not_made_for_a_unet_with_class_labels(parts: Parts) -> None:
+    with pytest.raises(ValueError, match="make a tiny one"):
+        Guide.from_unet(parts.unet(num_class_embeds=4), GuideConfig(kind="full"))
+
+
+def wrapped_in_peft(unet: Any) -> Any:
+    return get_peft_model(unet, LoraConfig(target_modules=["to_q"]))
+
+
+def quantised(unet: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(unet, {nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "message"),
+    [
+        (wrapped_in_peft, r"within a PeftModel: pipe.unet = pipe.unet.merge_and_unload\(\)"),
+        (nn.DataParallel, "within a DataParallel: pipe.unet = pipe.unet.module"),
+        (quantised, "quantised"),
+    ],
+)
+def test_a_wrapped_unet_is_refused(
+    pipe: StableDiffusionPipeline, guide: Guide, wrapper: Callable[[Any], Any], message: str
+) -> None:
+    pipe.unet = wrapper(pipe.unet)
+    with pytest.raises(ValueError, match=message):
+        plug(pipe, guide)
+    assert type(pipe) is StableDiffusionPipeline
+
+
+def test_what_is_refused_of_a_peft_model_works_as_the_sentence_says(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pipe.unet = wrapped_in_peft(pipe.unet).merge_and_unload()
+    guided(pipe, guide, CALL)
+
+
+def test_a_replica_on_another_device_is_refused(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    plug(pipe, guide)
+    replica = pipe.unet._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match="DataParallel"):
+        replica(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32))
+
+
+def test_layerwise_casting_works(pipe: StableDiffusionPipeline, guide: Guide) -> None:
+    pipe.unet.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+    guided(pipe, guide, CALL)
+
+
+def test_group_offload_works(pipe: StableDiffusionPipeline, guide: Guide) -> None:
+    pipe.unet.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    guided(pipe, guide, CALL)
+
+
+def test_training_through_gradient_checkpoints_is_refused(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    denoiser = GuidedDenoiser(pipe.unet, guide, schedule)
+    c, n = torch.randn(1, 16, 32), torch.randn(1, 16, 32)
+    step = torch.randn(1, 4, 4, 4), torch.tensor([5]), Conditions.at_scale(SCALE, c_BLD=c, n_BLD=n)
+    pipe.unet.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match=r"unet.disable_gradient_checkpointing\(\)"):
+        denoiser(*step)
+    with torch.no_grad():
+        denoiser(*step)
+    pipe.unet.disable_gradient_checkpointing()
+    assert denoiser(*step).requires_grad
