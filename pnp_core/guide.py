@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, Transformer2DModel, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import get_timestep_embedding
@@ -670,6 +670,9 @@ class Guide(ModelMixin, ConfigMixin):
                 f"its parameters are missing or unknown, {wrong[0]} among them. Train it again, or "
                 "load it with the version that saved it."
             )
+        # Where it lay is no part of it: a copy saved from another folder has the same bytes.
+        config = {key: value for key, value in guide.config.items() if key != "_name_or_path"}
+        guide._internal_dict = FrozenDict(config)
         return guide
 
     def weights_digest(self) -> str:
