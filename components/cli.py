@@ -26,7 +26,7 @@ def main(run: Callable[[Params], None]) -> None:
     DVC does not record it, and ends when DVC does, however that ends.
     """
     quiet()
-    signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGTERM, leave)
     stage = os.environ.get("DVC_STAGE")
     try:
         params = load_params(Path("params.yaml"))
@@ -50,7 +50,7 @@ def main(run: Callable[[Params], None]) -> None:
         sys.exit(130)
 
 
-def _leave(*_: Any) -> None:
+def leave(*_: Any) -> None:
     """At SIGTERM, end as after Ctrl-C: runs are closed and nothing is left half written."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
     print("stopped; the same command goes on from here", file=sys.stderr)

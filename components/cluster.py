@@ -231,19 +231,20 @@ def _ray(params: Params) -> Iterator[None]:
             "object_store_memory": OBJECT_STORE_BYTES,
         }
     at_sigterm = signal.getsignal(signal.SIGTERM)
+    if address:
+        _knock(address)
     try:
-        if address:
-            _knock(address)
         ray.init(
             log_to_driver=False,
             logging_level="ERROR",
             runtime_env={"env_vars": environment},
             **local,
         )
-    except OSError as error:  # ConnectionError among them
+    except ConnectionError as error:
         raise ValueError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {_cause(error)}. Start it, or unset "
-            "RAY_ADDRESS to run Ray on this machine"
+            f"the Ray cluster at RAY_ADDRESS={address} does not let us in: {_cause(error)}. If it "
+            "has a token, set RAY_AUTH_MODE=token, and the token as RAY_AUTH_TOKEN or in "
+            "~/.ray/auth_token; its version must be this one's"
         ) from error
     if at_sigterm is not None:
         signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put its own in place
@@ -254,10 +255,18 @@ def _ray(params: Params) -> Iterator[None]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at `host:port`; Ray would try for minutes."""
+    """Raises ValueError if nobody listens at `host:port`; Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
+    if not (host and port.isdigit()):
+        return  # `auto`, which Ray knows
+    try:
+        place = host.strip("[]"), int(port)
+        socket.create_connection(place, timeout=SECONDS_TO_ANSWER).close()
+    except OSError as error:
+        raise ValueError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
+            "RAY_ADDRESS to run Ray on this machine"
+        ) from error
 
 
 def _on_worker(arguments: Mapping[str, Any]) -> None:

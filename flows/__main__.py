@@ -13,10 +13,11 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from components.cli import stop
+from components.cli import leave, stop
 from components.environment import quiet
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import REPORT
+from flows import guard
 from flows.start import STAGES
 
 SECONDS_TO_ANSWER = 5.0
@@ -47,8 +48,9 @@ def main() -> None:
     except ParamsError as error:
         stop(error, exit_code=2)
 
-    # Leave as after Ctrl-C: by the default, SIGTERM would leave Prefect's server behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # By the default, SIGTERM would leave Prefect's server behind, as `kill -9` does.
+    signal.signal(signal.SIGTERM, leave)
+    guard.start()
     # Prefect reads its environment when it is imported, so only now.
     check_server()
     from flows.distill import distill_flow

@@ -164,6 +164,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     options = ["--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
     options += ["--object-store-memory=100000000", f"--temp-dir=/tmp/ray-{port}"]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else only where a token lies at home
     started = subprocess.Popen(
         [*ray, *options, "--node-ip-address=127.0.0.1"], start_new_session=True
     )

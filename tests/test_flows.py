@@ -230,6 +230,26 @@ def test_what_a_killed_flow_had_started_ends_by_itself() -> None:
     wait_until(lambda: not alive())
 
 
+def test_a_killed_flow_leaves_no_server_of_its_own() -> None:
+    """The server is Prefect's child, which no signal to its parent reaches."""
+    mark = f"7{uuid.uuid4().int % 10**8}"
+    code = (
+        "import subprocess, time; from flows import guard; guard.start(); "
+        f"subprocess.Popen(['sleep', '{mark}'], start_new_session=True); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    flow = subprocess.Popen([sys.executable, "-c", code], env=environment)
+
+    def alive() -> bool:
+        processes = psutil.process_iter(["cmdline", "status"])
+        return any(p.info["cmdline"] == ["sleep", mark] and is_running(p, mark) for p in processes)
+
+    wait_until(alive)
+    flow.kill()
+    flow.wait()
+    wait_until(lambda: not alive())
+
+
 def wait_until(holds: Callable[[], bool], *, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():

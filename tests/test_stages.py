@@ -345,6 +345,15 @@ def test_halve_bundles_every_step_count(inside: Path) -> None:
     assert GuideBundle.load("guides/bundle").num_steps == (2, 4, 8)
 
 
+def test_halve_that_finds_its_rounds_finished_writes_the_same_bytes(inside: Path) -> None:
+    def content() -> dict[Path, bytes]:
+        return {p: p.read_bytes() for p in Path("guides/bundle").rglob("*") if p.is_file()}
+
+    before = content()
+    halve.run(params_with())
+    assert content() == before
+
+
 def test_evaluate_reports_all_methods_side_by_side(inside: Path) -> None:
     metrics = read_json(Path("results/evaluate/tuned/metrics.json"))
     assert metrics["judge"] == "models/judge (CLIP, 16 features)"

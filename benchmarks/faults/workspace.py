@@ -242,7 +242,7 @@ class Workspace:
         kept = [self.folder / "data/cache", self.folder / "runs"]
         times = [p.stat().st_mtime for folder in kept for p in folder.rglob("*") if p.is_file()]
         since = max(times, default=0.0)
-        began = psutil.Process(running.pid).create_time()
+        began = running.child(f"components.{name}").create_time()
         self.lost_work_s = max(0.0, time.time() - max(since, began))
 
     # Changing it

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 
 from pnp_core.conditions import Conditions
 from pnp_core.guide.full import FullGuide
@@ -131,7 +131,9 @@ class Guide(ModelMixin, ConfigMixin):
                 f"its parameters are missing or unknown, {wrong[0]} among them. Train it again, or "
                 "load it with the version that saved it."
             )
-        guide.register_to_config(format_version=FORMAT)  # as which it would be saved again
+        # Saved again, it has the newest format, and the same bytes from whichever folder it came.
+        config = {key: value for key, value in guide.config.items() if key != "_name_or_path"}
+        guide._internal_dict = FrozenDict({**config, "format_version": FORMAT})
         return guide
 
     def weights_digest(self) -> str:
