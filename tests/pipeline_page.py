@@ -122,16 +122,21 @@ Every pipeline class of diffusers {version} with a UNet of Stable Diffusion's cl
 (`pnp_core/pipelines.py`). {served} are *served*, {refused} are *refused*, {unaffected} are *not
 affected*.
 
-- *Served*: a plugged call runs one UNet forward a step, of one row a sample, and gives what our own
-  sampler gives; each class is tested so, with a tiny random model.
-- *Refused*: `plug` says so by name, before anything is changed. Such a pipeline adds forwards or
-  computes with the unguided prediction, which a guide does away with.
+- *Served*: a plugged call runs one UNet forward a step, of one row a sample (Panorama: one a view;
+  ParaDiGMS: of a row for each step that it runs at once), and gives what the stock pipeline gives
+  with our own denoiser for its UNet. Each class is tested so, with a tiny random model.
+- *Refused*: `plug` says so by name, before anything is changed. Such a pipeline adds forwards,
+  computes with the unguided prediction, which a guide does away with, or has another kind of UNet.
 - *Not affected*: there is no guidance to replace. `plug` says that too.
 
 A subclass goes as its nearest ancestor here does. A class that has none, a community pipeline say,
 is served if it decides as Stable Diffusion does: by a property `do_classifier_free_guidance`, with
 an `encode_prompt` and a `guidance_scale`. If its UNet is then run on other rows than one a prompt,
 or more than once a step, the call stops with an error that says so.
+
+A guide is told the negative prompt by its text alone. Where a pipeline leaves more than the prompt
+out of its unguided prediction (the image of unCLIP or an IP-Adapter, GLIGEN's boxes, a ControlNet
+in guess mode), that keeps its effect and is not guided towards.
 
 Whether a guide fits is another matter: it serves the UNets of one architecture, and `plug` compares
 them. A UNet with more input channels (inpainting, depth, upscaling) needs a guide of its own; the

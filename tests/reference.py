@@ -1,9 +1,12 @@
 """What a plugged pipeline is compared with: the stock one, with our own denoiser for its UNet."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
@@ -14,8 +17,35 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule
 from tests.conftest import roused
+from tests.pipeline_zoo import Parts
+from tests.toy import make_pipeline, make_xl_pipeline
 
 SCALE = 4.0
+CALL: dict[str, Any] = {
+    "prompt": "a cat",
+    "negative_prompt": "a dog",
+    "num_inference_steps": 2,
+    "guidance_scale": SCALE,
+    "output_type": "latent",
+}
+
+
+def random_parts(folder: Path) -> Parts:
+    """Of a base and of one in the SDXL architecture; its tokenizer lies in this folder."""
+    torch.manual_seed(0)
+    base = make_pipeline(folder / "tokenizer")
+    return Parts(base, make_xl_pipeline(base))
+
+
+def with_unet(parts: Parts, unet: Any) -> StableDiffusionPipeline:
+    """A pipeline of its own with this UNet."""
+    mine = {
+        k: v if k == "tokenizer" else copy.deepcopy(v) for k, v in parts.base.components.items()
+    }
+    pipe = StableDiffusionPipeline(**mine | {"unet": unet}, requires_safety_checker=False)
+    pipe.image_encoder, pipe.feature_extractor = parts.image_encoder(), parts.image_processor()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def guide_for(unet: Any, kind: str = "tiny") -> Guide:

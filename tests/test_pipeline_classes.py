@@ -14,15 +14,21 @@ from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
 from pnp_core.plug import plug, unplug
 from tests.pipeline_page import PAGE, class_named, modules, page
 from tests.pipeline_zoo import CASES, Case, Parts
-from tests.reference import SCALE, Reference, guide_for, rows_run, run, stand_in
-from tests.toy import make_pipeline, make_xl_pipeline
+from tests.reference import (
+    CALL,
+    SCALE,
+    Reference,
+    guide_for,
+    random_parts,
+    rows_run,
+    run,
+    stand_in,
+)
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    torch.manual_seed(0)
-    base = make_pipeline(tmp_path_factory.mktemp("base") / "tokenizer")
-    return Parts(base, make_xl_pipeline(base))
+    return random_parts(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
@@ -144,10 +150,6 @@ def test_a_real_pipeline_of_a_refused_class_goes_on_as_it_was(parts: Parts, guid
 
 
 NOT_SAFE = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-SIMPLE = {
-    "prompt": "a cat", "negative_prompt": "a dog", "num_inference_steps": 2,
-    "guidance_scale": SCALE, "output_type": "latent",
-}  # fmt: skip
 
 
 def of_class(cls: type[Any], parts: Parts) -> Any:
@@ -166,7 +168,7 @@ def plugged_run(cls: type[Any], parts: Parts, guide: Guide, **changes: Any) -> n
     pipe = of_class(cls, parts)
     plug(pipe, guide)
     try:
-        return run(pipe, {**SIMPLE, **changes})
+        return run(pipe, {**CALL, **changes})
     finally:
         unplug(pipe)
 
@@ -237,7 +239,7 @@ def test_a_subclass_that_hands_on_the_scale_of_a_class_that_doubles_is_guided(
     assert np.array_equal(plugged_run(PassingLegacy, parts, guide, guidance_scale=7.5), expected)
     pipe = of_class(PassingLegacy, parts)
     plug(pipe, guide)
-    call = {name: value for name, value in SIMPLE.items() if name != "guidance_scale"}
+    call = {name: value for name, value in CALL.items() if name != "guidance_scale"}
     assert np.array_equal(run(pipe, call), expected)  # 7.5 is the ancestor's default
     unplug(pipe)
 
