@@ -50,9 +50,10 @@ class StageFailed(RuntimeError):
         self.name, self.exit_code, self.last_lines = name, exit_code, last_lines
 
     def __str__(self) -> str:
-        said = [line for line in self.last_lines if line.startswith("error: ")]
-        if said:
-            return f"{self.name}: {said[-1].removeprefix('error: ')}"
+        for whose in ("error: ", "ERROR: "):  # a stage's, DVC's
+            said = [line for line in self.last_lines if line.startswith(whose)]
+            if said and not said[-1].startswith("ERROR: failed to reproduce"):
+                return f"{self.name}: {said[-1].removeprefix(whose)}"
         if self.was_killed:
             return f"{self.name} was killed (exit code {self.exit_code}): is memory short?"
         return "\n".join([f"{self.name} failed (exit code {self.exit_code}):", *self.last_lines])

@@ -316,6 +316,19 @@ def test_a_failed_stage_stops_the_flow_in_its_own_words(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["a", "error: no such base", "ERROR: failed to reproduce 'x'"], "no such base"),
+        (["a", "ERROR: Permission denied: '/srv'"], "Permission denied: '/srv'"),
+    ],
+)
+def test_a_failure_is_told_in_the_words_of_the_stage_or_else_of_dvc(
+    lines: list[str], message: str
+) -> None:
+    assert str(StageFailed("x", 1, lines)) == f"x: {message}"
+
+
 def test_a_killed_stage_is_started_again(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ def remote_that_refuses(workspace: Workspace) -> None:
     blocked = workspace.folder.with_name(f"{workspace.folder.name}.blocked")
     blocked.write_text("a file where the remote's folder should be")
     workspace.run("dvc", "remote", "add", "--default", "team", str(blocked))
-    workspace.told(workspace.run(*FLOW), "error: push")
+    workspace.told(workspace.run(*FLOW), "error: push: ")
     blocked.unlink()
     workspace.recovers(*FLOW)
     workspace.stages = ("distill", "halve")
