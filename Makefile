@@ -46,6 +46,7 @@ check: $(INSTALLED)  ## lint, format, types, import contracts
 
 # The variable silences an announcement of its successor, which --strict does not count.
 docs: $(INSTALLED)  ## build the documentation as a site, in build/site
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
@@ -64,7 +65,7 @@ $(INSTALLED):
 	        exit 1; }; \
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev,docs]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 need-git:
