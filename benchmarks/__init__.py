@@ -1,0 +1,1 @@
+"""Measurements behind the tables: run from a checkout, not part of the installed packages."""

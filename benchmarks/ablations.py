@@ -66,6 +66,7 @@ class Student(Ours):
         self.variant = variant
 
     def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        """The guide at work in `unet`, in the decoder alone where the variant says so."""
         kind = InDecoder if self.variant.in_decoder else GuidedDenoiser
         return kind(unet, self.guide, schedule)
 
@@ -137,7 +138,7 @@ def repaired(unet: UNet2DConditionModel, cache: TeacherCache, indices: Tensor) -
     return Pairs(unet, rows, len(indices))
 
 
-def objective(
+def objective(  # noqa: PLR0913, a variant, and what every variant shares
     variant: Variant,
     pairs: Sequence[Pairs],
     students: Sequence[Denoiser],
@@ -260,6 +261,7 @@ def row_of(variant: Variant, params: Params, label: str) -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page: a table of `guidance_fvu` for each group of variants."""
     setting, rows = results["setting"], results["rows"]
     names = [
         label
@@ -294,6 +296,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 
 def of_finetunes(fvu: Mapping[str, float]) -> float:
+    """Mean over the fine-tunes: every model but the base."""
     return mean(value for model, value in fvu.items() if model != "base")
 
 
@@ -312,6 +315,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print the results, with `--run` after making those that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", action="store_true", help="make the results that are missing")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

@@ -46,6 +46,7 @@ def row(name: str, tflops: float) -> str:
 
 
 def main() -> None:
+    """Print a table with a row for each architecture."""
     parser = argparse.ArgumentParser(description="What a teacher cache costs.")
     parser.add_argument("--tflops", type=float, default=100, help="sustained, of one GPU")
     arguments = parser.parse_args()

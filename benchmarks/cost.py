@@ -36,6 +36,7 @@ TINY_SHARE = {"sd15": 0.01, "sd21": 0.01, "sdxl": 0.005}
 
 
 def unet_config(name: str) -> dict[str, Any]:
+    """The UNet's config of one of the layouts, by its folder's name."""
     config: dict[str, Any] = UNet2DConditionModel.load_config(LAYOUTS / name / "unet")
     return config
 

@@ -68,6 +68,7 @@ class PartialGuide(Kind):
         )
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedPartial":
+        """As the whole guide, whose parts are left out only when they act."""
         return PreparedPartial(self.net.prepare(conditions, strength), self.parts)
 
 
@@ -79,6 +80,7 @@ class PreparedPartial(Prepared):
         self.parts = parts
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "PartialEffect":
+        """The whole guide's effect at this timestep, less the parts that are left out."""
         return PartialEffect(self.whole.at(sample, timestep_B), self.parts)
 
 
@@ -92,15 +94,19 @@ class PartialEffect(Effect):
         self.modulates = parts.modulations
 
     def steer(self, c_BLD: Tensor) -> Tensor:
+        """The prompt's text states, `(B, L, D)`, changed only with the part `text`."""
         return self.whole.steer(c_BLD) if self.parts.text else c_BLD
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        """As the whole guide; not asked without the part `attentions`."""
         return self.whole.attend(index, query_BNC, read_BNC, negative)
 
     def modulate(self, index: int, output: Tensor) -> Tensor:
+        """As the whole guide; not asked without the part `modulations`."""
         return self.whole.modulate(index, output)
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        """As the whole guide, or unchanged without the part `entrances`."""
         return self.whole.enter(index, entering) if self.parts.entrances else entering
 
 
@@ -132,6 +138,7 @@ class External(Kind):
         )
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedExternal":
+        """Embed guidance scales and text once for a run."""
         return PreparedExternal(self, conditions, strength)
 
 
@@ -150,6 +157,7 @@ class PreparedExternal(Prepared):
         self.texts = [(heads(net.key(text)), heads(net.value(text))) for text in normed]
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "ExternalEffect":
+        """Run the network on the noisy latents, `(B, C, H, W)`, for what enters the decoder."""
         net = self.net
         t_BE = sinusoidal(timestep_B, self.frequencies).expand_as(self.w_BE)
         embedding_BM = net.embed(torch.cat([t_BE, self.w_BE], dim=1).to(self.dtype))
@@ -175,6 +183,7 @@ class ExternalEffect(Effect):
         self.h_BRHW = h_BRHW
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        """Add what the network found, pooled to this block's size, to hidden states and skips."""
         features = (entering.hidden_states, *entering.skips)
         height, width = features[0].shape[-2:]
         h = F.adaptive_avg_pool2d(self.h_BRHW, (height, width))
@@ -244,10 +253,11 @@ class InDecoder(GuidedDenoiser):
         )
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Guided eps, `(B, C, H, W)`; the encoder reads the prompt's own text states."""
         unet = self.plain.unet
         call = DecoderCall(unet, self.guide, conditions, self.places)
 
-        def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        def with_text(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG001, torch's hook
             return args, {**kwargs, "encoder_hidden_states": call.steered_BLD}
 
         blocks = [block for block in unet.up_blocks if hasattr(block, "attentions")]
@@ -283,6 +293,7 @@ class DecoderCall(DenoiserCall):
         self.places = places
 
     def begin(self, arguments: dict[str, Any]) -> Effect:
+        """The guide's effect; its text states are kept for the decoder alone."""
         text_BLD = arguments["encoder_hidden_states"]
         effect = super().begin(arguments)
         self.steered_BLD = arguments["encoder_hidden_states"]
@@ -298,9 +309,11 @@ class DecoderEffect(PartialEffect):
         self.places = places
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        """As the guide in cross-attentions of the decoder; elsewhere what was read."""
         if index not in self.places.attentions:
             return read_BNC
         return super().attend(index, query_BNC, read_BNC, negative)
 
     def modulate(self, index: int, output: Tensor) -> Tensor:
+        """As the guide in layers of the decoder; elsewhere unchanged."""
         return super().modulate(index, output) if index in self.places.layers else output

@@ -75,6 +75,7 @@ class ToldSteps(Kind):
         nn.init.zeros_(self.steps.weight)
 
     def prepare(self, conditions: Conditions, strength: float) -> Prepared:
+        """As a tiny guide, with an embedding of the run's step count beside that of its scales."""
         assert isinstance(conditions, CountedConditions)
         prepared = PreparedTiny(self.net, conditions, strength)
         log2_steps_1 = torch.tensor([conditions.num_steps], device=conditions.w_B.device).log2()
@@ -93,6 +94,7 @@ class OneGuide:
         self.counted: CountedConditions | None = None
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Guided eps, `(B, C, H, W)`, with conditions that carry the step count."""
         if self.counted is None or self.given is not conditions:
             self.given = conditions
             self.counted = CountedConditions(**vars(conditions), num_steps=self.num_steps)
@@ -124,8 +126,11 @@ def halve_config(params: Params) -> HalveConfig:
 
 
 def train_one_guide(params: Params, distilled: Guide) -> Guide:
-    """One guide for all counts. In phase k the counts down to the k-th are learnt, in turns drawn
-    at random: each has a teacher by then."""
+    """One guide for all counts.
+
+    In phase k the counts down to the k-th are learnt, in turns drawn at random: each has a
+    teacher by then.
+    """
     pipe = load_base(params.base)
     unet, config = pipe.unet, halve_config(params)
     cache = TeacherCache.open(CACHE, base=base_identity(params.base))
@@ -227,6 +232,7 @@ def errors(
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page: relative errors by model and way, a column a step count."""
     setting, models = results["setting"], results["models"]
     counts = sorted(next(iter(models.values()))["cfg"], key=int, reverse=True)
     titles = ["model", "", *(f"{n} steps" for n in counts)]

@@ -64,15 +64,18 @@ class Step:
         )
 
     def losses(self) -> torch.Tensor:
+        """The student's losses on its cached pair, `(1,)`."""
         return cached_losses(self.student, self.pairs, self.w_B)
 
     @torch.no_grad()
     def forward(self) -> None:
+        """The same without a graph for gradients."""
         self.losses()
 
     def train(self, precision: str) -> None:
+        """One step of the real training loop."""
         config = TrainConfig(num_images=1, batch_size=1, precision=precision)
-        train(lambda step, part: self.losses(), self.guide, config, run_hash="dry run")
+        train(lambda *_: self.losses(), self.guide, config, run_hash="dry run")
 
 
 def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, float]:
@@ -123,6 +126,7 @@ def dry_run(name: str, params: Params) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print what a preset's stages would cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=NAMES, required=True)
     parser.add_argument("--gpus", type=int, default=1)

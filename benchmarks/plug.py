@@ -111,7 +111,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def computes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def computes(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:  # noqa: ARG001, Operations calls it so
     """Whether an operation is no view: it would launch a kernel on a GPU."""
     aliases = (each.alias_info for each in func._schema.returns)
     is_view = any(alias is not None and not alias.is_write for alias in aliases)
@@ -194,7 +194,7 @@ def compiled_as(pipe: DiffusionPipeline, *, fullgraph: bool) -> Compiled:
     pipe.unet.compile(backend=backend, fullgraph=fullgraph)
     num_graphs: list[int] = []
 
-    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001, diffusers' callback
         num_graphs.append(backend.frame_count)
         return given
 
@@ -233,7 +233,7 @@ def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int =
     """The time of each step after the first of a call."""
     ended: list[float] = []
 
-    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001, diffusers' callback
         ended.append(time.perf_counter())
         return given
 

@@ -1,11 +1,11 @@
-"""The guide against CFG and against the other ways to save a forward: on the base, on fine-tunes.
+r"""The guide against CFG and against the other ways to save a forward: on the base, on fine-tunes.
 
     python -m benchmarks.quality --run      # train the peers, sample everything: hours on a CPU
     python -m benchmarks.quality --json     # what the committed results say
 
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows are of
 
-    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=144000 \\
+    dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=144000 \
         -S distill.batch_size=16 -S halve.end_steps=4 halve
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
@@ -77,6 +77,7 @@ class Methods(Sampler):
         }
 
     def denoiser(self, method: str, num_steps: int) -> Denoiser:
+        """Also a peer's, by its name; "cfg_half" is CFG, and its caller halves the steps."""
         if method in self.students:
             return self.students[method]
         return super().denoiser("cfg" if method == "cfg_half" else method, num_steps)
@@ -93,6 +94,7 @@ def models_of(params: Params) -> dict[str, Model]:
 
 
 def pipe_of(row: Model, params: Params) -> DiffusionPipeline:
+    """The base's pipeline with this model's UNet in it, frozen."""
     pipe = load_base(params.base)
     if row.path != params.base:
         pipe.unet = load_unet(row.path, base=pipe)
@@ -101,6 +103,7 @@ def pipe_of(row: Model, params: Params) -> DiffusionPipeline:
 
 
 def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:
+    """A sampler of this model by the guides of guides/bundle and by these peers."""
     pipe = pipe_of(row, params)
     bundle = GuideBundle.load(BUNDLE).to(pipe.unet.device)
     return Methods(pipe, bundle, params, peers=peers)
@@ -259,7 +262,7 @@ def pairs_seen(cache: TeacherCache, is_add_on: bool) -> dict[str, int]:
     }
 
 
-def row_of(
+def row_of(  # noqa: PLR0913, a cell of the table, and what all cells share
     methods: Methods,
     method: str,
     num_steps: int,
@@ -271,6 +274,12 @@ def row_of(
     """Sample and judge a method at a step count.
 
     Args:
+        methods: samples the model.
+        method: a name that `methods` knows.
+        num_steps: of the table; CFG at half the steps takes half of them.
+        tasks: one image each.
+        judge: gives features, and the CLIP score.
+        references: features of real images, for FID and KID.
         cfg: CFG's images by step count; those that are missing are made.
     """
     made = images(methods, method, num_steps // 2 if method == "cfg_half" else num_steps, tasks)
@@ -293,11 +302,13 @@ def row_of(
 
 
 def tasks_of(params: Params) -> list[Task]:
+    """What is sampled for the table: MORE_IMAGES times what `evaluate` samples."""
     config = params.evaluate
     return choose_tasks(config.model_copy(update={"num_images": MORE_IMAGES * config.num_images}))
 
 
 def images(methods: Methods, method: str, num_steps: int, tasks: Sequence[Task]) -> np.ndarray:
+    """Sampled uint8 images (N, height, width, 3), one for each task."""
     parts = batches(tasks, methods.config.batch_size)
     return np.concatenate([methods.images(method, part, num_steps) for part in parts])
 

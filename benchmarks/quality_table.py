@@ -58,6 +58,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page: tables of the methods by model and step count, and of costs."""
     setting, models, costs = results["setting"], results["models"], results["costs"]
     num_images = next(iter(models.values()))["cfg"][str(STEPS[0])]["num_images"]
     methods = [method for method in LABELS if any(method in rows for rows in models.values())]

@@ -125,7 +125,7 @@ def training_config(params: Params, *, num_images: int) -> DistillConfig:
 def seconds_per_image(run: Callable[[Report], object]) -> float:
     """Wall time of training, once the optimizer no longer turns its bases in every step."""
     seen: list[tuple[int, float]] = []
-    run(lambda num_images, metrics: seen.append((num_images, time.perf_counter())))
+    run(lambda num_images, _: seen.append((num_images, time.perf_counter())))
     (first, since), (last, until) = seen[REFRESH_EVERY - 1], seen[-1]
     return (until - since) / (last - first)
 
@@ -182,6 +182,7 @@ class Caching:
         builder.finish()
 
     def forwards(self, num_pairs: int) -> None:
+        """The UNet's bare forwards that as many pairs need at the least, without gradients."""
         with (
             torch.inference_mode(),
             mixed_precision(self.pipe.unet.device.type, self.config.precision),
@@ -190,6 +191,7 @@ class Caching:
                 self.pipe.unet(*self.inputs)
 
     def efficiency(self) -> float:
+        """Time of bare forwards over that of building pairs, the median of the rounds."""
         return median(
             bare / built for bare, built in zip(self.bare, self.built["pairs"], strict=True)
         )
@@ -203,6 +205,7 @@ class Caching:
 
 
 def timed(action: Callable[[], object]) -> float:
+    """Seconds that the action takes, with what it leaves the GPU to do."""
     synchronize()
     start = time.perf_counter()
     action()
@@ -269,7 +272,7 @@ def s3_efficiency(
     return median(ratios)
 
 
-def measure(
+def measure(  # noqa: PLR0913, a base and its data, then by name how much to measure
     pipe: StableDiffusionPipeline,
     examples: Sequence[Example],
     params: Params,
@@ -281,8 +284,12 @@ def measure(
     """All of the ratios on one base, see the module's docstring.
 
     Args:
+        pipe: the base's.
+        examples: training images; a part of them is cached.
+        params: sizes and precision of training and the cache.
         num_pairs: of the cache that is built to measure; half of them along trajectories.
         num_images: of the examples, for that cache.
+        rounds: how often each time is taken.
     """
     unet = pipe.unet
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
@@ -330,6 +337,7 @@ def measure(
 
 
 def main() -> None:
+    """Print the ratios on the base of params.yaml, as text or JSON."""
     parser = argparse.ArgumentParser(description="What training costs.")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     parser.add_argument("--rounds", type=int, default=3)

@@ -59,7 +59,7 @@ def run(params: Params) -> None:
     done = len(plan.num_rows) - len(missing)
     progress(done)
 
-    def count(name: str) -> None:
+    def count(_: str) -> None:
         nonlocal done
         done += 1
         progress(done)
@@ -108,6 +108,10 @@ def forget_damaged() -> None:
 
 
 def cache_builder(params: Params) -> "CacheBuilder":
+    """The builder of the whole cache: the base, its companions and the prepared examples.
+
+    Raises ValueError for prepared data that can't be read.
+    """
     from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, Example
     from pnp_core.identity import base_identity
@@ -129,6 +133,7 @@ def cache_builder(params: Params) -> "CacheBuilder":
 
 
 def cache_mirror(params: Params, builder: "CacheBuilder") -> Mirror | None:
+    """Where finished shards are kept besides this machine; None without `storage`."""
     return Mirror(params.storage, f"cache/{builder.key('')}") if params.storage else None
 
 
@@ -147,6 +152,7 @@ def shard_building(params: Params) -> Callable[[str], None]:
 
 
 def megabytes(num_bytes: int) -> str:
+    """A size for people, in millions of bytes."""
     return f"{num_bytes / 1e6:,.0f} MB"
 
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 
 class Record(NamedTuple):
+    """One image of a data set, and what is said of it."""
+
     image: bytes  # an encoded file, as it lies there
     caption: str
     split: str | None
@@ -21,7 +23,9 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path, *, image_column: str, caption_column: str) -> list[Record]:
-    """The images at `path`, which is one of
+    """The images at `path`, and their captions.
+
+    `path` is one of
     - a parquet file with the images as `{bytes, path}`, as Hugging Face datasets write them;
     - a folder of such files;
     - a folder with images and a metadata.jsonl, one object a line with `file_name` and the caption.

@@ -46,6 +46,7 @@ def frozen(pipe: "DiffusionPipeline") -> "DiffusionPipeline":
 
 
 def freeze(unet: "UNet2DConditionModel") -> None:
+    """Take a UNet's weights out of training and lay them out as is fastest here, in place."""
     from diffusers.models.attention_processor import AttnProcessor
 
     unet.requires_grad_(False).eval().to(memory_format=torch.channels_last)

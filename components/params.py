@@ -111,6 +111,8 @@ class Teacher(Section, frozen=True):
 
 
 class Prepare(Section, frozen=True):
+    """Which images and prompts to learn from, and how many to hold out."""
+
     dataset: str  # parquet file, folder of them, or image folder with metadata.jsonl
     files: tuple[str, ...]  # which of the dataset's files; empty: all
     image_column: str
@@ -133,6 +135,8 @@ class Guide(Section, GuideConfig, frozen=True):
 
 
 class Distill(Train, DistillSettings, frozen=True):
+    """The guide to build, and how to train it on the cache."""
+
     guide: Guide
 
 
@@ -141,6 +145,8 @@ class Halve(Train, HalveSettings, frozen=True):
 
 
 class Evaluate(Section, frozen=True):
+    """What is sampled and measured, and the CLIP model that judges it."""
+
     judge: str  # folder of a CLIP model: features for FID and KID, and the CLIP score
     num_images: Annotated[int, Field(ge=4)]
     num_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
@@ -158,6 +164,8 @@ class Evaluate(Section, frozen=True):
 
 
 class Register(Section, frozen=True):
+    """Under which name the guide goes to the model registry."""
+
     name: RegisteredName
 
 
@@ -171,17 +179,23 @@ class Promote(Section, frozen=True):
 
 
 class Tracking(Section, frozen=True):
+    """Where runs are recorded."""
+
     uri: str | None  # None: MLFLOW_TRACKING_URI, and without that mlflow.db in this folder
     experiment: str
 
 
 class Cluster(Section, frozen=True):
+    """The Ray workers that the cache and training are spread over."""
+
     num_workers: CountOrZero  # 0: in this process, without Ray
     max_failures: CountOrZero  # how many lost workers a training run survives
     wait_minutes: Positive  # for workers that a cluster lacks, or a lock that another holds
 
 
 class Params(Section, frozen=True):
+    """All of params.yaml, checked as it is read."""
+
     base: str
     models: Annotated[dict[ModelName, Model], Field(min_length=1)]
     companions: str  # folder of fine-tunes

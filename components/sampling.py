@@ -57,6 +57,7 @@ def choose_tasks(config: Evaluate) -> list[Task]:
 
 
 def batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
+    """The tasks in order, `size` at a time; the last batch may be smaller."""
     return (tasks[start : start + size] for start in range(0, len(tasks), size))
 
 
@@ -74,6 +75,7 @@ class Sampler:
         self.shape = (pipe.unet.config.in_channels, size, size)
 
     def denoiser(self, method: str, num_steps: int) -> Denoiser:
+        """A denoiser for "unguided", "cfg" or, under any other name, the bundle's guide."""
         match method:
             case "unguided":
                 return PlainDenoiser(self.pipe.unet, self.schedule)
@@ -82,6 +84,7 @@ class Sampler:
         return GuidedDenoiser(self.pipe.unet, self.bundle.for_steps(num_steps), self.schedule)
 
     def teacher(self) -> CFGDenoiser:
+        """CFG by the guider of params.yaml, which guides are measured against."""
         guider = Guider(self.guider, self.schedule.num_train_timesteps)
         return CFGDenoiser(self.pipe.unet, self.schedule, guider)
 
@@ -115,9 +118,11 @@ class Sampler:
             return decode(self.pipe, latents)
 
     def images(self, method: str, tasks: Sequence[Task], num_steps: int) -> np.ndarray:
+        """Sampled uint8 images (N, height, width, 3), one for each task, from its seed."""
         return self.decode(self.denoise(self.inputs(tasks), method, num_steps))
 
     def computing(self) -> Any:
+        """A context in which to compute at `evaluate.precision` on this device."""
         return mixed_precision(self.device.type, self.config.precision)
 
     def guidance_fvu(self, tasks: Sequence[Task], method: str = "guided") -> float:

@@ -26,6 +26,10 @@ TASK_RUN_FORMAT = "%(asctime)s | %(task_run_name)s | %(message)s"
 
 
 def main() -> None:
+    """Run the flow that the command line names.
+
+    Exits with 2 for bad parameters, with another number if the flow fails.
+    """
     parser = argparse.ArgumentParser(prog="python -m flows", description="Run a flow here.")
     flows = parser.add_subparsers(dest="flow", required=True)
     distillation = flows.add_parser("distill", help="train, measure and register a guide")

@@ -24,7 +24,7 @@ from flows.watching import saying_why
 P = ParamSpec("P")
 
 
-def was_killed(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+def was_killed(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001, Prefect's interface
     """Whether another attempt makes sense."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StageFailed) and error.was_killed

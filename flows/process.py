@@ -42,7 +42,7 @@ CHATTER = re.compile(
 )
 
 
-class StageFailed(RuntimeError):
+class StageFailed(RuntimeError):  # noqa: N818, Prefect's log, and the record of faults, show this name
     """A command ended with an error; the message says which one, and why in its own words."""
 
     def __init__(self, name: str, exit_code: int, last_lines: Sequence[str]) -> None:
@@ -83,6 +83,8 @@ def repro(
     """Bring one stage of dvc.yaml up to date; DVC skips it if nothing changed.
 
     Args:
+        stage: its name in dvc.yaml.
+        log: is given each line that the stage says.
         allow_missing: nothing has changed where files are merely not here.
         wait_minutes: for another run in this checkout, which is told; then it fails.
 

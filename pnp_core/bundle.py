@@ -28,6 +28,7 @@ class GuideBundle:
 
     @property
     def num_steps(self) -> tuple[int, ...]:
+        """The step counts that there is a guide for, in ascending order."""
         return tuple(self.guides)
 
     def for_steps(self, num_steps: int) -> Guide:

@@ -44,7 +44,8 @@ class Suspended(Call):
 
     unet = nn.Module()
 
-    def begin(self, arguments: dict[str, Any]) -> Effect | None:
+    def begin(self, arguments: dict[str, Any]) -> Effect | None:  # noqa: ARG002, the interface's
+        """Never called: no UNet's hook knows of this call."""
         raise AssertionError("asked of no forward")
 
 
@@ -114,6 +115,7 @@ class Negatives:
         """Forget what these layers would now make in another way.
 
         Args:
+            layers: the cross-attentions, in the order of ``fill``'s ``index``.
             more: whatever else it depends on.
         """
         made_by = [(more, *state_of(a.to_k), *state_of(a.to_v)) for a in layers]

@@ -25,6 +25,7 @@ class AddedConditions(NamedTuple):
         return {"text_embeds": self.negative_pooled_BP, "time_ids": self.time_ids_B6}
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "AddedConditions":
+        """A copy on a device, and in a dtype if one is given."""
         return AddedConditions(*(x.to(device, dtype) for x in self))
 
 

@@ -27,7 +27,9 @@ class Denoiser(Protocol):
             object at each step, what it fixes is computed once.
     """
 
-    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor: ...
+    def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Predicted eps, ``(B, C, H, W)``, at latents ``z_BCHW`` and training timesteps ``t_B``."""
+        ...
 
 
 class PlainDenoiser:
@@ -40,11 +42,12 @@ class PlainDenoiser:
     def predict(
         self, z_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor, added: Mapping[str, Tensor] | None
     ) -> Tensor:
-        """eps under one prompt, with its ``added_cond_kwargs``."""
+        """Predicted eps, ``(B, C, H, W)``, under one prompt, with its ``added_cond_kwargs``."""
         prediction = self.unet(z_BCHW, t_B, text_BLD, added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Predicted eps, ``(B, C, H, W)``; negative prompts and ``w_B`` play no part."""
         added = conditions.added
         return self.predict(
             z_BCHW, t_B, conditions.c_BLD, None if added is None else added.positive
@@ -78,6 +81,7 @@ class CFGDenoiser:
         return eps_c, eps_n
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Guided eps, ``(B, C, H, W)``, by the guider at the scales ``conditions.w_B``."""
         eps_c, eps_n = self.pair(z_BCHW, t_B, conditions)
         return self.guider(eps_c, eps_n, t_B, conditions.w_B)
 
@@ -94,6 +98,7 @@ class GuidedDenoiser:
         self.made_for: tuple[Any, ...] = ()
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Guided eps, ``(B, C, H, W)``: the UNet's own forward, with the guide at work in it."""
         with entered(self.call_for(conditions, z_BCHW.device.type)):
             return self.plain(z_BCHW, t_B, conditions)
 
@@ -130,6 +135,7 @@ class DenoiserCall(Call):
         self.prepared = guide.prepare(conditions)
 
     def begin(self, arguments: dict[str, Any]) -> Effect:
+        """What the guide does in this forward; sets ``encoder_hidden_states`` in ``arguments``."""
         effect = self.prepared.at(arguments["sample"], arguments["timestep"].reshape(-1))
         arguments["encoder_hidden_states"] = effect.steer(arguments["encoder_hidden_states"])
         return effect

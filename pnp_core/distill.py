@@ -28,6 +28,7 @@ FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to 
 def draw_guidance_scale(
     guidance_scale: tuple[float, float], batch_size: int, generator: torch.Generator
 ) -> Tensor:
+    """Guidance scales of a batch, ``(batch_size,)``, uniform from low to high."""
     low, high = guidance_scale
     return low + (high - low) * torch.rand(batch_size, generator=generator)
 
@@ -41,7 +42,10 @@ def distillation_loss(
     ``w`` and the first steps of sampling, where guidance is strongest, would have all the say.
 
     Args:
+        student: the student's eps, ``(B, C, H, W)``.
+        target: the teacher's guided eps, ``(B, C, H, W)``.
         guidance: ``eps_c - eps_n``, ``(B, C, H, W)``.
+        guidance_scale_B: at which ``target`` was guided.
         power: mean square of the guidance over all samples; those with far less count less.
     """
     error = (student.float() - target.float()).square().mean(dim=(1, 2, 3))
@@ -89,6 +93,9 @@ def distillation_objective(
 
     Args:
         students: of the base, and of each companion whose pairs are to be used.
+        cache: gives the teachers' pairs.
+        config: the batch size, the seed, the guider and the range of guidance scales.
+        device: where the students are.
     """
     batch_size, seed = config.train.batch_size, config.train.seed
     guider = Guider(config.guider, cache.schedule.num_train_timesteps)
@@ -118,21 +125,24 @@ def check_companions(given: Sequence[str], cache: TeacherCache) -> None:
         )
 
 
-def distill(
+def distill(  # noqa: PLR0913, what a run needs, then by name what it may have
     unet: UNet2DConditionModel,
     cache: TeacherCache,
     config: DistillConfig,
     *,
     companions: Mapping[str, UNet2DConditionModel] | None = None,
     checkpoint: Path | None = None,
-    report: Report = lambda num_images, metrics: None,
+    report: Report = lambda *_: None,
 ) -> Guide:
     """Train a guide on a frozen base from cached teacher pairs.
 
     Args:
         unet: the base; it is not changed. Its device is where training runs.
+        cache: the teacher's pairs, of this base.
+        config: how to guide and train.
         companions: the cache's further teachers by identity, in its order.
         checkpoint: resumes from this file, and saves to it.
+        report: called with the number of images so far and metrics.
 
     Returns:
         The guide, with its averaged weights.

@@ -75,6 +75,7 @@ def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> 
             rows stays as it is.
         num_rows: of the doubled batch.
         num_samples: of a block; a block has twice as many rows.
+        which: ``POSITIVE`` or ``NEGATIVE``.
     """
     if isinstance(value, Tensor):
         if value.ndim == 0 or len(value) != num_rows:

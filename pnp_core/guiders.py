@@ -27,6 +27,14 @@ class Guider:
         self.guider = getattr(guiders, self.config.name)(**arguments)
 
     def __call__(self, eps_c: Tensor, eps_n: Tensor, t_B: Tensor, w_B: Tensor) -> Tensor:
+        """Guided eps, ``(B, C, H, W)``, from those under the prompt and the negative prompt.
+
+        Args:
+            eps_c: under the prompts, ``(B, C, H, W)``.
+            eps_n: under the negative prompts, ``(B, C, H, W)``.
+            t_B: training timesteps; some guiders act in a part of them.
+            w_B: guidance scales.
+        """
         if self.is_plain:
             return cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
         guided = []

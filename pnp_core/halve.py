@@ -46,7 +46,7 @@ def raised_guidance_scale(w_B: Tensor, gain: float, highest: float) -> Tensor:
     return w_B + (gain - 1) * above_B * (1 - above_B / (highest - 1))
 
 
-def halving_target(
+def halving_target(  # noqa: PLR0913, the quantities of a step, by name
     teacher: Denoiser,
     schedule: NoiseSchedule,
     *,
@@ -104,7 +104,7 @@ def rounds_of(config: HalveConfig) -> list[Round]:
     ]
 
 
-def halving_objective(
+def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its settings
     student: Denoiser,
     teacher: Denoiser,
     cache: TeacherCache,
@@ -141,7 +141,7 @@ def halving_objective(
     return loss_fn
 
 
-def halve(
+def halve(  # noqa: PLR0913, a base, its guide, data and settings, then a place
     unet: UNet2DConditionModel,
     scheduler: Any,
     guide: Guide,
@@ -149,13 +149,16 @@ def halve(
     config: HalveConfig,
     *,
     directory: Path,
-    report: Report = lambda num_images, metrics: None,
+    report: Report = lambda *_: None,
 ) -> dict[int, Guide]:
     """Train the guides of every round, each from the one before.
 
     Args:
+        unet: the base, which is frozen here; its device is where training runs.
         scheduler: the base's; it fixes the timesteps.
         guide: of stage 1; good for ``start_steps``.
+        cache: the teacher's pairs, of this base.
+        config: the rounds and how to train each.
         directory: a finished round lies here as ``steps-N`` and is not trained again; so does the
             checkpoint of the round in progress.
         report: images are counted over all rounds; the metrics carry ``num_steps``.
@@ -193,7 +196,7 @@ def halve(
     return guides
 
 
-def train_round(
+def train_round(  # noqa: PLR0913, what halve() has, and what differs from round to round
     unet: UNet2DConditionModel,
     scheduler: Any,
     teacher: Guide,

@@ -98,7 +98,7 @@ def hash_of(files: Iterable[Path], folder: Path, more: str = "") -> str:
 
 
 @lru_cache(maxsize=256)
-def content_hash(file: Path, size: int, mtime_ns: int) -> str:
+def content_hash(file: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001, part of the lru_cache's key
     """SHA-256 of a file; of a config, of what it says. Weights are gigabytes: read once."""
     if file.suffix == ".json":
         value = json.loads(file.read_text(encoding="utf-8"))

@@ -119,7 +119,7 @@ class UNetHook:
         unscale_lora_layers(unet, scale)
 
     @torch.compiler.disable
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
         """After the UNet's forward, also one that failed."""
         now.acting = None
         call = call_of(module)
@@ -133,8 +133,12 @@ class EnterHook:
         self.index = index
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,  # noqa: ARG002, torch's hook
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before an up block: replaces its hidden states and skips by the guide's."""
         acting = now.acting
         if acting is None:
             return None
@@ -153,7 +157,8 @@ class ModulateHook:
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
+        """After a layer: its output, or a tuple's first entry, as the guide has it."""
         acting = now.acting
         if acting is None or not acting.effect.modulates:
             return None
@@ -168,7 +173,8 @@ class NegativeHook:
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002, torch's hook
+        """Fill the call's keys and values of this layer, if the guide reads them."""
         acting = now.acting
         if acting is not None and acting.effect.attends:
             acting.negatives.fill(self.index, module)
@@ -177,7 +183,8 @@ class NegativeHook:
 class QueryHook:
     """Keeps a cross-attention's queries, which serve the negative prompt too."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002, torch's hook
+        """Keep the output of ``to_q`` until the same cross-attention's output projection."""
         acting = now.acting
         if acting is not None:
             acting.query = output
@@ -189,7 +196,12 @@ class AttendHook:
     def __init__(self, index: int) -> None:
         self.index = index
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002, torch's hook
+        """Before the output projection: replaces its input by what the guide makes of it.
+
+        Raises:
+            ValueError: the layer's attention processor does not call ``to_q``.
+        """
         acting = now.acting
         if acting is None or not acting.effect.attends:
             return None
@@ -252,6 +264,7 @@ def use(unet: UNet2DConditionModel, user: Any) -> None:
     """Have the hooks in place for as long as ``user`` lives, or until it is through with them.
 
     Args:
+        unet: the one to have hooks; compiled code of it is forgotten if they are new.
         user: if it has a method ``tell_others(unet)``, that is called in forwards of the UNet that
             are no call's.
     """
@@ -267,7 +280,7 @@ def use(unet: UNet2DConditionModel, user: Any) -> None:
         if id(user) not in hook.users:
             place_of, key = weakref.ref(unet), id(user)
 
-            def gone(reference: Any) -> None:
+            def gone(_: Any) -> None:
                 if (still := place_of()) is not None:
                     leave(still, key)
 

@@ -75,5 +75,6 @@ def one_thread() -> Iterator[None]:
 
 
 def synchronize() -> None:
+    """Wait until the GPU has done all it was given, so that a clock read next is right."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

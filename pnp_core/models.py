@@ -261,6 +261,7 @@ def encode_prompts(
 
 
 def is_xl(pipe: DiffusionPipeline) -> bool:
+    """Whether the base is an SDXL one: its UNet is told pooled text and image sizes."""
     return pipe.unet.config.addition_embed_type == "text_time"
 
 
@@ -276,6 +277,8 @@ def added_conditions(
     """What an SDXL base is told with these prompts; None for other bases.
 
     Args:
+        pipe: of the base.
+        text: of the prompts.
         negative: as many prompts as in ``text``, or a single one.
     """
     if text.pooled_NP is None or negative.pooled_NP is None:
@@ -288,10 +291,12 @@ def added_conditions(
 
 
 def weights_hash(path: str | Path) -> str:
-    """Identity of a base or a fine-tune: SHA-256 over its UNet's weights, or its LoRA's, and its
-    scheduler's config; of a hub id, over its name and revision.
+    """Identity of a base or a fine-tune, which guides record.
 
-    Guides record it. What else a base is made of: :func:`pnp_core.identity.base_identity`.
+    SHA-256 over its UNet's weights, or its LoRA's, and its scheduler's config; of a hub id, over
+    its name and revision.
+
+    What else a base is made of: :func:`pnp_core.identity.base_identity`.
 
     Raises:
         ValueError: see :func:`check_model_files` and :func:`hub_revision`.

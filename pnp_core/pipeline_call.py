@@ -149,6 +149,11 @@ class PipelineCall(Call):
     # What the UNet's hook asks.
 
     def begin(self, arguments: dict[str, Any]) -> Effect | None:
+        """What the guide does in this forward, if anything; changes ``arguments`` accordingly.
+
+        Raises:
+            ValueError: the pipeline called the UNet in a way that a guide can't follow.
+        """
         scale = self.guidance_scale
         if scale > 1:
             if self.num_prompts is None and not self.doubles:
@@ -176,6 +181,7 @@ class PipelineCall(Call):
         return effect
 
     def end(self, output: Any) -> Any:
+        """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""
         if not self.doubles or self.guidance_scale <= 1:
             return None
         return doubled(output, self.num_prompts or self.num_samples)
@@ -283,6 +289,7 @@ class OfficialCallback(PipelineCallback):
         return self.callback.tensor_inputs
 
     def __call__(self, *args: Any) -> Any:
+        """Call what stands in for the callback, with the pipeline's arguments."""
         return self.called(*args)
 
 

@@ -28,6 +28,8 @@ def plug(
     ``from_pipe`` shares the UNet but is another pipeline: plug it too.
 
     Args:
+        pipe: a pipeline of the guide's base, or of a fine-tune of it.
+        guide: a guide, or one for each of several step counts.
         strength: multiplies what the guide does.
 
     Returns:

@@ -21,7 +21,7 @@ def initial_noise(shape: tuple[int, ...], seeds: list[int]) -> Tensor:
 
 
 @torch.no_grad()
-def sample(
+def sample(  # noqa: PLR0913, the quantities of a run, by name
     denoiser: Denoiser,
     scheduler: Any,
     *,
@@ -33,7 +33,12 @@ def sample(
     """Run DDIM (eta 0) from ``z_T`` to ``z_0``, as diffusers' ``DDIMScheduler`` does.
 
     Args:
+        denoiser: gives eps at each step.
         scheduler: the base's; it gives the noise schedule and, by default, the spacing.
+        z_T: initial noise, ``(B, C, H, W)``.
+        conditions: of the batch.
+        num_steps: how many steps, one call of ``denoiser`` each.
+        timestep_spacing: as diffusers names it; default: the scheduler's.
     """
     schedule = NoiseSchedule.from_scheduler(scheduler)
     grid = sampling_timesteps(scheduler, num_steps, timestep_spacing)

@@ -56,6 +56,7 @@ class NoiseSchedule:
 
     @property
     def num_train_timesteps(self) -> int:
+        """How many timesteps the base was trained on."""
         return len(self.alphas_cumprod)
 
     def differs(self, other: "NoiseSchedule") -> str:

@@ -179,6 +179,7 @@ class CacheSettings:
 
     @property
     def trajectories_per_shard(self) -> int:
+        """Trajectories that fill a shard, each ``trajectory_steps`` pairs; at least one."""
         return max(1, self.shard_size // self.trajectory_steps)
 
 
@@ -232,6 +233,7 @@ class TrainConfig:
 
     @property
     def num_steps(self) -> int:
+        """Training steps: batches that it takes to see ``num_images`` images."""
         return math.ceil(self.num_images / self.batch_size)
 
 

@@ -30,7 +30,7 @@ class SOAP(torch.optim.Optimizer):
             steps each make one.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, an optimizer's settings, by name
         self,
         params: Iterable[Tensor],
         lr: float,
@@ -45,7 +45,8 @@ class SOAP(torch.optim.Optimizer):
         self.max_side = max_side
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # noqa: ARG002, torch's interface
+        """Update every parameter that has a gradient, in place; ``closure`` is not called."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             turned = [any(sides(p, self.max_side)) for p in params]

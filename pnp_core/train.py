@@ -47,6 +47,7 @@ def config_hash(config: Any, *more: str) -> str:
 
 
 def rank_and_world() -> tuple[int, int]:
+    """This worker's number and how many there are; ``(0, 1)`` outside torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -58,31 +59,31 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def train(
+def train(  # noqa: PLR0913, what to train, then by name how to follow and resume it
     loss_fn: Callable[[int, slice], Tensor],
     guide: Trained,
     config: TrainConfig,
     *,
     run_hash: str,
     checkpoint: Path | None = None,
-    report: Report = lambda num_images, metrics: None,
-    name_row: Callable[[int, int], str] = lambda step, row: f"row {row} of its batch",
+    report: Report = lambda *_: None,
+    name_row: Callable[[int, int], str] = lambda _, row: f"row {row} of its batch",
     diverged: float = math.inf,
 ) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
     Args:
-        loss_fn: ``loss_fn(step, part)``: losses of the rows ``part`` of step ``step``'s global
-            batch, shape ``(rows,)``.
+        loss_fn: ``loss_fn(step, part)``: losses ``(rows,)`` of rows ``part`` of its global batch.
+        guide: any module; only parameters that require gradients are trained.
+        config: batch size, steps, learning rate and the like.
         run_hash: identity of the run; a checkpoint with another one is ignored.
         checkpoint: file to resume from and to save to (worker 0 writes, atomically).
+        report: called by every worker at the same points.
         name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
-        diverged: from a quarter of the run on, stop when the loss is this many times that of the
-            guide before training.
+        diverged: from a quarter of the run on, stop at this many times the loss before training.
 
     Raises:
-        ValueError: the loss is no longer finite, or far above what it was; the message names step
-            and samples.
+        ValueError: the loss is not finite, or far above what it was; names step and samples.
     """
     rank, world = rank_and_world()
     part = own_part(config.batch_size)

@@ -28,6 +28,7 @@ MODULES = (inputs, processes, servers, sharing, storage)  # importing them lists
 
 
 def main() -> None:
+    """Print what each fault led to, with `--run` after making it happen."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--run", action="store_true", help="break things; else read the results")
     parser.add_argument("--only", metavar="NAME", action="append", help="of these faults")

@@ -175,10 +175,14 @@ def shard_truncated(workspace: Workspace) -> None:
 @fault("cache")
 def shard_deleted(workspace: Workspace) -> None:
     """A teacher shard is gone."""
-    damage(workspace, lambda content: None)
+    damage(workspace, lambda _: None)
 
 
 def damage(workspace: Workspace, alter: Alter) -> None:
+    """Replace a shard by what `alter` makes of its bytes, None for no shard, and train again.
+
+    Raises UnexpectedError if it is not as it was after that.
+    """
     shard = workspace.folder / "data/cache/pairs-00001.safetensors"
     content = shard.read_bytes()
     altered = alter(content)

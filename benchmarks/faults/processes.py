@@ -226,6 +226,7 @@ def no_cluster_at_the_address(workspace: Workspace) -> None:
 
 @contextmanager
 def ray_head(workspace: Workspace, num_cpus: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """A Ray head on a free port, which the workspace's commands then use; ended with the block."""
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     options = [f"--num-cpus={num_cpus}", f"--port={port}", "--include-dashboard=false"]

@@ -21,6 +21,7 @@ KEYS = {
 
 
 def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now; another process may still take it."""
     with socket.socket() as candidate:
         candidate.bind(("127.0.0.1", 0))
         return int(candidate.getsockname()[1])
@@ -82,7 +83,7 @@ class Proxy:
 
     def __init__(self, target: str) -> None:
         host, _, port = target.removeprefix("http://").partition(":")
-        self.answer: Answer = lambda method, path: None
+        self.answer: Answer = lambda *_: None
         self.seen: list[str] = []
         proxy = self
 
@@ -122,6 +123,7 @@ class Proxy:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def close(self) -> None:
+        """Stop answering and free the port."""
         self._server.shutdown()
         self._server.server_close()
 

@@ -127,7 +127,7 @@ def alias_unreadable(workspace: Workspace, status: int) -> None:
         )
         settings = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
         workspace.told(workspace.run(*PROMOTE, **settings), "error: ")
-        proxy.answer = lambda method, path: None
+        proxy.answer = lambda *_: None
         done = workspace.run(*PROMOTE)
         if done.exit_code != 3:
             raise UnexpectedError(

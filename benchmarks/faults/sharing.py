@@ -29,6 +29,7 @@ def clone(workspace: Workspace, *, pull: bool) -> Workspace:
 
 
 def trained(done_output: str) -> bool:
+    """Whether DVC ran a stage that makes the guide, by what it printed."""
     return any(f"Running stage '{name}'" in done_output for name in ("cache", "distill", "halve"))
 
 

@@ -104,7 +104,7 @@ def goes_on(workspace: Workspace, status: int, body: bytes) -> None:
     """While the cache is built, the server answers every fourth request so; then it returns."""
     workspace.set_param("storage", STORAGE)
     with s3(workspace) as url, proxy_to(url) as proxy:
-        proxy.answer = lambda method, path: (
+        proxy.answer = lambda *_: (
             (status, {"Retry-After": "1", "Content-Type": "application/xml"}, body)
             if len(proxy.seen) % 4 == 0
             else None
@@ -113,7 +113,7 @@ def goes_on(workspace: Workspace, status: int, body: bytes) -> None:
         done = workspace.run(*ONE, "cache", **settings)
         if done.exit_code != 0:
             raise UnexpectedError(f"does not go on: {done.output[-400:]}")
-        proxy.answer = lambda method, path: None
+        proxy.answer = lambda *_: None
         done = workspace.recovers(*ONE, "distill", **settings)
     workspace.said = "goes on, and trains from there"
     workspace.stages = ("distill",)
@@ -138,6 +138,13 @@ def shard_expired(workspace: Workspace) -> None:
 
 
 def in_the_bucket(workspace: Workspace, change: str, pattern: str) -> None:
+    """Change a shard that lies in the bucket, and look at what follows.
+
+    Args:
+        workspace: a fresh one.
+        change: Python that alters `shard`, a path of the s3fs file system `fs`.
+        pattern: of a line that the next command is to say.
+    """
     workspace.set_param("storage", STORAGE)
     with s3(workspace) as url:
         settings = KEYS | {"AWS_ENDPOINT_URL": url}

@@ -77,6 +77,7 @@ class Running:
 
     @property
     def output(self) -> str:
+        """All it has printed so far, stdout and stderr together."""
         return self._log.read_text(errors="replace")
 
     def wait_for(self, holds: Callable[[], Any], what: str) -> None:
@@ -98,6 +99,7 @@ class Running:
         raise UnexpectedError(f"no process {' '.join(words)}")
 
     def signal(self, how: signal.Signals, *, group: bool = False) -> None:
+        """Send a signal to the command, or to its process group."""
         (os.killpg if group else os.kill)(self.pid, how)
 
     def end(self) -> Finished:
@@ -248,6 +250,7 @@ class Workspace:
     # Changing it
 
     def set_param(self, dotted: str, value: Any) -> None:
+        """Set an entry of params.yaml, `section.key`; comments in the file are lost."""
         path = self.folder / "params.yaml"
         values = YAML(typ="safe").load(path)
         *sections, key = dotted.split(".")
@@ -259,6 +262,7 @@ class Workspace:
             YAML().dump(values, file)
 
     def git(self, *arguments: str) -> str:
+        """What git prints in the checkout. Raises CalledProcessError where it fails."""
         command = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *arguments]
         done = subprocess.run(command, cwd=self.folder, check=True, capture_output=True, text=True)
         return done.stdout.strip()
@@ -282,6 +286,7 @@ class Workspace:
                 continue
 
     def kill_everything(self) -> None:
+        """SIGKILL to every process that carries the workspace's mark in its environment."""
         for process in psutil.process_iter():
             try:
                 if process.environ().get(MARK) == self.mark:

@@ -65,6 +65,7 @@ class AttentionAdapters(Peer):
         self.adapters = nn.ModuleList(Adapter(c, self.text_width, width) for c in self.channels)
 
     def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        """The adapters at work in `unet`, which stays frozen."""
         return AdaptedDenoiser(self, unet, schedule)
 
 
@@ -78,13 +79,14 @@ class AdaptedDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Predicted eps, `(B, C, H, W)`, in one forward; hooks are in place only for it."""
         of = frequencies(z_BCHW.device)
         scalars_B2E = torch.stack(
             [sinusoidal(t_B, of), sinusoidal(W_SCALE * conditions.w_B, of)], dim=1
         )
 
         def adapted(adapter: nn.Module) -> Any:
-            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            def hook(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ARG001, torch's hook
                 x_BNC = args[0] if args else kwargs["hidden_states"]
                 more: Tensor = adapter(x_BNC, conditions.c_BLD, scalars_B2E)
                 return output + more.to(output.dtype)

@@ -38,6 +38,7 @@ class TextSharpener(Peer):
         return result
 
     def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        """`unet`, frozen, under text that the peer has sharpened."""
         return SharpenedDenoiser(self, unet, schedule)
 
 
@@ -51,6 +52,7 @@ class SharpenedDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Predicted eps, `(B, C, H, W)`, in one forward under the sharpened text."""
         c_BLD = conditions.c_BLD
         sharp_BLD = self.peer(c_BLD.float(), conditions.each_negative.float(), conditions.w_B)
         return self.plain(z_BCHW, t_B, replace(conditions, c_BLD=sharp_BLD.to(c_BLD.dtype)))

@@ -57,6 +57,7 @@ class WDenoiser:
         self.schedule = schedule
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        """Predicted eps, `(B, C, H, W)`, in one forward of a UNet that is told the scale."""
         w_BE = sinusoidal(W_SCALE * conditions.w_B, frequencies(z_BCHW.device))
         added = conditions.added
         prediction = self.unet(

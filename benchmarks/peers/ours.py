@@ -16,4 +16,5 @@ class Ours(Peer):
         self.guide = guide or Guide.from_unet(unet)
 
     def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
+        """The guide at work in `unet`, which stays frozen."""
         return GuidedDenoiser(unet, self.guide, schedule)

@@ -27,6 +27,7 @@ class Delivery:
         self._num_sent = 0  # of the journal's points
 
     def __call__(self, store: Store) -> None:
+        """Send what MLflow does not have of the journal yet; what was sent is not sent again."""
         journal = self._journal
         if not self._is_open:
             self._open(store)
@@ -223,5 +224,6 @@ Item = TypeVar("Item")
 
 
 def in_batches(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
+    """The items in order, in lists of at most `size`."""
     for start in range(0, len(items), size):
         yield list(items[start : start + size])

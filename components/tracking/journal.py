@@ -128,6 +128,7 @@ class Journal:
         self._add("run", run_id)
 
     def finish(self, status: str) -> None:
+        """The run has ended, now, with this status of MLflow's."""
         self._add("end", [status, _now()])
 
     def reopen(self) -> None:
@@ -141,9 +142,11 @@ class Journal:
             self._add("delivered", True)
 
     def close(self) -> None:
+        """Let go of the file, and with it of its lock; the file stays."""
         self._file.close()
 
     def remove(self) -> None:
+        """Delete the file, where there is one, and let go of it."""
         if self.path:
             with suppress(OSError):
                 self.path.unlink(missing_ok=True)

@@ -168,6 +168,7 @@ class Run:
                 self._store.client.log_batch(self.id, metrics=some)
 
     def tags(self, values: Mapping[str, str]) -> None:
+        """Set tags of the run. Raises TrackingError."""
         with self._store.asking("write the run's tags"):
             for name, value in values.items():
                 self._store.client.set_tag(self.id, name, value)
@@ -182,10 +183,12 @@ class Run:
             self._store.client.log_image(self.id, picture, key=key, step=0)
 
     def file(self, path: Path) -> None:
+        """Store a file among the run's artifacts, under its own name. Raises TrackingError."""
         with self._store.asking(f"store {path.name}"):
             self._store.client.log_artifact(self.id, str(path))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Store rows as `name`.json, a column for every key; None where a row lacks one."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = {column: [row.get(column) for row in rows] for column in columns}
         with self._store.asking(f"store the table {name}"):
@@ -213,6 +216,7 @@ def settle_or_warn(store: Store, stage: str | None = None, experiment: str | Non
 
 
 def warn(text: str) -> None:
+    """Print a warning as one line on stderr."""
     print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 

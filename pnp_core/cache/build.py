@@ -59,7 +59,7 @@ class CacheBuilder:
         ValueError: no examples; companions, but no trajectories for them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, all that a cache's identity is made of
         self,
         pipe: DiffusionPipeline,
         examples: Sequence[Example],
@@ -115,9 +115,11 @@ class CacheBuilder:
         return self.identity.key(name)
 
     def path(self, name: str) -> Path:
+        """Where the shard ``name`` lies, or will."""
         return self.directory / f"{name}.safetensors"
 
     def is_built(self, name: str) -> bool:
+        """Whether the shard lies there, whole, and was made with what this builder has."""
         try:
             with safe_open(self.path(name), "pt") as shard:
                 return bool((shard.metadata() or {}).get("key") == self.key(name))
@@ -152,6 +154,7 @@ class CacheBuilder:
         write_tensors(self.path(name), tensors, {"key": self.key(name)})
 
     def build_moments(self, number: int) -> dict[str, Tensor]:
+        """Mean and std of the scaled latents of one shard's images, and their prompts' rows."""
         size = self.config.shard_size
         examples = self.examples[number * size : (number + 1) * size]
         vae = self.pipe.vae
@@ -178,16 +181,19 @@ class CacheBuilder:
 
     @cached_property
     def text(self) -> dict[str, Tensor]:
+        """The shard of text states, which must be built: the other shards are made from it."""
         return load_file(self.path(TEXT))
 
     @cached_property
     def moments(self) -> dict[str, Tensor]:
+        """The moments of all images, in the examples' order; their shards must be built."""
         shards = [load_file(self.path(name)) for name in self.plan.phases[0] if name != TEXT]
         # Autocast on a CPU can't concatenate half precision.
         with torch.autocast("cpu", enabled=False):
             return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
 
     def build_pairs(self, number: int) -> dict[str, Tensor]:
+        """One shard of teacher pairs: at noised data, or along trajectories, by its number."""
         config = self.config
         name = self.plan.phases[1][number]
         generator = step_generator(config.seed, number)
@@ -209,6 +215,7 @@ class CacheBuilder:
             return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
     def negatives(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows of negative prompts, ``(count,)``: 0, or with ``negative_fraction`` any prompt's."""
         others = torch.randint(len(self.prompts), (count,), generator=generator)
         other = torch.rand(count, generator=generator) < self.config.negative_fraction
         return torch.where(other, others, 0)
@@ -221,6 +228,15 @@ class CacheBuilder:
         prompt_B: Tensor,
         negative_B: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """The teacher's ``eps_c`` and ``eps_n``, ``(B, C, H, W)`` each, fp32 on the CPU.
+
+        Args:
+            unet: the base's, or a companion's.
+            z_t: noised latents, ``(B, C, H, W)``.
+            t_B: timesteps.
+            prompt_B: rows of the prompts in the text states.
+            negative_B: rows of the negative prompts there.
+        """
         teacher = CFGDenoiser(unet, self.schedule)
         z_t, c, n = (
             x.to(unet.device, unet.dtype)
@@ -335,7 +351,7 @@ class CacheBuilder:
 
 
 def build_cache(
-    builder: CacheBuilder, progress: Callable[[int, int], None] = lambda done, total: None
+    builder: CacheBuilder, progress: Callable[[int, int], None] = lambda *_: None
 ) -> None:
     """Build every shard in this process. ``progress(done, total)`` counts shards."""
     for done, name in enumerate(builder.plan.num_rows):

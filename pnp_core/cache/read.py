@@ -92,7 +92,7 @@ class TeacherCache:
         self.num_latents = self.moment_shards.num_rows
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913, each, by name, is one way to refuse a cache
         cls,
         directory: Path,
         *,
@@ -105,6 +105,7 @@ class TeacherCache:
         """Open the cache whose index lies in ``directory``, if it is the right one.
 
         Args:
+            directory: holds ``index.json``.
             base: refuse a cache of another base.
             data_hash: refuse a cache of other examples.
             config: refuse a cache made with other settings.
@@ -156,6 +157,11 @@ class TeacherCache:
         )
 
     def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
+        """The stored tensors of these pairs by name, one row a pair, in the order of ``indices``.
+
+        Args:
+            indices: numbers of pairs over all teachers, ``(rows,)``; a teacher's lie together.
+        """
         teacher_B = torch.searchsorted(self.starts, indices, right=True) - 1
         result: dict[str, Tensor] = {}
         for teacher in teacher_B.unique().tolist():

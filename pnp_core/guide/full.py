@@ -57,6 +57,7 @@ class FullGuide(Kind):
         self.encoder.load_state_dict(own)
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedFull":
+        """Embed guidance scales and text once for a run; see :class:`Kind`."""
         return PreparedFull(self, conditions, strength)
 
 
@@ -74,6 +75,7 @@ class PreparedFull(Prepared):
         self.added = None if conditions.added is None else conditions.added.negative
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "FullEffect":
+        """Run the encoder on ``sample``: its features are what enters the decoder."""
         encoder = self.net.encoder
         sample = sample.to(encoder.dtype)
         # 1. time and guidance scale
@@ -106,6 +108,7 @@ class FullEffect(Effect):
         self.gains_BK = gains_BK
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        """Add the encoder's projected features to the skips, and before block 0 to the rest."""
         num_skips = self.net.num_skips
         stop = len(self.features) - 1 - sum(num_skips[:index])
         numbers = range(stop - num_skips[index], stop)

@@ -36,10 +36,10 @@ class Guide(ModelMixin, ConfigMixin):
     config_name = "config.json"
 
     @register_to_config
-    def __init__(
+    def __init__(  # noqa: PLR0913, the entries of its config.json
         self,
         kind: str,
-        in_channels: int,
+        in_channels: int,  # noqa: ARG002, register_to_config keeps it
         text_dim: int,
         channels: list[list[int]],
         attention_channels: list[int],
@@ -48,12 +48,12 @@ class Guide(ModelMixin, ConfigMixin):
         text_rank: int = 0,
         embedding_dim: int = 0,
         unet_config: dict[str, Any] | None = None,
-        base_hash: str | None = None,
-        prediction_type: str = "epsilon",
-        guidance_scale_range: tuple[float, float] = (1.0, 8.0),
-        num_steps: int | None = None,
-        timestep_spacing: str | None = None,
-        format_version: int = 1,
+        base_hash: str | None = None,  # noqa: ARG002, register_to_config keeps it
+        prediction_type: str = "epsilon",  # noqa: ARG002, register_to_config keeps it
+        guidance_scale_range: tuple[float, float] = (1.0, 8.0),  # noqa: ARG002, register_to_config keeps it
+        num_steps: int | None = None,  # noqa: ARG002, register_to_config keeps it
+        timestep_spacing: str | None = None,  # noqa: ARG002, register_to_config keeps it
+        format_version: int = 1,  # noqa: ARG002, register_to_config keeps it
     ) -> None:
         super().__init__()
         entrances = [EntranceChannels(hidden, tuple(skips)) for hidden, *skips in channels]
@@ -73,6 +73,8 @@ class Guide(ModelMixin, ConfigMixin):
         """A fresh guide that fits ``unet`` and leaves it unchanged.
 
         Args:
+            unet: the base; its device is the guide's.
+            config: what kind of guide; default: a tiny one.
             trained_for: config entries such as ``base_hash`` and ``prediction_type``.
 
         Raises:
@@ -158,6 +160,7 @@ class Guide(ModelMixin, ConfigMixin):
         """Read what a run does not change from step to step.
 
         Args:
+            conditions: prompts, negative prompts and guidance scales of the batch.
             strength: multiplies all that the guide does.
         """
         return self.net.prepare(conditions, strength)

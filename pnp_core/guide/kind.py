@@ -50,25 +50,27 @@ class Effect:
         """The text states that the UNet is to read in place of the prompt's."""
         return c_BLD
 
-    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:  # noqa: ARG002, overrides use them
         """What cross-attention ``index`` is to have read, before its output projection.
 
         Args:
+            index: counts the UNet's cross-attentions.
             query_BNC: its queries.
             read_BNC: what it read of the prompt.
             negative: its keys and values of the negative prompt.
         """
         return read_BNC
 
-    def modulate(self, index: int, output: Tensor) -> Tensor:
+    def modulate(self, index: int, output: Tensor) -> Tensor:  # noqa: ARG002, overrides use it
         """What layer ``index`` of :func:`modulated_layers` is to have given.
 
         Args:
+            index: its place in that list.
             output: what it gave, ``(B, C, H, W)`` or ``(B, N, C)``.
         """
         return output
 
-    def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+    def enter(self, index: int, entering: DecoderInput) -> DecoderInput:  # noqa: ARG002, overrides use it
         """What is to enter up block ``index``."""
         return entering
 
@@ -94,6 +96,7 @@ class Kind(nn.Module, ABC):
         """Read what does not change from step to step.
 
         Args:
+            conditions: prompts, negative prompts and guidance scales of the batch.
             strength: multiplies all that the guide does.
         """
 
@@ -112,7 +115,9 @@ class Gain(NamedTuple):
         """The gain at these guidance scales.
 
         Args:
+            w_B: guidance scales; below 1 counts as 1.
             difference_BLD: of the text states of prompt and negative prompt, :func:`rms_normed`.
+            strength: multiplies both gains.
         """
         above_B = (w_B.float() - 1).clamp(min=0)
         ramp_B = above_B.clamp(max=1)

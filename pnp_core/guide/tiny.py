@@ -93,6 +93,7 @@ class TinyGuide(Kind):
         self.attention_groups = groups_of(attention_channels)
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedTiny":
+        """Read guidance scales and text once for a run; see :class:`Kind`."""
         return PreparedTiny(self, conditions, strength)
 
     def grouped_attentions(self) -> list[list[AttentionAdapter]]:
@@ -158,6 +159,7 @@ class PreparedTiny(Prepared):
         self.base = torch.tensor([1.0, 0.0], dtype=dtype, device=c.device)[:, None, None]
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "TinyEffect":
+        """Compute all that this timestep decides: gains, directions, factors and shifts."""
         net = self.net
         # 1. the conditioning vector
         t_BE = sinusoidal(timestep_B, self.frequencies).to(self.of_t.dtype)
@@ -250,9 +252,11 @@ class TinyEffect(Effect):
         self.modulations = modulations
 
     def steer(self, c_BLD: Tensor) -> Tensor:
+        """Add the text residual to the prompt's states, ``(B, L, D)``."""
         return c_BLD + self.text_residual_BLD.to(c_BLD.dtype)
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        """Go beyond what was read of the prompt, away from what the negative prompt gives."""
         gain, down, up = (x.to(read_BNC.dtype) for x in self.mixtures[index])
         read_n = read_negative(query_BNC, negative)
         beyond = (read_BNC.unflatten(-1, read_n.shape[2:]) - read_n).flatten(2).to(read_BNC.dtype)
@@ -261,18 +265,20 @@ class TinyEffect(Effect):
         return torch.addcmul(more, gain, beyond)
 
     def modulate(self, index: int, output: Tensor) -> Tensor:
+        """Scale and shift the output's channels: ``shift + factor * output``."""
         factor, shift = self.modulations[index]
         each = (..., None, None) if output.ndim == 4 else (slice(None), None)
         return torch.addcmul(shift.to(output.dtype)[each], output, factor.to(output.dtype)[each])
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
+        """Add this entrance's residuals to the hidden states and the skips."""
         features = (entering.hidden_states, *entering.skips)
         residuals = self.net.entrances[index](features, self.told[index])
         hidden, *skips = add_all(features, residuals)
         return DecoderInput(hidden, tuple(skips))
 
 
-def tiny_shape(
+def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     entrances: Sequence[EntranceChannels],
     *,
     text_dim: int,
