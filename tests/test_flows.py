@@ -416,6 +416,7 @@ def free_port() -> int:
         return int(candidate.getsockname()[1])
 
 
+@pytest.mark.services
 @pytest.mark.timeout(1500)  # some twenty processes, which a busy machine takes its time over
 def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) -> None:
     """docs/server.md, step by step."""

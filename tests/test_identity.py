@@ -178,6 +178,7 @@ def test_what_is_loaded_from_the_hub_is_the_revision_that_is_recorded(
 @pytest.mark.parametrize("part", ["text_encoder/model.safetensors", "vae/config.json"])
 def test_storage_never_serves_another_bases_shards(world: Path, part: str, tmp_path: Path) -> None:
     storage = tmp_path / "shared"
+    storage.mkdir()
     toy.write_params(world, {**toy.toy_params(), "storage": str(storage)})
     params = load_params(Path("params.yaml"))
     prepare.run(params)
