@@ -116,7 +116,10 @@ class Mirror:
                     raise OSError(self._no_place()) from None
                 raise FileNotFoundError(f"there is no {self.url}/{name}") from None
             except PermissionError as error:
-                raise PermissionError(f"storage: may not {what}: {error}") from error
+                raise PermissionError(
+                    f"storage: may not {what}: {error}. Are the keys (AWS_ACCESS_KEY_ID, "
+                    "AWS_PROFILE…) known there, not expired, and allowed to?"
+                ) from error
             except Exception as error:  # each of fsspec's backends has its own
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
