@@ -1,0 +1,203 @@
+"""What is known of an evaluated model: written by `evaluate`, read by the gate and the report.
+
+results/evaluate/<model>/evaluation.json holds all of it. The few numbers that DVC shows lie beside
+it in metrics.json.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from pnp_core.files import read_json, write_json
+
+FORMAT = 2
+FILE = "evaluation.json"
+COVERAGE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number, and the same number of resampled images.
+
+    Replicate i of every estimate of an evaluation, and of any evaluation of the same tasks, is of
+    the same resample of (prompt, seed) pairs: what is computed of two estimates is paired.
+    """
+
+    value: float
+    replicates: tuple[float, ...] = ()
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval; NaN where nothing was resampled.
+
+        The percentiles of the replicates, moved so that their mean is the value: resampling with
+        replacement shifts FID upwards.
+        """
+        if not self.replicates:
+            return math.nan, math.nan
+        found = np.asarray(self.replicates)
+        tail = 50 * (1 - COVERAGE)
+        low, high = np.percentile(found, [tail, 100 - tail]) - found.mean() + self.value
+        return float(low), float(high)
+
+    def with_other(self, other: "Estimate", function: Callable[[Any, Any], Any]) -> "Estimate":
+        """`function` of the values, and of the replicates pair by pair."""
+        pairs = zip(self.replicates, other.replicates, strict=True)
+        return Estimate(
+            value=float(function(self.value, other.value)),
+            replicates=tuple(float(function(a, b)) for a, b in pairs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The scores of the images of one method at one setting, by one judge.
+
+    Attributes:
+        method: a key of `METHODS`.
+        num_steps: of the sampler.
+        forwards: what an image costs, in plain forwards of the UNet, by FLOPs.
+        solver: `ddim` or `dpmsolver++`.
+        guidance_scale: diffusers'.
+        judge: its name.
+        scores: by name: fid, kid, clip_score, diversity, cfg_psnr (to CFG at the same setting).
+    """
+
+    method: str
+    num_steps: int
+    forwards: float
+    solver: str
+    guidance_scale: float
+    judge: str
+    scores: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """All cells of one model, and what is not a matter of images.
+
+    Attributes:
+        model: its name in params.yaml.
+        identity: what two evaluations must have in common to be compared, by name: hashes of the
+            base, the model, the reference, the data, the tasks (prompts and seeds) and the judges,
+            the number of images, the guidance scale, spacing, precision, the teacher's rule and
+            the version of the measuring code.
+        num_images: of each cell.
+        guidance_scale: of the cells that are compared at every number of steps.
+        cells: of every method, setting and judge; the first judge is the one that the gate asks.
+        guidance_fvu: the share of guidance that the guide leaves unexplained.
+        fvu_by_timestep: the same at each timestep.
+        cost: flops_ratio, time_ratio, image_time_ratio and times in ms, by name.
+        negative: what a negative prompt does, by name: the share of CFG's effect.
+    """
+
+    model: str
+    identity: Mapping[str, str | int | float]
+    num_images: int
+    guidance_scale: float
+    cells: tuple[Cell, ...]
+    guidance_fvu: Estimate
+    fvu_by_timestep: Mapping[str, float] = field(default_factory=dict)
+    cost: Mapping[str, float] = field(default_factory=dict)
+    negative: Mapping[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        """In the order of params.yaml."""
+        return tuple(dict.fromkeys(cell.judge for cell in self.cells))
+
+    @property
+    def num_steps(self) -> tuple[int, ...]:
+        """The step counts at which guided, CFG and unguided stand side by side, most first."""
+        steps = {method: self._steps(method) for method in ("unguided", "cfg", "guided")}
+        return tuple(sorted(set.intersection(*steps.values()), reverse=True))
+
+    def cell(
+        self,
+        method: str,
+        num_steps: int,
+        *,
+        solver: str = "ddim",
+        guidance_scale: float | None = None,
+        judge: str | None = None,
+    ) -> Cell | None:
+        """The one of these settings, by default the evaluation's scale and its first judge."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        wanted = (method, num_steps, solver, scale, judge or self.judges[0])
+        for cell in self.cells:
+            is_it = (cell.method, cell.num_steps, cell.solver, cell.guidance_scale, cell.judge)
+            if is_it == wanted:
+                return cell
+        return None
+
+    def ratio(self, score: str, num_steps: int, *, judge: str | None = None) -> Estimate:
+        """A score of the guide's over CFG's at the same number of steps."""
+        return self._score("guided", score, num_steps, judge).with_other(
+            self._score("cfg", score, num_steps, judge), lambda a, b: a / b
+        )
+
+    def gain(self, score: str, num_steps: int, *, judge: str | None = None) -> Estimate | None:
+        """The share of what CFG gains in a score over no guidance that the guide gains.
+
+        None where CFG's own gain is inside its interval, so that the share says nothing.
+        """
+        unguided = self._score("unguided", score, num_steps, judge)
+        whole = self._score("cfg", score, num_steps, judge).with_other(unguided, lambda a, b: a - b)
+        low, high = whole.interval
+        if not (low > 0 or high < 0):
+            return None
+        part = self._score("guided", score, num_steps, judge).with_other(
+            unguided, lambda a, b: a - b
+        )
+        return part.with_other(whole, lambda a, b: a / b)
+
+    def save(self, folder: Path) -> None:
+        """Write evaluation.json into `folder`."""
+        write_json(folder / FILE, {"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read `folder`/evaluation.json. Raises ValueError if it is of another format."""
+        return cls.from_json(read_json(folder / FILE), where=str(folder / FILE))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], *, where: str) -> Self:
+        """From what `save` wrote. Raises ValueError, which names `where`, for another format."""
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"{where} was written by another version of this code (format "
+                f"{values.get('format', 1)}, this code's is {FORMAT}): evaluate again"
+            )
+        own = {name: value for name, value in values.items() if name != "format"}
+        own["cells"] = tuple(
+            Cell(**{**cell, "scores": _estimates(cell["scores"])}) for cell in own["cells"]
+        )
+        own["guidance_fvu"] = _estimate(own["guidance_fvu"])
+        own["negative"] = _estimates(own["negative"])
+        return cls(**own)
+
+    def _score(self, method: str, score: str, num_steps: int, judge: str | None) -> Estimate:
+        cell = self.cell(method, num_steps, judge=judge)
+        if cell is None or score not in cell.scores:
+            raise ValueError(f"{self.model}: no {score} of {method} at {num_steps} steps")
+        return cell.scores[score]
+
+    def _steps(self, method: str) -> set[int]:
+        scale = self.guidance_scale
+        return {
+            cell.num_steps
+            for cell in self.cells
+            if (cell.method, cell.solver, cell.guidance_scale) == (method, "ddim", scale)
+        }
+
+
+def _estimate(values: Mapping[str, Any]) -> Estimate:
+    return Estimate(value=values["value"], replicates=tuple(values["replicates"]))
+
+
+def _estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
+    return {name: _estimate(estimate) for name, estimate in values.items()}
