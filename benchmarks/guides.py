@@ -101,9 +101,9 @@ class PartialEffect(Effect):
         """As the whole guide; not asked without the part `attentions`."""
         return self.whole.attend(index, query_BNC, read_BNC, negative)
 
-    def modulate(self, index: int, output: Tensor) -> Tensor:
+    def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
         """As the whole guide; not asked without the part `modulations`."""
-        return self.whole.modulate(index, output)
+        return self.whole.modulate(index, output, in_place=in_place)
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
         """As the whole guide, or unchanged without the part `entrances`."""
@@ -314,6 +314,8 @@ class DecoderEffect(PartialEffect):
             return read_BNC
         return super().attend(index, query_BNC, read_BNC, negative)
 
-    def modulate(self, index: int, output: Tensor) -> Tensor:
+    def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
         """As the guide in layers of the decoder; elsewhere unchanged."""
-        return super().modulate(index, output) if index in self.places.layers else output
+        if index not in self.places.layers:
+            return output
+        return super().modulate(index, output, in_place=in_place)

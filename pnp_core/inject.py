@@ -6,10 +6,11 @@ of a :class:`pnp_core.calls.Call` that has been entered in the same thread.
 """
 
 import copy
+import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class UNetHook:
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
         for index, layer in enumerate(modulated_layers(unet)):
-            place(layer, ModulateHook(index))
+            place(
+                layer, ModulateHook(index, is_norm=isinstance(layer, nn.GroupNorm | nn.LayerNorm))
+            )
         self.layers = text_attentions(unet)
         for index, layer in enumerate(self.layers):
             place(layer, NegativeHook(index))
@@ -92,7 +95,7 @@ class UNetHook:
                     told(module)
                     break
             return None
-        names = list(inspect.signature(type(module).forward).parameters)[1 : 1 + len(args)]
+        names = parameter_names(type(module).forward)[1 : 1 + len(args)]
         arguments = {**dict(zip(names, args, strict=True)), **kwargs}
         effect = call.begin(arguments)
         if effect is not None:
@@ -126,6 +129,12 @@ class UNetHook:
         return None if call is None or output is None else call.end(output)
 
 
+@functools.cache
+def parameter_names(function: Callable[..., Any]) -> list[str]:
+    """In order. Reading a UNet's takes as long as one of its layers."""
+    return list(inspect.signature(function).parameters)
+
+
 class EnterHook:
     """Lets the guide change what enters one up block."""
 
@@ -152,19 +161,27 @@ class EnterHook:
 
 
 class ModulateHook:
-    """Lets the guide change what one layer gives."""
+    """Lets the guide change what one layer gives.
 
-    def __init__(self, index: int) -> None:
+    Args:
+        index: of the layer.
+        is_norm: what a norm gives is nobody else's yet, and may be written over. What a block
+            gives may be kept, as DeepCache does.
+    """
+
+    def __init__(self, index: int, *, is_norm: bool) -> None:
         self.index = index
+        self.is_norm = is_norm
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
         """After a layer: its output, or a tuple's first entry, as the guide has it."""
         acting = now.acting
         if acting is None or not acting.effect.modulates:
             return None
-        if isinstance(output, tuple):
-            return (acting.effect.modulate(self.index, output[0]), *output[1:])
-        return acting.effect.modulate(self.index, output)
+        if isinstance(output, Tensor):
+            in_place = self.is_norm and not torch.is_grad_enabled()
+            return acting.effect.modulate(self.index, output, in_place=in_place)
+        return (acting.effect.modulate(self.index, output[0]), *output[1:])
 
 
 class NegativeHook:

@@ -129,7 +129,7 @@ def test_the_prompt_modulates_layers_as_far_as_it_differs_from_the_negative_one(
         conditions = Conditions(c_BLD=c, n_BLD=n, w_B=inputs.w)
         effect = guide.prepare(conditions).at(inputs.z, inputs.t)
         assert isinstance(effect, TinyEffect)
-        return torch.cat([x for each in effect.modulations for x in each], dim=1)
+        return torch.cat([x for each in effect.modulations[3] for x in each], dim=2)[:, 0]
 
     assert modulations(inputs.n, inputs.n).unique().tolist() == [0, 1]  # shifts and factors
     differs = modulations(inputs.c, inputs.n)

@@ -20,11 +20,19 @@ PROJECTION_RANK = 8  # of what is mixed from its channels besides
 
 
 class Told(NamedTuple):
-    """What an entrance is told of t, w and the prompt: by direction, ``(B, R)``."""
+    """What an entrance is told of t, w and the prompt: by direction, ``(B, R, 1)``."""
 
-    scale_BR: Tensor
-    shift_BR: Tensor
-    gain_BR: Tensor
+    scale_BR1: Tensor
+    shift_BR1: Tensor
+    gain_BR1: Tensor
+
+
+class EntranceMatrices(NamedTuple):
+    """How an entrance reads features, and what it adds to them; C channels a feature."""
+
+    down: tuple[Tensor, ...]  # (R, C) a feature
+    bias_R1: Tensor
+    up: Tensor  # (sum of C, R)
 
 
 class EntranceAdapter(nn.Module):
@@ -40,29 +48,34 @@ class EntranceAdapter(nn.Module):
         self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
         self.offset = nn.Parameter(torch.zeros(rank))
 
-    def forward(self, features: Sequence[Tensor], told: Told) -> list[Tensor]:
+    def matrices(self) -> EntranceMatrices:
+        """The weights in the shapes that :meth:`forward` takes them in; once a run."""
+        assert self.down.bias is not None
+        down = self.down.weight.flatten(1).split(self.split, dim=1)
+        return EntranceMatrices(down, self.down.bias[:, None], self.up.weight.flatten(1))
+
+    def forward(
+        self, features: Sequence[Tensor], told: Told, matrices: EntranceMatrices
+    ) -> list[Tensor]:
         """Residuals for the features, in this module's dtype."""
-        scale, shift, gain = (x[..., None] for x in told)
+        down, bias_R1, up = matrices
+        batch, _, *size = features[0].shape
         # 1. down to the rank, features of different magnitudes brought to one root mean square;
         # dividing what comes out of the projection costs less than dividing what goes in; no
         # gradient goes through the norms, where it would take time and teach nothing
-        weight, up = self.down.weight.flatten(1), self.up.weight.flatten(1)
-        assert self.down.bias is not None
         norms = torch.stack([norm_of(x.detach()) for x in features]).clamp(min=1e-6)
-        h = self.down.bias[:, None]
-        for x, part, norm in zip(
-            features, weight.split(self.split, dim=1), norms.to(weight.dtype), strict=True
-        ):
+        norms = norms.to(bias_R1.dtype).view(len(features), batch, 1, 1)
+        h = bias_R1
+        for x, part, norm in zip(features, down, norms.unbind(), strict=True):
             # a product of matrices: on a CPU a convolution would first copy what it reads
-            read = torch.bmm(part.expand(len(x), -1, -1), x.flatten(2).to(weight.dtype))
-            h = torch.addcdiv(h, read, norm, value=x[0].numel() ** 0.5)
+            read = torch.bmm(part.expand(batch, -1, -1), x.flatten(2).to(part.dtype))
+            h = torch.addcdiv(h, read, norm, value=x.shape[1:].numel() ** 0.5)
         # 2. what t, w and the prompt ask for
-        h = F.silu(torch.addcmul(shift, h, scale))
+        h = F.silu(torch.addcmul(told.shift_BR1, h, told.scale_BR1))
         # 3. look around, then project back
-        size = features[0].shape[2:]
-        h = h + self.mix(F.silu(h).unflatten(2, size)).flatten(2)
-        residual = torch.bmm(up.expand(len(h), -1, -1), gain * F.silu(h))
-        return list(residual.unflatten(2, size).split(self.split, dim=1))
+        h = h + self.mix(F.silu(h).view(batch, -1, *size)).flatten(2)
+        residual = torch.bmm(up.expand(batch, -1, -1), told.gain_BR1 * F.silu(h))
+        return list(residual.view(batch, -1, *size).split(self.split, dim=1))
 
 
 class TextAdapter(nn.Module):
@@ -77,7 +90,7 @@ class TextAdapter(nn.Module):
 
     def forward(self, down_BLR: Tensor, told: Told) -> Tensor:
         """The residual, ``(B, L, D)``, from the difference as :attr:`down` gives it."""
-        scale, shift, gain = (x[:, None] for x in told)
+        scale, shift, gain = (x.mT for x in told)
         residual: Tensor = self.up(gain * F.silu(torch.addcmul(shift, down_BLR, scale)))
         return residual
 
@@ -116,6 +129,8 @@ class Modulations(nn.Module):
     def __init__(self, channels: Sequence[int], embedding_dim: int) -> None:
         super().__init__()
         self.groups = groups_of(channels)
+        in_groups = [layer for _, layers in self.groups for layer in layers]
+        self.places = [in_groups.index(layer) for layer in range(len(channels))]
         down = nn.Linear(embedding_dim, len(channels))
         # A vector, not a matrix: the optimizer is not to mix directions of different layers.
         self.down = nn.Parameter(down.weight.detach().flatten())
@@ -134,8 +149,8 @@ class Modulations(nn.Module):
 
 
 def norm_of(x: Tensor) -> Tensor:
-    """Of each sample of ``(B, C, H, W)``: ``(B, 1, 1)``, float32."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)[:, None, None]
+    """Of each sample of ``(B, C, H, W)``: ``(B,)``, float32."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)
 
 
 def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:
@@ -149,19 +164,21 @@ def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:
 def read_negative(query_BNC: Tensor, negative: KeyValue) -> Tensor:
     """What a cross-attention with these queries reads of the negative prompt: ``(B, N, H, D)``.
 
-    Written out but on a GPU: elsewhere the fused kernel's backward pass is slow with so few
-    channels. On a CPU the softmax is taken in fp32, which is three times as fast as in bf16.
+    Written out where no fused kernel is faster: in training on a CPU, its backward pass is slow
+    with so few channels. The softmax is then taken in fp32, which is three times as fast as in
+    bf16.
     """
     key, value = (x.to(query_BNC.dtype) for x in negative)
-    batch, num_heads = len(query_BNC), key.shape[1]
-    query = query_BNC.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    batch, num_positions, _ = query_BNC.shape
+    query = query_BNC.view(batch, num_positions, key.shape[1], -1).transpose(1, 2)
     if shared := len(key) < batch:  # all samples' positions make one attention
         query = query.transpose(0, 1).flatten(1, 2)[None]
-    if query.device.type == "cuda":
+    is_cpu = query.device.type == "cpu"
+    if query.device.type == "cuda" or (is_cpu and not torch.is_grad_enabled()):
         read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
     else:
         weights = query @ key.mT
-        if query.device.type == "cpu":
+        if is_cpu:
             weights = weights.float()
         read = weights.softmax(dim=-1).to(query.dtype) @ value
     if shared:

@@ -61,12 +61,13 @@ class Effect:
         """
         return read_BNC
 
-    def modulate(self, index: int, output: Tensor) -> Tensor:  # noqa: ARG002, overrides use it
+    def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:  # noqa: ARG002, overrides use them
         """What layer ``index`` of :func:`modulated_layers` is to have given.
 
         Args:
             index: its place in that list.
             output: what it gave, ``(B, C, H, W)`` or ``(B, N, C)``.
+            in_place: whether it may be written over.
         """
         return output
 
@@ -159,6 +160,12 @@ def zero_module(module: Layer) -> Layer:
 
 
 def add_all(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """Sums, each in the dtype of the feature; in one operation."""
+    """Sums, each in the dtype of the feature; in one operation.
+
+    Without gradients they take the memory of the residuals, which are nobody else's.
+    """
     residuals = [r.to(x.dtype) for x, r in zip(features, residuals, strict=True)]
-    return list(torch._foreach_add(list(features), residuals))
+    if torch.is_grad_enabled():
+        return list(torch._foreach_add(list(features), residuals))
+    torch._foreach_add_(residuals, list(features))
+    return residuals

@@ -143,7 +143,9 @@ class PreparedTiny(Prepared):
         ]
         self.gains_BX = gain.with_offset(torch.cat([*offsets, net.modulations.offset]))
         told_gains = gain.with_offset(torch.cat([part.offset for part in told]))
-        self.told_gains = told_gains.split(ranks, dim=1)
+        self.told_gains = told_gains[..., None].split(ranks, dim=1)
+        entrances = (e for e in net.entrances if isinstance(e, EntranceAdapter))  # as all are
+        self.matrices = [entrance.matrices() for entrance in entrances]
         self.split_told = [rank for rank in ranks for _ in range(2)]
         num = [len(g) for g in groups]
         self.split_driven = [
@@ -169,14 +171,14 @@ class PreparedTiny(Prepared):
         told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
             [sum(self.split_told), self.gains_BX.shape[1]], dim=1
         )
-        parts = told_BX.split(self.split_told, dim=1)
+        parts = told_BX[..., None].split(self.split_told, dim=1)
         told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
         driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
         # 3. what that drives
         mixed = is_mixed(sample.device.type)
         dtype = told_BX.dtype if mixed else sample.dtype
         return TinyEffect(
-            net=net,
+            prepared=self,
             told=told[1:],
             text_residual_BLD=net.text(self.down_BLR, told[0]),
             mixtures=self.mixtures(driven, dtype),
@@ -203,16 +205,19 @@ class PreparedTiny(Prepared):
             found |= zip(layers, (Mixture(*part) for part in parts), strict=True)
         return [found[layer] for layer in range(len(found))]
 
-    def modulations(self, codes: Sequence[Tensor], dtype: torch.dtype) -> list["Modulation"]:
-        """What each layer's output is multiplied by and what is added, in the forward's order."""
-        found: dict[int, Modulation] = {}
-        for (_, layers), code_BK, table_2KC in zip(
-            self.net.modulations.groups, codes, self.tables, strict=True
-        ):
+    def modulations(self, codes: Sequence[Tensor], dtype: torch.dtype) -> "ModulationsByShape":
+        """What each layer's output is multiplied by and what is added, group by group.
+
+        Shaped for outputs of both kinds: by number of dimensions, factors and shifts, ``(B, 1, C)``
+        and ``(B, C, 1, 1)``.
+        """
+        found: ModulationsByShape = {3: ([], []), 4: ([], [])}
+        for code_BK, table_2KC in zip(codes, self.tables, strict=True):
             both_B2KC = torch.addcmul(self.base, code_BK[:, None, :, None], table_2KC).to(dtype)
-            factors, shifts = (x.unbind(1) for x in both_B2KC.unbind(1))
-            found |= zip(layers, map(Modulation, factors, shifts), strict=True)
-        return [found[layer] for layer in range(len(found))]
+            for part, both_BKC in enumerate(both_B2KC.unbind(1)):
+                found[3][part].extend(both_BKC[:, :, None].unbind(1))
+                found[4][part].extend(both_BKC[..., None, None].unbind(1))
+        return found
 
 
 class Mixture(NamedTuple):
@@ -223,11 +228,7 @@ class Mixture(NamedTuple):
     up_RC: Tensor
 
 
-class Modulation(NamedTuple):
-    """What a layer's output is multiplied by and what is added then, by channel, ``(B, C)``."""
-
-    factor: Tensor
-    shift: Tensor
+ModulationsByShape = dict[int, tuple[list[Tensor], list[Tensor]]]
 
 
 class TinyEffect(Effect):
@@ -239,13 +240,13 @@ class TinyEffect(Effect):
     def __init__(
         self,
         *,
-        net: TinyGuide,
+        prepared: PreparedTiny,
         told: list[Told],
         text_residual_BLD: Tensor,
         mixtures: list[Mixture],
-        modulations: list[Modulation],
+        modulations: ModulationsByShape,
     ) -> None:
-        self.net = net
+        self.net, self.matrices = prepared.net, prepared.matrices
         self.told = told
         self.text_residual_BLD = text_residual_BLD
         self.mixtures = mixtures
@@ -259,21 +260,26 @@ class TinyEffect(Effect):
         """Go beyond what was read of the prompt, away from what the negative prompt gives."""
         gain, down, up = (x.to(read_BNC.dtype) for x in self.mixtures[index])
         read_n = read_negative(query_BNC, negative)
-        beyond = (read_BNC.unflatten(-1, read_n.shape[2:]) - read_n).flatten(2).to(read_BNC.dtype)
+        beyond = (read_BNC.view(read_n.shape) - read_n).flatten(2).to(read_BNC.dtype)
         mixed = torch.bmm(beyond, down)
         more = torch.baddbmm(read_BNC, mixed, up.expand(len(mixed), -1, -1))
-        return torch.addcmul(more, gain, beyond)
+        return more.addcmul_(gain, beyond)
 
-    def modulate(self, index: int, output: Tensor) -> Tensor:
+    def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
         """Scale and shift the output's channels: ``shift + factor * output``."""
-        factor, shift = self.modulations[index]
-        each = (..., None, None) if output.ndim == 4 else (slice(None), None)
-        return torch.addcmul(shift.to(output.dtype)[each], output, factor.to(output.dtype)[each])
+        factors, shifts = self.modulations[output.ndim]
+        place = self.net.modulations.places[index]
+        factor, shift = factors[place], shifts[place]
+        if factor.dtype != output.dtype:
+            factor, shift = factor.to(output.dtype), shift.to(output.dtype)
+        if in_place:
+            return torch.addcmul(shift, output, factor, out=output)
+        return torch.addcmul(shift, output, factor)
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
         """Add this entrance's residuals to the hidden states and the skips."""
         features = (entering.hidden_states, *entering.skips)
-        residuals = self.net.entrances[index](features, self.told[index])
+        residuals = self.net.entrances[index](features, self.told[index], self.matrices[index])
         hidden, *skips = add_all(features, residuals)
         return DecoderInput(hidden, tuple(skips))
 
