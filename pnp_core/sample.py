@@ -52,10 +52,12 @@ def sample(  # noqa: PLR0913, the quantities of a run, by name
             multistep form 2M) or ``unipc`` (Zhao et al. 2023).
 
     Raises:
-        ValueError: there is no solver of this name.
+        ValueError: there is no solver of this name, or it can't take so many steps.
     """
     if solver not in SOLVERS:
         raise ValueError(f"There is no solver {solver!r}; the solvers are {', '.join(SOLVERS)}.")
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    grid = sampling_timesteps(scheduler, num_steps, timestep_spacing)
     if SOLVERS[solver] is not None:
         steps = solver_steps(scheduler, solver, num_steps, timestep_spacing)
         z = z_T
@@ -63,8 +65,6 @@ def sample(  # noqa: PLR0913, the quantities of a run, by name
             eps = denoiser(z, t.expand(len(z)).to(z.device), conditions).to(z.dtype)
             z = steps.step(eps, t, z, return_dict=False)[0]
         return z
-    schedule = NoiseSchedule.from_scheduler(scheduler)
-    grid = sampling_timesteps(scheduler, num_steps, timestep_spacing)
     batch = z_T.shape[0]
     z = z_T
     for t_B, s_B in pairwise(grid.to(z.device)[:, None].expand(-1, batch)):
@@ -81,6 +81,7 @@ def solver_steps(scheduler: Any, solver: str, num_steps: int, spacing: str | Non
         overrides["timestep_spacing"] = spacing
     steps = kind.from_config(copy.deepcopy(dict(scheduler.config)), **overrides)
     steps.set_timesteps(num_steps)
+    steps.set_begin_index(0)  # else it looks up each timestep, which makes a GPU's host wait
     return steps
 
 
