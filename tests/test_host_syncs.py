@@ -1,14 +1,12 @@
 """Nothing that a plugged step, our sampler or a training step does waits for the device."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.plug import Operations, counted_forwards, waits
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
@@ -20,37 +18,7 @@ from pnp_core.schedule import NoiseSchedule
 from pnp_core.train import TrainConfig, train
 from tests.conftest import roused
 
-# What a GPU can't answer before it has done all that it was told.
-WAITS = {
-    "_local_scalar_dense",
-    "equal",
-    "is_nonzero",
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_consecutive",
-}
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Waits(TorchDispatchMode):
-    """Counts the operations that would wait for a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        name = func.overloadpacket.__name__
-        if name in WAITS:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])
@@ -59,18 +27,9 @@ def test_a_plugged_step_after_the_first_waits_for_nothing(
 ) -> None:
     guide = Guide.from_unet(pipe.unet, GuideConfig(kind=kind, max_parameters_ratio=0.2))
     plug(pipe, roused(guide))
-    counted: list[int] = []
-    forward = pipe.unet._call_impl
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        with Waits() as waits:
-            result = forward(*args, **kwargs)
-        counted.append(waits.counts.total())
-        return result
-
-    pipe.unet._call_impl = counting
-    pipe("a cat", negative_prompt="a dog", num_inference_steps=3, output_type="latent")
-    assert len(counted) == 3 and counted[1:] == [0, 0]
+    with counted_forwards(pipe.unet) as counted:
+        pipe("a cat", negative_prompt="a dog", num_inference_steps=3, output_type="latent")
+    assert len(counted) == 3 and not any(counted[1:])
 
 
 def test_our_sampler_waits_for_nothing_in_a_step(pipe: StableDiffusionPipeline) -> None:
@@ -79,7 +38,7 @@ def test_our_sampler_waits_for_nothing_in_a_step(pipe: StableDiffusionPipeline) 
     text, null = (encode_prompts(pipe, [prompt]).states_NLD for prompt in ("a cat", ""))
     counts = []
     for num_steps in (1, 5):
-        with Waits() as waits:
+        with Operations(waits) as found:
             sample(
                 denoiser,
                 pipe.scheduler,
@@ -87,7 +46,7 @@ def test_our_sampler_waits_for_nothing_in_a_step(pipe: StableDiffusionPipeline) 
                 conditions=Conditions.at_scale(4.0, c_BLD=text, n_BLD=null),
                 num_steps=num_steps,
             )
-        counts.append(waits.counts)
+        counts.append(found.found)
     assert counts[0] == counts[1]  # of the scheduler's own tables, which are on the CPU
 
 
@@ -98,13 +57,13 @@ def test_training_waits_only_where_it_reports(cache: TeacherCache) -> None:
         checkpoint_every_images=64,
     )  # fmt: skip
     per_step: list[int] = []
-    waits = Waits()
+    found = Operations(waits)
 
     def loss_fn(step: int, part: slice) -> torch.Tensor:
-        per_step.append(waits.counts.total())
+        per_step.append(found.found.total())
         return weight(torch.full((4, 4), float(step + 1))).square().mean(dim=1)
 
-    with waits:
+    with found:
         train(loss_fn, weight, config, run_hash="run")
     # the first four calls are before training; every tenth step turns the optimizer's bases
     between = [b - a for a, b in zip(per_step[4:-1], per_step[5:], strict=True)]

@@ -1,6 +1,5 @@
 """UNets of every kind beneath a plugged pipeline: each works, or is refused in one sentence."""
 
-import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -22,23 +21,7 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.plug import plug
 from pnp_core.schedule import NoiseSchedule
 from tests.pipeline_zoo import PHOTO, SIZE, Parts
-from tests.reference import CALL, SCALE, guide_for, guided, random_parts, with_unet
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return random_parts(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def guide(parts: Parts) -> Guide:
-    return guide_for(parts.base.unet)
-
-
-@pytest.fixture
-def pipe(parts: Parts) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    return with_unet(parts, copy.deepcopy(parts.base.unet))
+from tests.reference import CALL, SCALE, guide_for, guided, with_unet
 
 
 @pytest.mark.parametrize(

@@ -28,25 +28,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from pnp_core.guide import Guide
 from pnp_core.plug import plug, unplug
 from tests.pipeline_zoo import PHOTO, SIZE, Parts, controlnet
-from tests.reference import CALL, guide_for, guided, random_parts, rows_run, run, with_unet
+from tests.reference import CALL, guide_for, guided, rows_run, run
 
 OTHER = PHOTO.rotate(90).point(lambda x: 255 - x)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return random_parts(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def guide(parts: Parts) -> Guide:
-    return guide_for(parts.base.unet)
-
-
-@pytest.fixture
-def pipe(parts: Parts) -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    return with_unet(parts, copy.deepcopy(parts.base.unet))
 
 
 # IP-Adapter.

@@ -19,22 +19,10 @@ from tests.reference import (
     SCALE,
     Reference,
     guide_for,
-    random_parts,
     rows_run,
     run,
     stand_in,
 )
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
-    return random_parts(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def guide(parts: Parts) -> Guide:
-    """For the base."""
-    return guide_for(parts.base.unet)
 
 
 def made(name: str, parts: Parts) -> Any:
