@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -22,19 +22,14 @@ from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.shards import shuffled
 from pnp_core.train import TrainConfig
+from tests.toy import ddim
 
 SHAPE = (2, 4, 4)
 # Each Gaussian has a colour: the mean of a channel, the same at every pixel.
 MEANS_KD = 0.5 * torch.tensor([[1, 1], [-1, 1], [-1, -1], [1, -1]]).repeat_interleave(16, dim=1)
 STD = 0.5
 TEXT_K2D = torch.eye(4, 16).unsqueeze(1).repeat(1, 2, 1)  # prompt k's text states; the null's are 0
-SCHEDULER = DDIMScheduler(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    timestep_spacing="trailing",
-)
+SCHEDULER = ddim()
 SCHEDULE = NoiseSchedule.from_scheduler(SCHEDULER)
 MAX_GUIDANCE_SCALE = 3.0
 

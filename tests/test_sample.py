@@ -2,21 +2,15 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from pnp_core.conditions import Conditions
 from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule
+from tests.toy import ddim
 
 MEAN, STD = 0.7, 0.4
-SCHEDULER = DDIMScheduler(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    timestep_spacing="trailing",
-)
+SCHEDULER = ddim()
 SCHEDULE = NoiseSchedule.from_scheduler(SCHEDULER)
 CONDITIONS = Conditions.at_scale(1.0, c_BLD=torch.zeros(3, 1, 1), n_BLD=torch.zeros(1, 1, 1))
 Z_T = torch.randn((3, 4, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

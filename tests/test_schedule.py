@@ -10,16 +10,11 @@ from pnp_core.schedule import (
     sampling_timesteps,
     two_step_target,
 )
+from tests.toy import ddim
 
 
 def scheduler(**changes: object) -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        **{"set_alpha_to_one": False, "timestep_spacing": "trailing", **changes},
-    )
+    return ddim(**{"set_alpha_to_one": False, **changes})
 
 
 def latents(seed: int, batch: int = 3) -> torch.Tensor:

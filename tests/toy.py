@@ -100,6 +100,17 @@ def world(untouched_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
+def ddim(**changes: Any) -> DDIMScheduler:
+    """With Stable Diffusion's betas."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        **{"timestep_spacing": "trailing", **changes},
+    )
+
+
 def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:
     """A random base: 4x4 latents of 4 channels, 32 px images."""
     text = CLIPTextConfig(
@@ -135,20 +146,12 @@ def make_pipeline(tokenizer_folder: Path) -> StableDiffusionPipeline:
         sample_size=RESOLUTION,
         scaling_factor=1.0,
     )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-    )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=make_tokenizer(tokenizer_folder),
         unet=unet,
-        scheduler=scheduler,
+        scheduler=ddim(set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -227,25 +227,32 @@ class CacheBuilder:
         t_B: Tensor,
         prompt_B: Tensor,
         negative_B: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """The teacher's ``eps_c`` and ``eps_n``, ``(B, C, H, W)`` each, fp32 on the CPU.
+    ) -> dict[str, Tensor]:
+        """Pairs as they are kept, with the teacher's predictions, fp32 on the CPU.
 
         Args:
             unet: the base's, or a companion's.
-            z_t: noised latents, ``(B, C, H, W)``.
+            z_t: noised latents, ``(B, C, H, W)``, rounded as they are kept.
             t_B: timesteps.
             prompt_B: rows of the prompts in the text states.
             negative_B: rows of the negative prompts there.
         """
         teacher = CFGDenoiser(unet, self.schedule)
-        z_t, c, n = (
+        z, c, n = (
             x.to(unet.device, unet.dtype)
-            for x in (z_t, self.text["states"][prompt_B], self.text["states"][negative_B])
+            for x in (z_t.float(), self.text["states"][prompt_B], self.text["states"][negative_B])
         )
         added = added_rows(self.text, prompt_B, negative_B, unet.device, unet.dtype)
         conditions = Conditions.at_scale(1.0, c_BLD=c, n_BLD=n, added=added)
-        eps_c, eps_n = teacher.pair(z_t, t_B.to(unet.device), conditions)
-        return eps_c.float().cpu(), eps_n.float().cpu()
+        eps_c, eps_n = teacher.pair(z, t_B.to(unet.device), conditions)
+        return {
+            "z_t": z_t,
+            "timestep": t_B,
+            "eps_c": eps_c.float().cpu(),
+            "eps_n": eps_n.float().cpu(),
+            "prompt": prompt_B,
+            "negative": negative_B,
+        }
 
     def forward_pairs(
         self, start: int, count: int, generator: torch.Generator
@@ -260,15 +267,7 @@ class CacheBuilder:
         z_t = self.schedule.add_noise(x, torch.randn(x.shape, generator=generator), t_B).half()
         prompt_B = self.moments["prompt"][image_B]
         negative_B = self.negatives(count, generator)
-        eps_c, eps_n = self.predict(self.pipe.unet, z_t.float(), t_B, prompt_B, negative_B)
-        return {
-            "z_t": z_t,
-            "timestep": t_B,
-            "eps_c": eps_c,
-            "eps_n": eps_n,
-            "prompt": prompt_B,
-            "negative": negative_B,
-        }
+        return self.predict(self.pipe.unet, z_t, t_B, prompt_B, negative_B)
 
     def trajectory_pairs(
         self, unet: UNet2DConditionModel, count: int, generator: torch.Generator
@@ -298,18 +297,9 @@ class CacheBuilder:
         steps: list[dict[str, Tensor]] = []
         for t_B, s_B in pairwise(grid):
             z_t = z_t.half()
-            eps_c, eps_n = self.predict(unet, z_t.float(), t_B, prompt_B, negative_B)
-            steps.append(
-                {
-                    "z_t": z_t,
-                    "timestep": t_B,
-                    "eps_c": eps_c,
-                    "eps_n": eps_n,
-                    "prompt": prompt_B,
-                    "negative": negative_B,
-                }
-            )
-            eps = self.guider(eps_c, eps_n, t_B, w_B)
+            pairs = self.predict(unet, z_t, t_B, prompt_B, negative_B)
+            steps.append(pairs)
+            eps = self.guider(pairs["eps_c"], pairs["eps_n"], t_B, w_B)
             z_t = self.schedule.ddim_step(z_t.float(), eps, t_B, s_B)
         with torch.autocast("cpu", enabled=False):
             return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
