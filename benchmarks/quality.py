@@ -40,11 +40,13 @@ from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
 from components.device import device, frozen, load_base, load_companions
 from components.environment import quiet
-from components.judging import Judge, fid, kid
+from components.images import Task, batches
+from components.judging import Judge
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
-from components.sampling import Sampler, Task, batches, choose_tasks
+from components.sampling import Sampler, choose_tasks
+from components.scores import fid, kid
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
@@ -176,7 +178,7 @@ def run(params: Params, anew: str | None = None) -> None:
 
     Raises ValueError if there is no cache or no bundle.
     """
-    judge = Judge(params.evaluate.judge, device())
+    judge = Judge(params.evaluate.judges[0], device())
     setting = {
         "judge": judge.name,
         "guidance_scale": params.evaluate.guidance_scale,
@@ -288,7 +290,7 @@ def row_of(  # noqa: PLR0913, a cell of the table, and what all cells share
         "num_images": len(tasks),
         "fid": fid(features, references),
         "kid": kid(features, references),
-        "clip_score": judge.clip_score(made, [task.prompt for task in tasks]),
+        "clip_score": float(judge.clip_scores(made, [task.prompt for task in tasks]).mean()),
     }
     if num_steps in PEER_STEPS and method != "cfg":
         if num_steps not in cfg:

@@ -1,160 +1,270 @@
 """Stage evaluate: one model sampled without guidance, with CFG and with the guide, side by side.
 
-Reads guides/bundle, data/prepared and the model's reference images. Writes
-results/evaluate/<model>: metrics.json, grid.png and images.parquet, which keeps every image so that
-a new metric needs no new sampling.
+Reads guides/bundle, data/prepared and the model's reference images. First images are made, batch
+by batch, into results/sampled/<model>, where those that are there are not made again; then they are
+judged. Writes results/evaluate/<model>: evaluation.json, all that is known; metrics.json, the few
+numbers and quality.csv, scales.csv and fvu.csv, the curves that DVC shows; grid.png; and
+images.json, which tells where the pictures are.
 """
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cli import main
-from components.dataset import encode, reference_images
-from components.methods import METHODS
+from components.curves import headline, write_curves
+from components.dataset import reference_images
+from components.evaluation import Evaluation
+from components.images import Gallery, KeptImages, Recipe, Setting, Task, batches
+from components.methods import label_of
 from components.params import Params
-from components.paths import BUNDLE, EVALUATED
+from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
-from pnp_core.files import atomic_folder, write_json
+from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from components.judging import Judge
-    from components.sampling import Sampler, Task
+    from components.sampling import Sampler
+    from components.scores import RealImages
 
-Images = dict[tuple[str, int], "np.ndarray"]
-"""By method and number of steps: uint8, (N, height, width, 3)."""
+# Raised when the same images get other numbers than before: evaluations are then not compared.
+MEASURED_BY = 1
 
 
 def run(params: Params, model: str) -> None:
     """Write results/evaluate/<model>.
 
-    Raises ValueError if params.yaml has no such model, or if guide and model don't fit.
+    Raises ValueError if params.yaml has no such model, if guide and model don't fit, and for a
+    judge or references that can't be used; all before anything is sampled.
     """
     if model not in params.models:
         raise ValueError(
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
-    from components.device import device, frozen, load_base
-    from components.judging import Judge
-    from components.pictures import grid
-    from components.sampling import Sampler, choose_tasks
-    from pnp_core.bundle import GuideBundle
-    from pnp_core.models import load_unet
-
-    config, row = params.evaluate, params.models[model]
-    pipe = load_base(params.base)
-    if row.path != params.base:
-        pipe.unet = load_unet(row.path, base=pipe)
-        frozen(pipe)
-    bundle = GuideBundle.load(BUNDLE).to(device())
-    judge = Judge(config.judge, device())
-    tasks = choose_tasks(config)
-    sampler = Sampler(pipe, bundle, params)
-    images = make_images(sampler, tasks, model)
-    metrics = {"model": model, **measure(model, sampler, judge, images, tasks)}
-
-    columns = len(config.grid_prompts)
-    rows = {f"{METHODS[m]}, {n} steps": made[:columns] for (m, n), made in images.items()}
+    judges = open_judges(params, model)
+    work = Work.of(params, model)
+    sample_missing(work, model)
+    evaluation = measure(work, model, judges)
     with atomic_folder(EVALUATED / model) as folder:
-        title = f"{model}, guidance scale {config.guidance_scale:g}"
-        grid(rows, config.grid_prompts, title=title).save(folder / "grid.png")
-        write_images(folder / "images.parquet", images, tasks)
-        write_json(folder / "metrics.json", metrics)
-    steps = metrics["steps"][str(config.num_steps[0])]
-    fids = ", ".join(f"{m} {steps[m]['fid']:.4g}" for m in METHODS)
+        evaluation.save(folder)
+        write_json(folder / "metrics.json", headline(evaluation))
+        write_curves(evaluation, folder)
+        write_grid(work, model, folder)
+        Gallery(model, work.tasks, work.recipes).save(folder)
+    work.kept.forget_all_but([*work.recipes.values(), *work.measured])
+    num_steps = evaluation.num_steps[0]
+    fids = [
+        f"{method} {cell.scores['fid'].value:.4g}"
+        for method in ("unguided", "cfg", "guided")
+        if (cell := evaluation.cell(method, num_steps))
+    ]
     print(
-        f"evaluate {model}: guidance_fvu {metrics['guidance_fvu']:.3f}, "
-        f"FID at {config.num_steps[0]} steps: {fids}"
+        f"evaluate {model}: guidance_fvu {evaluation.guidance_fvu.value:.3f}, "
+        f"FID at {num_steps} steps: {', '.join(fids)}"
     )
 
 
-def make_images(sampler: "Sampler", tasks: "Sequence[Task]", model: str) -> Images:
-    """Every task by every method at every number of steps."""
-    import numpy as np
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What there is to sample of a model.
 
-    from components.sampling import batches
+    Attributes:
+        sampler: opens the model.
+        kept: where images go.
+        identity: of the whole model.
+        tasks: one image of every setting.
+        negative_tasks: the first of them with negative prompts.
+        recipes: of the images of each setting.
+        measured: recipes of what else takes forwards.
+    """
 
-    config = sampler.config
-    images: Images = {}
-    total = len(tasks) * len(METHODS) * len(config.num_steps)
+    sampler: "Sampler"
+    kept: KeptImages
+    identity: str
+    tasks: list[Task]
+    negative_tasks: list[Task]
+    recipes: dict[Setting, Recipe]
+    measured: list[Recipe]
+
+    @classmethod
+    def of(cls, params: Params, model: str) -> "Work":
+        """Open the model. Raises ValueError if the guide doesn't fit it."""
+        from components.device import device, frozen, load_base
+        from components.sampling import Sampler, choose_tasks, settings_of, with_negatives
+        from pnp_core.bundle import GuideBundle
+        from pnp_core.identity import model_identity
+        from pnp_core.models import load_unet
+
+        row = params.models[model]
+        tasks = choose_tasks(params.evaluate, row)
+        pipe = load_base(params.base)
+        if row.path != params.base:
+            pipe.unet = load_unet(row.path, base=pipe)
+            frozen(pipe)
+        sampler = Sampler(pipe, GuideBundle.load(BUNDLE).to(device()), params, row)
+        identity = model_identity(row.path, params.base)
+        settings = settings_of(params.evaluate, sampler.guidance_scale)
+        return cls(
+            sampler=sampler,
+            kept=KeptImages(model),
+            identity=identity,
+            tasks=tasks,
+            negative_tasks=with_negatives(tasks, params.evaluate.negative_prompts),
+            recipes={setting: sampler.recipe(setting, identity) for setting in settings},
+            measured=[],
+        )
+
+    @property
+    def cfg(self) -> Setting:
+        """CFG at the first number of steps, which negative prompts are measured at."""
+        return next(setting for setting in self.recipes if setting.method == "cfg")
+
+    def missing(self) -> list[tuple[Setting, Sequence[Task]]]:
+        """Batches that are to be made."""
+        size = self.sampler.config.batch_size
+        wanted = [(setting, self.tasks) for setting in self.recipes]
+        wanted += [(self.cfg._replace(method=m), self.negative_tasks) for m in ("cfg", "guided")]
+        return [
+            (setting, batch)
+            for setting, tasks in wanted
+            for batch in batches(self.kept.missing(self.recipes[setting], tasks), size)
+        ]
+
+    def make(self, setting: Setting, tasks: Sequence[Task]) -> None:
+        """Sample a batch and keep it."""
+        images = self.sampler.make(setting, tasks)
+        self.kept.write(self.recipes[setting], setting, tasks, images)
+
+
+def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
+    """The judges, each with what it sees in the model's references.
+
+    Raises ValueError for a judge that is none, and for references that can't be read.
+    """
+    from components.device import device
+    from components.judging import Judge
+    from components.scores import RealImages
+
+    judges = [Judge(folder, device()) for folder in params.evaluate.judges]
+    images = reference_images(params.models[model].reference, params)
+    return [(judge, RealImages(judge.features(images))) for judge in judges]
+
+
+def sample_missing(work: Work, model: str) -> None:
+    """Make the images that are not there yet."""
+    todo = work.missing()
+    total = len(work.tasks) * len(work.recipes) + 2 * len(work.negative_tasks)
+    done = total - sum(len(tasks) for _, tasks in todo)
+    print(f"evaluate {model}: {total:,} images, {done:,} are there", flush=True)
     progress = Progress(f"evaluate {model}", total, "images")
-    for num_steps in config.num_steps:
-        for method in METHODS:
-            finished = []
-            for batch in batches(tasks, config.batch_size):
-                finished.append(sampler.images(method, batch, num_steps))
-                progress(
-                    len(images) * len(tasks) + sum(map(len, finished)),
-                    f"{method}, {num_steps} steps",
-                )
-            images[method, num_steps] = np.concatenate(finished)
-    return images
+    for setting, tasks in todo:
+        progress(done)
+        work.make(setting, tasks)
+        done += len(tasks)
+        progress(done, label_of(setting.method, setting.num_steps, setting.solver))
 
 
-def measure(
-    model: str, sampler: "Sampler", judge: "Judge", images: Images, tasks: "Sequence[Task]"
-) -> dict[str, Any]:
-    """All that metrics.json says of a model's images and of what they cost."""
-    from components.judging import fid, kid
-    from pnp_core.metrics import psnr
+def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
+    """All that is known of the model."""
+    from components.measuring import Sampled, measure_cells, measure_negatives, unexplained
 
-    config, reference = sampler.config, sampler.params.models[model].reference
-    scoring = Progress(f"evaluate {model}", len(images) + 3, "measurements")
-    scoring(0)
-    references = judge.features(reference_images(reference, sampler.params))
-    scoring(1, "features of the reference")
-    prompts = [task.prompt for task in tasks]
-    steps: dict[str, Any] = {}
-    for number, ((method, num_steps), made) in enumerate(images.items(), 2):
-        features = judge.features(made)
-        scores = {
-            "fid": fid(features, references),
-            "kid": kid(features, references),
-            "clip_score": judge.clip_score(made, prompts),
-            "cfg_psnr": float(psnr(made, images["cfg", num_steps]).mean()),
-        }
-        if method == "cfg":
-            del scores["cfg_psnr"]
-        steps.setdefault(str(num_steps), {})[method] = scores
-        scoring(number, f"{method}, {num_steps} steps")
-    for scores in steps.values():
-        scores["fid_ratio"] = scores["guided"]["fid"] / scores["cfg"]["fid"]
-    unexplained = sampler.guidance_fvu([task for task in tasks if task.is_heldout])
-    scoring(len(images) + 2, "guidance_fvu")
-    cost = sampler.cost(tasks[: config.batch_size])
-    scoring(len(images) + 3, "cost")
+    sampler, tasks = work.sampler, work.tasks
+    sampled = Sampled(kept=work.kept, recipes=work.recipes, tasks=tasks)
+    progress = Progress(f"evaluate {model}", len(work.recipes) + 2, "measurements")
+    done = 0
+
+    def tell(what: str) -> None:
+        nonlocal done
+        done += 1
+        progress(done, what)
+
+    heldout = [task for task in tasks if task.is_heldout] or tasks
+    recipes = [work.recipes[work.cfg._replace(method=m)] for m in ("cfg", "guided")]
+    of = {"recipes": recipes, "tasks": digest(heldout), "unhalved": sampler.unhalved()}
+    work.measured.append({"what": "guidance_fvu", **of})
+    terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(heldout))
+    tell("guidance_fvu")
+    work.measured.append({"what": "cost", **of, **sampler.machine()})
+    cost = work.kept.measured(work.measured[-1], lambda: sampler.cost(tasks))
+    tell("cost")
+    forwards = {m: cost[f"{m}_forwards_per_step"] for m in ("unguided", "cfg", "guided")}
+    cells = measure_cells(sampled, judges, forwards, tell)
+    fvu, by_timestep = unexplained(terms, tasks, heldout, sampled.counts)
+    avoided = [
+        sampler.config.negative_prompts[i % len(sampler.config.negative_prompts)]
+        for i in range(len(work.negative_tasks))
+    ]
+    return Evaluation(
+        model=model,
+        identity=identity_of(work),
+        num_images=len(tasks),
+        guidance_scale=sampler.guidance_scale,
+        cells=cells,
+        guidance_fvu=fvu,
+        fvu_by_timestep={t: estimate.value for t, estimate in by_timestep.items()},
+        fvu_intervals={t: estimate.interval for t, estimate in by_timestep.items()},
+        cost=cost,
+        negative=measure_negatives(sampled, work.cfg, work.negative_tasks, avoided, judges[0][0]),
+    )
+
+
+def identity_of(work: Work) -> Mapping[str, str | int | float]:
+    """What two evaluations must have in common to be compared."""
+    from components.judging import judge_hash
+    from components.sampling import teacher_name
+    from pnp_core.models import weights_hash
+
+    sampler = work.sampler
+    params = sampler.params
     return {
-        "judge": judge.name,
-        "num_images": len(tasks),
-        "num_reference_images": len(references),
-        "guidance_scale": config.guidance_scale,
-        "guidance_fvu": unexplained,
-        "cost": cost,
-        "steps": steps,
+        "base_hash": weights_hash(params.base),
+        "model_hash": work.identity,
+        "reference_hash": files_hash(Path(sampler.row.reference)),
+        "data_hash": str(read_json(PREPARED / "manifest.json")["hash"]),
+        "tasks_hash": digest(work.tasks),
+        "judges_hash": digest([judge_hash(folder) for folder in params.evaluate.judges]),
+        "num_images": len(work.tasks),
+        "guidance_scale": sampler.guidance_scale,
+        "timestep_spacing": sampler.spacing,
+        "precision": sampler.precision,
+        "teacher": teacher_name(params),
+        "measured_by": MEASURED_BY,
     }
 
 
-def write_images(path: Path, images: Images, tasks: "Sequence[Task]") -> None:
-    """Every image, with what it takes to make it again."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
-    rows = [
-        {
-            "image": {"bytes": encode(Image.fromarray(image)), "path": None},
-            "method": method,
-            "num_steps": num_steps,
-            **task._asdict(),
-        }
-        for (method, num_steps), made in images.items()
-        for task, image in zip(tasks, made, strict=True)
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path)
+
+def files_hash(path: Path) -> str:
+    """SHA-256 of a file, or of the data files in a folder with their names."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return digest([(file.relative_to(path).as_posix(), sha256_file(file)) for file in files])
+
+
+def write_grid(work: Work, model: str, folder: Path) -> None:
+    """The first images of each setting at the model's own guidance scale."""
+    from components.pictures import grid
+
+    columns = work.tasks[: len(work.sampler.config.grid_prompts)]
+    scale = work.sampler.guidance_scale
+    rows = {
+        label_of(setting.method, setting.num_steps, setting.solver): work.kept.read(recipe, columns)
+        for setting, recipe in work.recipes.items()
+        if setting.guidance_scale == scale
+    }
+    title = f"{model}, guidance scale {scale:g}"
+    prompts = [task.prompt for task in columns]
+    marked = [task.is_heldout for task in columns]
+    grid(rows, prompts, title=title, marked=marked).save(folder / "grid.png")
 
 
 if __name__ == "__main__":

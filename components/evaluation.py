@@ -91,7 +91,9 @@ class Evaluation:
         cells: of every method, setting and judge; the first judge is the one that the gate asks.
         guidance_fvu: the share of guidance that the guide leaves unexplained.
         fvu_by_timestep: the same at each timestep.
-        cost: flops_ratio, time_ratio, image_time_ratio and times in ms, by name.
+        fvu_intervals: its 95 % interval there.
+        cost: flops_ratio, time_ratio, image_time_ratio, times in ms and memory in MB, by name. With
+            `_batch_1`: of a single image, else of an image in a batch of `batch_size`.
         negative: what a negative prompt does, by name: the share of CFG's effect.
     """
 
@@ -102,6 +104,7 @@ class Evaluation:
     cells: tuple[Cell, ...]
     guidance_fvu: Estimate
     fvu_by_timestep: Mapping[str, float] = field(default_factory=dict)
+    fvu_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     negative: Mapping[str, Estimate] = field(default_factory=dict)
 

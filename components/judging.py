@@ -1,49 +1,78 @@
-"""What judges images: features for FID and KID by clean-fid, and the CLIP score.
+"""What judges images: networks from a folder, whose features FID, KID and diversity compare.
 
-A score depends on the network behind it, so `Judge.name` stands beside every number.
+A CLIP model gives the CLIP score besides. A score depends on the network behind it, so
+`Judge.name` stands beside every number.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
+
+from pnp_core.files import sha256_file
 
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
+CONTENT = (".safetensors", ".json", ".txt", ".pt")
 
 
 class Judge:
-    """A CLIP model, from a folder of safetensors; with an Inception beside it if that lies there.
+    """A network in a folder of safetensors, with its image processor.
 
-    Raises ValueError if the folder holds no usable CLIP model.
+    - a CLIP model: its image features, and the CLIP score; with Inception's weights beside it,
+      Inception's features;
+    - any other image model that `transformers.AutoModel` opens, timm's among them where timm is
+      installed: the pooled features.
+
+    Raises ValueError if the folder holds nothing of the kind, or the features are no vectors.
+
+    Attributes:
+        name: what stands beside its numbers.
+        reads_text: whether it has a CLIP score.
     """
 
     def __init__(self, folder: str, device: torch.device, *, batch_size: int = 256) -> None:
-        from cleanfid.inception_torchscript import InceptionV3W
-        from cleanfid.resize import build_resizer
-
+        self._device, self._batch_size = device, batch_size
+        self._clip, self._model, self._inception = None, None, None
+        where = Path(folder).as_posix()
         try:
-            self._clip = CLIPModel.from_pretrained(folder, use_safetensors=True).to(device).eval()
-            self._processor = CLIPProcessor.from_pretrained(folder)
-        except (OSError, ValueError) as error:
+            if is_clip(folder):
+                self._clip = CLIPModel.from_pretrained(folder, use_safetensors=True)
+                self._clip = self._clip.to(device).eval()
+                self._processor = CLIPProcessor.from_pretrained(folder)
+            else:
+                self._model = AutoModel.from_pretrained(folder, use_safetensors=True)
+                self._model = self._model.to(device).eval()
+                self._processor = AutoImageProcessor.from_pretrained(folder)
+        except (OSError, ValueError, ImportError, KeyError) as error:
             raise ValueError(
-                f"evaluate.judge: {folder} is not a CLIP model with its processor: {error}"
+                f"evaluate.judges: {folder} is not a CLIP or another image model with its "
+                f"processor, in safetensors: {error}"
             ) from None
-        self.name = f"{Path(folder).as_posix()} (CLIP, {self._clip.config.projection_dim} features)"
-        self._inception = None
         if Path(folder, INCEPTION).exists():
+            from cleanfid.inception_torchscript import InceptionV3W
+            from cleanfid.resize import build_resizer
+
             self._inception = InceptionV3W(folder, download=False).to(device)
             self._resize = build_resizer("clean")
-            self.name = f"{Path(folder).as_posix()} (Inception V3; CLIP score by CLIP)"
-        self._device, self._batch_size = device, batch_size
+        self.reads_text = self._clip is not None
+        num_features = self._try(folder)
+        kind = type(self._model).__name__ if self._model is not None else "CLIP"
+        self.name = f"{where} ({kind}, {num_features} features)"
+        if self._inception:
+            self.name = f"{where} (Inception V3{'; CLIP score by CLIP' * self.reads_text})"
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """What FID and KID compare: uint8 images (N, height, width, 3) to features (N, D)."""
         return self._in_batches(self._see if self._inception else self._embed, images)
 
-    def clip_score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
-        """Mean of 100 cos(image, prompt), not below 0 (Hessel et al. 2021 without their 2.5)."""
+    def clip_scores(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """100 cos(image, prompt) of each, not below 0 (Hessel et al. 2021 without their 2.5)."""
+        assert self._clip
         distinct = sorted(set(prompts))
         tokens = self._processor.tokenizer(
             distinct, padding=True, truncation=True, return_tensors="pt"
@@ -55,7 +84,23 @@ class Judge:
         features = self._in_batches(self._embed, images)
         norms = np.linalg.norm(features, axis=1) * np.linalg.norm(rows, axis=1)
         cosines = (features * rows).sum(axis=1) / norms
-        return float(np.maximum(100 * cosines, 0).mean())
+        scores: np.ndarray = np.maximum(100 * cosines, 0)
+        return scores
+
+    def _try(self, folder: str) -> int:
+        """How many features it gives. Raises ValueError unless they are finite vectors."""
+        images = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+        try:
+            found = self.features(images)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"evaluate.judges: {folder} gives no features: {error}") from None
+        if found.ndim != 2 or len(found) != 2 or not np.isfinite(found).all():
+            raise ValueError(
+                f"evaluate.judges: the features of {folder} do not fit: two images gave "
+                f"{found.shape} numbers, {np.isfinite(found).mean():.0%} of them finite, where a "
+                "judge gives one vector an image"
+            )
+        return found.shape[1]
 
     @torch.inference_mode()
     def _in_batches(
@@ -66,11 +111,14 @@ class Judge:
         return torch.cat(found).float().cpu().numpy()
 
     def _embed(self, images: np.ndarray) -> torch.Tensor:
-        """CLIP's projected image features, not normalised."""
-        pixels = self._processor.image_processor(list(images), return_tensors="pt").pixel_values
-        pooled = self._clip.vision_model(pixels.to(self._device)).pooler_output
-        features: torch.Tensor = self._clip.visual_projection(pooled)
-        return features
+        """CLIP's projected image features, not normalised; another model's pooled ones."""
+        processor = self._processor if self._clip is None else self._processor.image_processor
+        pixels = processor(list(images), return_tensors="pt").pixel_values.to(self._device)
+        if self._clip is not None:
+            pooled = self._clip.vision_model(pixels).pooler_output
+            features: torch.Tensor = self._clip.visual_projection(pooled)
+            return features
+        return pooled_features(self._model, pixels)
 
     def _see(self, images: np.ndarray) -> torch.Tensor:
         """Inception's features, after clean-fid's resizing."""
@@ -80,27 +128,32 @@ class Judge:
         return features
 
 
-def fid(features: np.ndarray, references: np.ndarray) -> float:
-    """Fréchet distance of two sets of features, by clean-fid.
+def pooled_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """One vector an image, (N, D), of an image model of transformers.
 
-    With fewer images than dimensions, where the matrix square root loses its footing, the same
-    number comes from the singular values of X Y^T.
+    What the model pools itself, else the mean over its tokens or pixels.
     """
-    from cleanfid.fid import fid_from_feats
+    if hasattr(model, "get_image_features"):  # also reads text
+        found = model.get_image_features(pixel_values=pixels)
+    else:
+        found = model(pixel_values=pixels)
+    pooled = found if isinstance(found, torch.Tensor) else getattr(found, "pooler_output", None)
+    if pooled is not None:
+        return pooled.flatten(1) if pooled.ndim == 4 else pooled
+    last: torch.Tensor = found.last_hidden_state
+    return last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))
 
-    if min(len(features), len(references)) > features.shape[1]:
-        return float(fid_from_feats(features, references))
-    x, y = features.astype(np.float64), references.astype(np.float64)
-    means = x.mean(axis=0) - y.mean(axis=0)
-    x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-    y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
-    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
-    return float(means @ means + (x**2).sum() + (y**2).sum() - 2 * overlap)
+
+def is_clip(folder: str) -> bool:
+    """Whether a folder's config.json says that a CLIP model is in it."""
+    config = Path(folder, "config.json")
+    return config.exists() and json.loads(config.read_text()).get("model_type") == "clip"
 
 
-def kid(features: np.ndarray, references: np.ndarray) -> float:
-    """Kernel distance by clean-fid; unlike FID's, its expectation doesn't depend on the count."""
-    from cleanfid.fid import kernel_distance
-
-    np.random.seed(0)  # clean-fid draws its subsets from numpy's global generator
-    return float(kernel_distance(features, references))
+def judge_hash(folder: str) -> str:
+    """SHA-256 of a judge's weights and settings."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix in CONTENT:
+            digest.update(f"\0{file.name}\0{sha256_file(file)}".encode())
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
@@ -35,6 +35,8 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0)]
+# Fewer images say more of which ones were drawn than of how they were made.
+LEAST_IMAGES = {"FID": 64, "KID": 64}
 # What a base's UNet and a fine-tune's have in common.
 ARCHITECTURE = (
     "in_channels",
@@ -84,8 +86,14 @@ class Section(BaseModel, frozen=True):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        for field in cls.model_fields.values():
-            field.default = PydanticUndefined
+        library = {
+            field.name
+            for base in cls.__mro__
+            if dataclasses.is_dataclass(base)
+            for field in dataclasses.fields(base)
+        }
+        for name in library:
+            cls.model_fields[name].default = PydanticUndefined
         cls.model_rebuild(force=True)
 
     @model_validator(mode="after")
@@ -97,10 +105,16 @@ class Section(BaseModel, frozen=True):
 
 
 class Model(Section, frozen=True):
-    """A row of the results: the base itself, or a fine-tune of it."""
+    """A row of the results: the base itself, or a fine-tune of it, with what it is used with."""
 
     path: str
     reference: str  # parquet file, or a folder of them: real images in this model's style
+    prompts: tuple[str, ...] | None = None  # of its own, in place of those of the data
+    trigger: str = ""  # words that come before every prompt
+    negative_prompt: str = ""  # that every image is made with
+    guidance_scale: Positive | None = None  # None: that of `evaluate`
+    strength: Annotated[float, Field(ge=0)] = 1.0  # of the guide
+    clip_skip: CountOrZero = 0  # layers of the text encoder, from its end
 
 
 class Teacher(Section, frozen=True):
@@ -144,23 +158,43 @@ class Halve(Train, HalveSettings, frozen=True):
     """`num_images` is for each round; the guidance scales are those of `distill`."""
 
 
-class Evaluate(Section, frozen=True):
-    """What is sampled and measured, and the CLIP model that judges it."""
+class Extent(Section, frozen=True):
+    """How much is sampled of each model."""
 
-    judge: str  # folder of a CLIP model: features for FID and KID, and the CLIP score
-    num_images: Annotated[int, Field(ge=4)]
+    num_images: Count  # of each method and setting
     num_steps: Annotated[tuple[Count, ...], Field(min_length=1)]
+    guidance_scales: tuple[Positive, ...]  # besides `guidance_scale`, at the first of num_steps
+
+
+class Evaluate(Extent, frozen=True):
+    """What is sampled and measured, and the networks that judge it."""
+
+    judges: Annotated[tuple[str, ...], Field(min_length=1)]  # folders; the first one is asked first
+    review: Literal["quick", "full"]
+    full: Extent  # what a full review takes in place of the same keys here
     guidance_scale: Positive
+    negative_prompts: tuple[str, ...]  # in turns; empty: what they do is not measured
     precision: Precision
     batch_size: Count
+    timed_batch_size: Count
     grid_prompts: Annotated[tuple[str, ...], Field(min_length=1)]
     seed: Seed
 
     @model_validator(mode="after")
-    def _room_for_the_grid(self) -> Self:
-        if self.num_images < len(self.grid_prompts) + 2:
-            raise ValueError(f"num_images {self.num_images} is too few for the grid_prompts")
+    def _enough_images(self) -> Self:
+        extents = {"num_images": self.num_images, "full.num_images": self.full.num_images}
+        for name, num_images in extents.items():
+            for metric, least in LEAST_IMAGES.items():
+                if num_images < least:
+                    raise ValueError(f"{name} is {num_images}, and {metric} needs {least} at least")
+            if num_images < len(self.grid_prompts) + 2:
+                raise ValueError(f"{name} {num_images} is too few for the grid_prompts")
         return self
+
+    @property
+    def extent(self) -> Extent:
+        """What this run samples: the keys here, or those of `full`."""
+        return self.full if self.review == "full" else self
 
 
 class Register(Section, frozen=True):
@@ -259,7 +293,7 @@ def check_files(params: Params) -> None:
     for i, name in enumerate(params.prepare.files):
         named[f"prepare.files[{i}]"] = str(Path(params.prepare.dataset, name))
     named["prepare.prompts"] = params.prepare.prompts
-    named["evaluate.judge"] = params.evaluate.judge
+    named |= {f"evaluate.judges[{i}]": path for i, path in enumerate(params.evaluate.judges)}
     named |= {f"models.{name}.reference": model.reference for name, model in params.models.items()}
     for key, path in named.items():
         if not Path(path).exists() and Path(path) != PREPARED:

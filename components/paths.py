@@ -7,6 +7,8 @@ CACHE = Path("data/cache")
 DISTILLED = Path("guides/distilled")
 BUNDLE = Path("guides/bundle")
 EVALUATED = Path("results/evaluate")
+# Sampled images, which stay while evaluations change.
+SAMPLED = Path("results/sampled")
 REPORT = Path("results/report")
 # Checkpoints of runs in progress: not versioned, safe to delete.
 RUNS = Path("runs")

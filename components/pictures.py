@@ -8,12 +8,21 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 130, 13
 
 
+MARK = "#0050b0"
+
+
 def grid(
-    rows: Mapping[str, np.ndarray], columns: Sequence[str], *, title: str, cell: int = 96
+    rows: Mapping[str, np.ndarray],
+    columns: Sequence[str],
+    *,
+    title: str,
+    cell: int = 96,
+    marked: Sequence[bool] = (),
 ) -> Image.Image:
     """Images in labelled rows: label -> uint8 (N, height, width, 3), `columns` the N prompts.
 
-    Each image is scaled to `cell` pixels, by whole pixels if it is smaller.
+    Each image is scaled to `cell` pixels, by whole pixels if it is smaller. Prompts that are
+    `marked` as held out stand in blue, with a line below, and the title says what that means.
     """
     font = ImageFont.load_default(FONT_SIZE)
     small = ImageFont.load_default(FONT_SIZE - 3)
@@ -22,11 +31,20 @@ def grid(
     sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill="black", font=font)
+    if any(marked):
+        left = 2 * MARGIN + draw.textlength(title, font=font)
+        note = "held-out prompts: blue, underlined"
+        draw.text((left + LABEL_WIDTH, MARGIN), note, fill=MARK, font=font)
     for number, prompt in enumerate(columns):
         left = LABEL_WIDTH + number * (cell + MARGIN)
         lines = _wrapped(draw, prompt, cell, small)[:3]
         top = header - MARGIN - len(lines) * FONT_SIZE
-        draw.text((left, top), "\n".join(lines), fill="black", font=small, spacing=1)
+        is_marked = number < len(marked) and marked[number]
+        fill = MARK if is_marked else "black"
+        draw.text((left, top), "\n".join(lines), fill=fill, font=small, spacing=1)
+        if is_marked:
+            ends = [(left, header - 2), (left + cell, header - 2)]
+            draw.line(ends, fill=MARK, width=2)
     for number, (label, images) in enumerate(rows.items()):
         top = header + number * (cell + MARGIN)
         draw.text((MARGIN, top + cell / 2), label, fill="black", font=font, anchor="lm")

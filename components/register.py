@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from components.cli import main
+from components.evaluation import Evaluation
 from components.lineage import lock_hash, run_commit
 from components.methods import METHODS
 from components.params import Params, companion_paths
@@ -42,7 +43,7 @@ def run(params: Params) -> None:
     from pnp_core.bundle import GuideBundle
     from pnp_core.models import weights_hash
 
-    results = {name: read_json(EVALUATED / name / "metrics.json") for name in params.models}
+    results = {name: as_metrics(Evaluation.load(EVALUATED / name)) for name in params.models}
     bundle = GuideBundle.load(BUNDLE)
     lineage = {
         "git_commit": run_commit(),
@@ -82,6 +83,29 @@ def run(params: Params) -> None:
     )
     print(f"registered: {params.register_.name} version {version}")
     print(f"grid: {REPORT / 'grid.png'}")
+
+
+def as_metrics(evaluation: Evaluation) -> dict[str, Any]:
+    """What the table, MLflow and `promote` read of an evaluation."""
+    steps: dict[str, Any] = {}
+    for num_steps in evaluation.num_steps:
+        cells = {method: evaluation.cell(method, num_steps) for method in METHODS}
+        scores = {
+            method: {name: score.value for name, score in cell.scores.items()}
+            for method, cell in cells.items()
+            if cell
+        }
+        fid_ratio = evaluation.ratio("fid", num_steps).value
+        steps[str(num_steps)] = {**scores, "fid_ratio": fid_ratio}
+    return {
+        "model": evaluation.model,
+        "judge": evaluation.judges[0],
+        "num_images": evaluation.num_images,
+        "guidance_scale": evaluation.guidance_scale,
+        "guidance_fvu": evaluation.guidance_fvu.value,
+        "cost": dict(evaluation.cost),
+        "steps": steps,
+    }
 
 
 def version_key(summary: Mapping[str, Any]) -> str:

@@ -1,78 +1,163 @@
 """Sampling a model by each of the methods that are compared, always from the same seeds."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from components.dataset import read_records
-from components.params import Evaluate, Params, teacher_guider
+from components.images import Recipe, Setting, Task, batches
+from components.methods import METHODS
+from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
-from pnp_core.metrics import count_flops, guidance_fvu_terms, one_thread, time_ratio
+from pnp_core.metrics import (
+    count_flops,
+    guidance_fvu_terms,
+    median_times,
+    one_thread,
+    peak_bytes,
+)
 from pnp_core.models import added_conditions, encode_prompts
-from pnp_core.precision import mixed_precision
+from pnp_core.precision import has_bf16, mixed_precision
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 
+# Raised when this code makes other images than before of the same recipe: none is then reused.
+SAMPLED_BY = 1
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
+NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
 NUM_TIMED_STEPS = 2
 TIMING_REPEATS = 5
+MEGABYTE = 10**6
 
 
-class Task(NamedTuple):
-    """An image to make."""
-
-    prompt: str
-    seed: int
-    is_heldout: bool
-
-
-def choose_tasks(config: Evaluate) -> list[Task]:
+def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     """The grid's prompts, then held-out and trained ones in turns; each image has its own seed.
 
-    The same for every model. Prompts come again, with other seeds, where there are fewer than
-    images.
+    The same for every model but one that has prompts of its own, which come in their place.
+    Prompts come again, with other seeds, where there are fewer than images. Raises ValueError if
+    the prepared data holds no prompts of a kind.
     """
     chosen: dict[str, list[str]] = {}
     for split in ("heldout", "train"):
-        records = read_records(
-            PREPARED / f"{split}.parquet", image_column="image", caption_column="prompt"
-        )
+        path = PREPARED / f"{split}.parquet"
+        records = read_records(path, image_column="image", caption_column="prompt")
         prompts = sorted({record.caption for record in records})
+        if not prompts:
+            raise ValueError(
+                f"evaluate: {path} has no prompts: images are sampled for held-out and for trained "
+                "ones; change prepare.heldout_fraction, or the data's column `split`"
+            )
         order = np.random.default_rng(config.seed).permutation(len(prompts))
         chosen[split] = [prompts[i] for i in order]
-    prompts = list(config.grid_prompts)
-    for number in range(config.num_images - len(prompts)):
-        among = chosen["train" if number % 2 else "heldout"]
-        prompts.append(among[number // 2 % len(among)])
+    num_images = config.extent.num_images
+    if row and row.prompts:
+        prompts = [row.prompts[number % len(row.prompts)] for number in range(num_images)]
+    else:
+        prompts = list(config.grid_prompts)
+        for number in range(num_images - len(prompts)):
+            among = chosen["train" if number % 2 else "heldout"]
+            prompts.append(among[number // 2 % len(among)])
+    negative = row.negative_prompt if row else ""
+    known = set(chosen["train"]) if row and row.prompts else None
     heldout = set(chosen["heldout"])
-    return [Task(p, config.seed + number, p in heldout) for number, p in enumerate(prompts)]
+    return [
+        Task(p, config.seed + number, p not in known if known else p in heldout, negative)
+        for number, p in enumerate(prompts)
+    ]
 
 
-def batches(tasks: Sequence[Task], size: int) -> Iterable[Sequence[Task]]:
-    """The tasks in order, `size` at a time; the last batch may be smaller."""
-    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+def settings_of(config: Evaluate, guidance_scale: float) -> list[Setting]:
+    """All that is sampled at a model's guidance scale, and the further scales.
+
+    At each number of steps the methods side by side, and CFG at the same cost: half the steps,
+    under the solver that is usual there.
+    """
+    extent, w = config.extent, guidance_scale
+    found = []
+    for num_steps in extent.num_steps:
+        found += [Setting(method, num_steps, "ddim", w) for method in METHODS]
+        if num_steps > 1:
+            found.append(Setting("cfg", num_steps // 2, "dpmsolver++", w))
+    for scale in extent.guidance_scales:
+        found += [Setting(m, extent.num_steps[0], "ddim", scale) for m in ("cfg", "guided")]
+    return list(dict.fromkeys(found))
+
+
+def with_negatives(tasks: Sequence[Task], negatives: Sequence[str]) -> list[Task]:
+    """The first tasks again, each with one of these negative prompts added to its own."""
+    first = tasks[:NUM_NEGATIVE_IMAGES] if negatives else ()
+    return [
+        task._replace(
+            negative=", ".join(filter(None, (task.negative, negatives[number % len(negatives)])))
+        )
+        for number, task in enumerate(first)
+    ]
 
 
 class Sampler:
     """Samples one model by each method, always from the same seeds."""
 
-    def __init__(self, pipe: DiffusionPipeline, bundle: GuideBundle, params: Params) -> None:
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        bundle: GuideBundle,
+        params: Params,
+        row: Model | None = None,
+    ) -> None:
         self.pipe, self.bundle = pipe, bundle
         self.params, self.config = params, params.evaluate
+        self.row = row or Model(path=params.base, reference="")
+        self.guidance_scale = self.row.guidance_scale or self.config.guidance_scale
         self.spacing, self.guider = params.halve.timestep_spacing, teacher_guider(params)
         self.schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
         self.device = pipe.unet.device
         self.null = encode_prompts(pipe, [""])
         size = pipe.unet.config.sample_size
         self.shape = (pipe.unet.config.in_channels, size, size)
+
+    @property
+    def precision(self) -> str:
+        """What is computed in on this device."""
+        is_bf16 = self.config.precision == "bf16" and has_bf16(self.device.type)
+        return "bf16" if is_bf16 else "fp32"
+
+    def recipe(self, setting: Setting, model: str) -> Recipe:
+        """All that a setting's images depend on, besides their tasks.
+
+        Args:
+            setting: by which they are made.
+            model: the identity of the whole model.
+        """
+        found: dict[str, Any] = {
+            **setting._asdict(),
+            "model": model,
+            "trigger": self.row.trigger,
+            "clip_skip": self.row.clip_skip,
+            "timestep_spacing": self.spacing,
+            "precision": self.precision,
+            "sampled_by": SAMPLED_BY,
+        }
+        match setting.method:
+            case "unguided":
+                del found["guidance_scale"]
+            case "cfg":
+                found["guider"] = teacher_name(self.params)
+            case "guided":
+                found["guide"] = guide_identity(self.bundle.for_steps(setting.num_steps))
+                found["strength"] = self.row.strength
+        return found
 
     def denoiser(self, method: str, num_steps: int) -> Denoiser:
         """A denoiser for "unguided", "cfg" or, under any other name, the bundle's guide."""
@@ -81,27 +166,38 @@ class Sampler:
                 return PlainDenoiser(self.pipe.unet, self.schedule)
             case "cfg":
                 return self.teacher()
-        return GuidedDenoiser(self.pipe.unet, self.bundle.for_steps(num_steps), self.schedule)
+        guide = self.bundle.for_steps(num_steps)
+        return GuidedDenoiser(self.pipe.unet, guide, self.schedule, strength=self.row.strength)
 
     def teacher(self) -> CFGDenoiser:
         """CFG by the guider of params.yaml, which guides are measured against."""
         guider = Guider(self.guider, self.schedule.num_train_timesteps)
         return CFGDenoiser(self.pipe.unet, self.schedule, guider)
 
-    def inputs(self, tasks: Sequence[Task]) -> dict[str, Any]:
-        """Noise and conditions."""
-        text = encode_prompts(self.pipe, [task.prompt for task in tasks])
-        added = added_conditions(self.pipe, text, self.null)
+    def inputs(self, tasks: Sequence[Task], guidance_scale: float | None = None) -> dict[str, Any]:
+        """Noise and conditions, by default at the model's guidance scale."""
+        text = encode_prompts(
+            self.pipe, [f"{self.row.trigger} {task.prompt}".strip() for task in tasks]
+        )
+        negatives = [task.negative for task in tasks]
+        null = self.null
+        if any(negatives):  # one for all is faster
+            null = encode_prompts(
+                self.pipe, negatives if len(set(negatives)) > 1 else negatives[:1]
+            )
+        added = added_conditions(self.pipe, text, null)
         conditions = Conditions.at_scale(
-            self.config.guidance_scale,
+            guidance_scale or self.guidance_scale,
             c_BLD=text.states_NLD.to(self.device),
-            n_BLD=self.null.states_NLD.to(self.device),
+            n_BLD=null.states_NLD.to(self.device),
             added=None if added is None else added.to(self.device),
         )
         noise = initial_noise(self.shape, [task.seed for task in tasks])
         return {"z_T": noise.to(self.device), "conditions": conditions}
 
-    def denoise(self, inputs: dict[str, Any], method: str, num_steps: int) -> torch.Tensor:
+    def denoise(
+        self, inputs: dict[str, Any], method: str, num_steps: int, solver: str = "ddim"
+    ) -> torch.Tensor:
         """Latents (N, C, H, W)."""
         with self.computing():
             return sample(
@@ -109,6 +205,7 @@ class Sampler:
                 self.pipe.scheduler,
                 num_steps=num_steps,
                 timestep_spacing=self.spacing,
+                solver=solver,
                 **inputs,
             )
 
@@ -119,65 +216,110 @@ class Sampler:
 
     def images(self, method: str, tasks: Sequence[Task], num_steps: int) -> np.ndarray:
         """Sampled uint8 images (N, height, width, 3), one for each task, from its seed."""
-        return self.decode(self.denoise(self.inputs(tasks), method, num_steps))
+        return self.make(Setting(method, num_steps, "ddim", self.guidance_scale), tasks)
+
+    def make(self, setting: Setting, tasks: Sequence[Task]) -> np.ndarray:
+        """The same at any setting."""
+        inputs = self.inputs(tasks, setting.guidance_scale)
+        latents = self.denoise(inputs, setting.method, setting.num_steps, setting.solver)
+        return self.decode(latents)
 
     def computing(self) -> Any:
         """A context in which to compute at `evaluate.precision` on this device."""
         return mixed_precision(self.device.type, self.config.precision)
 
     def guidance_fvu(self, tasks: Sequence[Task], method: str = "guided") -> float:
-        """The share of guidance that a method, the guide before halving, leaves unexplained.
+        """The share of guidance that a method, the guide before halving, leaves unexplained."""
+        terms = self.fvu_terms(tasks, method)
+        return float(np.sum(terms["unexplained"]) / np.sum(terms["total"]))
 
-        Over states that guided sampling visits: CFG trajectories of held-out prompts, at the
-        timesteps of the sampler. Always in fp32: the rounding of bf16 would count as unexplained.
+    def fvu_terms(self, tasks: Sequence[Task], method: str = "guided") -> dict[str, Any]:
+        """Numerator and denominator of `guidance_fvu`, by task and timestep, as lists.
+
+        Over states that guided sampling visits: CFG trajectories of the first of these prompts, at
+        the timesteps of the sampler. Always in fp32: the rounding of bf16 would count as
+        unexplained.
         """
         guided = self.denoiser(method, self.bundle.num_steps[-1])
         teacher = self.teacher()
-        grid = sampling_timesteps(self.pipe.scheduler, self.config.num_steps[0], self.spacing)
-        unexplained = total = 0.0
+        num_steps = self.config.extent.num_steps[0]
+        grid = sampling_timesteps(self.pipe.scheduler, num_steps, self.spacing)
+        found: dict[str, list[list[float]]] = {"unexplained": [], "total": []}
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
             inputs = self.inputs(batch)
             z, conditions = inputs["z_T"], inputs["conditions"]
+            steps = []
             with torch.no_grad():
                 for t, s in zip(grid[:-1], grid[1:], strict=True):
                     t_B = t.expand(len(batch)).to(self.device)
                     terms = guidance_fvu_terms(
                         guided, teacher, z_t=z, t_B=t_B, conditions=conditions
                     )
-                    unexplained, total = unexplained + terms[0], total + terms[1]
-                    eps_w = teacher(z, t_B, conditions).float()
-                    z = self.schedule.ddim_step(z, eps_w, t_B, s.expand(len(batch)))
-        return unexplained / total
+                    steps.append(terms)
+                    z = self.schedule.ddim_step(z, terms.eps_w, t_B, s.expand(len(batch)))
+            found["unexplained"] += torch.stack([x.unexplained_B for x in steps], dim=1).tolist()
+            found["total"] += torch.stack([x.total_B for x in steps], dim=1).tolist()
+        return {"timesteps": grid[:-1].tolist(), **found}
+
+    def unhalved(self) -> str:
+        """Identity of the guide before halving, which `guidance_fvu` is of."""
+        return guide_identity(self.bundle.guides[self.bundle.num_steps[-1]])
+
+    def machine(self) -> dict[str, Any]:
+        """What times depend on besides the model."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+            "torch": torch.__version__,
+            "batch_size": self.config.timed_batch_size,
+        }
 
     def cost(self, tasks: Sequence[Task]) -> dict[str, float]:
-        """What sampling costs with the guide, over with CFG.
+        """What sampling costs by each method: arithmetic, time and memory.
 
-        `flops_ratio` and `time_ratio` are of the denoising steps, `image_time_ratio` of an image
-        with its decoding, which CFG and guide share. Times are medians, taken in turns, of a whole
-        batch, and on a CPU on one thread: a single small image costs overhead, and a small model's
-        layers on several threads cost waiting, rather than arithmetic.
+        `flops_ratio` and `time_ratio` are of the denoising steps, guided over CFG,
+        `image_time_ratio` of an image with its decoding, which they share. Times are medians, taken
+        in turns, of a full batch of `timed_batch_size` (and of a single image where the name says
+        so), at the first of `num_steps`; on a CPU on one thread: a small model's layers on several
+        cost waiting rather than arithmetic.
         """
-        one, inputs = self.inputs(tasks[:1]), self.inputs(tasks[: self.config.batch_size])
-        flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in ("guided", "cfg")}
+        size = self.config.timed_batch_size
+        full = self.inputs([tasks[i % len(tasks)] for i in range(size)])
+        one = self.inputs(tasks[:1])
+        flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in METHODS}
+        found = {"flops_ratio": flops["guided"] / flops["cfg"], "batch_size": float(size)}
+        for method in METHODS:
+            found[f"{method}_forwards_per_step"] = flops[method] / flops["unguided"]
+            peak = peak_bytes(partial(self.denoise, full, method, 1))
+            found[f"{method}_peak_mb"] = peak / MEGABYTE
         with one_thread():
-            ratio, guided, cfg = time_ratio(
-                partial(self.denoise, inputs, "guided", NUM_TIMED_STEPS),
-                partial(self.denoise, inputs, "cfg", NUM_TIMED_STEPS),
-                repeats=TIMING_REPEATS,
-            )
-            latents = self.denoise(inputs, "guided", 1)
-            _, decoding, _ = time_ratio(partial(self.decode, latents), lambda: None, repeats=1)
+            for inputs, label in ((full, ""), (one, "_batch_1")):
+                found |= self._times(inputs, label)
+        return found
+
+    def _times(self, inputs: dict[str, Any], label: str) -> dict[str, float]:
+        """Milliseconds an image by method, and their ratios."""
+        latents = self.denoise(inputs, "guided", 1)
+        calls = [partial(self.denoise, inputs, m, NUM_TIMED_STEPS) for m in METHODS]
+        seconds = median_times([*calls, partial(self.decode, latents)], TIMING_REPEATS)
+        steps = self.config.extent.num_steps[0] / NUM_TIMED_STEPS
         per_image = 1000 / len(latents)
-        guided_ms, cfg_ms = (
-            seconds * per_image * self.config.num_steps[0] / NUM_TIMED_STEPS
-            for seconds in (guided, cfg)
-        )
-        decoding_ms = decoding * per_image
-        return {
-            "flops_ratio": flops["guided"] / flops["cfg"],
-            "time_ratio": ratio,
-            "image_time_ratio": (guided_ms + decoding_ms) / (cfg_ms + decoding_ms),
-            "guided_ms_per_image": guided_ms,
-            "cfg_ms_per_image": cfg_ms,
-            "decoding_ms_per_image": decoding_ms,
-        }
+        times = {m: s * steps * per_image for m, s in zip(METHODS, seconds[:-1], strict=True)}
+        decoding = seconds[-1] * per_image
+        found = {f"{m}_ms_per_image{label}": ms for m, ms in times.items()}
+        found[f"decoding_ms_per_image{label}"] = decoding
+        found[f"time_ratio{label}"] = times["guided"] / times["cfg"]
+        whole = (times["guided"] + decoding) / (times["cfg"] + decoding)
+        return found | {f"image_time_ratio{label}": whole}
+
+
+def teacher_name(params: Params) -> str:
+    """The teacher's rule with its arguments, as results name it."""
+    return f"{params.teacher.guider} {dict(sorted(params.teacher.arguments.items()))}"
+
+
+def guide_identity(guide: Guide) -> str:
+    """SHA-256 over a guide's weights and what its config says."""
+    config = {key: value for key, value in guide.config.items() if not key.startswith("_")}
+    text = guide.weights_digest() + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -87,13 +87,25 @@ class CFGDenoiser:
 
 
 class GuidedDenoiser:
-    """The student: a frozen UNet with a guide, one forward."""
+    """The student: a frozen UNet with a guide, one forward.
 
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, schedule: NoiseSchedule) -> None:
+    Args:
+        strength: multiplies all that the guide does.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        guide: Guide,
+        schedule: NoiseSchedule,
+        *,
+        strength: float = 1.0,
+    ) -> None:
         guide.check_fits(unet)
         use(unet, self)
         self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
+        self.strength = strength
         self.call: DenoiserCall | None = None
         self.made_for: tuple[Any, ...] = ()
 
@@ -107,11 +119,12 @@ class GuidedDenoiser:
         unet, guide = self.plain.unet, self.guide
         if torch.is_grad_enabled():  # the guide may be another after this step
             check_not_checkpointed(unet)
-            return DenoiserCall(unet, guide, conditions)
+            return DenoiserCall(unet, guide, conditions, self.strength)
         weights = [(p.data_ptr(), *version_of(p)) for p in guide.parameters()]
         made_for = (conditions, is_mixed(device_type), weights)
         if self.call is None or made_for != self.made_for:
-            self.call, self.made_for = DenoiserCall(unet, guide, conditions), made_for
+            self.call = DenoiserCall(unet, guide, conditions, self.strength)
+            self.made_for = made_for
         return self.call
 
 
@@ -128,11 +141,17 @@ def check_not_checkpointed(unet: UNet2DConditionModel) -> None:
 class DenoiserCall(Call):
     """A guide under conditions that are given."""
 
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, conditions: Conditions) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        guide: Guide,
+        conditions: Conditions,
+        strength: float = 1.0,
+    ) -> None:
         self.unet = unet
         self.conditions = conditions
         self.negatives = Negatives(conditions.n_BLD)
-        self.prepared = guide.prepare(conditions)
+        self.prepared = guide.prepare(conditions, strength)
 
     def begin(self, arguments: dict[str, Any]) -> Effect:
         """What the guide does in this forward; sets ``encoder_hidden_states`` in ``arguments``."""

@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 from pnp_core.files import sha256_file
-from pnp_core.models import check_model_files, is_hub_id, weights_hash
+from pnp_core.models import check_model_files, is_hub_id, is_whole, weights_hash
 from pnp_core.single_file import LAYOUTS, config_folder
 
 PARTS = {  # and their folders
@@ -80,6 +80,18 @@ def base_identity(path: str | Path) -> BaseIdentity:
         files += weights if part != "scheduler" else []
         parts[part] = hash_of(files, folder, reading if part == "text" else "")
     return BaseIdentity(**parts, base_hash=base_hash)
+
+
+def model_identity(path: str | Path, base: str | Path) -> str:
+    """SHA-256 over all that images of a model depend on: its parts, and what it has of the base.
+
+    Raises:
+        ValueError: see :func:`base_identity`.
+    """
+    own = base_identity(path) if is_whole(path) else None
+    if own is None:
+        own = replace(base_identity(base), unet=weights_hash(path), base_hash=weights_hash(path))
+    return hashlib.sha256(json.dumps(asdict(own), sort_keys=True).encode()).hexdigest()
 
 
 def content_of(folder: Path) -> list[Path]:

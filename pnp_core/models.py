@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pnp_core.conditions import AddedConditions
 from pnp_core.guide.unet import describe
-from pnp_core.single_file import is_lora, load_single_file
+from pnp_core.single_file import has_all_parts, is_lora, load_single_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -117,6 +117,14 @@ def model_folders(path: Path) -> Iterator[Path]:
         raise ValueError(
             f"{path} is not a model: it has no model_index.json, no unet/ and no {LORA_FILE}."
         )
+
+
+def is_whole(path: str | Path) -> bool:
+    """Whether a model brings all parts of a pipeline, not a UNet or a LoRA alone."""
+    path = Path(path)
+    if path.is_file():
+        return not is_lora(path) and has_all_parts(path)
+    return is_hub_id(path) or (path / "model_index.json").exists()
 
 
 def check_safetensors(path: Path) -> None:

@@ -33,6 +33,13 @@ def is_lora(path: Path) -> bool:
         return any("lora_" in key or ".lora." in key for key in file.keys())  # noqa: SIM118
 
 
+def has_all_parts(path: Path) -> bool:
+    """Whether a .safetensors file holds a VAE and a text encoder beside the UNet."""
+    with safe_open(path, "pt") as file:
+        keys = list(file.keys())
+    return all(any(key.startswith(prefixes) for key in keys) for prefixes in PARTS.values())
+
+
 def config_folder(path: Path) -> Path:
     """The folder of configs that a single file's pipeline is made by.
 

@@ -21,11 +21,14 @@ from components import cache, distill, evaluate, halve, prepare, promote, regist
 from components.cli import main
 from components.dataset import Record, fit
 from components.environment import quiet
-from components.judging import INCEPTION, Judge, fid, kid
+from components.evaluation import Evaluation
+from components.images import Gallery, Setting
+from components.judging import INCEPTION, Judge
 from components.params import Params, load_params
 from components.progress import Progress, clock
 from components.promote import objections
 from components.sampling import Sampler, choose_tasks
+from components.scores import fid, kid
 from components.storage import Mirror
 from pnp_core.files import read_json, write_bytes, write_json
 from tests import toy
@@ -355,21 +358,26 @@ def test_halve_that_finds_its_rounds_finished_writes_the_same_bytes(inside: Path
 
 
 def test_evaluate_reports_all_methods_side_by_side(inside: Path) -> None:
-    metrics = read_json(Path("results/evaluate/tuned/metrics.json"))
-    assert metrics["judge"] == "models/judge (CLIP, 16 features)"
-    assert (metrics["num_images"], metrics["num_reference_images"]) == (8, 24)
-    assert metrics["steps"].keys() == {"4", "2"}
-    for scores in metrics["steps"].values():
+    evaluation = Evaluation.load(Path("results/evaluate/tuned"))
+    assert evaluation.judges == ("models/judge (CLIP, 16 features)",)
+    assert (evaluation.num_images, evaluation.num_steps) == (64, (4, 2))
+    for num_steps in (4, 2):
         for method in ("unguided", "cfg", "guided"):
-            assert scores[method].keys() >= {"fid", "kid", "clip_score"}
-        assert scores["guided"]["cfg_psnr"] > 0
-    assert 0 < metrics["guidance_fvu"] < 2
-    assert 0 < metrics["cost"]["flops_ratio"] < 1
-    rows = pq.read_table("results/evaluate/tuned/images.parquet").to_pylist()
-    assert len(rows) == 3 * 2 * 8
-    assert len({row["seed"] for row in rows}) == 8
-    assert [row["prompt"] for row in rows[:2]] == ["green bar", "blue ring"]
-    assert sum(row["is_heldout"] for row in rows[2:8]) == 3
+            cell = evaluation.cell(method, num_steps)
+            assert cell and cell.scores.keys() >= {"fid", "kid", "clip_score", "diversity"}
+        assert evaluation.cell("cfg", num_steps // 2, solver="dpmsolver++")
+        assert cell.scores["cfg_psnr"].value > 0
+        low, high = cell.scores["fid"].interval
+        assert low < cell.scores["fid"].value < high
+    assert 0 < evaluation.guidance_fvu.value < 2
+    assert evaluation.fvu_by_timestep.keys() == evaluation.fvu_intervals.keys()
+    assert 0 < evaluation.cost["flops_ratio"] < 1
+    assert evaluation.negative.keys() >= {"picture"}
+    gallery = Gallery.open("tuned")
+    assert len(gallery.settings) == 2 * 4 and len({task.seed for task in gallery.tasks}) == 64
+    assert [task.prompt for task in gallery.tasks[:2]] == ["green bar", "blue ring"]
+    assert sum(task.is_heldout for task in gallery.tasks[2:8]) == 3
+    assert len(set(gallery.files(Setting("guided", 2, "ddim", 4.0)))) == 64
     with Image.open("results/evaluate/tuned/grid.png") as grid:
         assert grid.width > 2 * 96 and grid.height > 6 * 96
 
@@ -410,15 +418,20 @@ def test_images_sampled_in_bf16_are_nearly_those_of_fp32(
     assert psnr(images("bf16"), images("fp32")).mean() > 25
 
 
+def pictures(model: str) -> list[bytes]:
+    gallery = Gallery.open(model)
+    return [file for setting in gallery.settings for file in gallery.files(setting)]
+
+
 def test_evaluate_makes_the_same_images_again(inside: Path) -> None:
-    before = pq.read_table("results/evaluate/base/images.parquet")
+    before = pictures("base")
+    shutil.rmtree("results/sampled/base")
     evaluate.run(load_params(Path("params.yaml")), "base")
-    assert pq.read_table("results/evaluate/base/images.parquet").equals(before)
+    assert pictures("base") == before
 
 
 def test_methods_differ_and_models_differ(inside: Path) -> None:
-    tables = {m: pq.read_table(f"results/evaluate/{m}/images.parquet") for m in ("base", "tuned")}
-    images = [r["image"]["bytes"] for table in tables.values() for r in table.to_pylist()]
+    images = [*pictures("base"), *pictures("tuned")]
     assert len(set(images)) == len(images)
 
 
@@ -428,8 +441,8 @@ def test_evaluate_names_an_unknown_model(inside: Path) -> None:
 
 
 def test_evaluate_refuses_a_judge_that_is_none(inside: Path) -> None:
-    with pytest.raises(ValueError, match=r"evaluate\.judge: models/tuned is not a CLIP model"):
-        evaluate.run(params_with(evaluate={"judge": "models/tuned"}), "base")
+    with pytest.raises(ValueError, match=r"evaluate\.judges: models/tuned is not a CLIP"):
+        evaluate.run(params_with(evaluate={"judges": ["models/tuned"]}), "base")
 
 
 def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
@@ -464,9 +477,10 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
     register.run(params)  # what other tests evaluated anew since
     before, report = registry.versions(), read_json(Path("results/report/summary.json"))
 
-    metrics = Path("results/evaluate/base/metrics.json")
-    as_it_was = metrics.read_text()
-    write_json(metrics, json.loads(as_it_was) | {"guidance_fvu": 0.987})  # another result
+    results = Path("results/evaluate/base/evaluation.json")
+    as_it_was = results.read_text()
+    other = {"guidance_fvu": {"value": 0.987, "replicates": []}}  # another result
+    write_json(results, json.loads(as_it_was) | other)
     with pytest.MonkeyPatch.context() as patch:
 
         def killed(path: Path, value: Any) -> None:
@@ -483,7 +497,7 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
     assert registry.versions() == [*before, int(version)]
     assert registry.summary(version)["models"]["base"]["guidance_fvu"] == 0.987
 
-    metrics.write_text(as_it_was)
+    results.write_text(as_it_was)
     register.run(params)
     assert read_json(Path("results/report/summary.json")) == report, "that one is there already"
     registry.store.client.delete_model_version("pnp-guide", version)
@@ -571,14 +585,14 @@ def test_an_inception_beside_the_judge_gives_fid_and_kid(inside: Path) -> None:
     judge = Judge("models/judge", torch.device("cpu"))
     images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
     assert judge.features(images).shape == (5, 16)
-    score = judge.clip_score(images, toy.PROMPTS[:5])
+    scores = judge.clip_scores(images, toy.PROMPTS[:5])
 
     shutil.copytree("models/judge", "models/published", dirs_exist_ok=True)
     torch.jit.script(InceptionLike()).save(f"models/published/{INCEPTION}")
     judge = Judge("models/published", torch.device("cpu"))
     assert judge.name == "models/published (Inception V3; CLIP score by CLIP)"
     assert judge.features(images).shape == (5, 2048)
-    assert judge.clip_score(images, toy.PROMPTS[:5]) == score
+    assert np.array_equal(judge.clip_scores(images, toy.PROMPTS[:5]), scores)
 
 
 def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(

@@ -27,15 +27,15 @@ OUTS = {
     "cache": ("data/cache",),
     "distill": ("guides/distilled", "runs/distill"),
     "halve": ("guides/bundle", "runs/halve"),
-    "evaluate@base": ("results/evaluate/base",),
-    "evaluate@tuned": ("results/evaluate/tuned",),
+    "evaluate@base": ("results/evaluate/base", "results/sampled/base"),
+    "evaluate@tuned": ("results/evaluate/tuned", "results/sampled/tuned"),
     "register": ("results/report",),
 }
 # What a run that nothing happened to has, byte for byte. Metrics have times in them, and reports
 # commits and versions.
 COMPARED = ("data/prepared", "data/cache", "guides")
-IMAGES = "results/evaluate/*/images.parquet"
-METRICS = "results/evaluate/*/metrics.json"
+IMAGES = "results/sampled/*/*/*.parquet"
+METRICS = "results/evaluate/*/evaluation.json"
 TRACEBACK = "Traceback (most recent call last)"
 MARK = "PNP_FAULT"  # in the environment of all that a fault starts
 PATIENCE_S = 240.0

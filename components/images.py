@@ -1,0 +1,221 @@
+"""Sampled images, kept as they are made: a batch that is there is not made again.
+
+results/sampled/<model>/<key>/ holds the batches of one recipe, which is all that its images depend
+on besides prompt, negative prompt and seed. The key is its hash, and each parquet file says the
+recipe in clear, so that what is read is what was made. Whatever else took forwards of the UNet
+lies beside them in JSON.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+from components.dataset import encode
+from components.paths import EVALUATED, SAMPLED
+from pnp_core.files import atomic_file, read_json, remove, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INDEX = "images.json"
+
+Recipe = Mapping[str, Any]
+
+
+class Task(NamedTuple):
+    """An image to make."""
+
+    prompt: str
+    seed: int
+    is_heldout: bool
+    negative: str = ""
+
+
+class Setting(NamedTuple):
+    """How to make it."""
+
+    method: str
+    num_steps: int
+    solver: str
+    guidance_scale: float
+
+
+class Place(NamedTuple):
+    """Where an image lies."""
+
+    file: Path
+    row: int
+
+
+def key_of(recipe: Recipe) -> str:
+    """Names a recipe's folder."""
+    text = json.dumps(recipe, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class KeptImages:
+    """The images of one model, in results/sampled/<model>."""
+
+    def __init__(self, model: str) -> None:
+        self.folder = SAMPLED / model
+        self._places: dict[str, dict[tuple[str, str, int], Place]] = {}
+        self._last: tuple[Path, list[bytes]] | None = None
+
+    def missing(self, recipe: Recipe, tasks: Sequence[Task]) -> list[Task]:
+        """Those that have no image yet."""
+        there = self._index(recipe)
+        return [task for task in tasks if _identity(recipe, task) not in there]
+
+    def write(
+        self, recipe: Recipe, setting: Setting, tasks: Sequence[Task], images: "np.ndarray"
+    ) -> None:
+        """Keep a batch: uint8 images (N, height, width, 3) of these tasks, in one atomic step."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        from PIL import Image
+
+        rows = [
+            {
+                "image": {"bytes": encode(Image.fromarray(image)), "path": None},
+                **setting._asdict(),
+                "prompt": task.prompt,
+                "negative_prompt": task.negative,
+                "seed": task.seed,
+            }
+            for task, image in zip(tasks, images, strict=True)
+        ]
+        table = pa.Table.from_pylist(rows)
+        table = table.replace_schema_metadata({"recipe": json.dumps(recipe, sort_keys=True)})
+        names = json.dumps([_identity(recipe, task) for task in tasks])
+        name = hashlib.sha256(names.encode()).hexdigest()[:16]
+        path = self.folder / key_of(recipe) / f"{name}.parquet"
+        with atomic_file(path) as new:
+            pq.write_table(table, new, write_page_checksum=True)
+        self._places.pop(key_of(recipe), None)
+
+    def files(self, recipe: Recipe, tasks: Sequence[Task]) -> list[bytes]:
+        """The images of these tasks as encoded files, in their order. KeyError: one is missing."""
+        there = self._index(recipe)
+        found = []
+        for task in tasks:
+            place = there[_identity(recipe, task)]
+            if self._last is None or self._last[0] != place.file:
+                self._last = place.file, _encoded(place.file)
+            found.append(self._last[1][place.row])
+        return found
+
+    def read(self, recipe: Recipe, tasks: Sequence[Task]) -> "np.ndarray":
+        """The images of these tasks: uint8, (N, height, width, 3). KeyError: one is missing."""
+        import numpy as np
+        from PIL import Image
+
+        files = self.files(recipe, tasks)
+        return np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+
+    def measured(self, recipe: Recipe, measure: Callable[[], Any]) -> Any:
+        """What `measure` gave for this recipe before, else what it gives now; a JSON value."""
+        path = self.folder / key_of(recipe) / "measured.json"
+        if path.exists():
+            kept = read_json(path)
+            if kept["recipe"] == json.loads(json.dumps(recipe)):
+                return kept["value"]
+        value = json.loads(json.dumps(measure()))
+        write_json(path, {"recipe": recipe, "value": value})
+        return value
+
+    def forget_all_but(self, recipes: Sequence[Recipe]) -> None:
+        """Delete what other recipes made, and what a write left that was killed."""
+        wanted = {key_of(recipe) for recipe in recipes}
+        for folder in self.folder.iterdir():
+            if folder.name not in wanted:
+                remove(folder)
+        for path in self.folder.rglob(".*"):
+            path.unlink()
+
+    def _index(self, recipe: Recipe) -> dict[tuple[str, str, int], Place]:
+        """Where each image of a recipe is. A file that can't be read is deleted, and said so."""
+        key = key_of(recipe)
+        if key not in self._places:
+            found = {}
+            for file in sorted((self.folder / key).glob("[!.]*.parquet")):
+                for row, identity in enumerate(_identities(file, recipe)):
+                    found[identity] = Place(file, row)
+            self._places[key] = found
+        return self._places[key]
+
+
+class Gallery:
+    """The pictures of an evaluated model, for who shows them.
+
+    Attributes:
+        tasks: in the order of every list of pictures.
+        settings: those that there are pictures of.
+    """
+
+    def __init__(self, model: str, tasks: Sequence[Task], recipes: Mapping[Setting, Recipe]):
+        self.tasks, self.settings = tuple(tasks), tuple(recipes)
+        self._recipes, self._kept = recipes, KeptImages(model)
+
+    @classmethod
+    def open(cls, model: str) -> Self:
+        """What the last evaluation of the model showed."""
+        values = read_json(EVALUATED / model / INDEX)
+        recipes = {Setting(**x["setting"]): x["recipe"] for x in values["settings"]}
+        return cls(model, [Task(**x) for x in values["tasks"]], recipes)
+
+    def save(self, folder: Path) -> None:
+        """Write the list of what there is; the pictures stay where they are."""
+        settings = [{"setting": s._asdict(), "recipe": r} for s, r in self._recipes.items()]
+        tasks = [task._asdict() for task in self.tasks]
+        write_json(folder / INDEX, {"tasks": tasks, "settings": settings})
+
+    def files(self, setting: Setting, tasks: Sequence[Task] | None = None) -> list[bytes]:
+        """Encoded pictures, one for each task; KeyError if they are not there."""
+        return self._kept.files(
+            self._recipes[setting], self.tasks if tasks is None else tuple(tasks)
+        )
+
+
+def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
+    """The tasks in order, `size` at a time; the last batch may be smaller."""
+    return (tasks[start : start + size] for start in range(0, len(tasks), size))
+
+
+def _identity(recipe: Recipe, task: Task) -> tuple[str, str, int]:
+    """What makes a task's image another one; without guidance, no negative prompt does."""
+    return task.prompt, "" if recipe["method"] == "unguided" else task.negative, task.seed
+
+
+def _identities(file: Path, recipe: Recipe) -> list[tuple[str, str, int]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ["prompt", "negative_prompt", "seed"]
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as opened:
+            written = json.loads((opened.schema_arrow.metadata or {}).get(b"recipe", b"null"))
+            rows = opened.read(columns).to_pylist()
+            opened.read(["image"])  # so that its checksums are compared
+    except (pa.ArrowException, OSError, ValueError) as error:
+        print(f"{file} is not whole ({error}): its images are made anew", flush=True)
+        file.unlink()
+        return []
+    if key_of(written) != key_of(recipe):
+        print(f"{file} is of another recipe than its folder: its images are made anew", flush=True)
+        file.unlink()
+        return []
+    return [
+        _identity(recipe, Task(row["prompt"], row["seed"], False, row["negative_prompt"]))
+        for row in rows
+    ]
+
+
+def _encoded(file: Path) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as opened:
+        rows = opened.read(["image"]).to_pylist()
+    return [row["image"]["bytes"] for row in rows]

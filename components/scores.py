@@ -1,0 +1,167 @@
+"""Scores of sets of images, each with its bootstrap replicates.
+
+A statistic is computed for many ways to count the same N images at once: `counts_RN` says how often
+replicate r has image n. Row 0 counts each image once, and its score is the value.
+
+Letters of shapes: R replicates, N images, M real images, D features.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from components.evaluation import Estimate
+
+NUM_REPLICATES = 300
+# Kernel values between images and real ones that are held at a time.
+REFERENCES_AT_A_TIME = 4096
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""From counts (R, N) to scores (R,)."""
+
+
+def resamples(num_images: int, num_replicates: int = NUM_REPLICATES) -> np.ndarray:
+    """`num_images` draws with replacement, many times: counts (1 + R, N), each image once at first.
+
+    The same in every evaluation, so that replicates of any two are paired.
+    """
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, num_images, (num_replicates, num_images))
+    counts = [np.bincount(row, minlength=num_images) for row in drawn]
+    return np.stack([np.ones(num_images, dtype=np.int64), *counts]).astype(np.float64)
+
+
+def estimate(statistic: Statistic, counts_RN: np.ndarray, what: str = "a score") -> Estimate:
+    """A score and its replicates. Raises ValueError, saying `what`, if it is no number."""
+    value, *replicates = (float(score) for score in statistic(counts_RN))
+    if not np.isfinite(value):
+        raise ValueError(f"{what} came out as {value}")
+    # A resample can miss all images that a share is of: it tells nothing, so it moves nothing.
+    return Estimate(
+        value=value, replicates=tuple(x if np.isfinite(x) else value for x in replicates)
+    )
+
+
+def mean_of(scores_N: np.ndarray) -> Statistic:
+    """The mean of a score that each image has."""
+    return lambda counts_RN: counts_RN @ scores_N / counts_RN.sum(axis=1)
+
+
+def share_of(parts_N: np.ndarray, wholes_N: np.ndarray) -> Statistic:
+    """The sum of parts over the sum of wholes."""
+
+    def share(counts_RN: np.ndarray) -> np.ndarray:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            shares: np.ndarray = (counts_RN @ parts_N) / (counts_RN @ wholes_N)
+        return shares
+
+    return share
+
+
+def diversity(features_ND: np.ndarray) -> Statistic:
+    """Mean distance of two images, 1 - cos of their features.
+
+    The average pairwise distance of Zhu et al. 2017 (Toward multimodal image-to-image translation,
+    section 5), which is over images of one input, here over all: most prompts come once.
+    """
+    unit = features_ND / np.linalg.norm(features_ND, axis=1, keepdims=True)
+    distances_NN = 1 - unit.astype(np.float64) @ unit.T
+    return lambda counts_RN: mean_of_pairs(distances_NN, counts_RN)
+
+
+def mean_of_pairs(values_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
+    """Mean over ordered pairs of two different images, (R,); an image drawn twice is no pair."""
+    apart = values_NN - np.diag(np.diag(values_NN))
+    sums = ((counts_RN @ apart) * counts_RN).sum(axis=1)
+    result: np.ndarray = sums / (counts_RN.sum(axis=1) ** 2 - (counts_RN**2).sum(axis=1))
+    return result
+
+
+class RealImages:
+    """What FID and KID compare with: features (M, D) of real images. They are not resampled."""
+
+    def __init__(self, features_MD: np.ndarray) -> None:
+        self.features_MD = features_MD.astype(np.float64)
+        self.mean_D = self.features_MD.mean(axis=0)
+        values_D, vectors_DD = np.linalg.eigh(np.cov(self.features_MD, rowvar=False))
+        kept = values_D > 1e-12 * values_D.max()
+        self.trace = float(values_D[kept].sum())
+        self.root_DK = vectors_DD[:, kept] * np.sqrt(values_D[kept])  # times its own T: covariance
+
+    def fid(self, features_ND: np.ndarray) -> Statistic:
+        """Fréchet distance of Gaussians (Heusel et al. 2017, section 2).
+
+        ``|m_x - m_y|^2 + tr C_x + tr C_y - 2 tr (C_x C_y)^(1/2)``. With ``C_y = L L^T`` the last
+        trace is the sum of the square roots of the eigenvalues of ``L^T C_x L``, which are those of
+        the centred images' products in coordinates ``x L`` too, if these are fewer than dimensions:
+        N x N numbers, of which a resample is a part.
+        """
+        x = features_ND.astype(np.float64)
+        middle_D = x.mean(axis=0)
+        x = x - middle_D
+        z_NK = x @ self.root_DK
+        products_NN = z_NK @ z_NK.T if len(z_NK) <= z_NK.shape[1] else None
+
+        def distances(counts_RN: np.ndarray) -> np.ndarray:
+            num_R = counts_RN.sum(axis=1)
+            means_RD = counts_RN @ x / num_R[:, None]
+            squares_R = (means_RD**2).sum(axis=1)
+            traces_R = (counts_RN @ (x**2).sum(axis=1) - num_R * squares_R) / (num_R - 1)
+            apart_R = ((means_RD + middle_D - self.mean_D) ** 2).sum(axis=1)
+            overlaps_R = np.array([overlap(counts) for counts in counts_RN])
+            result: np.ndarray = apart_R + traces_R + self.trace - 2 * overlaps_R
+            return result
+
+        def overlap(counts_N: np.ndarray) -> float:
+            rows = counts_N > 0
+            counts, num = counts_N[rows], counts_N.sum()
+            if products_NN is not None:
+                part = products_NN[np.ix_(rows, rows)]
+                means = part @ counts / num
+                part = part - means - means[:, None] + counts @ means / num
+                scale = np.sqrt(counts / (num - 1))
+                values = np.linalg.eigvalsh(part * scale * scale[:, None])
+            else:
+                z = z_NK[rows]
+                z = (z - counts @ z / num) * np.sqrt(counts / (num - 1))[:, None]
+                values = np.linalg.eigvalsh(z.T @ z)
+            return float(np.sqrt(values.clip(min=0)).sum())
+
+        return distances
+
+    def kid(self, features_ND: np.ndarray) -> Statistic:
+        """Kernel distance (Bińkowski et al. 2018, section 4) over all pairs.
+
+        The unbiased estimate of MMD^2 with the kernel ``(x y / D + 1)^3``: unlike FID's, its
+        expectation does not depend on the counts.
+        """
+        x, y = features_ND.astype(np.float64), self.features_MD
+        starts = range(0, len(y), REFERENCES_AT_A_TIME)
+        parts = [y[start : start + REFERENCES_AT_A_TIME] for start in starts]
+        across_N = sum(kernel(x, part).sum(axis=1) for part in parts) / len(y)
+        within = sum(float(kernel(part, y).sum()) for part in parts)
+        itself = float((((y**2).sum(axis=1) / y.shape[1] + 1) ** 3).sum())
+        theirs = (within - itself) / (len(y) * (len(y) - 1))
+        own_NN = kernel(x, x)
+
+        def distances(counts_RN: np.ndarray) -> np.ndarray:
+            across_R = mean_of(across_N)(counts_RN)
+            return mean_of_pairs(own_NN, counts_RN) + theirs - 2 * across_R
+
+        return distances
+
+
+def kernel(x_ND: np.ndarray, y_MD: np.ndarray) -> np.ndarray:
+    """The polynomial kernel of KID, (N, M)."""
+    result: np.ndarray = (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
+    return result
+
+
+def fid(features_ND: np.ndarray, references_MD: np.ndarray) -> float:
+    """The Fréchet distance alone, see :meth:`RealImages.fid`."""
+    return float(RealImages(references_MD).fid(features_ND)(np.ones((1, len(features_ND))))[0])
+
+
+def kid(features_ND: np.ndarray, references_MD: np.ndarray) -> float:
+    """The kernel distance alone, see :meth:`RealImages.kid`."""
+    return float(RealImages(references_MD).kid(features_ND)(np.ones((1, len(features_ND))))[0])

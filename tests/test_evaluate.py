@@ -1,0 +1,252 @@
+"""The stage evaluate at toy size: what is kept, what is made again, and what is refused."""
+
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from components import evaluate, prepare
+from components.environment import quiet
+from components.evaluation import Evaluation
+from components.images import Gallery, Setting, Task
+from components.params import Params, load_params
+from components.sampling import Sampler
+from pnp_core.bundle import GuideBundle
+from pnp_core.guide import Guide, GuideConfig
+from tests import toy
+from tests.conftest import roused
+
+pytest_plugins = ["tests.toy"]
+quiet()
+
+Made = Counter[tuple[Setting, Task]]
+
+
+def params_with(**evaluate: Any) -> Params:
+    """The toy's parameters with some keys of `evaluate` changed, as params.yaml here."""
+    values = toy.toy_params()
+    values["evaluate"] |= evaluate
+    toy.write_params(Path(), values)
+    return load_params(Path("params.yaml"))
+
+
+def write_bundle(scale: float) -> None:
+    """A guide for 4 and for 2 steps, with random weights of this size."""
+    unet = UNet2DConditionModel.from_pretrained("models/base", subfolder="unet")
+    guides = {}
+    for num_steps in (2, 4):
+        torch.manual_seed(num_steps)
+        guide = Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2))
+        guides[num_steps] = roused(guide, scale * num_steps)
+    GuideBundle(guides).save("guides/bundle")
+
+
+@pytest.fixture(scope="module")
+def ready(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with prepared data, a bundle, and the base evaluated."""
+    folder = tmp_path_factory.mktemp("ready") / "world"
+    shutil.copytree(untouched_world, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare.run(params_with())
+        write_bundle(0.02)
+        evaluate.run(params_with(), "base")
+    return folder
+
+
+@pytest.fixture
+def inside(ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same world, to be changed at will."""
+    folder = tmp_path / "world"
+    shutil.copytree(ready, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Made]:
+    """How often each image is sampled."""
+    found: Made = Counter()
+    make = Sampler.make
+
+    def counting(self: Sampler, setting: Setting, tasks: Any) -> np.ndarray:
+        found.update((setting, task) for task in tasks)
+        return make(self, setting, tasks)
+
+    monkeypatch.setattr(Sampler, "make", counting)
+    yield found
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Samples that the UNet is asked for, a number for each call."""
+    found: list[int] = []
+    forward = UNet2DConditionModel.forward
+
+    @functools.wraps(forward)  # hooks read its signature
+    def counting(self: Any, sample: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        found.append(len(sample))
+        return forward(self, sample, *rest, **named)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", counting)
+    return found
+
+
+def result() -> Evaluation:
+    return Evaluation.load(Path("results/evaluate/base"))
+
+
+def methods(made: Made) -> set[str]:
+    return {setting.method for setting, _ in made}
+
+
+def test_an_evaluation_that_is_killed_goes_on_and_makes_no_image_twice(
+    inside: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = result()
+    shutil.rmtree("results")
+    make, calls = evaluate.Work.make, []
+
+    def killed(self: Any, setting: Setting, tasks: Any) -> None:
+        calls.append(setting)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        make(self, setting, tasks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Work, "make", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.run(params_with(), "base")
+    assert len(made) == 4 * 32 and not Path("results/evaluate/base").exists()
+    evaluate.run(params_with(), "base")
+    assert set(made.values()) == {1} and len(made) == 8 * 64 + 2 * 64
+    assert result().cells == whole.cells and result().negative == whole.negative
+
+
+def test_another_judge_and_another_version_of_the_scores_take_no_forward(
+    inside: Path, forwards: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = result()
+    shutil.copytree("models/judge", "models/other")
+    monkeypatch.setattr(evaluate, "MEASURED_BY", 99)
+    evaluate.run(params_with(judges=["models/judge", "models/other"]), "base")
+    assert forwards == []
+    after = result()
+    assert after.judges == (before.judges[0], "models/other (CLIP, 16 features)")
+    assert [cell for cell in after.cells if cell.judge == before.judges[0]] == list(before.cells)
+    assert after.guidance_fvu == before.guidance_fvu and after.cost == before.cost
+    assert after.identity["measured_by"] == 99
+
+
+def test_more_images_sample_only_those_that_are_not_there(inside: Path, made: Made) -> None:
+    before = Gallery.open("base")
+    evaluate.run(params_with(num_images=72), "base")
+    after = Gallery.open("base")
+    assert after.tasks[:64] == before.tasks
+    assert {task for _, task in made if not task.negative} == set(after.tasks[64:])
+    assert {task for _, task in made if task.negative} == {
+        task._replace(negative="red") for task in after.tasks[64:]
+    }
+    for setting in before.settings:
+        assert after.files(setting)[:64] == before.files(setting)
+
+
+def test_another_guide_samples_neither_cfg_nor_no_guidance(inside: Path, made: Made) -> None:
+    before = result()
+    write_bundle(0.04)
+    evaluate.run(params_with(), "base")
+    assert methods(made) == {"guided"}
+    after = result()
+    assert after.cell("cfg", 4) == before.cell("cfg", 4)
+    assert after.cell("guided", 4) != before.cell("guided", 4)
+    assert after.guidance_fvu != before.guidance_fvu
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"guidance_scales": [2.0]}, {("cfg", 2.0), ("guided", 2.0)}),
+        ({"guidance_scale": 3.0}, {("cfg", 3.0), ("guided", 3.0)}),
+        ({"grid_prompts": ["green bar", "blue ring", "red disc"]}, None),
+    ],
+    ids=["further scales", "another scale", "other prompts"],
+)
+def test_what_another_setting_changes_is_sampled_and_nothing_else(
+    inside: Path, made: Made, change: Mapping[str, Any], expected: set[Any] | None
+) -> None:
+    evaluate.run(params_with(**change), "base")
+    if expected is None:
+        assert methods(made) == {"unguided", "cfg", "guided"}
+    else:
+        assert {(setting.method, setting.guidance_scale) for setting, _ in made} == expected
+
+
+def test_a_full_review_is_one_setting(inside: Path) -> None:
+    evaluate.run(params_with(review="full"), "base")
+    evaluation = result()
+    assert (evaluation.num_images, evaluation.num_steps) == (72, (4, 2, 1))
+    assert evaluation.cell("guided", 4, guidance_scale=2.0)
+    assert evaluation.cell("cfg", 1, solver="dpmsolver++")
+    assert not evaluation.cell("cfg", 0, solver="dpmsolver++")
+
+
+def test_a_file_of_images_that_is_damaged_is_made_anew_and_named(
+    inside: Path, made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = sorted(Path("results/sampled/base").glob("*/*.parquet"))[:2]
+    whole = first.read_bytes(), second.read_bytes()
+    first.write_bytes(whole[0][: len(whole[0]) // 2])
+    middle = len(whole[1]) // 3
+    second.write_bytes(whole[1][:middle] + bytes([whole[1][middle] ^ 255]) + whole[1][middle + 1 :])
+    evaluate.run(params_with(), "base")
+    said = capsys.readouterr().out
+    assert f"{first} is not whole" in said and f"{second} is not whole" in said
+    assert len(made) == 64 and (first.read_bytes(), second.read_bytes()) == whole
+
+
+def test_images_of_another_recipe_are_not_taken_for_these(inside: Path, made: Made) -> None:
+    files = sorted(Path("results/sampled/base").glob("*/*.parquet"))
+    file, theirs = files[0], files[-1]
+    before = file.read_bytes()
+    file.write_bytes(theirs.read_bytes())
+    assert file.parent != theirs.parent
+    evaluate.run(params_with(), "base")
+    assert len(made) == 32 and file.read_bytes() == before
+
+
+def test_what_no_setting_asks_for_is_not_kept(inside: Path) -> None:
+    evaluate.run(params_with(num_steps=[4], negative_prompts=[]), "base")
+    folders = {file.parent for file in Path("results/sampled/base").glob("*/*.parquet")}
+    assert len(folders) == 4
+    assert result().num_steps == (4,) and result().negative == {}
+
+
+def test_the_teacher_runs_once_a_state_for_guidance_fvu(inside: Path, forwards: list[int]) -> None:
+    work = evaluate.Work.of(params_with(), "base")
+    terms = work.sampler.fvu_terms(work.tasks[:8])
+    assert forwards == [16, 8] * 4
+    assert np.shape(terms["unexplained"]) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": 63}, "num_images is 63, and FID needs 64 at least"),
+        ({"full": {"num_images": 12, "num_steps": [2], "guidance_scales": []}}, "full.num_images"),
+        ({"judges": []}, "evaluate.judges"),
+        ({"grid_prompts": []}, "evaluate.grid_prompts"),
+    ],
+    ids=["too few", "too few in full", "no judge", "no prompts"],
+)
+def test_what_can_not_be_measured_is_refused_by_name(
+    world: Path, change: Mapping[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        params_with(**change)
