@@ -10,6 +10,7 @@ Shape legend: B batch, C channels, N positions, L text tokens, D text width, R r
 are equally wide, M width of the conditioning vector, X all that is told by that vector.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -298,22 +299,24 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
     grow with the share of parameters.
     """
-    best = None
     widest = max(max(e.skips) for e in entrances)
     few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
     with torch.device("meta"):
         rest, counted = (Modulations(c, embedding_dim) for c in (modulated_channels, few))
     max_parameters -= sum(p.numel() for p in rest.parameters())
     max_parameters += sum(p.numel() for p in counted.parameters())
-    for rank in range(4, widest):
+
+    def shape(rank: int) -> TinyShape:
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
         # from 32 on, sizes that GPUs like
         ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
         text_rank = rank if rank < 32 else rank // 64 * 32 + 32
-        shape = TinyShape(ranks, text_rank, embedding_dim)
+        return TinyShape(ranks, text_rank, embedding_dim)
+
+    def num_parameters(rank: int) -> int:  # never falls as the rank rises
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape, text_dim, attention_channels, few)
-        if sum(p.numel() for p in net.parameters()) > max_parameters:
-            break
-        best = shape
-    return best
+            net = TinyGuide(entrances, shape(rank), text_dim, attention_channels, few)
+        return sum(p.numel() for p in net.parameters())
+
+    num_fitting = bisect_right(range(4, widest), max_parameters, key=num_parameters)
+    return shape(3 + num_fitting) if num_fitting else None
