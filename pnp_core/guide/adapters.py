@@ -49,12 +49,12 @@ class EntranceAdapter(nn.Module):
         self.offset = nn.Parameter(torch.zeros(rank))
 
     def matrices(self) -> EntranceMatrices:
-        """The weights in the shapes that :meth:`forward` takes them in; once a run."""
+        """The weights in the shapes that :meth:`residuals` takes them in; once a run."""
         assert self.down.bias is not None
         down = self.down.weight.flatten(1).split(self.split, dim=1)
         return EntranceMatrices(down, self.down.bias[:, None], self.up.weight.flatten(1))
 
-    def forward(
+    def residuals(
         self, features: Sequence[Tensor], told: Told, matrices: EntranceMatrices
     ) -> list[Tensor]:
         """Residuals for the features, in this module's dtype."""

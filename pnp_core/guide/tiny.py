@@ -145,8 +145,8 @@ class PreparedTiny(Prepared):
         self.gains_BX = gain.with_offset(torch.cat([*offsets, net.modulations.offset]))
         told_gains = gain.with_offset(torch.cat([part.offset for part in told]))
         self.told_gains = told_gains[..., None].split(ranks, dim=1)
-        entrances = (e for e in net.entrances if isinstance(e, EntranceAdapter))  # as all are
-        self.matrices = [entrance.matrices() for entrance in entrances]
+        self.entrances = [e for e in net.entrances if isinstance(e, EntranceAdapter)]  # as all are
+        self.matrices = [entrance.matrices() for entrance in self.entrances]
         self.split_told = [rank for rank in ranks for _ in range(2)]
         num = [len(g) for g in groups]
         self.split_driven = [
@@ -247,7 +247,8 @@ class TinyEffect(Effect):
         mixtures: list[Mixture],
         modulations: ModulationsByShape,
     ) -> None:
-        self.net, self.matrices = prepared.net, prepared.matrices
+        self.net = prepared.net
+        self.entrances, self.matrices = prepared.entrances, prepared.matrices
         self.told = told
         self.text_residual_BLD = text_residual_BLD
         self.mixtures = mixtures
@@ -280,7 +281,8 @@ class TinyEffect(Effect):
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
         """Add this entrance's residuals to the hidden states and the skips."""
         features = (entering.hidden_states, *entering.skips)
-        residuals = self.net.entrances[index](features, self.told[index], self.matrices[index])
+        entrance = self.entrances[index]
+        residuals = entrance.residuals(features, self.told[index], self.matrices[index])
         hidden, *skips = add_all(features, residuals)
         return DecoderInput(hidden, tuple(skips))
 
