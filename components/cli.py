@@ -15,8 +15,14 @@ from typing import Any
 from components import lineage, snapshot
 from components.environment import die_with_parent, quiet
 from components.params import Params, ParamsError, check_files, load_params
-from components.paths import DISTILLED, EVALUATED, PREPARED, REPORT
+from components.paths import CACHE, DISTILLED, EVALUATED, PREPARED, REPORT, RUNS
 from pnp_core.files import recover_all
+
+# Where a stage that was killed may have left something half replaced or half written.
+WRITTEN_IN = (
+    *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, REPORT.parent),
+    *(RUNS, RUNS / "distill", RUNS / "halve"),
+)
 
 
 def main(run: Callable[[Params], None]) -> None:
@@ -36,7 +42,7 @@ def main(run: Callable[[Params], None]) -> None:
             snapshot.begin(stage)
             params = load_params(Path("params.yaml"))  # no older than the snapshot
         check_files(params)
-        for folder in (PREPARED.parent, DISTILLED.parent, EVALUATED, REPORT.parent):
+        for folder in WRITTEN_IN:
             for path in recover_all(folder):
                 print(f"{path}: put back; a run was stopped while replacing it", flush=True)
         run(params)

@@ -1,10 +1,13 @@
 """Folders mirrored to where `storage` points."""
 
 import errno
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from pnp_core.files import atomic_file
 
 Result = TypeVar("Result")
 
@@ -85,10 +88,12 @@ class Mirror:
         there = f"{self._root}/{name}"
 
         def send() -> None:
-            if self._is_local:  # elsewhere it would make the bucket
+            if self._is_local:  # of a bucket, S3 shows a file whole or not at all
                 self._files.info(self._place)
-                self._files.makedirs(there.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(path), there)
+                with atomic_file(Path(there)) as new:
+                    shutil.copyfile(path, new)
+            else:
+                self._files.put_file(str(path), there)
 
         self._patiently("write", name, send, is_place=True)
 
