@@ -1,8 +1,8 @@
 """What every `python -m components.<stage>` shares: parameters first, errors in one line.
 
 Exit codes: 0 done, 1 a mistake that the message explains, 2 a mistake in params.yaml, 3 (promote
-only) refused, 130 and 143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error
-came from.
+only) refused, 75 something outside is away and the same command goes on when it is back, 130 and
+143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error came from.
 """
 
 import os
@@ -14,10 +14,12 @@ from typing import Any
 
 from components import lineage, snapshot
 from components.environment import die_with_parent, quiet
+from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import CACHE, DISTILLED, EVALUATED, PREPARED, REPORT, RUNS
 from pnp_core.files import recover_all
 
+MAY_PASS = os.EX_TEMPFAIL
 # Where a stage that was killed may have left something half replaced or half written.
 WRITTEN_IN = (
     *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, REPORT.parent),
@@ -49,6 +51,8 @@ def main(run: Callable[[Params], None]) -> None:
         snapshot.check_unchanged()
     except ParamsError as error:
         stop(error, exit_code=2)
+    except MayPassError as error:
+        stop(error, exit_code=MAY_PASS)
     except (ValueError, OSError) as error:
         stop(error, exit_code=1)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from components.errors import MayPassError
 from pnp_core.files import atomic_file
 
 Result = TypeVar("Result")
@@ -134,7 +135,7 @@ class Mirror:
                         "AWS_* variables and files that keys, region and endpoint come from"
                     ) from error
                 if wait is None:
-                    raise OSError(
+                    raise MayPassError(
                         f"storage: could not {what} in {sum(WAITS)} seconds: {error}. Is it "
                         "there, and is AWS_ENDPOINT_URL right? The same command goes on from here."
                     ) from error

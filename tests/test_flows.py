@@ -22,9 +22,9 @@ from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
-from flows import distill, lost, process, sharing
+from flows import distill, lost, process, stages
 from flows.process import StageFailed
-from flows.sharing import needs_no_cache
+from flows.stages import look
 from flows.start import begin
 from tests.toy import make_repository, toy_params, write_params
 
@@ -60,7 +60,8 @@ def pipeline(
     """A DVC repository whose stages note their names in `ran`; yields dvc.yaml's stages."""
     monkeypatch.chdir(tmp_path)
     params = SimpleNamespace(
-        models={"base": None, "tuned": None}, cluster=SimpleNamespace(wait_minutes=1)
+        models={"base": None, "tuned": None},
+        cluster=SimpleNamespace(wait_minutes=1, num_workers=0),
     )
     monkeypatch.setattr(distill, "begin", lambda: nullcontext(params))
     git("init", "--quiet")
@@ -121,7 +122,9 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a clone after `dvc pull`: what DVC does not keep is not there."""
-    monkeypatch.setattr(sharing, "CACHE", Path("c"))
+    monkeypatch.setattr(stages, "CACHE", Path("c"))
+    only = ({"changed deps": {"c": "deleted"}}, {"changed outs": {"c": "deleted"}})
+    monkeypatch.setattr(stages, "ONLY_THE_CACHE", only)
     subprocess.run([*DVC, "repro"], check=True)
     shutil.rmtree("c")
     pipeline["evaluate"]["do"]["cmd"] += " && true"
@@ -130,10 +133,11 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     distill.distill_flow()
     assert ran() == ["evaluate@base", "evaluate@tuned"]
 
-    assert needs_no_cache()
+    params = SimpleNamespace(cluster=SimpleNamespace(wait_minutes=1, num_workers=0))
+    assert look(params, STAGES).lacks_cache  # type: ignore[arg-type]
     pipeline["halve"]["cmd"] += " && true"
     write_stages(pipeline)
-    assert not needs_no_cache()
+    assert not look(params, STAGES).lacks_cache  # type: ignore[arg-type]
 
 
 def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
@@ -332,7 +336,7 @@ def test_a_failure_is_told_in_the_words_of_the_stage_or_else_of_dvc(
 def test_a_killed_stage_is_started_again(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill.cache, "retry_delay_seconds", 0)
+    monkeypatch.setattr(distill.cache, "retry_delay_seconds", [0, 0])
     once = "test -e once || { touch once; kill -KILL $$; }"
     pipeline["cache"]["cmd"] = f"{once}; {pipeline['cache']['cmd']}"
     write_stages(pipeline)

@@ -17,6 +17,7 @@ from prefect import Task
 from ruamel.yaml import YAML
 
 import flows.distill
+import flows.evaluate
 import flows.promote
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def test_dvc_runs_the_module_of_the_stages_name(stage: str) -> None:
 
 def test_the_flow_calls_the_stages_in_the_order_of_the_graph() -> None:
     body = inspect.getsource(flows.distill.bring_up_to_date)
-    called = re.findall(rf"^\s+({'|'.join(STAGES)})\(", body, re.MULTILINE)
+    called = re.findall(rf"^\s+({'|'.join(STAGES)})(?:_all)?\(", body, re.MULTILINE)
     assert tuple(called) == STAGES
 
 
@@ -62,7 +63,10 @@ def test_every_deployment_names_a_flow() -> None:
     for deployment in load("prefect.yaml")["deployments"]:
         path, name = deployment["entrypoint"].split(":")
         module = sys.modules[path.removesuffix(".py").replace("/", ".")]
-        assert getattr(module, name).name in ("distill", "promote")
+        flow = getattr(module, name)
+        assert flow.name in ("distill", "evaluate-finetune", "reevaluate", "promote")
+        for parameter in flow.parameters.properties.values() if flow.name != "promote" else ():
+            assert parameter.get("description"), "what the form in Prefect's UI says of it"
 
 
 # Lean imports
