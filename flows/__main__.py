@@ -15,7 +15,8 @@ from urllib.request import urlopen
 
 from components.cli import leave, stop
 from components.environment import quiet
-from components.params import Params, ParamsError, check_files, load_params
+from components.overrides import overridden
+from components.params import Params, ParamsError, load_params
 from components.paths import REPORT
 from flows import guard
 from flows.start import STAGES
@@ -61,7 +62,8 @@ def main() -> None:
     os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
     try:
         params = load_params(Path("params.yaml"))
-        check_files(params)
+        if arguments.flow == "distill":  # at once, before a server is started
+            overridden(Path("params.yaml"), arguments.overrides)
     except ParamsError as error:
         stop(error, exit_code=2)
 

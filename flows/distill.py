@@ -11,7 +11,7 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from components.params import Params
+from components.params import Params, check_files
 from flows.artifacts import publish_report
 from flows.experiment import experiment
 from flows.lost import settle_lost_runs
@@ -66,7 +66,10 @@ def distill_flow(
 
 def bring_up_to_date(params: Params, stages: Sequence[Stage]) -> None:
     """Run what is out of date of these stages, in the order of the graph."""
-    checkout = look(params, names_in_dvc(params, stages))
+    names = names_in_dvc(params, stages)
+    checkout = look(params, names)
+    if checkout.unchanged < set(names):
+        check_files(params)
     if checkout.lacks_cache and "cache" in stages:
         get_run_logger().info("The teacher cache is not here, and nothing needs it")
     if "prepare" in stages:

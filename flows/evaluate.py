@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
 from components.fetch import NO_CHAMPION
-from components.params import ParamsError, load_params
+from components.params import ParamsError, check_files, load_params
 from components.paths import BUNDLE, EVALUATED
 from flows.artifacts import flat, publish_metrics
 from flows.distill import evaluate_all, names_in_dvc
@@ -53,6 +53,7 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
             for key, value in (("path", path), ("reference", reference))
         ]
         with experiment(overrides, flow_run.name or "run", log), begin() as params:
+            check_files(params)
             evaluate(name, look(params, (f"evaluate@{name}",)))
             publish_metrics(name, EVALUATED / name)
 
@@ -76,6 +77,7 @@ def reevaluate_flow() -> None:
         if not fetch_champion():
             place.is_done = True
             return
+        check_files(params)
         models = list(params.models)
         evaluate_all(models, look(params, names_in_dvc(params, ["evaluate"])))
         before = read_json(BUNDLE / SUMMARY)["models"]

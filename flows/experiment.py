@@ -129,6 +129,9 @@ def _inputs(value: Any) -> Iterator[Path]:
     if isinstance(value, Mapping):
         for below in value.values():
             yield from _inputs(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _inputs(below)
     elif isinstance(value, str):
         path = Path(value)
         inside = path.parts and not path.is_absolute() and ".." not in path.parts
