@@ -23,7 +23,7 @@ from pathlib import Path
 from components.cli import main
 from components.lineage import hash_of
 from components.params import Params
-from components.paths import CACHE, EVALUATED, RUNS
+from components.paths import CACHE, EVALUATED, RUNS, SAMPLED
 
 DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
@@ -59,7 +59,8 @@ def run(params: Params, *, remove: bool = False) -> None:
     piles = [
         Pile(f"teacher cache, {CACHE}", size(CACHE), note="training reads it; `cache` makes it"),
         checkpoints(),
-        Pile(f"images, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
+        Pile(f"results, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
+        images(params),
         workspaces(),
         mlflow(params),
         dvc_cache(params),
@@ -90,6 +91,19 @@ def checkpoints() -> Pile:
         sum(map(size, done)),
         "of stages that are finished" if done else "training goes on from them",
         partial(delete, done),
+    )
+
+
+def images(params: Params) -> Pile:
+    """Sampled images; `evaluate` itself keeps those of its last results alone."""
+    folders = SAMPLED.iterdir() if SAMPLED.is_dir() else ()
+    others = sorted(folder for folder in folders if folder.name not in params.models)
+    return Pile(
+        f"images, {SAMPLED}",
+        size(SAMPLED),
+        sum(map(size, others)),
+        "of models that params.yaml does not name",
+        partial(delete, others),
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components import lineage, snapshot
+from components import lineage, mlflow_place, snapshot
 from components.environment import die_with_parent, quiet
 from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
@@ -44,6 +44,7 @@ def main(run: Callable[[Params], None]) -> None:
             snapshot.begin(stage)
             params = load_params(Path("params.yaml"))  # no older than the snapshot
         check_files(params)
+        mlflow_place.resolve(params.tracking.uri)  # one that can't be is told before the work
         for folder in WRITTEN_IN:
             for path in recover_all(folder):
                 print(f"{path}: put back; a run was stopped while replacing it", flush=True)

@@ -17,7 +17,6 @@ from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from components import mlflow_place
 from components.paths import PREPARED
 from pnp_core.settings import (
     CacheConfig,
@@ -295,10 +294,6 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
 
 def check_files(params: Params) -> None:
     """Check what params.yaml points at, as far as that needs no heavy work. Raises ParamsError."""
-    try:
-        mlflow_place.resolve(params.tracking.uri)
-    except ValueError as error:
-        raise ParamsError(f"params.yaml: tracking: {error}") from None
     named = {"prepare.dataset": params.prepare.dataset}
     for i, name in enumerate(params.prepare.files):
         named[f"prepare.files[{i}]"] = str(Path(params.prepare.dataset, name))

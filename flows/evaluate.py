@@ -11,10 +11,12 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 
+from components.curves import headline
+from components.evaluation import Evaluation
 from components.fetch import NO_CHAMPION
 from components.params import ParamsError, check_files, load_params
 from components.paths import BUNDLE, EVALUATED
-from flows.artifacts import flat, publish_metrics
+from flows.artifacts import publish_metrics
 from flows.distill import evaluate_all, names_in_dvc
 from flows.experiment import PARAMS, experiment, workspace
 from flows.lost import settle_lost_runs
@@ -83,7 +85,7 @@ def reevaluate_flow() -> None:
         before = read_json(BUNDLE / SUMMARY)["models"]
         for model in models:
             publish_metrics(model, EVALUATED / model)
-            compare(model, before.get(model, {}), read_json(EVALUATED / model / "metrics.json"))
+            compare(model, registered(before.get(model, {})), EVALUATED / model)
         place.is_done = True
 
 
@@ -100,13 +102,24 @@ def fetch_champion() -> bool:
     return True
 
 
-def compare(model: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Show what a model's numbers were and are."""
-    was, is_now = flat(before), flat(now)
+def registered(evaluation: Mapping[str, Any]) -> Mapping[str, float]:
+    """The headline of what a version's summary has of a model; nothing of another format."""
+    try:
+        return headline(Evaluation.from_json(evaluation, where=SUMMARY))
+    except ValueError:
+        return {}
+
+
+def compare(model: str, before: Mapping[str, float], folder: Path) -> None:
+    """Show what a model's numbers were when the champion was registered, and are."""
+    now = headline(Evaluation.load(folder))
     rows = [
-        {"metric": name, "registered": str(was.get(name, "")), "now": str(value)}
-        for name, value in is_now.items()
-        if isinstance(value, int | float)
+        {
+            "metric": name,
+            "registered": f"{before[name]:.4g}" if name in before else "",
+            "now": f"{value:.4g}",
+        }
+        for name, value in now.items()
     ]
     key = f"champion-{re.sub(r'[^a-z0-9]+', '-', model.lower())}"
     create_table_artifact(rows, key=key, description=f"The champion on {model}, then and now")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+from components import mlflow_place
 from components.lineage import COMMIT, git_commit
 from components.params import Params, load_params
 from components.storage import Mirror
@@ -27,6 +28,7 @@ def begin() -> Iterator[Params]:
     """
     params = load_params(Path("params.yaml"))
     try:
+        mlflow_place.resolve(params.tracking.uri)
         if params.storage:
             Mirror(params.storage).check()
         commit = git_commit()

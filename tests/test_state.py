@@ -246,6 +246,18 @@ def test_the_hash_of_the_lock_is_of_what_the_guide_was_made_with(tmp_path: Path)
     assert lock_hash(lock) != before
 
 
+def test_a_tracking_store_that_cannot_be_is_told_before_the_work(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_param("tracking.uri", "file:runs-of-mlflow")
+    with pytest.raises(SystemExit):
+        main(lambda params: pytest.fail("it begins"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: MLflow keeps nothing at 'file:runs-of-mlflow': give tracking.uri"
+    )
+
+
 # How a stage is ended
 
 
