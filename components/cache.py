@@ -35,8 +35,8 @@ def run(params: Params) -> None:
     mirror = cache_mirror(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
     forget_damaged()
-    for path in CACHE.iterdir():  # of an earlier, larger cache, or of a run that was killed
-        if path.stem not in plan.num_rows:
+    for path in CACHE.iterdir():  # of an earlier, larger cache
+        if path.stem not in plan.num_rows and path.is_file():
             path.unlink()
     elsewhere = mirror.names() if mirror else set()
     built = {name for name in plan.num_rows if builder.is_built(name)}

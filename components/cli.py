@@ -1,8 +1,8 @@
 """What every `python -m components.<stage>` shares: parameters first, errors in one line.
 
 Exit codes: 0 done, 1 a mistake that the message explains, 2 a mistake in params.yaml, 3 (promote
-only) refused, 130 and 143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error
-came from.
+only) refused, 75 something outside is away and the same command goes on when it is back, 130 and
+143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error came from.
 """
 
 import os
@@ -12,11 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components import lineage, snapshot
+from components import lineage, mlflow_place, snapshot
 from components.environment import die_with_parent, quiet
+from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
-from components.paths import DISTILLED, EVALUATED, PREPARED, REPORT
+from components.paths import CACHE, DISTILLED, EVALUATED, PREPARED, REPORT, RUNS
 from pnp_core.files import recover_all
+
+MAY_PASS = os.EX_TEMPFAIL
+# Where a stage that was killed may have left something half replaced or half written.
+WRITTEN_IN = (
+    *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, REPORT.parent),
+    *(RUNS, RUNS / "distill", RUNS / "halve"),
+)
 
 
 def main(run: Callable[[Params], None]) -> None:
@@ -36,13 +44,16 @@ def main(run: Callable[[Params], None]) -> None:
             snapshot.begin(stage)
             params = load_params(Path("params.yaml"))  # no older than the snapshot
         check_files(params)
-        for folder in (PREPARED.parent, DISTILLED.parent, EVALUATED, REPORT.parent):
+        mlflow_place.resolve(params.tracking.uri)  # one that can't be is told before the work
+        for folder in WRITTEN_IN:
             for path in recover_all(folder):
                 print(f"{path}: put back; a run was stopped while replacing it", flush=True)
         run(params)
         snapshot.check_unchanged()
     except ParamsError as error:
         stop(error, exit_code=2)
+    except MayPassError as error:
+        stop(error, exit_code=MAY_PASS)
     except (ValueError, OSError) as error:
         stop(error, exit_code=1)
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from components.dataset import encode
 from components.paths import EVALUATED, SAMPLED
-from pnp_core.files import atomic_file, read_json, remove, write_json
+from pnp_core.files import atomic_file, read_json, recover_all, remove, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,10 +130,10 @@ class KeptImages:
         """Delete what other recipes made, and what a write left that was killed."""
         wanted = {key_of(recipe) for recipe in recipes}
         for folder in self.folder.iterdir():
-            if folder.name not in wanted:
+            if folder.name in wanted:
+                recover_all(folder)
+            else:
                 remove(folder)
-        for path in self.folder.rglob(".*"):
-            path.unlink()
 
     def _index(self, recipe: Recipe) -> dict[tuple[str, str, int], Place]:
         """Where each image of a recipe is. A file that can't be read is deleted, and said so."""

@@ -71,9 +71,12 @@ def lock_hash(path: Path = Path("dvc.lock")) -> str:
 
     Of the content, not of the file: `register` itself is added to it at the end.
     """
-    if not path.exists():
-        return "none"
-    stages = dict(YAML(typ="safe", pure=True).load(path)["stages"])
+    return hash_of(path.read_text()) if path.exists() else "none"
+
+
+def hash_of(lock: str) -> str:
+    """`lock_hash` of what a dvc.lock said."""
+    stages = dict(YAML(typ="safe", pure=True).load(lock)["stages"])
     stages.pop("register", None)
     return sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
 

@@ -270,21 +270,26 @@ def load_params(path: Path) -> Params:
         raise ParamsError(f"{path}{where}: not valid YAML: {problem}") from None
     if not isinstance(values, Mapping):
         raise ParamsError(f"{path}: expected `key: value` lines at the top level")
+    return checked(values, str(path))
+
+
+def checked(values: Mapping[str, Any], source: str) -> Params:
+    """`values` as parameters. Raises ParamsError, in one line that begins with `source`."""
     models = values.get("models")
     for name in models if isinstance(models, Mapping) else ():
         if not isinstance(name, str):  # DVC has no stage for it, and says nothing
-            raise ParamsError(f"{path}: models: {name!r} is read as no text: put it in quotes")
+            raise ParamsError(f"{source}: models: {name!r} is read as no text: put it in quotes")
     try:
         # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
         return Params.model_validate_json(dumps(values))
     except TypeError as error:
-        raise ParamsError(f"{path}: a value is of a kind not used here ({error})") from None
+        raise ParamsError(f"{source}: a value is of a kind not used here ({error})") from None
     except ValidationError as error:
         # A key that is misspelt is also missing: the first of these says what was meant.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         messages = [_message(problem) for problem in problems]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
-        raise ParamsError(f"{path}: {messages[0]}{more}") from None
+        raise ParamsError(f"{source}: {messages[0]}{more}") from None
 
 
 def check_files(params: Params) -> None:

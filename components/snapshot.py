@@ -140,11 +140,14 @@ def _dependencies(stage: str, values: Mapping[str, Any]) -> tuple[list[str], lis
 
 
 def _value(values: Any, key: str) -> Any:
-    """The value under a dotted key; ABSENT if there is none."""
-    for part in key.split("."):
-        if not isinstance(values, Mapping) or part not in values:
+    """The value under a dotted key, `a.b` or `a.b[0]`; ABSENT if there is none."""
+    for part in re.findall(r"[^.\[\]]+", key):
+        if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        elif isinstance(values, Mapping) and part in values:
+            values = values[part]
+        else:
             return ABSENT
-        values = values[part]
     return values
 
 

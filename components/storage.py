@@ -1,10 +1,14 @@
 """Folders mirrored to where `storage` points."""
 
 import errno
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from components.errors import MayPassError
+from pnp_core.files import atomic_file
 
 Result = TypeVar("Result")
 
@@ -85,10 +89,12 @@ class Mirror:
         there = f"{self._root}/{name}"
 
         def send() -> None:
-            if self._is_local:  # elsewhere it would make the bucket
+            if self._is_local:  # of a bucket, S3 shows a file whole or not at all
                 self._files.info(self._place)
-                self._files.makedirs(there.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(path), there)
+                with atomic_file(Path(there)) as new:
+                    shutil.copyfile(path, new)
+            else:
+                self._files.put_file(str(path), there)
 
         self._patiently("write", name, send, is_place=True)
 
@@ -129,7 +135,7 @@ class Mirror:
                         "AWS_* variables and files that keys, region and endpoint come from"
                     ) from error
                 if wait is None:
-                    raise OSError(
+                    raise MayPassError(
                         f"storage: could not {what} in {sum(WAITS)} seconds: {error}. Is it "
                         "there, and is AWS_ENDPOINT_URL right? The same command goes on from here."
                     ) from error

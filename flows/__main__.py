@@ -1,4 +1,4 @@
-"""`python -m flows distill` and `python -m flows promote`: a flow in this process.
+"""`python -m flows distill` and the other flows, in this process.
 
 It needs no server, and reports to that of PREFECT_API_URL if there is one.
 
@@ -15,7 +15,8 @@ from urllib.request import urlopen
 
 from components.cli import leave, stop
 from components.environment import quiet
-from components.params import Params, ParamsError, check_files, load_params
+from components.overrides import overridden
+from components.params import Params, ParamsError, load_params
 from components.paths import REPORT
 from flows import guard
 from flows.start import STAGES
@@ -40,6 +41,19 @@ def main() -> None:
         choices=STAGES,
         help="leave the stages before this one as they are",
     )
+    distillation.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="another value than that of params.yaml: the run is then a DVC experiment of its own",
+    )
+    evaluation = flows.add_parser("evaluate-finetune", help="measure the guide on one more model")
+    evaluation.add_argument("path", help="the fine-tune")
+    evaluation.add_argument("reference", help="real images in its style")
+    evaluation.add_argument("--name", default="", help="default: the last part of its path")
+    flows.add_parser("reevaluate", help="measure the champion again")
     promotion = flows.add_parser("promote", help="make a registered guide the champion")
     promotion.add_argument("--version", type=int, help="default: the newest")
     arguments = parser.parse_args()
@@ -48,7 +62,8 @@ def main() -> None:
     os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
     try:
         params = load_params(Path("params.yaml"))
-        check_files(params)
+        if arguments.flow == "distill":  # at once, before a server is started
+            overridden(Path("params.yaml"), arguments.overrides)
     except ParamsError as error:
         stop(error, exit_code=2)
 
@@ -58,15 +73,23 @@ def main() -> None:
     # Prefect reads its environment when it is imported, so only now.
     check_server()
     from flows.distill import distill_flow
+    from flows.evaluate import evaluate_finetune_flow, reevaluate_flow
     from flows.process import StageFailed
     from flows.promote import promote_flow
 
     try:
         if arguments.flow == "distill":
-            distill_flow(arguments.start_at)
-            print(summary(params))
+            distill_flow(arguments.start_at, arguments.overrides)
+            if not arguments.overrides:
+                print(summary(params))
+        elif arguments.flow == "evaluate-finetune":
+            evaluate_finetune_flow(arguments.path, arguments.reference, arguments.name)
+        elif arguments.flow == "reevaluate":
+            reevaluate_flow()
         else:
             promote_flow(arguments.version)
+    except ParamsError as error:
+        stop(error, exit_code=2)
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)

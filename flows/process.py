@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from components.cli import MAY_PASS
 from components.environment import die_with_parent
 from components.params import ParamsError
 from components.progress import clock
@@ -40,6 +41,10 @@ CHATTER = re.compile(
     r"Use `dvc push`|(Generating|Updating) lock|To track the changes|\s+git add"
     r"|To enable auto staging|\s+dvc config core.autostage|Data and pipelines are up to date"
 )
+
+
+# What `run` has started and not yet ended; sets are safe to add to from several threads.
+_running: "set[subprocess.Popen[str]]" = set()
 
 
 class StageFailed(RuntimeError):  # noqa: N818, Prefect's log, and the record of faults, show this name
@@ -72,6 +77,11 @@ class StageFailed(RuntimeError):  # noqa: N818, Prefect's log, and the record of
         """True if a signal ended it: nothing is wrong with the stage, and it can go on."""
         return self.exit_code < 0 or 128 < self.exit_code <= 192  # as Python, or a shell, tells it
 
+    @property
+    def may_pass(self) -> bool:
+        """True if trying again makes sense: it was killed, or says that something is away."""
+        return self.was_killed or self.exit_code == MAY_PASS
+
 
 def repro(
     stage: str,
@@ -79,6 +89,7 @@ def repro(
     *,
     allow_missing: bool = False,
     wait_minutes: float = 10.0,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Bring one stage of dvc.yaml up to date; DVC skips it if nothing changed.
 
@@ -87,6 +98,7 @@ def repro(
         log: is given each line that the stage says.
         allow_missing: nothing has changed where files are merely not here.
         wait_minutes: for another run in this checkout, which is told; then it fails.
+        environment: further variables of the stage.
 
     Raises StageFailed.
     """
@@ -95,7 +107,7 @@ def repro(
     began = time.monotonic()
     while True:
         try:
-            run(stage, command, log, lock_wait_s=60 * wait_minutes)
+            run(stage, command, log, lock_wait_s=60 * wait_minutes, environment=environment)
             return
         except StageFailed as error:
             waited = time.monotonic() - began
@@ -111,7 +123,12 @@ def repro(
 
 
 def run(
-    name: str, command: Sequence[str], log: Callable[[str], None], *, lock_wait_s: float = 600.0
+    name: str,
+    command: Sequence[str],
+    log: Callable[[str], None],
+    *,
+    lock_wait_s: float = 600.0,
+    environment: Mapping[str, str] | None = None,
 ) -> None:
     """Run `command`, pass its lines to `log`, and leave nothing of it behind.
 
@@ -124,11 +141,16 @@ def run(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            **(environment or {}),
+        },
         start_new_session=True,
         preexec_fn=die_with_parent,
     )
     assert process.stdout
+    _running.add(process)
     last_lines: deque[str] = deque(maxlen=NUM_LAST_LINES)
     exit_code = 0
     watch = _LockWatch(name, process, log, lock_wait_s)
@@ -145,6 +167,13 @@ def run(
             raise StageFailed(name, exit_code or process.returncode, list(last_lines))
     finally:
         watch.end()
+        stop(process)
+        _running.discard(process)
+
+
+def stop_all() -> None:
+    """End what `run` has started, also in other threads, which then raise StageFailed."""
+    for process in list(_running):
         stop(process)
 
 

@@ -1,29 +1,11 @@
-"""How a result gets to others, and theirs here: DVC's remote, dvc.lock, and what needs no cache."""
+"""How a result gets to others: DVC's remote, and dvc.lock."""
 
-import json
-
-from components.paths import CACHE
-from flows.process import DVC, StageFailed, ask
+from flows.process import DVC, ask
 
 
 def dvc_remote() -> str | None:
     """The name of DVC's default remote; None if there is none."""
     return ask([*DVC, "config", "core.remote"]) or None
-
-
-def needs_no_cache() -> bool:
-    """Whether the teacher cache is not here and nothing is to be trained on it.
-
-    Raises StageFailed if DVC can't say.
-    """
-    if (CACHE / "index.json").exists():
-        return False
-    told = ask([*DVC, "status", "--json", "distill", "halve"])
-    if told is None:
-        raise StageFailed("start", 1, ["error: `dvc status distill halve` fails: see what it says"])
-    only_the_cache = {"changed deps": {CACHE.as_posix(): "deleted"}}
-    changes = [change for stage in json.loads(told).values() for change in stage]
-    return all(change == only_the_cache for change in changes)
 
 
 def to_commit(remote: str | None) -> list[str]:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, get_args
 
+from components import mlflow_place
 from components.lineage import COMMIT, git_commit
-from components.params import Params, check_files, load_params
+from components.params import Params, load_params
 from components.storage import Mirror
 from flows.process import StageFailed
 
@@ -17,14 +18,17 @@ STAGES: tuple[Stage, ...] = get_args(Stage)  # in the order of the graph
 
 @contextmanager
 def begin() -> Iterator[Params]:
-    """Read and check params.yaml, what it points at, and `storage`; while open, this is one run.
+    """Read and check params.yaml and `storage`; while open, this is one run.
 
-    Its stages name the commit that is checked out now, whatever is by the time they are reached.
+    What params.yaml points at is not looked at: where DVC finds nothing changed, all of it is
+    there, and looking takes as long as loading PyTorch. The stages name the commit that is checked
+    out now, whatever is by the time they are reached.
+
     Raises ParamsError, or StageFailed in one line.
     """
     params = load_params(Path("params.yaml"))
-    check_files(params)
     try:
+        mlflow_place.resolve(params.tracking.uri)
         if params.storage:
             Mirror(params.storage).check()
         commit = git_commit()

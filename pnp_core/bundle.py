@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pnp_core.files import write_directory
+from pnp_core.files import recover, write_directory
 from pnp_core.guide import Guide
 from pnp_core.models import check_safetensors
 
@@ -55,10 +55,15 @@ class GuideBundle:
     def load(cls, directory: str | Path) -> "GuideBundle":
         """Open a bundle, or the folder of a single guide as a bundle of one.
 
+        A folder whose replacement was interrupted is put back first.
+
         Raises:
             ValueError: nothing of the kind is there, or a file is damaged.
+            OSError: the folder has to be put back, and can't be.
         """
         directory = Path(directory)
+        if not directory.exists():
+            recover(directory)
         if (directory / INDEX).exists():
             counts = json.loads((directory / INDEX).read_text())["num_steps"]
             return cls({n: load_guide(directory / f"steps-{n}") for n in counts})

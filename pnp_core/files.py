@@ -3,17 +3,20 @@
 What is written gets another name first, is flushed to the disk, and is then renamed. Neither a
 process that is killed nor a power cut leaves half of it, and what was there before is lost to
 neither. A folder takes another's place in two renames; between them the old one lies beside it as
-``.<name>.old``, and :func:`recover` puts it back.
+``.<name>.old``, and :func:`recover` puts it back. What is being written lies in
+``.<name>.<id>.new``, which its writer locks: one that can be locked was left by a killed writer.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 # What file systems say that can't flush a folder's names.
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP)
+NEW = re.compile(r"\..+\.[0-9a-f]{8}\.new")
 
 
 def sha256_file(path: Path) -> str:
@@ -40,18 +44,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
         OSError: writing failed, whichever library wrote; ``path`` is named, and what is there now.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     is_replaced = False
     try:
-        yield new
-        flush(new)
-        os.replace(new, path)
-        is_replaced = True
-        flush(path.parent)
+        with _place_beside(path) as folder:
+            new = folder / path.name
+            yield new
+            flush(new)
+            os.replace(new, path)
+            is_replaced = True
+            flush(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise could_not_write(path, error, is_replaced=is_replaced) from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -64,13 +67,51 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
-    new.mkdir()
-    try:
+    with _place_beside(path) as new:
         yield new
         replace_folder(new, path)
+
+
+@contextmanager
+def _place_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path``, locked by this process; removed at the end if still there."""
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
+    with _alone_in(path.parent):  # else it could be taken for an abandoned one before the lock
+        new.mkdir()
+        descriptor = os.open(new, os.O_RDONLY)
+        _lock(descriptor)
+    try:
+        yield new
     finally:
         shutil.rmtree(new, ignore_errors=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other process is between two renames in ``folder``, or begins to write there.
+
+    Where the file system has no locks, nothing is promised.
+    """
+    if NEW.fullmatch(folder.name):  # its writer is alone there, and has locked it
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for moments only
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open folder; False if another process has it, or if it can't be told."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -87,15 +128,16 @@ def replace_folder(new: Path, path: Path) -> None:
             flush(file)
         flush(new)
         flush(path.parent)
-        try:
-            if path.exists():
-                os.replace(path, old)
-            os.replace(new, path)
-            is_replaced = True
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            raise
+        with _alone_in(path.parent):
+            try:
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(new, path)
+                is_replaced = True
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
+                raise
         flush(path.parent)
     except OSError as error:
         raise could_not_write(path, error, is_replaced=is_replaced) from error
@@ -111,18 +153,43 @@ def recover(path: Path) -> bool:
     old = old_of(path)
     if not old.exists():
         return False
-    if path.exists():
-        remove(old)
-        return False
-    os.replace(old, path)
+    with _alone_in(path.parent):  # else whoever replaces it now would be disturbed
+        if path.exists():
+            remove(old)
+            return False
+        if not old.exists():
+            return False
+        os.replace(old, path)
     flush(path.parent)
     return True
 
 
 def recover_all(parent: Path) -> list[Path]:
-    """:func:`recover` every folder in ``parent``; those that were put back."""
-    olds = sorted(parent.glob(".*.old"))
-    return [path for old in olds if recover(path := parent / old.name[1 : -len(".old")])]
+    """:func:`recover` every folder in ``parent``; those that were put back.
+
+    What killed processes had begun to write there is removed.
+    """
+    if not parent.is_dir():
+        return []
+    names = sorted(os.listdir(parent))
+    for name in filter(NEW.fullmatch, names):
+        _remove_abandoned(parent / name)
+    olds = [name for name in names if name.startswith(".") and name.endswith(".old")]
+    return [path for name in olds if recover(path := parent / name[1 : -len(".old")])]
+
+
+def _remove_abandoned(new: Path) -> None:
+    """Remove what a process had begun to write, if that has ended."""
+    with _alone_in(new.parent):
+        try:
+            descriptor = os.open(new, os.O_RDONLY)
+        except OSError:
+            return  # it was finished just now
+        try:
+            if _lock(descriptor):
+                remove(new)
+        finally:
+            os.close(descriptor)
 
 
 def old_of(path: Path) -> Path:
@@ -142,9 +209,11 @@ def could_not_write(path: Path, error: Exception, *, is_replaced: bool) -> OSErr
     else:
         state = "There was nothing before."
     free = shutil.disk_usage(path.parent).free
-    return OSError(
+    failed = OSError(
         f"Could not write {path}: {error} ({free / 1e6:,.0f} MB are free there). {state}"
     )
+    failed.errno = getattr(error, "errno", None)
+    return failed
 
 
 def flush(path: Path) -> None:

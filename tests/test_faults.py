@@ -81,6 +81,30 @@ def test_recovery_that_fails_is_not_recovery(reference: Workspace) -> None:
         reference.recovers("false")
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("{folder}/a/b.py is gone", "./a/b.py is gone"),
+        ("held by PID 1: /usr/bin/python -c x", "held by PID 1: python -c x"),
+        ("no database sqlite:////srv/team/m.db", "no database sqlite:///m.db"),
+        ("in '/tmp/a-b/c': (/var/x/y)", "in 'c': (y)"),
+        ("s3://bucket/prefix and http://127.0.0.1:9/api/x", None),
+        ("CFG / guided, ./mnt/shared, data/cache, 1/2/3", None),
+    ],
+)
+def test_results_name_no_place_of_the_machine_that_made_them(
+    tmp_path: Path, said: str, kept: str | None
+) -> None:
+    said = said.format(folder=tmp_path)
+    assert faults.without_places(said, tmp_path) == (kept or said)
+
+
+def test_no_committed_result_has_a_place_in_it() -> None:
+    for row in read_json(RESULTS).values():
+        for text in (row["said"], *row["orphans"], *row["bytes_differ"]):
+            assert faults.without_places(text, Path("/nowhere")) == text
+
+
 def test_every_fault_says_what_it_breaks_and_the_results_are_of_these() -> None:
     assert len(FAULTS) >= 40
     assert all((fault.breaks.__doc__ or "").strip() for fault in FAULTS.values())

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -22,9 +23,9 @@ from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
-from flows import distill, lost, process, sharing
+from flows import distill, lost, process, stages
 from flows.process import StageFailed
-from flows.sharing import needs_no_cache
+from flows.stages import look
 from flows.start import begin
 from tests.toy import make_repository, toy_params, write_params
 
@@ -60,9 +61,11 @@ def pipeline(
     """A DVC repository whose stages note their names in `ran`; yields dvc.yaml's stages."""
     monkeypatch.chdir(tmp_path)
     params = SimpleNamespace(
-        models={"base": None, "tuned": None}, cluster=SimpleNamespace(wait_minutes=1)
+        models={"base": None, "tuned": None},
+        cluster=SimpleNamespace(wait_minutes=1, num_workers=0),
     )
     monkeypatch.setattr(distill, "begin", lambda: nullcontext(params))
+    monkeypatch.setattr(distill, "check_files", lambda params: None)
     git("init", "--quiet")
     subprocess.run([*DVC, "init", "--quiet"], check=True)
 
@@ -121,7 +124,9 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a clone after `dvc pull`: what DVC does not keep is not there."""
-    monkeypatch.setattr(sharing, "CACHE", Path("c"))
+    monkeypatch.setattr(stages, "CACHE", Path("c"))
+    only = ({"changed deps": {"c": "deleted"}}, {"changed outs": {"c": "deleted"}})
+    monkeypatch.setattr(stages, "ONLY_THE_CACHE", only)
     subprocess.run([*DVC, "repro"], check=True)
     shutil.rmtree("c")
     pipeline["evaluate"]["do"]["cmd"] += " && true"
@@ -130,10 +135,11 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     distill.distill_flow()
     assert ran() == ["evaluate@base", "evaluate@tuned"]
 
-    assert needs_no_cache()
+    params = SimpleNamespace(cluster=SimpleNamespace(wait_minutes=1, num_workers=0))
+    assert look(params, STAGES).lacks_cache  # type: ignore[arg-type]
     pipeline["halve"]["cmd"] += " && true"
     write_stages(pipeline)
-    assert not needs_no_cache()
+    assert not look(params, STAGES).lacks_cache  # type: ignore[arg-type]
 
 
 def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
@@ -332,7 +338,7 @@ def test_a_failure_is_told_in_the_words_of_the_stage_or_else_of_dvc(
 def test_a_killed_stage_is_started_again(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill.cache, "retry_delay_seconds", 0)
+    monkeypatch.setattr(distill.cache, "retry_delay_seconds", [0, 0])
     once = "test -e once || { touch once; kill -KILL $$; }"
     pipeline["cache"]["cmd"] = f"{once}; {pipeline['cache']['cmd']}"
     write_stages(pipeline)
@@ -450,6 +456,12 @@ def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) ->
             call(*prefect, "deployment", "run", "distill/local", "--watch")
             assert "up to date" in dvc_status()
             call(*prefect, "deployment", "run", "promote/local", "--watch")
+            run = [*prefect, "deployment", "run", "--watch"]
+            check_overrides(call, run)
+            check_one_more_fine_tune(call, run)
+            call(*run, "reevaluate/local")
+            check_a_cancel(call, prefect, mark)
+            assert "up to date" in dvc_status() and not git_status(), "through all of it"
 
     # The other door finds all done, and tells where things are.
     del environment["PREFECT_API_URL"]
@@ -465,6 +477,65 @@ def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) ->
 
     left = [p.cmdline() for p in psutil.process_iter() if environment_of(p).get("PNP_TEST") == mark]
     assert not left
+
+
+Call = Callable[..., str]
+
+
+def git_status() -> str:
+    command = ["git", "status", "--porcelain", "--untracked-files=no"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def experiments(call: Call) -> set[str]:
+    return set(re.findall(r"\[(.+?)\]", call(*DVC, "exp", "list")))
+
+
+def check_overrides(call: Call, run: list[str]) -> None:
+    """A run with overrides is an experiment, whose version is in the checkout's registry."""
+    told = call(*run, "distill/local", "--param", 'overrides=["distill.num_images=48"]')
+    name = re.findall(r"'([a-z]+-[a-z]+)'", told)[0]
+    assert experiments(call) == {name}
+    assert "distill.num_images was" not in told and not git_status()
+    with sqlite3.connect("mlflow.db") as database:
+        assert database.execute("SELECT COUNT(*) FROM model_versions").fetchone() == (2,)
+    misspelt = ["--param", 'overrides=["distill.num_imagse=48"]']
+    with pytest.raises(AssertionError, match="unknown key 'distill.num_imagse', did you mean"):
+        call(*run, "distill/local", *misspelt)
+
+
+def check_one_more_fine_tune(call: Call, run: list[str]) -> None:
+    """A fine-tune is measured without an edit of params.yaml, beside those in it."""
+    before = experiments(call)
+    where = ["path=models/tuned", "reference=art/tuned.parquet", "name=another"]
+    call(*run, "evaluate-finetune/local", *(x for value in where for x in ("--param", value)))
+    (name,) = experiments(call) - before
+    shown = call("git", "show", f"refs/pnp-guide/{name}:params.yaml")
+    assert "another:" in shown and not Path("results/evaluate/another").exists()
+
+
+def check_a_cancel(call: Call, prefect: list[str], mark: str) -> None:
+    """A cancel from the command line ends the stage, and leaves no run of MLflow running."""
+    long = '["distill.num_images=2000000"]'
+    told = call(*prefect, "deployment", "run", "distill/local", "--param", f"overrides={long}")
+    flow_run = re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", told)[0]
+
+    def stages() -> list[psutil.Process]:
+        return [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "components.distill" in (p.info["cmdline"] or [])
+            and environment_of(p).get("PNP_TEST") == mark
+        ]
+
+    journals = Path("runs/tracking")
+    wait_until(lambda: bool(stages() and list(journals.glob("distill-*.jsonl"))), seconds=240)
+    call(*prefect, "flow-run", "cancel", flow_run)
+    wait_until(lambda: not stages(), seconds=60)
+    wait_until(lambda: "CANCELLED" in call(*prefect, "flow-run", "inspect", flow_run), seconds=60)
+    with sqlite3.connect("mlflow.db") as database:
+        states = {row[0] for row in database.execute("SELECT status FROM runs")}
+    assert "RUNNING" not in states
 
 
 def wait_for(url: str, *, seconds: float = 90.0) -> None:

@@ -326,6 +326,8 @@ def test_a_bundle_on_disk_gives_back_each_guide(
         )
         guides[num_steps] = roused(guide, scale=num_steps / 100)
     GuideBundle(guides).save(tmp_path / "bundle")
+    # As where a process is killed while the bundle is replaced.
+    (tmp_path / "bundle").rename(tmp_path / ".bundle.old")
     bundle = GuideBundle.load(tmp_path / "bundle")
     assert bundle.num_steps == (8, 16)
     for num_steps, guide in guides.items():

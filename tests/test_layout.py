@@ -17,6 +17,7 @@ from prefect import Task
 from ruamel.yaml import YAML
 
 import flows.distill
+import flows.evaluate
 import flows.promote
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 def load(name: str) -> dict[str, Any]:
     return dict(YAML(typ="safe").load(ROOT / name))
 
+
+FOR_SERVERS = ("docker", "helm", "kubectl", "mkdir", "openssl")  # of docs/deploying.md
 
 # One name per stage
 
@@ -54,7 +57,7 @@ def test_dvc_runs_the_module_of_the_stages_name(stage: str) -> None:
 
 def test_the_flow_calls_the_stages_in_the_order_of_the_graph() -> None:
     body = inspect.getsource(flows.distill.bring_up_to_date)
-    called = re.findall(rf"^\s+({'|'.join(STAGES)})\(", body, re.MULTILINE)
+    called = re.findall(rf"^\s+({'|'.join(STAGES)})(?:_all)?\(", body, re.MULTILINE)
     assert tuple(called) == STAGES
 
 
@@ -62,7 +65,10 @@ def test_every_deployment_names_a_flow() -> None:
     for deployment in load("prefect.yaml")["deployments"]:
         path, name = deployment["entrypoint"].split(":")
         module = sys.modules[path.removesuffix(".py").replace("/", ".")]
-        assert getattr(module, name).name in ("distill", "promote")
+        flow = getattr(module, name)
+        assert flow.name in ("distill", "evaluate-finetune", "reevaluate", "promote")
+        for parameter in flow.parameters.properties.values() if flow.name != "promote" else ():
+            assert parameter.get("description"), "what the form in Prefect's UI says of it"
 
 
 # Lean imports
@@ -143,7 +149,7 @@ def test_a_documented_command_exists(words: list[str]) -> None:
     elif tool in ("dvc", "prefect", "mlflow", "ray", "pytest", "python"):
         assert (tools / tool).exists()
     else:
-        assert tool in ("git", "cd", "aws", ".", "pre-commit")
+        assert tool in ("git", "cd", "aws", ".", "pre-commit", *FOR_SERVERS)
 
 
 def check_module(name: str, arguments: list[str]) -> None:

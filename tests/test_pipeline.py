@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "params", "paths", "progress", "snapshot", "tracking"}
+PLUMBING = {"cli", "cluster", "environment", "errors", "mlflow_place", "params", "paths"}
+PLUMBING |= {"progress", "snapshot", "tracking"}
 
 
 def own_imports(path: Path) -> Iterator[Path]:

@@ -39,7 +39,9 @@ def set_param(dotted: str, value: Any) -> None:
 def stage(world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A world with stages that depend on the toy's parameters, a module and a folder."""
     Path("code.py").write_text("x = 1\n")
-    shared = {"params": ["base", "distill"], "deps": ["${base}", "code.py"], "outs": ["out"]}
+    deps = ["${base}", "code.py", "${prepare.files[0]}"]
+    shared = {"params": ["base", "distill"], "deps": deps, "outs": ["out"]}
+    Path("main.parquet").write_text("the toy's prepare.files[0]")
     each = {"cmd": "-", "params": ["models.${key}"], "deps": ["${item.reference}"]}
     stages = {
         "distill": {"cmd": f"{sys.executable} stage.py", **shared},
@@ -72,6 +74,7 @@ CHANGES: list[tuple[Callable[[], Any], str]] = [
     (lambda: set_param("distill.guide.kind", "full"), "distill.guide.kind was 'tiny', is 'full'"),
     (lambda: Path("code.py").write_text("x = 2\n"), "code.py has changed"),
     (lambda: Path("code.py").unlink(), "code.py is gone"),
+    (lambda: Path("main.parquet").write_text("x"), "main.parquet has changed"),
     (lambda: Path("models/base/new").touch(), "models/base/new is new"),
     (lambda: Path("params.yaml").write_text("a: ["), "params.yaml can't be read"),
 ]
@@ -241,6 +244,18 @@ def test_the_hash_of_the_lock_is_of_what_the_guide_was_made_with(tmp_path: Path)
     assert lock_hash(lock) == before
     lock.write_text("schema: '2.0'\nstages:\n  distill: {cmd: other}\n")
     assert lock_hash(lock) != before
+
+
+def test_a_tracking_store_that_cannot_be_is_told_before_the_work(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_param("tracking.uri", "file:runs-of-mlflow")
+    with pytest.raises(SystemExit):
+        main(lambda params: pytest.fail("it begins"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "error: MLflow keeps nothing at 'file:runs-of-mlflow': give tracking.uri"
+    )
 
 
 # How a stage is ended

@@ -1,5 +1,6 @@
 """Storage does what it is told: nothing is made unasked, mistakes are told at once."""
 
+import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,28 @@ def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path) -> None:
     mirror.check()
     mirror.put(tmp_path / "a", tmp_path)
     assert mirror.names() == {"a"}
+
+
+def test_a_file_in_a_shared_folder_is_there_whole_or_not_at_all(
+    tmp_path: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "a").write_text("new")
+    mirror = Mirror(str(tmp_path / "disk"))
+    (tmp_path / "disk/a").write_text("old")
+
+    def half(source: Path, target: Path) -> None:
+        target.write_text("n")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("components.storage.shutil.copyfile", half)
+    with pytest.raises(OSError, match="No space left"):
+        mirror.put(tmp_path / "a", tmp_path)
+    assert not waits, "waiting makes no room"
+    assert mirror.read("a") == b"old" and mirror.names() == {"a"}
+    monkeypatch.undo()
+    mirror.put(tmp_path / "a", tmp_path)
+    assert mirror.read("a") == b"new" and mirror.names() == {"a"}
 
 
 def without(*names: str) -> Callable[[pytest.MonkeyPatch], None]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from components.mlflow_place import checkout, without_secrets
 from components.params import Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
-from components.tracking.store import checkout, store_uri, without_secrets
+from components.tracking.store import store_uri
 from tests.stores import ERRORS, NAME, TOY, Calls, make_checkout, register
 
 pytest_plugins = ["tests.stores"]

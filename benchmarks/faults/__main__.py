@@ -12,6 +12,7 @@ happened to. Results are written after each fault, so a run that is cut short ke
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,10 @@ from components.environment import quiet
 from pnp_core.files import read_json, write_json
 
 RESULTS = Path("benchmarks/results/faults.json")
+# An absolute path: not what follows a host, a bucket or `.`.
+PLACE = re.compile(
+    r"(?:(?<=:///)|(?<=file://)|(?<![\w.:/~}-]))/(?:[\w.+~@%-]+/)+(?P<name>[\w.+~@%-]*)"
+)
 MODULES = (inputs, processes, servers, sharing, storage)  # importing them lists their faults
 
 
@@ -73,19 +78,27 @@ def observe(fault: Fault, reference: Workspace, folder: Path) -> dict[str, Any]:
     orphans = workspace.orphans()
     workspace.kill_everything()
     differs = [] if problem else workspace.differs_from(reference)
-    said = " ".join((problem or workspace.said).replace(str(folder), ".").split())
     return {
         "kind": fault.kind,
         "what": " ".join((fault.breaks.__doc__ or "").split()),
         "told": problem is None,
-        "said": said,
+        "said": without_places(problem or workspace.said, folder),
         "tracebacks": sum(output.count(TRACEBACK) for output in workspace.outputs),
-        "orphans": orphans,
+        "orphans": [without_places(command, folder) for command in orphans],
         "bytes_differ": differs,
         "runs_left_running": workspace.runs_left_running(),
         "lost_work_s": round(workspace.lost_work_s, 2),
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def without_places(text: str, folder: Path) -> str:
+    """`text` in one line, without where on this machine things are.
+
+    Paths in the workspace `folder` are relative to it; of others the last name is kept.
+    """
+    text = " ".join(text.replace(str(folder), ".").split())
+    return PLACE.sub(r"\g<name>", text)
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:

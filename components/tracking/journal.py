@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from components.mlflow_place import checkout
 from components.paths import RUNS
-from components.tracking.store import checkout
 
 HEADER = {"stage", "attempt", "began", "experiment", "params", "tags"}
 

@@ -19,12 +19,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 
+from components.mlflow_place import DATABASE_SERVERS, SERVERS, resolve, without_secrets
 from components.params import Tracking
 from components.tracking.moved import ARTIFACTS, bring_artifacts_along
 
-DEFAULT = "sqlite:///mlflow.db"  # of the checkout
-SERVERS = ("http", "https", "databricks")
-DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
 MAX_MESSAGE = 300  # characters of a third party's words
 
 # How often MLflow's client tries again, and how long it waits for an answer, in seconds.
@@ -151,46 +149,12 @@ class Store:
         return "Is it running, and tracking.uri right? Then run the same command again"
 
 
-def checkout() -> Path:
-    """The folder that the working directory's state belongs to.
-
-    Inside a workspace that DVC makes for an experiment and deletes after it (`.dvc/tmp/exps/…`):
-    the checkout that it was made of. Else the working directory.
-    """
-    here = Path.cwd().resolve()
-    for folder in (here, *here.parents):
-        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
-            return folder.parents[2]
-    return here
-
-
 def store_uri(tracking: Tracking) -> str:
-    """The store's URI, with a database's path made absolute.
-
-    Raises TrackingError if MLflow can't keep its state there.
-    """
-    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
-    scheme = uri.split(":")[0].split("+")[0]
-    if scheme in (*SERVERS, *DATABASE_SERVERS):
-        return uri
-    if scheme != "sqlite":
-        raise TrackingError(
-            f"MLflow keeps nothing at {without_secrets(uri)!r}: give tracking.uri (or "
-            "MLFLOW_TRACKING_URI) a database, such as sqlite:////folder/mlflow.db, or a server, "
-            "such as http://127.0.0.1:5000"
-        )
-    match = re.fullmatch(r"(sqlite[^:]*):///([^?]+)(\?.*)?", uri)
-    if not match or match[2] == ":memory:":
-        raise TrackingError(
-            f"tracking.uri {uri!r} names no file: write sqlite:///name.db, or four slashes before "
-            "an absolute path"
-        )
-    path = (checkout() / match[2]).resolve()
-    if not path.parent.is_dir():
-        raise TrackingError(
-            f"tracking.uri {uri!r}: there is no folder {path.parent}: make it, or correct the path"
-        )
-    return f"{match[1]}:///{path}{match[3] or ''}"
+    """The store's URI. Raises TrackingError if MLflow can't keep its state there."""
+    try:
+        return resolve(tracking.uri)
+    except ValueError as error:
+        raise TrackingError(str(error)) from None
 
 
 def database_of(uri: str) -> Path | None:
@@ -207,11 +171,6 @@ def _set_tracking_uri(uri: str) -> None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     else:
         os.environ["MLFLOW_TRACKING_URI"] = before
-
-
-def without_secrets(text: str) -> str:
-    """Without the `user:password@` of any URL in it."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def is_absent(error: MlflowException) -> bool:

@@ -1,0 +1,245 @@
+"""What the pipeline keeps on disk, what nothing needs any more, and its removal.
+
+    python -m components.cleanup             # what each thing takes, and what could go
+    python -m components.cleanup --remove    # removes what could go
+
+Never removed is what a version, an alias (`champion`, `previous`), a commit, an experiment or the
+lock of this checkout needs; where that can't be told, nothing of the kind is.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from components.cli import main
+from components.lineage import hash_of
+from components.params import Params
+from components.paths import CACHE, EVALUATED, RUNS, SAMPLED
+
+DVC = (sys.executable, "-m", "dvc")
+WORKSPACES = Path(".dvc/tmp/exps")
+# Of DVC's cache, what these need stays.
+KEEP = ("--workspace", "--all-commits", "--all-experiments")
+TRAINED = ("distill", "halve")
+
+
+@dataclass
+class Pile:
+    """Something that grows.
+
+    Attributes:
+        name: what it is, and where.
+        num_bytes: that all of it takes.
+        unneeded: bytes of it that could go.
+        note: what it is for, or why it stays.
+        remove: removes what could go.
+    """
+
+    name: str
+    num_bytes: int
+    unneeded: int = 0
+    note: str = ""
+    remove: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+def run(params: Params, *, remove: bool = False) -> None:
+    """Print what each pile takes and what of it could go; with `remove`, let that go.
+
+    Raises TrackingError if MLflow can't tell what it needs; nothing is removed then.
+    """
+    piles = [
+        Pile(f"teacher cache, {CACHE}", size(CACHE), note="training reads it; `cache` makes it"),
+        checkpoints(),
+        Pile(f"results, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
+        images(params),
+        workspaces(),
+        mlflow(params),
+        dvc_cache(params),
+    ]
+    for pile in piles:
+        print(
+            f"{pile.name:<34} {megabytes(pile.num_bytes):>10}, not needed "
+            f"{megabytes(pile.unneeded):>10}   {pile.note}"
+        )
+    total = sum(pile.unneeded for pile in piles)
+    if not remove:
+        print(f"{megabytes(total)} could go: python -m components.cleanup --remove")
+        return
+    for pile in piles:
+        if pile.unneeded:
+            pile.remove()
+    print(f"{megabytes(total)} removed")
+
+
+def checkpoints() -> Pile:
+    """Checkpoints of training, which a finished stage needs no more."""
+    told = ask(*DVC, "status", "--json", *TRAINED)
+    changed = json.loads(told) if told is not None else dict.fromkeys(TRAINED)
+    done = [RUNS / stage for stage in TRAINED if stage not in changed]
+    return Pile(
+        f"checkpoints, {RUNS}",
+        size(RUNS),
+        sum(map(size, done)),
+        "of stages that are finished" if done else "training goes on from them",
+        partial(delete, done),
+    )
+
+
+def images(params: Params) -> Pile:
+    """Sampled images; `evaluate` itself keeps those of its last results alone."""
+    folders = SAMPLED.iterdir() if SAMPLED.is_dir() else ()
+    others = sorted(folder for folder in folders if folder.name not in params.models)
+    return Pile(
+        f"images, {SAMPLED}",
+        size(SAMPLED),
+        sum(map(size, others)),
+        "of models that params.yaml does not name",
+        partial(delete, others),
+    )
+
+
+def workspaces() -> Pile:
+    """Experiments that broke off; the same overrides would go on in them."""
+    kept = sorted(path for path in WORKSPACES.glob("pnp-*") if path.is_dir())
+
+    def remove() -> None:
+        for path in kept:
+            ask("git", "worktree", "remove", "--force", str(path))
+            delete([path, path.with_suffix(".lock")])
+
+    in_use = [path for path in kept if is_locked(path.with_suffix(".lock"))]
+    kept = [path for path in kept if path not in in_use]
+    return Pile(
+        f"experiments, {WORKSPACES}",
+        size(WORKSPACES),
+        sum(map(size, kept)),
+        f"{len(kept)} broke off, {len(in_use)} run",
+        remove,
+    )
+
+
+def mlflow(params: Params) -> Pile:
+    """Artifacts that neither a run nor a version names."""
+    from components.tracking import Store
+    from components.tracking.garbage import artifacts_of, unneeded
+
+    store = Store(params.tracking)
+    folder = artifacts_of(store)
+    if folder is None:
+        return Pile("MLflow's artifacts", 0, note=f"kept by {store.name}: `mlflow gc` there")
+    paths = unneeded(store)
+    return Pile(
+        f"MLflow's artifacts, {folder.name}",
+        size(folder),
+        sum(map(size, paths)),
+        "of deleted runs, and uploads that broke off",
+        partial(delete, paths),
+    )
+
+
+def dvc_cache(params: Params) -> Pile:
+    """What no commit, experiment or this checkout's dvc.lock names."""
+    told = ask(*DVC, "cache", "dir")
+    if told is None:
+        return Pile("DVC's cache", 0, note="DVC can't tell where it is: left alone")
+    cache = Path(told).resolve()
+    name, there = "DVC's cache", size(cache)
+    if not cache.is_relative_to(Path.cwd()):
+        return Pile(name, there, note="shared with others (cache.dir): left alone")
+    if lacking := unknown_locks(params):
+        return Pile(name, there, note=f"{lacking}: commit its dvc.lock first; left alone")
+    others = [str(path) for path in WORKSPACES.glob("pnp-*/") if (path / "dvc.lock").exists()]
+    keep = [*KEEP, *(["--projects", *others] if others else [])]
+    dry = ask(*DVC, "gc", *keep, "--dry")
+    if dry is None:
+        return Pile(name, there, note="DVC can't tell what is needed: left alone")
+    would_go = re.findall(r"Removing (.+)", dry)
+    unneeded = sum(size(Path(path)) for path in set(would_go))
+
+    def remove() -> None:
+        if ask(*DVC, "gc", *keep, "--force") is None:
+            raise ValueError("`dvc gc` fails: see what it says")
+
+    return Pile(name, there, unneeded, "of no commit, experiment, or lock", remove)
+
+
+def unknown_locks(params: Params) -> str | None:
+    """The first alias whose version was made by a dvc.lock that neither a commit nor this has."""
+    from components.tracking import Store
+    from components.tracking.garbage import locks_of_aliases
+
+    needed = locks_of_aliases(Store(params.tracking), params.register_.name)
+    known = {hash_of(text) for text in locks()} if needed else set()
+    return next((alias for alias, lock in needed.items() if lock not in known), None)
+
+
+def locks() -> Iterator[str]:
+    """What dvc.lock says here and said in each commit."""
+    if Path("dvc.lock").exists():
+        yield Path("dvc.lock").read_text()
+    for commit in (ask("git", "log", "--all", "--format=%H", "--", "dvc.lock") or "").split():
+        if (text := ask("git", "show", f"{commit}:./dvc.lock")) is not None:
+            yield text
+
+
+def size(path: Path) -> int:
+    """Bytes below a path; a file with several names is counted once."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    seen = {}
+    for file in files:
+        try:
+            about = file.lstat()
+        except OSError:
+            continue  # it went meanwhile, or was never there
+        if not file.is_dir():
+            seen[about.st_dev, about.st_ino] = about.st_size
+    return sum(seen.values())
+
+
+def delete(paths: Sequence[Path]) -> None:
+    """Remove files and folders."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock of an experiment's workspace."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def ask(*command: str) -> str | None:
+    """What a command prints, on both streams; None if it fails."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, env=os.environ | {"PATH": tools}, capture_output=True, text=True)
+    return f"{done.stdout}{done.stderr}".strip() if done.returncode == 0 else None
+
+
+def megabytes(num_bytes: int) -> str:
+    """In units of 10^6 bytes."""
+    return f"{num_bytes / 1e6:,.0f} MB"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m components.cleanup")
+    parser.add_argument("--remove", action="store_true", help="remove what could go")
+    arguments = parser.parse_args()
+    main(partial(run, remove=arguments.remove))

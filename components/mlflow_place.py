@@ -1,0 +1,57 @@
+"""Where MLflow keeps its state, by `params.yaml` or the environment; MLflow is not asked."""
+
+import os
+import re
+from pathlib import Path
+
+DEFAULT = "sqlite:///mlflow.db"  # of the checkout
+SERVERS = ("http", "https", "databricks")
+DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
+
+
+def checkout() -> Path:
+    """The folder that the working directory's state belongs to.
+
+    Inside a workspace that DVC makes for an experiment and deletes after it (`.dvc/tmp/exps/…`):
+    the checkout that it was made of. Else the working directory.
+    """
+    here = Path.cwd().resolve()
+    for folder in (here, *here.parents):
+        if folder.parts[-3:] == (".dvc", "tmp", "exps"):
+            return folder.parents[2]
+    return here
+
+
+def resolve(uri: str | None) -> str:
+    """The store's URI, with a database's path made absolute.
+
+    `uri` is `tracking.uri`; without one, MLFLOW_TRACKING_URI or the database of the checkout.
+    Raises ValueError if MLflow can't keep its state there.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
+    scheme = uri.split(":")[0].split("+")[0]
+    if scheme in (*SERVERS, *DATABASE_SERVERS):
+        return uri
+    if scheme != "sqlite":
+        raise ValueError(
+            f"MLflow keeps nothing at {without_secrets(uri)!r}: give tracking.uri (or "
+            "MLFLOW_TRACKING_URI) a database, such as sqlite:////folder/mlflow.db, or a server, "
+            "such as http://127.0.0.1:5000"
+        )
+    match = re.fullmatch(r"(sqlite[^:]*):///([^?]+)(\?.*)?", uri)
+    if not match or match[2] == ":memory:":
+        raise ValueError(
+            f"tracking.uri {uri!r} names no file: write sqlite:///name.db, or four slashes before "
+            "an absolute path"
+        )
+    path = (checkout() / match[2]).resolve()
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"tracking.uri {uri!r}: there is no folder {path.parent}: make it, or correct the path"
+        )
+    return f"{match[1]}:///{path}{match[3] or ''}"
+
+
+def without_secrets(text: str) -> str:
+    """Without the `user:password@` of any URL in it."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)

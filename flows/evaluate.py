@@ -1,0 +1,132 @@
+"""Measuring without training: a new fine-tune, and the champion again."""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+
+from components.curves import headline
+from components.evaluation import Evaluation
+from components.fetch import NO_CHAMPION
+from components.params import ParamsError, check_files, load_params
+from components.paths import BUNDLE, EVALUATED
+from flows.artifacts import publish_metrics
+from flows.distill import evaluate_all, names_in_dvc
+from flows.experiment import PARAMS, experiment, workspace
+from flows.lost import settle_lost_runs
+from flows.process import StageFailed, log_without_tracebacks, run
+from flows.stages import evaluate, look
+from flows.start import begin
+from flows.watching import saying_why
+from pnp_core.files import read_json
+
+SUMMARY = "summary.json"
+
+
+@flow(name="evaluate-finetune")
+def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
+    """Measure the guide in this checkout on one more fine-tune, or base of the same architecture.
+
+    params.yaml and the checkout stay as they are: the run is a DVC experiment of the flow run's
+    name. Nothing is trained or registered.
+
+    Args:
+        path: the model: a pipeline folder, a folder with unet/, a .safetensors file, a LoRA folder.
+        reference: real images in the model's style: a parquet file, or a folder of them.
+        name: its row in the results; by default the last part of its path.
+    """
+    log_without_tracebacks()
+    log = get_run_logger().info
+    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem).strip("-_")
+    with saying_why():
+        if name in load_params(PARAMS).models:
+            raise ParamsError(f"name: params.yaml has a model {name} already: give it another name")
+        if not BUNDLE.exists():
+            line = f"error: there is no guide in {BUNDLE}: run distill first, or dvc pull"
+            raise StageFailed("start", 1, [line])
+        overrides = [
+            f"models.{name}.{key}={_placed(value)}"
+            for key, value in (("path", path), ("reference", reference))
+        ]
+        with experiment(overrides, flow_run.name or "run", log), begin() as params:
+            check_files(params)
+            evaluate(name, look(params, (f"evaluate@{name}",)))
+            publish_metrics(name, EVALUATED / name)
+
+
+@flow(name="reevaluate")
+def reevaluate_flow() -> None:
+    """Measure the champion again, by the code and params.yaml of this checkout.
+
+    Shows each number beside the one that it was registered with. Nothing is registered or promoted,
+    and the checkout stays as it is. Without a champion there is nothing to do.
+    """
+    log_without_tracebacks()
+    log = get_run_logger().info
+    for lost in settle_lost_runs():
+        log(f"Flow run {lost} had been killed, and is now marked Crashed")
+    with (
+        saying_why(),
+        workspace(PARAMS.read_text(), f"{flow_run.name}: the champion again", log) as place,
+        begin() as params,
+    ):
+        if not fetch_champion():
+            place.is_done = True
+            return
+        check_files(params)
+        models = list(params.models)
+        evaluate_all(models, look(params, names_in_dvc(params, ["evaluate"])))
+        before = read_json(BUNDLE / SUMMARY)["models"]
+        for model in models:
+            publish_metrics(model, EVALUATED / model)
+            compare(model, registered(before.get(model, {})), EVALUATED / model)
+        place.is_done = True
+
+
+@task(task_run_name="fetch", cache_policy=NO_CACHE)
+def fetch_champion() -> bool:
+    """Put the champion's files in the place of the guide; False if there is no champion."""
+    command = [sys.executable, "-m", "components.fetch", "--version", "champion", "--to"]
+    try:
+        run("fetch", [*command, str(BUNDLE)], get_run_logger().info)
+    except StageFailed as error:
+        if error.exit_code != NO_CHAMPION:
+            raise
+        return False
+    return True
+
+
+def registered(evaluation: Mapping[str, Any]) -> Mapping[str, float]:
+    """The headline of what a version's summary has of a model; nothing of another format."""
+    try:
+        return headline(Evaluation.from_json(evaluation, where=SUMMARY))
+    except ValueError:
+        return {}
+
+
+def compare(model: str, before: Mapping[str, float], folder: Path) -> None:
+    """Show what a model's numbers were when the champion was registered, and are."""
+    now = headline(Evaluation.load(folder))
+    rows = [
+        {
+            "metric": name,
+            "registered": f"{before[name]:.4g}" if name in before else "",
+            "now": f"{value:.4g}",
+        }
+        for name, value in now.items()
+    ]
+    key = f"champion-{re.sub(r'[^a-z0-9]+', '-', model.lower())}"
+    create_table_artifact(rows, key=key, description=f"The champion on {model}, then and now")
+
+
+def _placed(path: str) -> str:
+    """A path as the workspace finds it: what is not in this checkout by its whole path."""
+    place = Path(path).expanduser()
+    inside = not place.is_absolute() and ".." not in place.parts
+    return str(place if inside else place.resolve())

@@ -1,0 +1,152 @@
+"""What nothing needs any more can go, and what is needed stays."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from ruamel.yaml import YAML
+
+from components import cleanup
+from components.params import load_params
+from components.tracking import Registry, Run, Store, garbage
+from tests import stores, toy
+from tests.stores import NAME, TOY
+
+pytest_plugins = ["tests.toy", "tests.stores"]
+
+DVC = (sys.executable, "-m", "dvc")
+
+
+def call(*command: str) -> None:
+    identity = ("-c", "user.name=a", "-c", "user.email=a@localhost")
+    words = ["git", *identity, *command[1:]] if command[0] == "git" else command
+    subprocess.run(words, check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git and DVC repository whose one stage writes the seed; nothing is run yet."""
+    monkeypatch.setattr(garbage, "SECONDS_UNTOUCHED", 0.0)
+    write = "mkdir -p guides && cat params.yaml > guides/distilled"
+    stage = {"cmd": write, "params": ["distill.seed"], "outs": ["guides/distilled"]}
+    with open("dvc.yaml", "w") as file:
+        YAML().dump({"stages": {"distill": stage}}, file)
+    Path(".gitignore").write_text("/guides\n/mlflow.db\n/mlartifacts\n/guide-*\n/runs\n")
+    call("git", "init", "--quiet")
+    call(*DVC, "init", "--quiet")
+    return place
+
+
+def make(seed: int) -> None:
+    params = toy.toy_params()
+    params["distill"]["seed"] = seed
+    toy.write_params(Path(), params)
+    call(*DVC, "repro")
+
+
+def clean(*, remove: bool = False) -> None:
+    cleanup.run(load_params(Path("params.yaml")), remove=remove)
+
+
+def cached() -> set[str]:
+    return {p.read_text() for p in Path(".dvc/cache/files").rglob("*") if p.is_file()}
+
+
+def seeds() -> set[int]:
+    return {YAML(typ="safe").load(text)["distill"]["seed"] for text in cached()}
+
+
+def test_of_dvcs_cache_what_neither_a_commit_nor_the_lock_has_can_go(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (1, 2, 3):
+        make(seed)
+        if seed == 1:
+            call("git", "add", ".")
+            call("git", "commit", "--quiet", "--message", "one")
+    capsys.readouterr()
+    clean()
+    assert "could go: python -m components.cleanup --remove" in capsys.readouterr().out
+    assert seeds() == {1, 2, 3}, "nothing goes unasked"
+    clean(remove=True)
+    assert seeds() == {1, 3}
+
+
+def test_a_champion_whose_lock_no_commit_has_keeps_dvcs_cache(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(1)
+    version = stores.register(0.5)
+    client = MlflowClient()
+    client.set_model_version_tag(NAME, version, "lock_hash", cleanup.hash_of(_lock()))
+    client.set_registered_model_alias(NAME, "previous", version)
+    make(2)
+    make(3)
+    clean(remove=True)
+    assert seeds() == {1, 2, 3}
+    assert "previous: commit its dvc.lock first; left alone" in capsys.readouterr().out
+
+
+def _lock() -> str:
+    return Path("dvc.lock").read_text()
+
+
+def test_a_cache_that_others_share_is_left_alone(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(*DVC, "cache", "dir", "--local", str(tmp_path / "shared"))
+    for seed in (1, 2):
+        make(seed)
+    before = sorted((tmp_path / "shared").rglob("*"))
+    clean(remove=True)
+    assert sorted((tmp_path / "shared").rglob("*")) == before
+    assert "shared with others" in capsys.readouterr().out
+
+
+def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) -> None:
+    make(1)
+    kept = stores.register(0.5)
+    store = Store(TOY)
+    with Run(store, TOY, "register", params={}) as alive, Run(store, TOY, "x", params={}) as gone:
+        for run in (alive, gone):
+            run.file(Path("params.yaml"))
+    store.client.delete_run(gone.id)
+    broken = Path("mlartifacts/models/m-broken")
+    broken.mkdir(parents=True)
+    (broken / "half").touch()
+    clean(remove=True)
+    assert not broken.exists()
+    assert not any(gone.id in path.parts for path in Path("mlartifacts").rglob("*"))
+    assert any(alive.id in path.parts for path in Path("mlartifacts").rglob("params.yaml"))
+    assert (Registry(TOY, NAME).folder(kept) / "summary.json").exists()
+
+
+def test_what_is_young_may_be_a_registration_under_way(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(1)
+    monkeypatch.setattr(garbage, "SECONDS_UNTOUCHED", 60.0)
+    Path("mlartifacts/models/m-new").mkdir(parents=True)
+    clean(remove=True)
+    assert Path("mlartifacts/models/m-new").exists()
+
+
+def test_checkpoints_stay_until_their_stage_is_finished(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cleanup, "TRAINED", ("distill",))
+    make(1)
+    checkpoint = Path("runs/distill/checkpoint.pt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("state")
+    shutil.copy("params.yaml", "before.yaml")
+    params = Path("params.yaml").read_text().replace("seed: 1", "seed: 2", 1)
+    Path("params.yaml").write_text(params)
+    clean(remove=True)
+    assert checkpoint.exists()
+    shutil.copy("before.yaml", "params.yaml")
+    clean(remove=True)
+    assert not checkpoint.exists()

@@ -1,0 +1,226 @@
+"""Runs with other parameters: in a workspace of their own, and the checkout stays as it was."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from components.mlflow_place import checkout
+from components.overrides import overridden
+from components.params import ParamsError, load_params
+from flows import evaluate, room
+from flows.experiment import bring, experiment
+from flows.process import StageFailed, repro
+from pnp_core.files import write_text
+from tests import toy
+
+pytest_plugins = ["tests.toy"]
+
+DVC = (sys.executable, "-m", "dvc")
+WORKSPACES = Path(".dvc/tmp/exps")
+
+
+def call(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def git(*arguments: str) -> str:
+    return call("git", "-c", "user.name=a", "-c", "user.email=a@localhost", *arguments)
+
+
+# Overrides
+
+
+def test_an_override_changes_its_value_alone_and_comments_stay(tmp_path: Path) -> None:
+    source = toy.ROOT / "params.yaml"
+    text = overridden(source, ["distill.num_images=2000", "halve.learning_rate=1e-3"])
+    (tmp_path / "params.yaml").write_text(text)
+    was, now = load_params(source), load_params(tmp_path / "params.yaml")
+    assert (now.distill.num_images, now.halve.learning_rate) == (2000, 1e-3)
+    changed = {name for name in type(was).model_fields if getattr(was, name) != getattr(now, name)}
+    assert changed == {"distill", "halve"}
+    assert text.count("#") == source.read_text().count("#")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.num_imagse=2", "overrides: unknown key 'distill.num_imagse', did you mean"),
+        ("distil.num_images=2", "overrides: unknown key 'distil', did you mean 'distill'"),
+        ("distill.num_images=many", "overrides: distill.num_images: .*'many'"),
+        ("distill.num_images", "write section.key=value"),
+        ("base.x=1", "base has no keys below it"),
+        ("distill.seed=[", "overrides: 'distill.seed=\\['"),
+    ],
+)
+def test_a_misspelt_override_is_refused_before_anything_is_made(
+    world: Path, override: str, message: str
+) -> None:
+    with pytest.raises(ParamsError, match=message), experiment([override], "a", print):
+        pass
+    assert not WORKSPACES.exists()
+
+
+# Workspaces
+
+
+@pytest.fixture
+def repository(world: Path) -> Path:
+    """A git and DVC repository whose one stage writes what params.yaml says of `distill`."""
+    show = "mkdir -p guides && python -c \"print(open('params.yaml').read())\" > guides/distilled"
+    note = "echo ran >> ../../../../ran 2>/dev/null || true"
+    fails = "test ! -e ../../../../fails"
+    stages = {
+        "distill": {
+            "cmd": f"{note} && {fails} && {show}",
+            "params": ["distill"],
+            "deps": ["models/base"],
+            "outs": ["guides/distilled"],
+        }
+    }
+    with (world / "dvc.yaml").open("w") as file:
+        YAML().dump({"stages": stages}, file)
+    # The base is neither in git nor in DVC, as where it was downloaded.
+    (world / ".gitignore").write_text("/models\n/guides\n/ran\n/fails\n/mlflow.db\n")
+    call("git", "init", "--quiet")
+    call(*DVC, "init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "toy")
+    return world
+
+
+def run(*overrides: str, name: str = "funny name") -> None:
+    with experiment(overrides, name, print):
+        repro("distill", print)
+
+
+def test_an_experiment_leaves_the_checkout_as_it_was_and_is_saved_under_the_runs_name(
+    repository: Path,
+) -> None:
+    repro("distill", print)
+    git("add", "dvc.lock")
+    git("commit", "--quiet", "--message", "result")
+    before = {p: p.read_bytes() for p in map(Path, ("params.yaml", "dvc.lock", "guides/distilled"))}
+    head = git("rev-parse", "HEAD")
+    run("distill.seed=7")
+    assert {p: p.read_bytes() for p in before} == before
+    assert git("rev-parse", "HEAD") == head and not git("status", "--porcelain").strip()
+    assert len(git("worktree", "list").splitlines()) == 1
+    assert "funny-name" in call(*DVC, "exp", "list")
+    ran = git("show", "refs/pnp-guide/funny-name:params.yaml")
+    assert YAML(typ="safe").load(ran)["distill"]["seed"] == 7, "what a lineage names is kept"
+
+    run("distill.seed=8")
+    assert "funny-name-2" in call(*DVC, "exp", "list"), "nothing is overwritten"
+    call(*DVC, "exp", "apply", "funny-name")
+    assert YAML(typ="safe").load(Path("guides/distilled"))["distill"]["seed"] == 7
+
+
+def test_an_experiment_that_failed_goes_on_in_its_workspace(repository: Path) -> None:
+    Path("fails").touch()
+    with pytest.raises(StageFailed):
+        run("distill.seed=7")
+    (kept,) = (repository / WORKSPACES).glob("pnp-*/")
+    (kept / "runs").mkdir()
+    Path("fails").unlink()
+    with experiment(["distill.seed=7"], "again", print):
+        assert Path.cwd() == kept and Path("runs").exists(), "with its checkpoints"
+        assert checkout() == repository, "where runs and versions are registered"
+        repro("distill", print)
+    assert not kept.exists() and Path.cwd() == repository
+
+
+def test_edits_that_are_not_committed_are_part_of_an_experiment(repository: Path) -> None:
+    text = Path("params.yaml").read_text().replace("batch_size: 16", "batch_size: 8")
+    Path("params.yaml").write_text(text)
+    with experiment(["distill.seed=7"], "a", print):
+        params = load_params(Path("params.yaml"))
+        assert (params.distill.batch_size, params.distill.seed) == (8, 7)
+        assert not git("status", "--porcelain", "--untracked-files=no").strip(), "all is committed"
+        repro("distill", print)
+    assert Path("params.yaml").read_text() == text
+    assert git("status", "--porcelain").split()[:2] == ["M", "params.yaml"]
+
+
+def test_two_runs_with_the_same_overrides_are_not_in_one_workspace_at_once(
+    repository: Path,
+) -> None:
+    with experiment(["distill.seed=7"], "a", print):
+        inside = Path.cwd()
+        os.chdir(repository)
+        with pytest.raises(StageFailed, match="another run has the same overrides"):
+            run("distill.seed=7")
+        os.chdir(inside)
+        repro("distill", print)
+
+
+def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_in_its_path(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    larger = tmp_path / "a larger one"
+    larger.mkdir()
+    (world / "dvc.yaml").write_text("stages: {}\n")
+    world.rename(larger / "the guide")
+    monkeypatch.chdir(larger / "the guide")
+    call("git", "init", "--quiet", "..")
+    call(*DVC, "init", "--quiet", "--subdir")
+    git("add", "params.yaml", "dvc.yaml", ".dvc")
+    git("commit", "--quiet", "--message", "toy")
+    with experiment(["distill.seed=7"], "a", print):
+        assert Path.cwd().name == "the guide" and checkout() == larger / "the guide"
+        assert load_params(Path("params.yaml")).distill.seed == 7
+        assert Path("models/base").is_dir() and Path("art/main.parquet").exists()
+        Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
+    assert "a" in call(*DVC, "exp", "list")
+
+
+def test_outside_git_it_is_one_line_that_says_so(world: Path) -> None:
+    with pytest.raises(StageFailed, match=r"start: overrides need git and DVC here, and git says"):
+        run("distill.seed=7")
+
+
+def test_what_is_brought_is_not_a_second_copy_and_replacing_it_leaves_the_first(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").write_text("old")
+    bring(tmp_path / "a", tmp_path / "there/a")
+    there = tmp_path / "there/a/file"
+    assert there.stat().st_ino == (tmp_path / "a/file").stat().st_ino
+    write_text(there, "new")
+    assert (tmp_path / "a/file").read_text() == "old"
+
+
+# GPUs
+
+
+def test_a_gpu_is_one_runs_at_a_time_and_the_wait_for_it_is_told_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.01)
+    lines: list[str] = []
+    with room.room("a", 1, 1.0, lines.append) as first, room.room("b", 1, 1.0, print) as second:
+        assert [first, second] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("2", "5")]
+        with (
+            pytest.raises(StageFailed, match="the GPUs of this machine are taken; waited 0:01"),
+            room.room("c", 1, 0.01, lines.append),
+        ):
+            pass
+        assert lines == ["c: waiting for a GPU, 0:01 at most"]
+    with room.room("d", 8, 1.0, print) as all_of_them:
+        assert all_of_them == {"CUDA_VISIBLE_DEVICES": "2,5"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with room.room("e", 1, 0.0, print) as none:
+        assert none == {}
+
+
+def test_a_path_outside_the_checkout_is_named_in_full(world: Path) -> None:
+    assert evaluate._placed("models/tuned") == "models/tuned"
+    assert evaluate._placed("../x") == str(world.parent / "x")
