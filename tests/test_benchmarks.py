@@ -1,6 +1,8 @@
 """The benchmarks measure what they say."""
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from benchmarks import cache_cost, cost, plan, plug, record, train_cost
+from benchmarks import cache_cost, cost, demo, plan, plug, record, train_cost
 from benchmarks.cost import ARCHITECTURES, Steps, bare_twin
 from components.environment import quiet
 from components.params import load_params
@@ -133,6 +135,26 @@ def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "unet_config", lambda name: small)
     found = plan.dry_run("sd15", load_params(plan.PRESETS / "sd15.yaml"))
     assert found["peak_memory_gb"] > 0
+
+
+def test_the_demos_time_is_that_of_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        "preparing",
+        "10:00 | prepare | a",
+        "10:00 | evaluate-base | b",
+        "10:01 | register | c",
+    ]
+    waits = [f"@echo '{line}'; sleep 0.2" for line in lines]
+    (tmp_path / "Makefile").write_text("demo:\n" + "".join(f"\t{wait}\n" for wait in waits))
+    found = demo.stages(tmp_path, dict(os.environ))
+    assert list(found) == ["start", "prepare", "evaluate-base", "register"]
+    assert all(0.15 < seconds < 5 for seconds in found.values())
+    assert lines[1] in capsys.readouterr().out
+    (tmp_path / "Makefile").write_text("demo:\n\tfalse\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        demo.stages(tmp_path, dict(os.environ))
 
 
 # Records
