@@ -15,15 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
-from flows import distill, lost, process, stages
+from flows import distill, lost, process, room, stages
 from flows.process import StageFailed
 from flows.stages import look
 from flows.start import begin
@@ -106,6 +107,80 @@ def test_the_flow_and_dvc_lead_to_the_same_result(pipeline: dict[str, Any]) -> N
     distill.distill_flow()
     subprocess.run([*DVC, "repro"], check=True)
     assert ran() == list(STAGES), "nothing changed, so nothing runs again"
+
+
+def test_a_git_worktree_that_shares_dvcs_cache_takes_over_what_was_made(
+    pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distill.distill_flow()
+    git("add", ".")
+    git("rm", "--cached", "--quiet", "ran")
+    git("commit", "--quiet", "--message", "result")
+    other = tmp_path.with_name("another, with a space")
+    git("worktree", "add", "--quiet", str(other))
+    monkeypatch.chdir(other)
+    cache = [*DVC, "cache", "dir", "--local", str(tmp_path / ".dvc/cache")]
+    subprocess.run(cache, check=True)
+    distill.distill_flow()
+    assert "up to date" in dvc_status() and Path("results/report/table.md").exists()
+    assert not Path("ran").exists(), "no stage ran"
+
+
+def test_what_is_changed_runs_with_all_after_it_and_nothing_before(
+    pipeline: dict[str, Any],
+) -> None:
+    distill.distill_flow()
+    Path("ran").unlink()
+    pipeline["halve"]["cmd"] += " && echo other > h/table.md"
+    write_stages(pipeline)
+    distill.distill_flow()
+    assert ran() == ["halve", "evaluate@base", "evaluate@tuned", "register"]
+
+
+def test_models_are_measured_side_by_side_on_a_gpu_each_and_a_failure_is_told(
+    pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.1)
+    others = {"base": "tuned", "tuned": "base"}
+    pipeline["evaluate"] = {
+        "foreach": others,
+        "do": {
+            # Each waits for the other: one after another, neither would end.
+            "cmd": "echo $CUDA_VISIBLE_DEVICES > gpu-${key} && touch at-${key} && "
+            "timeout 60 sh -c 'while test ! -e at-${item}; do sleep 0.1; done' && "
+            "mkdir -p e-${key} && cp gpu-${key} e-${key}/gpu",
+            "deps": ["h"],
+            "outs": ["e-${key}"],
+        },
+    }
+    write_stages(pipeline)
+    distill.distill_flow()
+    used = {Path(f"e-{name}/gpu").read_text().strip() for name in others}
+    assert used == {"3", "7"}
+
+    pipeline["evaluate"]["do"]["cmd"] = "echo 'error: no such judge'; exit 1"
+    write_stages(pipeline)
+    with pytest.raises(StageFailed, match="no such judge"):
+        distill.distill_flow("evaluate")
+
+
+def test_on_a_server_the_flow_makes_the_limit_that_guards_the_gpus(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(room, "deployment", SimpleNamespace(id="of a worker"))
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
+    name = f"pnp-guide-gpu-{socket.gethostname()}"
+    with room.room("a", 1, 1.0, print):
+        with get_client(sync_client=True) as client:
+            limit = client.read_global_concurrency_limit_by_name(name)
+        assert (limit.limit, limit.active_slots) == (1, 1)
+        with pytest.raises(StageFailed, match="are taken"), room.room("b", 1, 0.02, print):
+            pass
+    with room.room("b", 1, 1.0, print):
+        pass
 
 
 def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
@@ -335,6 +410,16 @@ def test_a_failure_is_told_in_the_words_of_the_stage_or_else_of_dvc(
     assert str(StageFailed("x", 1, lines)) == f"x: {message}"
 
 
+def test_only_what_was_killed_or_waits_for_something_outside_is_tried_again() -> None:
+    assert [
+        code for code in (1, 2, 3, 75, 137, -9, 255) if StageFailed("x", code, []).may_pass
+    ] == [
+        75,
+        137,
+        -9,
+    ]
+
+
 def test_a_killed_stage_is_started_again(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,10 +507,32 @@ def free_port() -> int:
         return int(candidate.getsockname()[1])
 
 
-@pytest.mark.services
-@pytest.mark.timeout(1500)  # some twenty processes, which a busy machine takes its time over
-def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) -> None:
-    """docs/server.md, step by step."""
+Call = Callable[..., str]
+
+
+class Servers(NamedTuple):
+    """A server and a worker, with the deployments, and what is typed beside them."""
+
+    call: Call  # fails with what the command printed
+    run: list[str]  # a deployment, and follow it
+    environment: dict[str, str]
+
+    def stages(self) -> list[psutil.Process]:
+        """The processes of the stage `distill` that were started here."""
+        return [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if "components.distill" in (p.info["cmdline"] or [])
+            and environment_of(p).get("PNP_TEST") == self.environment["PNP_TEST"]
+        ]
+
+
+PREFECT = (sys.executable, "-m", "prefect")
+
+
+@pytest.fixture
+def servers(toy_repository: Path, tmp_path: Path) -> Iterator[Servers]:
+    """docs/server.md, steps 1 to 3; when they are stopped, nothing that was started is left."""
     port = free_port()
     mark = uuid.uuid4().hex  # inherited by all that this test starts
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
@@ -437,49 +544,24 @@ def test_server_worker_and_command_line(toy_repository: Path, tmp_path: Path) ->
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
     }
-    prefect = [sys.executable, "-m", "prefect"]
-    server = [*prefect, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
 
     def call(*command: str) -> str:
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        assert done.returncode == 0, f"{command}:\n{done.stdout}"
+        assert done.returncode == 0, " ".join(f"{command}: {done.stdout}".split())
         return done.stdout
 
+    server = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    worker = [*PREFECT, "worker", "start", "--pool", "local"]
     with running(server, tmp_path / "server.log", environment):
         wait_for(f"http://127.0.0.1:{port}/api/health")
-        call(*prefect, "work-pool", "create", "local", "--type", "process")
-        call(*prefect, "--no-prompt", "deploy", "--all")
-        worker = [*prefect, "worker", "start", "--pool", "local"]
+        call(*PREFECT, "work-pool", "create", "local", "--type", "process")
+        call(*PREFECT, "--no-prompt", "deploy", "--all")
         with running(worker, tmp_path / "worker.log", environment):
-            call(*prefect, "deployment", "run", "distill/local", "--watch")
-            assert "up to date" in dvc_status()
-            call(*prefect, "deployment", "run", "promote/local", "--watch")
-            run = [*prefect, "deployment", "run", "--watch"]
-            check_overrides(call, run)
-            check_one_more_fine_tune(call, run)
-            call(*run, "reevaluate/local")
-            check_a_cancel(call, prefect, mark)
-            assert "up to date" in dvc_status() and not git_status(), "through all of it"
-
-    # The other door finds all done, and tells where things are.
-    del environment["PREFECT_API_URL"]
-    told = call(sys.executable, "-m", "flows", "distill")
-    assert "Stage 'register' didn't change, skipping" in told
-    assert Path("results/report/table.md").read_text() in told
-    assert Path("results/report/grid.png").exists()
-
-    # And what it tells works.
-    make = [sys.executable, "-m", "components.generate", "--model", "models/tuned"]
-    call(*make, "red disc", "--out", "disc.png")
-    assert Path("disc.png").exists()
-
+            yield Servers(call, [*PREFECT, "deployment", "run", "--watch"], environment)
     left = [p.cmdline() for p in psutil.process_iter() if environment_of(p).get("PNP_TEST") == mark]
     assert not left
-
-
-Call = Callable[..., str]
 
 
 def git_status() -> str:
@@ -491,51 +573,72 @@ def experiments(call: Call) -> set[str]:
     return set(re.findall(r"\[(.+?)\]", call(*DVC, "exp", "list")))
 
 
-def check_overrides(call: Call, run: list[str]) -> None:
-    """A run with overrides is an experiment, whose version is in the checkout's registry."""
-    told = call(*run, "distill/local", "--param", 'overrides=["distill.num_images=48"]')
-    name = re.findall(r"'([a-z]+-[a-z]+)'", told)[0]
-    assert experiments(call) == {name}
-    assert "distill.num_images was" not in told and not git_status()
+@pytest.mark.services
+@pytest.mark.timeout(1500)  # some twenty processes, which a busy machine takes its time over
+def test_server_worker_and_command_line(servers: Servers) -> None:
+    """docs/server.md, step 4; the other door finds all done, and tells where things are."""
+    call = servers.call
+    call(*servers.run, "distill/local")
+    assert "up to date" in dvc_status()
+    call(*servers.run, "promote/local")
+
+    del servers.environment["PREFECT_API_URL"]
+    told = call(sys.executable, "-m", "flows", "distill")
+    assert "Stage 'register' didn't change, skipping" in told
+    assert Path("results/report/table.md").read_text() in told
+    assert Path("results/report/grid.png").exists()
+
+    # And what it tells works.
+    make = [sys.executable, "-m", "components.generate", "--model", "models/tuned"]
+    call(*make, "red disc", "--out", "disc.png")
+    assert Path("disc.png").exists()
+
+
+@pytest.mark.services
+@pytest.mark.timeout(1500)
+def test_a_deployment_with_overrides_is_an_experiment_and_can_be_cancelled(
+    servers: Servers,
+) -> None:
+    call = servers.call
+    overrides = 'overrides=["distill.num_images=48"]'
+    call(*servers.run, "distill/local", "--param", overrides)
+    assert len(experiments(call)) == 1 and not git_status()
+    assert not Path("guides").exists(), "the checkout has nothing of it"
     with sqlite3.connect("mlflow.db") as database:
-        assert database.execute("SELECT COUNT(*) FROM model_versions").fetchone() == (2,)
+        assert database.execute("SELECT COUNT(*) FROM model_versions").fetchone() == (1,)
     misspelt = ["--param", 'overrides=["distill.num_imagse=48"]']
     with pytest.raises(AssertionError, match="unknown key 'distill.num_imagse', did you mean"):
-        call(*run, "distill/local", *misspelt)
+        call(*servers.run, "distill/local", *misspelt)
 
-
-def check_one_more_fine_tune(call: Call, run: list[str]) -> None:
-    """A fine-tune is measured without an edit of params.yaml, beside those in it."""
-    before = experiments(call)
-    where = ["path=models/tuned", "reference=art/tuned.parquet", "name=another"]
-    call(*run, "evaluate-finetune/local", *(x for value in where for x in ("--param", value)))
-    (name,) = experiments(call) - before
-    shown = call("git", "show", f"refs/pnp-guide/{name}:params.yaml")
-    assert "another:" in shown and not Path("results/evaluate/another").exists()
-
-
-def check_a_cancel(call: Call, prefect: list[str], mark: str) -> None:
-    """A cancel from the command line ends the stage, and leaves no run of MLflow running."""
-    long = '["distill.num_images=2000000"]'
-    told = call(*prefect, "deployment", "run", "distill/local", "--param", f"overrides={long}")
+    long = 'overrides=["distill.num_images=2000000"]'
+    told = call(*PREFECT, "deployment", "run", "distill/local", "--param", long)
     flow_run = re.findall(r"[0-9a-f]{8}-[0-9a-f-]{27}", told)[0]
-
-    def stages() -> list[psutil.Process]:
-        return [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if "components.distill" in (p.info["cmdline"] or [])
-            and environment_of(p).get("PNP_TEST") == mark
-        ]
-
-    journals = Path("runs/tracking")
-    wait_until(lambda: bool(stages() and list(journals.glob("distill-*.jsonl"))), seconds=240)
-    call(*prefect, "flow-run", "cancel", flow_run)
-    wait_until(lambda: not stages(), seconds=60)
-    wait_until(lambda: "CANCELLED" in call(*prefect, "flow-run", "inspect", flow_run), seconds=60)
+    trains = Path("runs/tracking")
+    wait_until(lambda: bool(servers.stages() and list(trains.glob("distill-*.jsonl"))), seconds=300)
+    call(*PREFECT, "flow-run", "cancel", flow_run)
+    wait_until(lambda: not servers.stages(), seconds=60)
+    wait_until(lambda: "CANCELLED" in call(*PREFECT, "flow-run", "inspect", flow_run), seconds=60)
     with sqlite3.connect("mlflow.db") as database:
         states = {row[0] for row in database.execute("SELECT status FROM runs")}
     assert "RUNNING" not in states
+
+
+@pytest.mark.services
+@pytest.mark.timeout(1500)
+def test_one_more_fine_tune_and_the_champion_are_measured_without_an_edit(
+    servers: Servers,
+) -> None:
+    call = servers.call
+    call(*servers.run, "reevaluate/local")  # no champion: nothing to do
+    call(*DVC, "repro")
+    call(sys.executable, "-m", "components.promote")
+    where = ["path=models/tuned", "reference=art/tuned.parquet", "name=another"]
+    call(*servers.run, "evaluate-finetune/local", *(x for v in where for x in ("--param", v)))
+    (name,) = experiments(call)
+    assert "another:" in call("git", "show", f"refs/pnp-guide/{name}:params.yaml")
+    assert not Path("results/evaluate/another").exists()
+    call(*servers.run, "reevaluate/local")
+    assert "up to date" in dvc_status() and not git_status(), "the checkout is as it was"
 
 
 def wait_for(url: str, *, seconds: float = 90.0) -> None:
