@@ -32,6 +32,7 @@ RESULTS = Path("benchmarks/results/overhead.json")
 ROOT = Path(__file__).parent.parent
 TRAINED = ("cache", "distill", "halve")
 NUM_WORKERS = 2
+Commands = Sequence[Sequence[str]]
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     if arguments.run:
-        write_json(RESULTS, measure(arguments.size, arguments.scratch.absolute()))
+        measure(arguments.size, arguments.scratch.absolute())
     if not RESULTS.exists():
         sys.exit(f"error: no {RESULTS}: python -m benchmarks.overhead --run makes it")
     numbers = summary(read_json(RESULTS))
@@ -53,40 +54,57 @@ def main() -> None:
     print(json.dumps(numbers))
 
 
-def measure(size: str, scratch: Path) -> dict[str, Any]:
-    """Seconds of each way, and of a flow and a `dvc repro` that find nothing to do."""
-    shutil.rmtree(scratch, ignore_errors=True)
-    fresh = scratch / "fresh"
-    if size == "toy":
-        make_repository(fresh)
-    else:
-        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(fresh)], check=True)
-    for name in ("benchmarks", "tests"):
-        shutil.copytree(ROOT / name, fresh / name, dirs_exist_ok=True)
+def measure(size: str, scratch: Path) -> None:
+    """Seconds of each way, and of a flow and a `dvc repro` that find nothing to do.
+
+    Written after each; what an earlier call with this `scratch` measured is not measured again.
+    """
+    fresh, kept = scratch / "fresh", scratch / "results.json"
+    if not kept.exists():
+        shutil.rmtree(scratch, ignore_errors=True)
+        make_checkout(size, fresh)
+    results = read_json(kept) if kept.exists() else {"size": size, "seconds": {}}
+    results["cpus"] = os.cpu_count()
     models = YAML(typ="safe").load(fresh / "params.yaml")["models"]
     stages = [*MODULES, *(f"evaluate@{model}" for model in models), "register"]
-    ways: dict[str, list[list[str]]] = {
-        "bare": [bare(stage) for stage in stages[:-1]],  # what register does is MLflow's
-        "mlflow": [tracked(stage) for stage in stages],
-        "dvc": [["dvc", "repro"]],
-        "prefect": [["python", "-m", "flows", "distill"]],
-    }
-    seconds = {}
-    for way, commands in ways.items():
-        shutil.copytree(fresh, scratch / way, symlinks=True)
-        seconds[way] = timed(commands, scratch / way)
-        print(f"{way}: {seconds[way]:.1f} s", flush=True)
-    done = scratch / "prefect"
-    seconds["noop_flow"] = timed(ways["prefect"], done)
-    seconds["noop_dvc"] = timed(ways["dvc"], done)
+    repro, flow = [["dvc", "repro"]], [["python", "-m", "flows", "distill"]]
+    trained = [bare(stage) for stage in TRAINED]
+    ways: list[tuple[str, Commands, str | None]] = [  # name, commands, and what they go on from
+        ("bare", [bare(stage) for stage in stages[:-1]], None),  # what register does is MLflow's
+        ("mlflow", [tracked(stage) for stage in stages], None),
+        ("dvc", repro, None),
+        ("prefect", flow, None),
+        ("noop_flow", flow, None),
+        ("noop_dvc", repro, None),
+        ("prepared", [bare("prepare")], None),
+        ("alone", trained, "prepared"),
+        ("ray", trained, "prepared"),
+    ]
+    for way, commands, before in ways:
+        if way in results["seconds"]:
+            continue
+        if way.startswith("noop"):
+            folder = scratch / "prefect"
+        else:
+            folder = scratch / way
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(scratch / before if before else fresh, folder, symlinks=True)
+        if way == "ray":
+            set_workers(folder / "params.yaml", NUM_WORKERS)
+        results["seconds"][way] = timed(commands, folder)
+        print(f"{way}: {results['seconds'][way]:.1f} s", flush=True)
+        write_json(kept, results)
+    write_json(RESULTS, results)
 
-    shutil.copytree(fresh, scratch / "ray", symlinks=True)
-    timed([bare("prepare")], scratch / "ray")
-    shutil.copytree(scratch / "ray", scratch / "alone", symlinks=True)
-    seconds["alone"] = timed([bare(stage) for stage in TRAINED], scratch / "alone")
-    set_workers(scratch / "ray" / "params.yaml", NUM_WORKERS)
-    seconds["ray"] = timed([bare(stage) for stage in TRAINED], scratch / "ray")
-    return {"size": size, "cpus": os.cpu_count(), "seconds": seconds}
+
+def make_checkout(size: str, folder: Path) -> None:
+    """A checkout in which nothing has been run."""
+    if size == "toy":
+        make_repository(folder)
+    else:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
+    for name in ("benchmarks", "tests"):
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
 
 
 def bare(stage: str) -> list[str]:
@@ -108,7 +126,7 @@ def set_workers(path: Path, num_workers: int) -> None:
         YAML().dump(values, file)
 
 
-def timed(commands: Sequence[Sequence[str]], folder: Path) -> float:
+def timed(commands: Commands, folder: Path) -> float:
     """Seconds that the commands take, one after another. Exits if one of them fails."""
     dropped = ("PREFECT_", "MLFLOW_", "RAY_", "DVC_", "PYTHONPATH")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
