@@ -32,8 +32,11 @@ def git_commit() -> str:
     """
     if not shutil.which("git"):
         raise ValueError("git is not installed: the guide's lineage names the commit")
-    if _git("rev-parse", "--is-inside-work-tree").returncode != 0:
-        return "none"
+    inside = _git("rev-parse", "--is-inside-work-tree")
+    if inside.returncode != 0:
+        if "not a git repository" in inside.stderr:
+            return "none"
+        raise ValueError(f"git can't tell which commit this is: {' '.join(inside.stderr.split())}")
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     if head.returncode != 0:
         return "none"  # nothing is committed yet
@@ -82,7 +85,9 @@ def hash_of(lock: str) -> str:
 
 
 def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(["git", *arguments], capture_output=True, text=True)
+    # In English, as its words are read.
+    environment = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(["git", *arguments], env=environment, capture_output=True, text=True)
 
 
 def _dvc_process() -> psutil.Process | None:

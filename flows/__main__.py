@@ -10,10 +10,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib import error as url_error
 from urllib.request import urlopen
 
-from components.cli import leave, stop
+from components.cli import MAY_PASS, leave, stop
 from components.environment import quiet
 from components.overrides import overridden
 from components.params import Params, ParamsError, load_params
@@ -72,6 +72,8 @@ def main() -> None:
     guard.start()
     # Prefect reads its environment when it is imported, so only now.
     check_server()
+    from httpx import HTTPError
+
     from flows.distill import distill_flow
     from flows.evaluate import evaluate_finetune_flow, reevaluate_flow
     from flows.process import StageFailed
@@ -93,6 +95,14 @@ def main() -> None:
     except StageFailed as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
+    except HTTPError as error:
+        stop(
+            ValueError(
+                f"Prefect's server went away while this ran ({error}): what the stages have made "
+                "is kept, and the same command goes on when the server is back, or without one"
+            ),
+            exit_code=MAY_PASS,
+        )
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
@@ -107,7 +117,7 @@ def check_server() -> None:
         return
     try:
         urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER).close()
-    except HTTPError:
+    except url_error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -1,11 +1,18 @@
 """How a result gets to others: DVC's remote, and dvc.lock."""
 
-from flows.process import DVC, ask
+from flows.process import DVC, StageFailed, ask
 
 
 def dvc_remote() -> str | None:
-    """The name of DVC's default remote; None if there is none."""
-    return ask([*DVC, "config", "core.remote"]) or None
+    """The name of DVC's default remote; None if DVC's settings have none.
+
+    Raises StageFailed if DVC can't tell.
+    """
+    told = ask([*DVC, "config", "--list"])
+    if told is None:
+        raise StageFailed("push", 1, ["error: `dvc config --list` fails: see what it says"])
+    settings = dict(line.partition("=")[::2] for line in told.splitlines())
+    return settings.get("core.remote")
 
 
 def to_commit(remote: str | None) -> list[str]:

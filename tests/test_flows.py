@@ -26,6 +26,7 @@ from ruamel.yaml import YAML
 from components.lineage import COMMIT
 from flows import distill, lost, process, room, stages
 from flows.process import StageFailed
+from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
 from tests.toy import make_repository, toy_params, write_params
@@ -231,6 +232,13 @@ def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
     distill.distill_flow("register")
     assert list(remote.iterdir())
     assert "git commit" not in caplog.text, "nothing has changed"
+
+
+def test_a_remote_that_dvc_cannot_tell_of_is_not_taken_for_none(pipeline: dict[str, Any]) -> None:
+    assert dvc_remote() is None
+    Path(".dvc/config").write_text("[core\n")
+    with pytest.raises(StageFailed, match="dvc config --list"):
+        dvc_remote()
 
 
 # Locks

@@ -214,6 +214,14 @@ def test_outside_git_there_is_no_commit_and_without_git_an_error(
         git_commit()
 
 
+def test_a_git_that_refuses_to_answer_is_not_taken_for_no_git(
+    checkout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # as in a container
+    with pytest.raises(ValueError, match="git can't tell which commit this is: .*ownership"):
+        git_commit()
+
+
 def test_stages_of_one_run_name_the_commit_that_it_began_with(checkout: str) -> None:
     Path("dvc.lock").unlink()
     assert run("dvc", "init", "--quiet").returncode == 0
