@@ -118,7 +118,7 @@ def test_a_git_worktree_that_shares_dvcs_cache_takes_over_what_was_made(
     git("rm", "--cached", "--quiet", "ran")
     git("commit", "--quiet", "--message", "result")
     other = tmp_path.with_name("another, with a space")
-    git("worktree", "add", "--quiet", str(other))
+    git("worktree", "add", "--quiet", "--detach", str(other))
     monkeypatch.chdir(other)
     cache = [*DVC, "cache", "dir", "--local", str(tmp_path / ".dvc/cache")]
     subprocess.run(cache, check=True)
@@ -127,7 +127,7 @@ def test_a_git_worktree_that_shares_dvcs_cache_takes_over_what_was_made(
     assert not Path("ran").exists(), "no stage ran"
 
 
-def test_what_is_changed_runs_with_all_after_it_and_nothing_before(
+def test_what_is_changed_runs_with_what_depends_on_it_and_nothing_before(
     pipeline: dict[str, Any],
 ) -> None:
     distill.distill_flow()
@@ -135,7 +135,8 @@ def test_what_is_changed_runs_with_all_after_it_and_nothing_before(
     pipeline["halve"]["cmd"] += " && echo other > h/table.md"
     write_stages(pipeline)
     distill.distill_flow()
-    assert ran() == ["halve", "evaluate@base", "evaluate@tuned", "register"]
+    # Both evaluations write what they wrote before, so `register` has nothing new.
+    assert ran() == ["halve", "evaluate@base", "evaluate@tuned"]
 
 
 def test_models_are_measured_side_by_side_on_a_gpu_each_and_a_failure_is_told(
