@@ -545,6 +545,7 @@ def servers(toy_repository: Path, tmp_path: Path) -> Iterator[Servers]:
     port = free_port()
     mark = uuid.uuid4().hex  # inherited by all that this test starts
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PREFECT_HOME": str(tmp_path / "prefect"),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
