@@ -29,6 +29,7 @@ from pnp_core.files import read_json
 
 PROGRESS = re.compile(r": [\d,]+/[\d,]+ [\w ]+, (\d+)%")  # a line of components.progress
 SECONDS_BETWEEN_UPDATES = 2.0
+PAGES = ("index.html", "grid.png")  # of a report
 MAX_PIXELS = 1600  # of an image's longer side
 LOCAL_MLFLOW = "http://127.0.0.1:5000"  # of `make mlflow`
 
@@ -89,9 +90,10 @@ class _Bar:
 def publish_report(params: Params, log: Callable[[str], None]) -> None:
     """Show results/report: the table, the images, and where the version is in MLflow."""
     table = (REPORT / "table.md").read_text()
-    grid = (REPORT / "grid.png").absolute()
+    pages = [path for name in PAGES if (path := REPORT / name).exists()]
+    places = "\n".join(f"- `{path.absolute()}`" for path in pages)
     create_markdown_artifact(
-        f"{table}\n\nImages: `{grid}`\n", key="guide-report", description="Guide against CFG"
+        f"{table}\n\n{places}\n", key="guide-report", description="Guide against CFG"
     )
     if rows := rows_of(table):
         create_table_artifact(rows, key="guide-table", description="Guide against CFG")
