@@ -98,9 +98,8 @@ def spread(num_full: int, num_steps: int) -> tuple[int, ...]:
 
 
 def alternate(num_full: int, num_steps: int) -> tuple[int, ...]:
-    """Every other step from the first on; none in the end."""
-    del num_steps
-    return tuple(range(0, 2 * num_full, 2))
+    """Every other step from the first on, or more where they are not enough; none in the end."""
+    return tuple(round(k * min(2, num_steps / num_full)) for k in range(num_full))
 
 
 PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
