@@ -34,13 +34,15 @@ from pnp_core.sample import SOLVERS
 
 RESULTS = Path("benchmarks/results/frontier.json")
 NUM_IMAGES = 576
-NUM_CHOOSING = 144
+NUM_CHOOSING = 96
 CHOOSING_SEED = 1_000_000
 NUM_CLOSE = 192  # PSNR is a mean over images: it needs fewer
 CLOSE_STEPS = 64
 MANY_STEPS = 50  # CFG of 100 forwards
 EQUAL_STEPS = (16, 8)  # where the guide, CFG and no guidance stand side by side at one scale
-NEAR_BEST = 1.03  # layouts whose FID on the base is within this of the best are tried on all
+# Of few images, an FID within this of the best may be the best of many: such layouts of a method,
+# and such free rivals of the base, are followed first.
+NEAR_BEST = 1.03
 BUNDLES = {"guided": Path("zoo/guide"), "guided-2": Path("zoo/guide-2")}
 RUN = RUNS / "frontier"
 
@@ -109,12 +111,14 @@ class Maker:
     def choose(self, method: str, num_forwards: int) -> Setting | None:
         """The method's best setting at a cost, by FID of few images of other seeds.
 
-        None where the method needs more forwards. What saves some of CFG's forwards takes CFG's
-        best solver. On a fine-tune only layouts are tried that were good on the base; the scale is
-        always the model's own.
+        None where the method needs more forwards, or there is no such guide. What saves some of
+        CFG's forwards takes CFG's best solver. On a fine-tune only layouts are tried that were good
+        on the base; the scale is always the model's own.
         """
         name, at = self.bench.name, str(num_forwards)
         known = self.table.read()["choices"]
+        if method in GUIDES and method not in self.bench.bundles:
+            return None
         mine = known.get(name, {}).get(at, {}).get(method)
         if mine and mine.get("guide") == self.bench.digests.get(method):
             return Setting.parse(mine["setting"])
@@ -130,6 +134,9 @@ class Maker:
         if not wanted:
             return None
         tried: dict[Setting, float] = {}
+        if method not in GUIDES:  # halved and unhalved ones pull more or less at the same scale
+            first = {start: self._try(start, tried) for start in wanted}
+            wanted = [s for s in wanted if first[s] <= NEAR_BEST * min(first.values())]
         for start in wanted:
             climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
         best = min(tried, key=lambda setting: tried[setting])
@@ -145,9 +152,17 @@ class Maker:
         self.table.change(change)
         return best
 
+    def is_contender(self, method: str, num_forwards: int) -> bool:
+        """Whether a method's row is worth making before others, by what was tried on the base."""
+        tried = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
+        free = {name: min(tried[name]["tried"].values()) for name in FREE if name in tried}
+        is_rival = method in free and free[method] <= NEAR_BEST * min(free.values())
+        return method == "cfg" or method in GUIDES or is_rival
+
     def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
-        images, _ = self.bench.images(setting, self.few)
-        tried[setting] = fid(self.judge.features(images), self.references("world"))
+        if setting not in tried:
+            images, _ = self.bench.images(setting, self.few)
+            tried[setting] = fid(self.judge.features(images), self.references("world"))
         return tried[setting]
 
     def cell(self, place: str, setting: Setting, made_by: Record) -> None:
@@ -259,9 +274,16 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
     """What is to be done, in this order: model, the job's name, and the job."""
     methods = ("guided", "cfg", *(m for m in (*FREE, *GUIDES) if m not in ("guided", "cfg")))
 
-    def at_cost(method: str, n: int) -> Job:
+    def choice(method: str, n: int) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
-            if method not in maker.bench.bundles and method in GUIDES:
+            del made_by
+            maker.choose(method, n)
+
+        return job
+
+    def row(method: str, n: int, *, of_contenders: bool = False) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            if of_contenders and not maker.is_contender(method, n):
                 return
             chosen = maker.choose(method, n)
             if chosen:
@@ -284,19 +306,22 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
     main = [n for n in forwards if n in (16, 8, 4)]
     for model in models:
         for n in main:
+            if model == "base":
+                for method in methods:
+                    yield model, f"choose {n} {method}", choice(method, n)
             for method in methods:
-                yield model, f"{n} {method}", at_cost(method, n)
+                yield model, f"{n} {method} first", row(method, n, of_contenders=True)
     for model in models:
         for steps in EQUAL_STEPS:
             yield model, f"equal {steps}", equal(steps)
         yield model, "100", Maker.cfg100
         yield model, "unexplained", Maker.unexplained
     for model in models:
-        yield model, "psnr", Maker.closeness
-    for model in models:
-        for n in (n for n in forwards if n not in main):
+        for n in (*main, *(n for n in forwards if n not in main)):
             for method in methods:
-                yield model, f"{n} {method}", at_cost(method, n)
+                yield model, f"{n} {method}", row(method, n)
+    for model in models:
+        yield model, "psnr", Maker.closeness
 
 
 def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final: bool) -> None:
