@@ -58,8 +58,6 @@ class Workbench:
         self, name: str, model: Model, params: Params, bundles: dict[str, GuideBundle]
     ) -> None:
         self.name, self.model, self.params, self.bundles = name, model, params, bundles
-        for guide in (guide for bundle in bundles.values() for guide in bundle.guides.values()):
-            guide.requires_grad_(False)  # else its FLOPs can't be counted
         pipe = pipe_of(model, params)
         self.samplers = {
             method: Sampler(pipe, bundle.to(pipe.unet.device), params)
