@@ -65,7 +65,7 @@ $(INSTALLED):
 	        exit 1; }; \
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,dev]'
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,frontier,dev]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 need-git:

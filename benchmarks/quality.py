@@ -51,7 +51,7 @@ from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser
-from pnp_core.distill import DistillConfig, distillation_objective
+from pnp_core.distill import DistillConfig
 from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.identity import base_identity
@@ -139,7 +139,7 @@ def train_peer(
         students = [peer.denoiser(u, cache.schedule) for u in (unet, *companions.values())]
         progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
         return train(
-            distillation_objective(students, cache, config, unet.device),
+            peer.objective(students, cache, config, unet.device),
             peer,
             config.train,
             run_hash=config_hash(config, cache.content_hash, name, RECIPE),

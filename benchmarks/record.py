@@ -33,7 +33,8 @@ def record(*, guide: str, precision: str) -> Record:
 def command() -> str:
     """The command line of this process, as it is typed in the project's folder."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    module = spec.name.removesuffix(".__main__") if spec is not None else None
+    program = ["-m", module] if module is not None else [sys.argv[0]]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 

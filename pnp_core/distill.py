@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pnp_core.cache import TeacherCache
+from pnp_core.cache.read import Pairs
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
@@ -97,20 +98,35 @@ def distillation_objective(
         config: the batch size, the seed, the guider and the range of guidance scales.
         device: where the students are.
     """
-    batch_size, seed = config.train.batch_size, config.train.seed
-    guider = Guider(config.guider, cache.schedule.num_train_timesteps)
-    power = guidance_power(cache, seed)
+    power = guidance_power(cache, config.train.seed)
+    draw = drawing(len(students), cache, config, device)
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        teacher, number = turn_of(step, len(students))
-        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=number, teacher=teacher)
-        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
-        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
-        target = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
+        teacher, pairs, w_B, target = draw(step, part)
         eps = students[teacher](pairs.z_t, pairs.timestep, pairs.conditions(w_B))
         return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
 
     return loss_fn
+
+
+def drawing(
+    num_teachers: int, cache: TeacherCache, config: DistillConfig, device: torch.device
+) -> Callable[[int, slice], tuple[int, Pairs, Tensor, Tensor]]:
+    """What a step of training sees, by its number and the part of its batch.
+
+    That is whose step it is, the pairs, their guidance scales and the guided eps ``(B, C, H, W)``.
+    """
+    batch_size, seed = config.train.batch_size, config.train.seed
+    guider = Guider(config.guider, cache.schedule.num_train_timesteps)
+
+    def draw(step: int, part: slice) -> tuple[int, Pairs, Tensor, Tensor]:
+        teacher, number = turn_of(step, num_teachers)
+        indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=number, teacher=teacher)
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
+        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
+        return teacher, pairs, w_B, guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
+
+    return draw
 
 
 def check_companions(given: Sequence[str], cache: TeacherCache) -> None:

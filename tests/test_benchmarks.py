@@ -1,5 +1,6 @@
 """The benchmarks measure what they say."""
 
+import importlib.machinery
 import math
 import os
 import subprocess
@@ -171,6 +172,9 @@ def test_a_record_names_the_guide_the_commit_and_the_command(
     found = record.record(guide=record.digest(one), precision="fp32")
     assert found["command"] == "python -m benchmarks.cost --run --anew 'guided one'"
     assert found["commit"] == "abc-dirty"
+    package = importlib.machinery.ModuleSpec("benchmarks.frontier.__main__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", package)
+    assert record.command() == "python -m benchmarks.frontier --run --anew 'guided one'"
     assert record.digest(one) != record.digest(other)
     other.guides[4].load_state_dict(one.guides[4].state_dict())
     assert record.digest(one) == record.digest(other)

@@ -1,15 +1,17 @@
 """What a peer is: another way to make one forward do what guidance does in two."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, PlainDenoiser
+from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.metrics import count_flops
 from pnp_core.schedule import NoiseSchedule
 
@@ -31,6 +33,16 @@ class Peer(nn.Module, ABC):
     @abstractmethod
     def denoiser(self, unet: UNet2DConditionModel, schedule: NoiseSchedule) -> Denoiser:
         """The student on this UNet: the one it was made for, or a fine-tune of it."""
+
+    def objective(
+        self,
+        students: Sequence[Denoiser],
+        cache: TeacherCache,
+        config: DistillConfig,
+        device: torch.device,
+    ) -> Callable[[int, slice], Tensor]:
+        """What its training minimises; by default what a guide's does."""
+        return distillation_objective(students, cache, config, device)
 
     def cost(
         self,

@@ -1,0 +1,58 @@
+"""The guide at equal cost beside everything that costs as much, by two judges.
+
+    python -m benchmarks.frontier --json              # what the committed results say
+    python -m benchmarks.frontier --run               # makes what is missing: days on two cores
+    python -m benchmarks.frontier --run --model base --forwards 8
+    python -m benchmarks.frontier --run --final       # the final models, once, at the end
+
+A row is written as it is made; a run that was stopped goes on, and several may run side by side.
+docs/frontier.md says what is compared and how settings are chosen.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.frontier.final import final_models
+from benchmarks.frontier.run import RESULTS, run
+from benchmarks.frontier.settings import FORWARDS
+from benchmarks.frontier.table import as_markdown, summary
+from benchmarks.quality import models_of
+from components.environment import quiet
+from components.params import load_params
+from pnp_core.files import read_json, write_text
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frontier", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--run", action="store_true", help="make what the results lack")
+    parser.add_argument("--model", action="append", default=[], help="with --run: of these models")
+    parser.add_argument(
+        "--forwards", type=int, action="append", choices=FORWARDS, help="with --run: at these costs"
+    )
+    parser.add_argument("--final", action="store_true", help="with --run: of the final models")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    arguments = parser.parse_args()
+    quiet()
+    params = load_params(Path("params.yaml"))
+    try:
+        if arguments.run:
+            forwards = arguments.forwards or FORWARDS
+            run(params, arguments.model, forwards, final=arguments.final)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if not RESULTS.exists():
+        sys.exit(f"error: there is no {RESULTS} yet: --run makes it")
+    results = read_json(RESULTS)
+    write_text(RESULTS.with_suffix(".md"), as_markdown(results))
+    tuned = [name for name in models_of(params) if name != "base"]
+    found = summary(results, tuned, list(final_models()))
+    print(json.dumps(found) if arguments.json else json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

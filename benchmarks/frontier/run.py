@@ -1,0 +1,366 @@
+"""Makes the table's cells, one job after another; each is written as it is made.
+
+A job chooses each method's setting on a model at a cost, or makes its cells. Several processes may
+run side by side: a job that another one has in hand is left to it.
+"""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.frontier import judges as judging
+from benchmarks.frontier.final import models_to_run
+from benchmarks.frontier.settings import FREE, GUIDES, LABELS, PLACES, Setting, climb, layouts
+from benchmarks.frontier.workbench import Workbench, tasks_of
+from benchmarks.quality import precision_of
+from benchmarks.record import Record, digest, note, record
+from components.dataset import reference_images
+from components.device import device
+from components.judging import Judge
+from components.params import Params
+from components.paths import RUNS
+from components.scores import RealImages, fid
+from pnp_core.bundle import GuideBundle
+from pnp_core.files import read_json, write_json, write_tensors
+from pnp_core.models import weights_hash
+from pnp_core.sample import SOLVERS
+
+RESULTS = Path("benchmarks/results/frontier.json")
+NUM_IMAGES = 576
+NUM_CHOOSING = 96
+CHOOSING_SEED = 1_000_000
+NUM_CLOSE = 192  # PSNR is a mean over images: it needs fewer
+CLOSE_STEPS = 64
+MANY_STEPS = 50  # CFG of 100 forwards
+EQUAL_STEPS = (16, 8)  # where the guide, CFG and no guidance stand side by side at one scale
+# An FID of few images within this of the best may be the best of many: such layouts of a method,
+# and such free rivals of the base, are followed first. By their number alone 96 images have an FID
+# near 20, so this is about 7 % of what many would show.
+NEAR_BEST = 1.015
+BUNDLES = {"guided": Path("zoo/guide"), "guided-2": Path("zoo/guide-2")}
+RUN = RUNS / "frontier"
+
+
+class Table:
+    """The results on disk, which other processes may be writing too."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self.path, self.setting = path, setting
+        if path.exists() and read_json(path)["setting"] != setting:
+            raise ValueError(
+                f"{path} is of another base, judge or count: move it away to make all anew"
+            )
+
+    def read(self) -> dict[str, Any]:
+        """All there is so far."""
+        if not self.path.exists():
+            return {"setting": self.setting, "choices": {}, "cells": {}}
+        results: dict[str, Any] = read_json(self.path)
+        return results
+
+    def change(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Read, change and write, while no other process does."""
+        with held(RUN / "table.lock"):
+            results = self.read()
+            change(results)
+            write_json(self.path, results)
+
+
+@contextmanager
+def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a file's lock; without waiting, tell whether it was to be had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+class Maker:
+    """Fills the table for one model."""
+
+    def __init__(self, bench: Workbench, table: Table, judge: Judge, foreign: Any) -> None:
+        self.bench, self.table, self.judge, self.foreign = bench, table, judge, foreign
+        self.tasks = tasks_of(bench.params, NUM_IMAGES, bench.params.evaluate.seed)
+        self.few = tasks_of(bench.params, NUM_CHOOSING, CHOOSING_SEED)
+        self._references: dict[str, np.ndarray] = {}
+
+    def references(self, key: str) -> np.ndarray:
+        """Features of the real images, by the judge "world" or "foreign"; kept on disk."""
+        if key not in self._references:
+            sees = self.judge if key == "world" else self.foreign
+            path = RUN / "references" / f"{self.bench.name}-{key}.safetensors"
+            if not path.exists():
+                real = reference_images(self.bench.model.reference, self.bench.params)
+                found = torch.from_numpy(sees.features(real))
+                write_tensors(path, {"features": found}, {"judge": sees.name})
+            from safetensors.numpy import load_file
+
+            self._references[key] = load_file(path)["features"]
+        return self._references[key]
+
+    def choose(self, method: str, num_forwards: int) -> Setting | None:
+        """The method's best setting at a cost, by FID of few images of other seeds.
+
+        None where the method needs more forwards, or there is no such guide. What saves some of
+        CFG's forwards takes CFG's best solver. On a fine-tune only layouts are tried that were good
+        on the base; the scale is always the model's own.
+        """
+        name, at = self.bench.name, str(num_forwards)
+        known = self.table.read()["choices"]
+        if method in GUIDES and method not in self.bench.bundles:
+            return None
+        mine = known.get(name, {}).get(at, {}).get(method)
+        if mine and mine.get("guide") == self.bench.digests.get(method):
+            return Setting.parse(mine["setting"])
+        solvers = tuple(SOLVERS)
+        if method in PLACES:
+            cfg = self.choose("cfg", num_forwards)
+            assert cfg
+            solvers = (cfg.solver,)
+        wanted = layouts(method, num_forwards, solvers)
+        base = known.get("base", {}).get(at, {}).get(method)
+        if base and name != "base":
+            wanted = starts_from(base)
+        if not wanted:
+            return None
+        tried: dict[Setting, float] = {}
+        if method not in GUIDES:  # halved and unhalved ones pull more or less at the same scale
+            first = {start: self._try(start, tried) for start in wanted}
+            wanted = [s for s in wanted if first[s] <= NEAR_BEST * min(first.values())]
+        for start in wanted:
+            climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
+        best = min(tried, key=lambda setting: tried[setting])
+        choice = {
+            "guide": self.bench.digests.get(method),
+            "setting": best.text,
+            "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
+        }
+
+        def change(results: dict[str, Any]) -> None:
+            results["choices"].setdefault(name, {}).setdefault(at, {})[method] = choice
+
+        self.table.change(change)
+        return best
+
+    def is_contender(self, method: str, num_forwards: int) -> bool:
+        """Whether a method's row is worth making before others, by what was tried on the base."""
+        tried = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
+        free = {name: min(tried[name]["tried"].values()) for name in FREE if name in tried}
+        is_rival = method in free and free[method] <= NEAR_BEST * min(free.values())
+        return method == "cfg" or method in GUIDES or is_rival
+
+    def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
+        if setting not in tried:
+            images, _ = self.bench.images(setting, self.few)
+            tried[setting] = fid(self.judge.features(images), self.references("world"))
+        return tried[setting]
+
+    def cell(self, place: str, setting: Setting, made_by: Record) -> None:
+        """Make a cell of the table, if it is not there.
+
+        Args:
+            place: a number of forwards, or "equal 16" for cells at equal steps.
+            setting: of the cell.
+            made_by: the record of this run.
+        """
+        name = self.bench.name
+        known = self.table.read()["cells"].get(name, {}).get(place, {})
+        guide = self.bench.digests.get(setting.method)
+        if known.get(setting.method, {"guide": -1})["guide"] == guide:
+            return
+        images, milliseconds = self.bench.images(setting, self.tasks)
+        judges: dict[str, tuple[judging.Sees, RealImages]] = {
+            "world": (self.judge, RealImages(self.references("world"))),
+            "foreign": (self.foreign, RealImages(self.references("foreign"))),
+        }
+        prompts = [task.prompt for task in self.tasks]
+        found = judging.score(images, prompts, self.judge, judges)
+        cell = {
+            "guide": guide,
+            "setting": setting.text,
+            "num_images": len(images),
+            "forwards": judging.rounded(self.bench.forwards(setting)),
+            "cpu_ms": judging.rounded(milliseconds),
+            "scores": {
+                judge: {key: judging.as_json(key, value) for key, value in scores.items()}
+                for judge, scores in found.items()
+            },
+        }
+
+        def change(results: dict[str, Any]) -> None:
+            results["cells"].setdefault(name, {}).setdefault(place, {})[setting.method] = cell
+            note(results, f"{name}, {place}, {LABELS[setting.method]}", made_by)
+
+        self.table.change(change)
+
+    def cfg100(self, made_by: Record) -> None:
+        """CFG of 50 DDIM steps, at its best scale."""
+        if "100" in self.table.read()["cells"].get(self.bench.name, {}):
+            return
+        every = tuple(range(MANY_STEPS))
+        start = Setting(method="cfg", solver="ddim", num_steps=MANY_STEPS, scale=3.0, full=every)
+        scale = climb(3.0, lambda scale: self._try(start.at(scale), {}))
+        self.cell("100", start.at(scale), made_by)
+
+    def unexplained(self, made_by: Record) -> None:
+        """`guidance_fvu` of the guides, over the prompts that benchmarks.quality takes."""
+        heldout = [task for task in self.tasks if task.is_heldout]
+        for method, sampler in self.bench.samplers.items():
+            value = judging.rounded(sampler.guidance_fvu(heldout, method))
+            guide = self.bench.digests[method]
+
+            def change(
+                results: dict[str, Any],
+                method: str = method,
+                value: Any = value,
+                guide: Any = guide,
+            ) -> None:
+                fvu = results.setdefault("fvu", {}).setdefault(self.bench.name, {})
+                fvu[method] = {"value": value, "guide": guide}
+                note(results, "guidance_fvu", made_by)
+
+            self.table.change(change)
+
+    def closeness(self, made_by: Record) -> None:
+        """PSNR of all cells to CFG of 64 steps at their scales and seeds, where it is missing."""
+        del made_by
+        name = self.bench.name
+        cells = self.table.read()["cells"].get(name, {})
+        for place, method in [(at, method) for at in cells for method in cells[at]]:
+            cell = cells[place][method]
+            if "cfg64_psnr" in cell:
+                continue
+            setting = Setting.parse(cell["setting"])
+            every = tuple(range(CLOSE_STEPS))
+            cfg = replace(setting, method="cfg", solver="ddim", num_steps=CLOSE_STEPS, full=every)
+            tasks = self.tasks[:NUM_CLOSE]
+            wanted, _ = self.bench.images(cfg, tasks)
+            made, _ = self.bench.images(setting, self.tasks)
+            value = judging.as_json("psnr", judging.closeness(made[: len(tasks)], wanted))
+
+            def change(
+                results: dict[str, Any], at: str = place, method: str = method, value: Any = value
+            ) -> None:
+                results["cells"][name][at][method]["cfg64_psnr"] = value
+
+            self.table.change(change)
+
+
+def starts_from(base: dict[str, Any]) -> list[Setting]:
+    """A fine-tune's first tries: the base's good layouts, each at the scale that was best there."""
+    best: dict[str, tuple[float, Setting]] = {}
+    for text, fid_of_few in base["tried"].items():
+        setting = Setting.parse(text)
+        if setting.layout not in best or fid_of_few < best[setting.layout][0]:
+            best[setting.layout] = fid_of_few, setting
+    least = min(found for found, _ in best.values())
+    return [setting for found, setting in best.values() if found <= NEAR_BEST * least]
+
+
+Job = Callable[[Maker, Record], None]
+
+
+def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, str, Job]]:
+    """What is to be done, in this order: model, the job's name, and the job."""
+    methods = ("guided", "cfg", *(m for m in (*FREE, *GUIDES) if m not in ("guided", "cfg")))
+
+    def choice(method: str, n: int) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            del made_by
+            maker.choose(method, n)
+
+        return job
+
+    def row(method: str, n: int, *, of_contenders: bool = False) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            if of_contenders and not maker.is_contender(method, n):
+                return
+            chosen = maker.choose(method, n)
+            if chosen:
+                maker.cell(str(n), chosen, made_by)
+
+        return job
+
+    def equal(steps: int) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            scale = maker.bench.params.evaluate.guidance_scale
+            for method in ("unguided", "cfg", "guided"):
+                full = tuple(range(steps)) if method == "cfg" else ()
+                setting = Setting(
+                    method=method, solver="ddim", num_steps=steps, scale=scale, full=full
+                )
+                maker.cell(f"equal {steps}", setting, made_by)
+
+        return job
+
+    main = [n for n in forwards if n in (16, 8, 4)]
+    for model in models:
+        for n in main:
+            if model == "base":
+                for method in methods:
+                    yield model, f"choose {n} {method}", choice(method, n)
+            for method in methods:
+                yield model, f"{n} {method} first", row(method, n, of_contenders=True)
+    for model in models:
+        for steps in EQUAL_STEPS:
+            yield model, f"equal {steps}", equal(steps)
+        yield model, "100", Maker.cfg100
+        yield model, "unexplained", Maker.unexplained
+    for model in models:
+        for n in (*main, *(n for n in forwards if n not in main)):
+            for method in methods:
+                yield model, f"{n} {method}", row(method, n)
+    for model in models:
+        yield model, "psnr", Maker.closeness
+
+
+def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final: bool) -> None:
+    """Make what the table lacks of these models at these costs.
+
+    Raises ValueError for a model that there is not or that is final, for results of another
+    setting, or without the foreign judge's packages.
+    """
+    there = models_to_run(params, RESULTS, final=final)
+    if unknown := [name for name in models if name not in there]:
+        raise ValueError(f"no model {', '.join(unknown)}; there are {', '.join(there)}")
+    judge, foreign = Judge(params.evaluate.judges[0], device()), judging.ForeignJudge(device())
+    table = Table(RESULTS, setting_of(params, judge.name, foreign.name))
+    bundles = {name: GuideBundle.load(path) for name, path in BUNDLES.items() if path.exists()}
+    guide = ", ".join(digest(bundle) for bundle in bundles.values())
+    made_by = record(guide=guide, precision=precision_of(params).split(", ")[-1])
+    makers: dict[str, Maker] = {}
+    for model, name, job in jobs(models or list(there), forwards):
+        with held(RUN / "jobs" / f"{model}-{name.replace(' ', '-')}", wait=False) as mine:
+            if not mine:
+                continue
+            if model not in makers:
+                makers.clear()  # one model in memory
+                bench = Workbench(model, there[model], params, bundles)
+                makers[model] = Maker(bench, table, judge, foreign)
+            job(makers[model], made_by)
+            print(f"{model}: {name} (process {os.getpid()})", flush=True)
+
+
+def setting_of(params: Params, judge: str, foreign: str) -> dict[str, Any]:
+    """What all cells have in common."""
+    return {
+        "judge": judge,
+        "foreign_judge": foreign,
+        "base_hash": weights_hash(params.base)[:16],
+        "num_images": NUM_IMAGES,
+        "num_choosing": NUM_CHOOSING,
+        "num_close": NUM_CLOSE,
+        "guidance_scale_at_equal_steps": params.evaluate.guidance_scale,
+        "spacing": params.halve.timestep_spacing,
+    }

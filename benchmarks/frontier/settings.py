@@ -1,0 +1,153 @@
+"""What is sampled: methods, their settings, and what they cost.
+
+A method's cost is its FLOPs over those of a plain forward of the same UNet. At N forwards stands
+what costs at most ``MOST * N`` of that, whatever it is spent on.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from pnp_core.sample import SOLVERS
+
+FORWARDS = (64, 32, 16, 8, 4, 2)
+MOST = 1.04
+SCALES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # the guide serves up to 8
+LABELS = {
+    "unguided": "no guidance",
+    "cfg": "CFG",
+    "first": "CFG in the first steps only",
+    "interval": "CFG in an interval (Kynkäänniemi et al. 2024)",
+    "reuse": "guidance of an earlier step reused (FasterCache's CFG-Cache)",
+    "linear": "LinearAG (Castillo et al. 2023)",
+    "guided": "this guide",
+    "guided-2": "this guide, trained a second time",
+}
+FREE = ("cfg", "first", "interval", "reuse", "linear")
+GUIDES = ("guided", "guided-2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How an image is made.
+
+    Attributes:
+        method: a key of `LABELS`.
+        solver: one of `pnp_core.sample.SOLVERS`.
+        num_steps: of the solver.
+        scale: guidance scale as diffusers counts it.
+        full: of a free rival, the steps at which it makes both predictions, from 0.
+    """
+
+    method: str
+    solver: str
+    num_steps: int
+    scale: float
+    full: tuple[int, ...] = ()
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of the UNet an image; what a guide adds to its forward is not in it."""
+        return self.num_steps + len(self.full)
+
+    @property
+    def layout(self) -> str:
+        """All but the scale, in words."""
+        words = f"{self.solver}, {self.num_steps} steps"
+        if self.full and len(self.full) < self.num_steps:
+            words += f", both predictions at {' '.join(map(str, self.full))}"
+        return words
+
+    def at(self, scale: float) -> "Setting":
+        """The same at another scale."""
+        return replace(self, scale=scale)
+
+    @property
+    def text(self) -> str:
+        """All of it in one line of words, which `parse` reads."""
+        full = ",".join(map(str, self.full))
+        return f"{self.method} {self.solver} {self.num_steps} {self.scale:g} {full}".strip()
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        """From `text`."""
+        method, solver, num_steps, scale, *full = text.split()
+        return cls(
+            method=method,
+            solver=solver,
+            num_steps=int(num_steps),
+            scale=float(scale),
+            full=tuple(int(step) for step in full[0].split(",")) if full else (),
+        )
+
+
+def first_steps(num_full: int, num_steps: int) -> tuple[int, ...]:
+    """Guidance while noise is strongest."""
+    del num_steps
+    return tuple(range(num_full))
+
+
+def interval(num_full: int, num_steps: int) -> tuple[int, ...]:
+    """Guidance in the middle: not in the first sixth, where noise is strongest."""
+    start = max(1, round(num_steps / 6))
+    return tuple(range(start, start + num_full))
+
+
+def spread(num_full: int, num_steps: int) -> tuple[int, ...]:
+    """The first step, and others evenly after it."""
+    return tuple(round(k * num_steps / num_full) for k in range(num_full))
+
+
+def alternate(num_full: int, num_steps: int) -> tuple[int, ...]:
+    """Every other step from the first on, or more where they are not enough; none in the end."""
+    return tuple(round(k * min(2, num_steps / num_full)) for k in range(num_full))
+
+
+PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
+    "first": first_steps,
+    "interval": interval,
+    "reuse": spread,
+    "linear": alternate,
+}
+
+
+def layouts(
+    method: str, num_forwards: int, solvers: Iterable[str] = tuple(SOLVERS)
+) -> list[Setting]:
+    """The settings to try at a cost, all at one scale: the solvers, and where CFG's forwards go.
+
+    What saves some of CFG's second forwards spends a quarter or three eighths of all forwards on
+    them. Empty where there are too few forwards for that.
+    """
+    start = 4.0 if method in GUIDES else 3.0
+    places: list[tuple[int, tuple[int, ...]]] = []
+    if method in GUIDES:
+        places.append((num_forwards, ()))
+    elif method == "cfg":
+        half = num_forwards // 2
+        places.append((half, tuple(range(half))))
+    else:
+        for num_full in sorted({num_forwards // 4, 3 * num_forwards // 8} - {0}):
+            num_steps = num_forwards - num_full
+            places.append((num_steps, PLACES[method](num_full, num_steps)))
+    return [
+        Setting(method=method, solver=solver, num_steps=num_steps, scale=start, full=full)
+        for num_steps, full in places
+        for solver in solvers
+    ]
+
+
+def climb(
+    start: float, cost: Callable[[float], float], scales: tuple[float, ...] = SCALES
+) -> float:
+    """The scale of least cost, by steps to the better neighbour: `cost` has one valley in them."""
+    known = {index: cost(scales[index]) for index in [scales.index(start)]}
+    at = scales.index(start)
+    while True:
+        near = [index for index in (at - 1, at + 1) if 0 <= index < len(scales)]
+        for index in near:
+            if index not in known:
+                known[index] = cost(scales[index])
+        best = min([at, *near], key=lambda index: known[index])
+        if best == at:
+            return scales[at]
+        at = best

@@ -1,0 +1,218 @@
+"""What the table says: the numbers that the project answers for, and the page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.frontier.judges import from_json, rounded
+from benchmarks.frontier.settings import FREE, LABELS, MOST, Setting
+from benchmarks.record import header
+from components.evaluation import Estimate
+
+COSTS = ("16", "8", "4")
+Cells = Mapping[str, Any]  # by method, of one model at one cost
+
+
+class Found:
+    """The cells of some models, and comparisons of them."""
+
+    def __init__(self, results: Mapping[str, Any], models: Iterable[str]) -> None:
+        self.cells: Mapping[str, Any] = results["cells"]
+        self.models = [name for name in models if name in self.cells]
+
+    def score(self, model: str, place: str, method: str, name: str, judge: str) -> Estimate | None:
+        """A score of a cell; None if there is no such cell yet."""
+        cell = self.cells.get(model, {}).get(place, {}).get(method)
+        return None if cell is None else from_json(cell["scores"][judge][name])
+
+    def rival(self, model: str, place: str, judge: str = "world") -> str | None:
+        """The free rival of least FID; None until there is CFG and what is to be compared."""
+        made = self.cells.get(model, {}).get(place, {})
+        if "cfg" not in made or "guided" not in made:
+            return None
+        free = [method for method in FREE if method in made]
+        return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
+
+    def ratio(self, model: str, place: str, judge: str = "world") -> Estimate | None:
+        """The guide's FID over the best free rival's."""
+        rival = self.rival(model, place, judge)
+        if rival is None:
+            return None
+        own, theirs = (self.score(model, place, m, "fid", judge) for m in ("guided", rival))
+        assert own and theirs
+        return own.with_other(theirs, lambda a, b: a / b)
+
+    def clip_lead(self, model: str, place: str) -> Estimate | None:
+        """The guide's CLIP score less that of the rival of least FID."""
+        rival = self.rival(model, place)
+        if rival is None:
+            return None
+        own, theirs = (
+            self.score(model, place, m, "clip_score", "world") for m in ("guided", rival)
+        )
+        assert own and theirs
+        return own.with_other(theirs, lambda a, b: a - b)
+
+    def over_cfg100(self, model: str, place: str) -> Estimate | None:
+        """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
+        own = self.score(model, place, "guided", "fid", "world")
+        theirs = self.score(model, "100", "cfg", "fid", "world")
+        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+
+    def clip_gain(self, model: str, place: str) -> Estimate | None:
+        """The guide's share of what CFG gains in CLIP score over no guidance, at equal steps."""
+        unguided, cfg, guided = (
+            self.score(model, place, method, "clip_score", "world")
+            for method in ("unguided", "cfg", "guided")
+        )
+        if not (unguided and cfg and guided):
+            return None
+        own, whole = (x.with_other(unguided, lambda a, b: a - b) for x in (guided, cfg))
+        return own.with_other(whole, lambda a, b: a / b)
+
+
+def mean(found: Sequence[Estimate | None]) -> Estimate | None:
+    """The mean of estimates, replicate by replicate; None if there is none or one is missing."""
+    estimates = [one for one in found if one]
+    if not found or len(estimates) < len(found):
+        return None
+    return Estimate(
+        value=float(np.mean([one.value for one in estimates])),
+        replicates=tuple(np.mean([one.replicates for one in estimates], axis=0).tolist()),
+    )
+
+
+def worst(found: Sequence[Estimate | None], *, least: bool = False) -> Estimate | None:
+    """The one of greatest value, or least; None if there is none or one is missing."""
+    estimates = [one for one in found if one]
+    if not found or len(estimates) < len(found):
+        return None
+    return (min if least else max)(estimates, key=lambda one: one.value)
+
+
+def estimates_of(
+    results: Mapping[str, Any], base: Sequence[str], tuned: Sequence[str]
+) -> dict[str, Estimate | None]:
+    """The issue's numbers over these models; None where cells are not made yet."""
+    models = [*base, *tuned]
+    found = Found(results, models)
+    keys: dict[str, Estimate | None] = {}
+    for at in COSTS:
+        if base:
+            keys[f"fid_{at}_base"] = found.ratio("base", at)
+            keys[f"clip_{at}_base"] = found.clip_lead("base", at)
+        keys[f"fid_{at}_mean"] = mean([found.ratio(name, at) for name in tuned])
+        keys[f"foreign_fid_{at}_mean"] = mean([found.ratio(name, at, "foreign") for name in tuned])
+    keys["fid_worst"] = worst([found.ratio(name, at) for name in models for at in COSTS])
+    for at in ("8", "4", "2"):
+        over = [found.over_cfg100(name, at) for name in models]
+        keys[f"fid_{at}_over_cfg100"] = worst(over)
+    gains = [found.clip_gain(name, f"equal {n}") for name in models for n in (16, 8)]
+    keys["clip_gain_worst"] = worst(gains, least=True)
+    return keys
+
+
+def summary(
+    results: Mapping[str, Any], tuned: Sequence[str], final: Sequence[str]
+) -> dict[str, Any]:
+    """What `--json` prints.
+
+    Args:
+        results: of the run.
+        tuned: the development fine-tunes.
+        final: the final ones.
+    """
+    found = estimates_of(results, ["base"], tuned)
+    numbers: dict[str, Any] = {
+        key: None if one is None else rounded(one.value) for key, one in found.items()
+    }
+    fvu = {
+        name: one["guided"]["value"]
+        for name, one in results.get("fvu", {}).items()
+        if "guided" in one
+    }
+    numbers["fvu_base"] = fvu.get("base")
+    complete = tuned and all(name in fvu for name in tuned)
+    numbers["fvu_finetune_worst"] = max(fvu[name] for name in tuned) if complete else None
+    numbers["behind_trained_rivals"] = None  # no trained rival has cells yet
+    sampled = [name for name in final if name in results["cells"]]
+    if sampled:
+        ended = estimates_of(results, [], final)
+        numbers["final"] = {key: one and rounded(one.value) for key, one in ended.items()}
+    else:
+        numbers["final"] = None
+    return {
+        **numbers,
+        "intervals": {
+            key: [rounded(end) for end in one.interval] for key, one in found.items() if one
+        },
+        "missing": [key for key, value in numbers.items() if value is None],
+        "models": sorted(results["cells"]),
+    }
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page: a table for each model and cost."""
+    setting = results["setting"]
+    lines = [
+        "# The guide at equal cost",
+        "",
+        f"{setting['num_images']} images a row (PSNR: {setting['num_close']}); each method's "
+        f"layout, solver and scale chosen by FID of {setting['num_choosing']} images of other "
+        "seeds. "
+        f"World's judge: {setting['judge']}; the foreign one: {setting['foreign_judge']}. In "
+        "brackets 95 % intervals, by resampling images: rows of one table are resampled alike, so "
+        "a difference of two can be surer than their intervals. PSNR is to CFG of 64 DDIM steps at "
+        "the row's own scale; ms is processor time of one thread, denoising alone, beside other "
+        "jobs. FID is biased upwards by few images: compare within a table.",
+        "",
+        header(results, results.get("records", {})),
+    ]
+    for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
+        places = results["cells"][model]
+        found = Found(results, [model])
+        for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
+            words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
+            lines += ["", f"## {model}, {words}", "", *rows(places[place])]
+            ratio, lead = found.ratio(model, place), found.clip_lead(model, place)
+            if place.isdigit() and ratio and lead:
+                lines += [
+                    "",
+                    f"The guide's FID over the best free rival's {with_interval(ratio, 3)}, its "
+                    f"CLIP score less that rival's {with_interval(lead, 2)}.",
+                ]
+    return "\n".join(lines) + "\n"
+
+
+def rows(cells: Cells) -> list[str]:
+    """The table of one model at one cost."""
+    head = ["method", "setting", "w", "forwards", "FID", "KID x1000", "CLIP score", "diversity"]
+    head += ["foreign FID", "PSNR", "ms"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method in (name for name in LABELS if name in cells):
+        cell = cells[method]
+        setting, world = Setting.parse(cell["setting"]), cell["scores"]["world"]
+        dear = " (too dear)" if cell["forwards"] > MOST * max(setting.forwards, 1) else ""
+        close = cell.get("cfg64_psnr")
+        words = [
+            LABELS[method],
+            setting.layout,
+            f"{setting.scale:g}",
+            f"{cell['forwards']:.2f}{dear}",
+            with_interval(from_json(world["fid"]), 2),
+            f"{1000 * world['kid']['value']:.2f}",
+            f"{world['clip_score']['value']:.2f}",
+            f"{world['diversity']['value']:.3f}",
+            with_interval(from_json(cell["scores"]["foreign"]["fid"]), 1),
+            f"{close['value']:.1f} dB" if close else "",
+            f"{cell['cpu_ms']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(words)} |")
+    return lines
+
+
+def with_interval(found: Estimate, digits: int) -> str:
+    """A value with its interval in brackets."""
+    low, high = found.interval
+    return f"{found.value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

@@ -1,0 +1,185 @@
+"""Samples a model at any setting, and keeps what it made.
+
+Images lie in runs/frontier/images/<identity>, a file a batch: a run that was stopped goes on where
+it was, and another judge needs no new sampling. The identity is a hash of all that they depend on,
+the code of the rivals by VERSION.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from benchmarks.frontier.rivals import (
+    Coefficients,
+    LinearAG,
+    PartialCFG,
+    ReusedGuidance,
+    fit_linear,
+)
+from benchmarks.frontier.settings import GUIDES, Setting
+from benchmarks.quality import pipe_of
+from benchmarks.record import digest
+from components.images import Task, batches
+from components.params import Model, Params
+from components.paths import RUNS
+from components.sampling import Sampler, choose_tasks
+from pnp_core.bundle import GuideBundle
+from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.files import write_json, write_tensors
+from pnp_core.metrics import count_flops
+from pnp_core.models import weights_hash
+from pnp_core.sample import sample
+
+VERSION = 1
+KEPT = RUNS / "frontier/images"
+BATCH_SIZE = 96
+NUM_FITTED = 200  # trajectories that LinearAG is fitted on
+FIT_SEED = 2_000_000
+
+
+class Workbench:
+    """One model, and all methods on it.
+
+    Args:
+        name: of the model.
+        model: where it lies.
+        params: of the run; `evaluate` says in what precision.
+        bundles: guides, by the name of a method in `GUIDES`.
+    """
+
+    def __init__(
+        self, name: str, model: Model, params: Params, bundles: dict[str, GuideBundle]
+    ) -> None:
+        self.name, self.model, self.params, self.bundles = name, model, params, bundles
+        pipe = pipe_of(model, params)
+        self.samplers = {
+            method: Sampler(pipe, bundle.to(pipe.unet.device), params)
+            for method, bundle in bundles.items()
+        }
+        self.sampler = self.samplers["guided"]
+        self.identity = {
+            "version": VERSION,
+            "base": weights_hash(params.base),
+            "model": weights_hash(model.path),
+            "precision": params.evaluate.precision,
+            "spacing": self.sampler.spacing,
+        }
+        self.digests = {method: digest(bundle) for method, bundle in bundles.items()}
+        self._coefficients: dict[Setting, Coefficients] = {}
+        self._flops: dict[str, tuple[float, float]] = {}
+
+    def images(self, setting: Setting, tasks: Sequence[Task]) -> tuple[np.ndarray, float]:
+        """Images (N, height, width, 3) of these tasks, made if they are not kept.
+
+        Also the milliseconds of processor time that one takes without its decoding.
+        """
+        folder = self._folder(setting)
+        found, seconds = [], 0.0
+        for batch in batches(tasks, BATCH_SIZE):
+            path = folder / f"{_hash([list(task) for task in batch])}.safetensors"
+            if not path.exists():
+                self._make(setting, batch, path)
+            with safe_open(path, "np") as file:
+                found.append(file.get_tensor("images"))
+                seconds += float(file.metadata()["seconds"])
+        return np.concatenate(found), 1000 * seconds / len(tasks)
+
+    def _folder(self, setting: Setting) -> Path:
+        values = {**self.identity, "setting": setting.text}
+        if setting.method in GUIDES:
+            values["guide"] = self.digests[setting.method]
+        folder = KEPT / _hash(values)
+        if not (folder / "identity.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "identity.json", values)
+        return folder
+
+    def _make(self, setting: Setting, batch: Sequence[Task], path: Path) -> None:
+        run = self._run(setting, batch)
+        with self.sampler.computing():
+            denoiser = self.denoiser(setting)
+            began = time.process_time()
+            latents = sample(denoiser, self.sampler.pipe.scheduler, **run)
+            seconds = time.process_time() - began
+        images = torch.from_numpy(self.sampler.decode(latents))
+        write_tensors(path, {"images": images}, {"seconds": str(seconds)})
+
+    def _run(self, setting: Setting, batch: Sequence[Task]) -> dict[str, Any]:
+        run = self.sampler.inputs(batch)
+        scale_B = torch.full_like(run["conditions"].w_B, setting.scale)
+        return {
+            "z_T": run["z_T"],
+            "conditions": run["conditions"].with_scale(scale_B),
+            "num_steps": setting.num_steps,
+            "timestep_spacing": self.sampler.spacing,
+            "solver": setting.solver,
+        }
+
+    def denoiser(self, setting: Setting) -> Denoiser:
+        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others."""
+        unet, schedule = self.sampler.pipe.unet, self.sampler.schedule
+        teacher = self.sampler.teacher()
+        match setting.method:
+            case "unguided":
+                return PlainDenoiser(unet, schedule)
+            case "cfg" | "first" | "interval":
+                return PartialCFG(teacher, setting.full)
+            case "reuse":
+                return ReusedGuidance(teacher, setting.full)
+            case "linear":
+                return LinearAG(teacher, setting.full, self._fitted(setting))
+        bundle = self.bundles[setting.method]
+        halved = bundle.for_steps(setting.num_steps)
+        guide = halved if setting.solver == "ddim" else bundle.guides[bundle.num_steps[-1]]
+        return GuidedDenoiser(unet, guide, schedule)
+
+    def _fitted(self, setting: Setting) -> Coefficients:
+        if setting not in self._coefficients:
+            tasks = tasks_of(self.params, NUM_FITTED, FIT_SEED)
+            self._coefficients[setting] = fit_linear(
+                self.sampler.teacher(),
+                self.sampler.pipe.scheduler,
+                setting.full,
+                [self._run(setting, batch) for batch in batches(tasks, BATCH_SIZE)],
+            )
+        return self._coefficients[setting]
+
+    def forwards(self, setting: Setting) -> float:
+        """What an image costs, in plain forwards, by FLOPs."""
+        if setting.method not in GUIDES:
+            return float(setting.forwards)
+        key = f"{setting.method} {setting.solver}"
+        if key not in self._flops:
+            task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
+            plain, one, two = (
+                count_flops(lambda s=s: self._flops_of(s, task))  # type: ignore[misc]
+                for s in (
+                    Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0),
+                    Setting(method=setting.method, solver="ddim", num_steps=1, scale=3.0),
+                    Setting(method=setting.method, solver="ddim", num_steps=2, scale=3.0),
+                )
+            )
+            self._flops[key] = one / plain, (two - one) / plain
+        first, later = self._flops[key]
+        return first + (setting.num_steps - 1) * later
+
+    def _flops_of(self, setting: Setting, task: Sequence[Task]) -> None:
+        sample(self.denoiser(setting), self.sampler.pipe.scheduler, **self._run(setting, task))
+
+
+def tasks_of(params: Params, num_images: int, seed: int) -> list[Task]:
+    """Held-out and trained prompts in turns, as `evaluate` takes them; seeds from `seed` on."""
+    changes = {"num_images": num_images, "seed": seed, "review": "quick"}
+    return choose_tasks(params.evaluate.model_copy(update=changes))
+
+
+def _hash(values: Any) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,407 @@
+"""The benchmark at equal cost: rivals, costs, settings, what is kept, and what the table says."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from benchmarks.frontier import final, run, table, workbench
+from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
+from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
+from benchmarks.frontier.settings import FORWARDS, FREE, LABELS, SCALES, Setting, climb, layouts
+from components import prepare
+from components.dataset import fit, read_records
+from components.evaluation import Estimate
+from components.params import load_params
+from pnp_core.bundle import GuideBundle
+from pnp_core.conditions import Conditions
+from pnp_core.denoiser import CFGDenoiser, PlainDenoiser
+from pnp_core.files import read_json, write_json
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guiders import Guider
+from pnp_core.metrics import count_flops
+from pnp_core.models import load_pipeline
+from pnp_core.sample import initial_noise, sample
+from pnp_core.schedule import NoiseSchedule, sampling_timesteps
+from tests.conftest import roused
+
+pytest_plugins = ["tests.toy"]
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+
+
+def run_of(pipe: StableDiffusionPipeline, scale: float = 5.0) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    c, n = torch.randn(2, 2, 7, 32, generator=generator)
+    return {
+        "z_T": initial_noise((4, 4, 4), [3, 4]),
+        "conditions": Conditions.at_scale(scale, c_BLD=c, n_BLD=n),
+        "num_steps": STEPS,
+    }
+
+
+def teacher_of(pipe: StableDiffusionPipeline) -> CFGDenoiser:
+    return CFGDenoiser(pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler))
+
+
+def by_hand(
+    pipe: StableDiffusionPipeline, full: Collection[int], *, reuses: bool
+) -> tuple[Tensor, int]:
+    """DDIM written out, and how many forwards of one sample it took."""
+    of = run_of(pipe)
+    conditions, z = of["conditions"], of["z_T"]
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    guidance: Tensor | None = None
+    forwards = 0
+    grid = sampling_timesteps(pipe.scheduler, STEPS)
+    with torch.no_grad():
+        for step in range(STEPS):
+            t_B, s_B = grid[step].expand(2), grid[step + 1].expand(2)
+            eps = pipe.unet(z, t_B, conditions.c_BLD).sample
+            forwards += 1
+            if step in full:
+                guidance = eps - pipe.unet(z, t_B, conditions.n_BLD).sample
+                forwards += 1
+            if guidance is not None and (step in full or reuses):
+                eps = eps + 4.0 * guidance
+            z = schedule.ddim_step(z, eps, t_B, s_B)
+    return z, forwards
+
+
+@pytest.mark.parametrize("full", [(), (0, 1), (2, 3), (0, 3), tuple(range(STEPS))])
+def test_partial_cfg_guides_at_its_steps_alone(
+    full: tuple[int, ...], pipe: StableDiffusionPipeline
+) -> None:
+    made = sample(PartialCFG(teacher_of(pipe), full), pipe.scheduler, **run_of(pipe))
+    expected, _ = by_hand(pipe, full, reuses=False)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("full", [(0, 3), (0, 2, 4)])
+def test_reused_guidance_is_that_of_the_last_full_step(
+    full: tuple[int, ...], pipe: StableDiffusionPipeline
+) -> None:
+    made = sample(ReusedGuidance(teacher_of(pipe), full), pipe.scheduler, **run_of(pipe))
+    expected, _ = by_hand(pipe, full, reuses=True)
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+    without, _ = by_hand(pipe, full, reuses=False)
+    assert not torch.allclose(made, without, atol=1e-3)
+
+
+class LinearTeacher:
+    """Its eps_n is a combination of two predictions under the prompt, of this step and the last."""
+
+    guider = Guider()
+
+    def __init__(self) -> None:
+        self.before: Tensor | None = None
+        self.negatives = 0
+
+    def plain(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
+        eps = torch.sin(3 * z_BCHW + t_B[:, None, None, None] / 200)
+        self.now, self.before = (self.before if self.before is not None else eps), eps
+        return eps
+
+    def pair(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        self.negatives += 1
+        eps_c = self.plain(z_BCHW, t_B, conditions)
+        return eps_c, 0.7 * eps_c + 0.2 * self.now
+
+
+def test_linear_ag_is_cfg_where_the_negative_prediction_is_linear_in_earlier_ones(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    of = run_of(pipe)
+    teachers = [LinearTeacher() for _ in range(3)]
+    known = fit_linear(teachers[0], pipe.scheduler, (0, 2), [of])  # type: ignore[arg-type]
+    assert known.keys() == {1, 3, 4, 5}
+    cheap = sample(LinearAG(teachers[1], (0, 2), known), pipe.scheduler, **of)  # type: ignore[arg-type]
+    exact = sample(PartialCFG(teachers[2], range(STEPS)), pipe.scheduler, **of)  # type: ignore[arg-type]
+    torch.testing.assert_close(cheap, exact, atol=1e-3, rtol=1e-3)
+    assert teachers[1].negatives == 2
+
+
+@pytest.mark.parametrize("method", FREE)
+@pytest.mark.parametrize("num_forwards", FORWARDS)
+def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int) -> None:
+    for setting in layouts(method, num_forwards):
+        assert setting.forwards == num_forwards
+        assert sorted(set(setting.full)) == list(setting.full)
+        assert all(0 <= step < setting.num_steps for step in setting.full)
+        if method in ("reuse", "linear"):
+            assert setting.full[0] == 0  # there is nothing before it to estimate from
+    assert layouts(method, num_forwards) or num_forwards == 2
+
+
+@torch.no_grad()
+def test_flops_of_a_run_are_those_of_its_forwards(pipe: StableDiffusionPipeline) -> None:
+    of, teacher = run_of(pipe), teacher_of(pipe)
+    plain = PlainDenoiser(pipe.unet, teacher.plain.schedule)
+    one = count_flops(lambda: plain(of["z_T"], torch.full((2,), 500), of["conditions"]))
+    for setting in layouts("reuse", 8):
+        kind = ReusedGuidance(teacher, setting.full)
+        of["num_steps"] = setting.num_steps
+        spent = count_flops(lambda kind=kind: sample(kind, pipe.scheduler, **of))  # type: ignore[misc]
+        assert spent == pytest.approx(setting.forwards * one, rel=1e-6)
+
+
+def test_a_setting_is_read_from_its_own_words() -> None:
+    for method in (*FREE, "guided"):
+        for setting in layouts(method, 16):
+            assert Setting.parse(setting.at(2.5).text) == setting.at(2.5)
+
+
+@pytest.mark.parametrize("best", SCALES)
+def test_climbing_finds_the_bottom_of_a_valley_and_asks_each_scale_once(best: float) -> None:
+    asked: list[float] = []
+
+    def cost(scale: float) -> float:
+        asked.append(scale)
+        return abs(scale - best)
+
+    assert climb(3.0, cost) == best
+    assert len(asked) == len(set(asked))
+    assert climb(best, lambda scale: abs(scale - best)) == best
+
+
+# What is kept
+
+
+@pytest.fixture
+def bench(world: Path, monkeypatch: pytest.MonkeyPatch) -> workbench.Workbench:
+    params = load_params(Path("params.yaml"))
+    prepare.run(params)
+    monkeypatch.setattr(workbench, "BATCH_SIZE", 4)
+    monkeypatch.setattr(workbench, "NUM_FITTED", 8)
+    return bench_of(params)
+
+
+def bench_of(params: Any, seed: int = 1) -> workbench.Workbench:
+    torch.manual_seed(seed)
+    unet = load_pipeline(params.base).unet
+    config = GuideConfig(max_parameters_ratio=0.2)
+    bundle = GuideBundle({n: roused(Guide.from_unet(unet, config), 0.1 * seed) for n in (4, 8)})
+    return workbench.Workbench("base", params.models["base"], params, {"guided": bundle})
+
+
+def test_images_that_are_kept_are_not_made_again(
+    bench: workbench.Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = workbench.tasks_of(bench.params, 12, 0)
+    made: list[int] = []
+    make = bench._make
+    monkeypatch.setattr(
+        bench,
+        "_make",
+        lambda setting, batch, path: made.append(len(batch)) or make(setting, batch, path),
+    )
+    setting = layouts("guided", 4)[0]
+    first, _ = bench.images(setting, tasks[:8])
+    again, milliseconds = bench.images(setting, tasks)
+    assert made == [4, 4, 4] and milliseconds > 0
+    assert np.array_equal(first, again[:8])
+    bench.images(setting.at(6.0), tasks[:4])
+    assert len(made) == 4
+    other = bench_of(bench.params, seed=2)  # another guide
+    assert not np.array_equal(other.images(setting, tasks[:4])[0], first[:4])
+
+
+@pytest.mark.parametrize("method", ["cfg", "linear", "guided"])
+def test_each_method_makes_images_of_its_own(method: str, bench: workbench.Workbench) -> None:
+    tasks = workbench.tasks_of(bench.params, 4, 0)
+    setting = layouts(method, 8)[0]
+    plain = Setting(method="unguided", solver="ddim", num_steps=setting.num_steps, scale=1.0)
+    images, _ = bench.images(setting, tasks)
+    assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8
+    assert not np.array_equal(images, bench.images(plain, tasks)[0])
+
+
+def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
+    bench: workbench.Workbench,
+) -> None:
+    guides = bench.bundles["guided"].guides
+    for setting in layouts("guided", 4):
+        denoiser = bench.denoiser(setting)
+        assert denoiser.guide is guides[4 if setting.solver == "ddim" else 8]  # type: ignore[attr-defined]
+
+
+def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
+    setting = layouts("guided", 4)[0]
+    assert 4 < bench.forwards(setting) < 8
+    assert bench.forwards(layouts("cfg", 4)[0]) == 4
+
+
+# Final models
+
+
+def test_final_models_are_refused_but_in_a_final_run_that_is_noted_before_it_begins(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(Path("params.yaml"))
+    monkeypatch.setattr(final, "FINAL", Path("final"))
+    results = Path("results.json")
+    write_json(results, {"setting": {}})
+    with pytest.raises(ValueError, match="no final model in final"):
+        final.models_to_run(params, results, final=True)
+    Path("final").mkdir()
+    Path("models/tuned").rename("final/tuned")
+    with pytest.raises(ValueError, match="models.tuned: it is a final model"):
+        hidden = params.models | {
+            "tuned": params.models["tuned"].model_copy(update={"path": "final/tuned"})
+        }
+        final.models_to_run(params.model_copy(update={"models": hidden}), results, final=False)
+    params = params.model_copy(update={"models": {"base": params.models["base"]}})
+    assert list(final.models_to_run(params, results, final=False)) == ["base"]
+    monkeypatch.setattr(final, "git_commit", lambda: "abc-dirty")
+    with pytest.raises(ValueError, match="this is abc-dirty: commit first"):
+        final.models_to_run(params, results, final=True)
+    assert "final_runs" not in read_json(results)
+    monkeypatch.setattr(final, "git_commit", lambda: "abc")
+    assert list(final.models_to_run(params, results, final=True)) == ["tuned"]
+    (noted,) = read_json(results)["final_runs"]
+    assert noted["commit"] == "abc" and noted["models"] == ["tuned"] and noted["when"]
+
+
+# What the table says
+
+
+def cell(method: str, fid: float, clip: float = 40.0, noise: float = 0.1) -> dict[str, Any]:
+    """Replicates go up and down together in all cells, as resamples of the same images do."""
+    waves = [noise * ((k % 5) - 2) for k in range(50)]
+    scores = {
+        "fid": Estimate(value=fid, replicates=tuple(fid * (1 + wave) for wave in waves)),
+        "kid": Estimate(value=0.01),
+        "diversity": Estimate(value=0.5),
+    }
+    world = scores | {"clip_score": Estimate(value=clip, replicates=tuple(clip + w for w in waves))}
+    judged = {"world": world, "foreign": scores}
+    return {
+        "guide": None,
+        "setting": Setting(method=method, solver="ddim", num_steps=8, scale=3.0).text,
+        "num_images": 576,
+        "forwards": 8.0,
+        "cpu_ms": 30.0,
+        "scores": {
+            judge: {name: as_json(name, found) for name, found in all_of_it.items()}
+            for judge, all_of_it in judged.items()
+        },
+    }
+
+
+def results(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
+    places = {
+        at: {
+            "guided": cell("guided", 4.0, 41.0),
+            "cfg": cell("cfg", 6.0, 42.0),
+            "reuse": cell("reuse", 5.0, 40.5),
+        }
+        for at in ("16", "8", "4", "2")
+    }
+    equal = {
+        "unguided": cell("unguided", 9.0, 30.0),
+        "cfg": cell("cfg", 5.0, 40.0),
+        "guided": cell("guided", 5.0, 38.0),
+    }
+    places |= {"equal 16": equal, "equal 8": equal, "100": {"cfg": cell("cfg", 3.2)}}
+    setting = {"num_images": 576, "num_close": 192, "num_choosing": 144, "judge": "j"}
+    setting |= {"foreign_judge": "f"}
+    return {"setting": setting, "choices": {}, "cells": {model: dict(places) for model in models}}
+
+
+def test_the_guide_is_compared_with_the_free_rival_of_least_fid() -> None:
+    found = table.summary(results(), ["a", "b"], [])
+    assert found["fid_8_base"] == pytest.approx(4 / 5)
+    assert found["clip_8_base"] == pytest.approx(41 - 40.5)
+    assert found["fid_16_mean"] == found["foreign_fid_16_mean"] == pytest.approx(4 / 5)
+    assert found["fid_4_over_cfg100"] == pytest.approx(4 / 3.2)
+    assert found["clip_gain_worst"] == pytest.approx(0.8)
+
+
+def test_intervals_are_paired_so_what_all_cells_share_cancels() -> None:
+    low, high = table.summary(results(), ["a", "b"], [])["intervals"]["fid_8_base"]
+    assert low == pytest.approx(0.8, abs=1e-3) and high == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_worst_model_decides() -> None:
+    found = results()
+    found["cells"]["b"]["4"] = found["cells"]["b"]["4"] | {"guided": cell("guided", 7.0)}
+    summed = table.summary(found, ["a", "b"], [])
+    assert summed["fid_worst"] == pytest.approx(7 / 5)
+    assert summed["fid_4_mean"] == pytest.approx((4 / 5 + 7 / 5) / 2)
+    assert summed["fid_4_over_cfg100"] == pytest.approx(7 / 3.2)
+
+
+def test_what_can_not_be_answered_yet_is_null_and_named() -> None:
+    part = results(["base", "a"])
+    del part["cells"]["base"]["16"]["cfg"]
+    found = table.summary(part, ["a", "b"], [])
+    for key in ("fid_16_base", "fid_8_mean", "fid_worst", "fvu_base", "final"):
+        assert found[key] is None and key in found["missing"]
+    assert found["fid_8_base"] is not None and "fid_8_base" not in found["missing"]
+
+
+def test_the_page_has_a_table_for_each_model_and_cost() -> None:
+    page = table.as_markdown(results(["base"]))
+    assert page.count("| this guide |") == 6
+    assert "## base, 8 forwards" in page and "## base, 16 steps" in page
+    assert "best free rival's 0.800 (0.800 to 0.800)" in page
+
+
+def test_scores_are_read_as_they_were_written() -> None:
+    found = Estimate(value=4.25, replicates=(4.0, 4.5))
+    assert from_json(as_json("fid", found)) == found
+    assert from_json(as_json("kid", found)).replicates == ()
+
+
+def test_a_table_of_another_setting_is_not_written_over(tmp_path: Path) -> None:
+    write_json(tmp_path / "t.json", {"setting": {"num_images": 1}})
+    with pytest.raises(ValueError, match="another base, judge or count"):
+        run.Table(tmp_path / "t.json", {"num_images": 2})
+
+
+def test_a_job_that_another_process_has_in_hand_is_left_to_it(tmp_path: Path) -> None:
+    with run.held(tmp_path / "lock", wait=False) as mine:
+        assert mine
+        with run.held(tmp_path / "lock", wait=False) as other:
+            assert not other
+    with run.held(tmp_path / "lock", wait=False) as mine:
+        assert mine
+
+
+def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
+    tried = {
+        "cfg ddim 4 3 0,1,2,3": 6.0,
+        "cfg dpmsolver++ 4 3 0,1,2,3": 5.2,
+        "cfg dpmsolver++ 4 2 0,1,2,3": 5.0,
+        "cfg unipc 4 2.5 0,1,2,3": 5.05,
+    }
+    found = {setting.text for setting in run.starts_from({"tried": tried})}
+    assert found == {"cfg dpmsolver++ 4 2 0,1,2,3", "cfg unipc 4 2.5 0,1,2,3"}
+
+
+def test_every_method_of_the_jobs_has_a_label() -> None:
+    names = {name.split()[1] for _, name, _ in run.jobs(["base"], [8]) if name[0] == "8"}
+    assert names <= LABELS.keys() and names >= {*FREE, "guided"}
+
+
+# ImageNet's classes of what the world draws too
+CLASSES = {"umbrella": 879, "trolleybus": 874, "volcano": 980, "snail": 113, "koala": 105}
+CLASSES |= {"hourglass not done": 604, "violin": 889, "strawberry": 949, "lemon": 951}
+
+
+def test_the_foreign_judge_knows_things_it_was_never_shown_as_drawings() -> None:
+    records = read_records(
+        ROOT / "zoo/data/noto.parquet", image_column="image", caption_column="caption"
+    )
+    shown = [record for record in records if record.caption in CLASSES]
+    images = np.stack([np.asarray(fit(record, 64)[0]) for record in shown])
+    judge = ForeignJudge(torch.device("cpu"))
+    best = np.argsort(-judge.classes(images), axis=1)[:, :10]
+    right = [CLASSES[one.caption] in row for one, row in zip(shown, best, strict=True)]
+    assert len(right) > 5 and np.mean(right) > 0.3  # by chance 0.01
+    assert judge.features(images).shape == (len(images), 1280)
