@@ -38,7 +38,7 @@ from benchmarks.peers import PEERS, Ours, Peer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
 from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
-from components.device import device, frozen, load_base, load_companions
+from components.device import device, load_base, load_companions, load_row
 from components.environment import quiet
 from components.images import Task, batches
 from components.judging import Judge
@@ -56,7 +56,7 @@ from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.identity import base_identity
 from pnp_core.metrics import psnr
-from pnp_core.models import load_unet, weights_hash
+from pnp_core.models import weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
@@ -96,12 +96,8 @@ def models_of(params: Params) -> dict[str, Model]:
 
 
 def pipe_of(row: Model, params: Params) -> DiffusionPipeline:
-    """The base's pipeline with this model's UNet in it, frozen."""
-    pipe = load_base(params.base)
-    if row.path != params.base:
-        pipe.unet = load_unet(row.path, base=pipe)
-        frozen(pipe)
-    return pipe
+    """The model as it is, frozen."""
+    return load_row(row, params.base)
 
 
 def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from components.params import Params
+from components.params import Model, Params
 from components.paths import PREPARED
 from pnp_core.files import read_json
 
@@ -95,6 +95,26 @@ def reference_images(reference: str, params: Params) -> "np.ndarray":
         raise ValueError(f"models: the reference {reference} has {len(records)} images: too few")
     resolution = read_json(PREPARED / "manifest.json")["resolution"]
     return np.stack([np.asarray(fit(record, resolution)[0]) for record in records])
+
+
+def own_prompts(model: Model) -> tuple[str, ...]:
+    """A model's own prompts; none if it has those of the data.
+
+    Raises ValueError for a list or a file without any, and for a file that is not in the model's
+    folder, where DVC sees it change.
+    """
+    if model.prompts is None:
+        return ()
+    where, found = "the list", model.prompts
+    if isinstance(found, str):
+        file = Path(model.path, found)
+        if not (Path(model.path).is_dir() and file.is_file()):
+            raise ValueError(f"there is no file {file}: put it into the model's folder")
+        where, found = str(file), tuple(file.read_text(encoding="utf-8").splitlines())
+    prompts = tuple(line.strip() for line in found if line.strip())
+    if not prompts:
+        raise ValueError(f"there is no prompt in {where}")
+    return prompts
 
 
 def _read_parquet(path: Path, image_column: str, caption_column: str) -> list[Record]:

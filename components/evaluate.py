@@ -10,13 +10,14 @@ images.json, which tells where the pictures are.
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cli import main
+from components.cluster import run_tasks
 from components.curves import headline, write_curves
 from components.dataset import reference_images
 from components.evaluation import Evaluation
@@ -94,19 +95,18 @@ class Work:
     @classmethod
     def of(cls, params: Params, model: str) -> "Work":
         """Open the model. Raises ValueError if the guide doesn't fit it."""
-        from components.device import device, frozen, load_base
+        from components.device import device, load_row
         from components.sampling import Sampler, choose_tasks, settings_of, with_negatives
         from pnp_core.bundle import GuideBundle
         from pnp_core.identity import model_identity
-        from pnp_core.models import load_unet
 
         row = params.models[model]
         tasks = choose_tasks(params.evaluate, row)
-        pipe = load_base(params.base)
-        if row.path != params.base:
-            pipe.unet = load_unet(row.path, base=pipe)
-            frozen(pipe)
-        sampler = Sampler(pipe, GuideBundle.load(BUNDLE).to(device()), params, row)
+        pipe = load_row(row, params.base)
+        bundle = GuideBundle.load(BUNDLE).to(device())
+        for guide in bundle.guides.values():
+            guide.requires_grad_(False).check_fits(pipe.unet)
+        sampler = Sampler(pipe, bundle, params, row)
         identity = model_identity(row.path, params.base)
         settings = settings_of(params.evaluate, sampler.guidance_scale)
         return cls(
@@ -135,6 +135,17 @@ class Work:
             for batch in batches(self.kept.missing(self.recipes[setting], tasks), size)
         ]
 
+    def named(self, setting: Setting, tasks: Sequence[Task]) -> str:
+        """A batch in words that any process understands that has opened the same work."""
+        place = {task: number for number, task in enumerate([*self.tasks, *self.negative_tasks])}
+        return json.dumps([setting, [place[task] for task in tasks]])
+
+    def make_named(self, name: str) -> None:
+        """`make` the batch of this name."""
+        setting, places = json.loads(name)
+        tasks = [*self.tasks, *self.negative_tasks]
+        self.make(Setting(*setting), [tasks[place] for place in places])
+
     def make(self, setting: Setting, tasks: Sequence[Task]) -> None:
         """Sample a batch and keep it."""
         images = self.sampler.make(setting, tasks)
@@ -156,17 +167,35 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
 
 
 def sample_missing(work: Work, model: str) -> None:
-    """Make the images that are not there yet."""
+    """Make the images that are not there yet, on Ray workers if `cluster` has any."""
     todo = work.missing()
     total = len(work.tasks) * len(work.recipes) + 2 * len(work.negative_tasks)
     done = total - sum(len(tasks) for _, tasks in todo)
     print(f"evaluate {model}: {total:,} images, {done:,} are there", flush=True)
     progress = Progress(f"evaluate {model}", total, "images")
-    for setting, tasks in todo:
-        progress(done)
-        work.make(setting, tasks)
-        done += len(tasks)
+    sizes = {work.named(setting, tasks): (setting, len(tasks)) for setting, tasks in todo}
+    progress(done)
+
+    def count(name: str) -> None:
+        nonlocal done
+        setting, num_images = sizes[name]
+        done += num_images
         progress(done, label_of(setting.method, setting.num_steps, setting.solver))
+
+    params = work.sampler.params
+    if params.cluster.num_workers:
+        make = partial(sampling, model=model)
+        run_tasks(make, params, [list(sizes)], count, name=f"evaluate {model}")
+        work.kept.look_again()
+    else:
+        for setting, tasks in todo:
+            work.make(setting, tasks)
+            count(work.named(setting, tasks))
+
+
+def sampling(params: Params, model: str) -> Callable[[str], None]:
+    """The work of each Ray worker: it opens the model once, and then makes batches by name."""
+    return Work.of(params, model).make_named
 
 
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:

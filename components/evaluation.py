@@ -181,6 +181,7 @@ class Evaluation:
         )
         own["guidance_fvu"] = _estimate(own["guidance_fvu"])
         own["negative"] = _estimates(own["negative"])
+        own["fvu_intervals"] = {t: tuple(x) for t, x in own.get("fvu_intervals", {}).items()}
         return cls(**own)
 
     def _score(self, method: str, score: str, num_steps: int, judge: str | None) -> Estimate:

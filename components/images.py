@@ -69,6 +69,10 @@ class KeptImages:
         there = self._index(recipe)
         return [task for task in tasks if _identity(recipe, task) not in there]
 
+    def look_again(self) -> None:
+        """Forget what was there: other processes have written."""
+        self._places.clear()
+
     def write(
         self, recipe: Recipe, setting: Setting, tasks: Sequence[Task], images: "np.ndarray"
     ) -> None:

@@ -130,7 +130,8 @@ def measure_negatives(
     `picture`: the guide's change of the picture projected onto CFG's, over CFG's: the sum of
     ``<d_guided, d_cfg>`` over that of ``<d_cfg, d_cfg>``. 1 is CFG's change, 0 none of it.
     `avoided`: how far the CLIP score for the negative prompt falls, guided over CFG; left out where
-    the judge reads no text, and where CFG's own fall is inside its interval.
+    the judge reads no text, and where CFG's own fall is inside its interval. Neither, where CFG's
+    pictures stay as they were.
 
     Args:
         sampled: the images without these negative prompts, among them those of the same tasks.
@@ -158,6 +159,8 @@ def measure_negatives(
                 found.append(before - after)
         parts.append((changes["guided"] * changes["cfg"]).sum(axis=1))
         wholes.append((changes["cfg"] ** 2).sum(axis=1))
+    if np.concatenate(wholes).sum() == 0:
+        return {}
     counts_RN = sampled.counts[:, : len(with_negatives)]
     picture = share_of(np.concatenate(parts), np.concatenate(wholes))
     shares = {"picture": estimate(picture, counts_RN, "the change that negative prompts make")}

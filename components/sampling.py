@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from components.dataset import read_records
+from components.dataset import own_prompts, read_records
 from components.images import Recipe, Setting, Task, batches
 from components.methods import METHODS
 from components.params import Evaluate, Model, Params, teacher_guider
@@ -62,18 +62,18 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
         order = np.random.default_rng(config.seed).permutation(len(prompts))
         chosen[split] = [prompts[i] for i in order]
     num_images = config.extent.num_images
-    if row and row.prompts:
-        prompts = [row.prompts[number % len(row.prompts)] for number in range(num_images)]
+    own = own_prompts(row) if row else ()
+    if own:
+        prompts = [own[number % len(own)] for number in range(num_images)]
     else:
         prompts = list(config.grid_prompts)
         for number in range(num_images - len(prompts)):
             among = chosen["train" if number % 2 else "heldout"]
             prompts.append(among[number // 2 % len(among)])
     negative = row.negative_prompt if row else ""
-    known = set(chosen["train"]) if row and row.prompts else None
-    heldout = set(chosen["heldout"])
+    trained, heldout = set(chosen["train"]), set(chosen["heldout"])
     return [
-        Task(p, config.seed + number, p not in known if known else p in heldout, negative)
+        Task(p, config.seed + number, p not in trained if own else p in heldout, negative)
         for number, p in enumerate(prompts)
     ]
 

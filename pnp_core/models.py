@@ -24,6 +24,15 @@ from pnp_core.single_file import has_all_parts, is_lora, load_single_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# What a base's UNet and a fine-tune's have in common.
+ARCHITECTURE = (
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "down_block_types",
+    "up_block_types",
+)
 
 
 def check_model_files(path: str | Path) -> None:
@@ -62,6 +71,20 @@ def check_model_files(path: str | Path) -> None:
             missing = sorted(listed - {f.name for f in files})
             if missing:
                 raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
+
+
+def check_same_kind(path: str | Path, base: str | Path) -> None:
+    """Raise ValueError if configs on disk tell that a UNet is none of the base's architecture."""
+    ours, theirs = (Path(folder, "unet", "config.json") for folder in (base, path))
+    if not (ours.exists() and theirs.exists()):  # kept in another way: loading will tell
+        return
+    base_config, config = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    for field in ARCHITECTURE:
+        if base_config.get(field) != config.get(field):
+            raise ValueError(
+                f"{path} is no fine-tune of {base}: its UNet has {field} {config.get(field)}, the "
+                f"base's {base_config.get(field)}"
+            )
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -201,14 +224,21 @@ def load_unet(
         unet = UNet2DConditionModel.from_pretrained(
             path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
         )
-    theirs, ours = describe(unet), describe(base.unet)
+    check_is_fine_tune(unet, base.unet, path)
+    return unet.to(base.unet.device)
+
+
+def check_is_fine_tune(
+    unet: UNet2DConditionModel, base: UNet2DConditionModel, path: str | Path
+) -> None:
+    """Raise ValueError if the UNet at ``path`` has not the architecture of the base's."""
+    theirs, ours = describe(unet), describe(base)
     for key, value in theirs.items():
         if value != ours[key]:
             raise ValueError(
                 f"The UNet of {path} is not a fine-tune of the base: it has {key} = {value}, the "
                 f"base has {ours[key]}."
             )
-    return unet.to(base.unet.device)
 
 
 def load_lora_unet(path: Path, *, base: DiffusionPipeline) -> UNet2DConditionModel:

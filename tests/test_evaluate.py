@@ -1,13 +1,17 @@
 """The stage evaluate at toy size: what is kept, what is made again, and what is refused."""
 
+import csv
 import functools
+import os
 import shutil
+import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -15,10 +19,13 @@ from diffusers import UNet2DConditionModel
 from components import evaluate, prepare
 from components.environment import quiet
 from components.evaluation import Evaluation
-from components.images import Gallery, Setting, Task
+from components.images import Gallery, KeptImages, Setting, Task
+from components.measuring import Sampled, measure_negatives
 from components.params import Params, load_params
+from components.pictures import grid
 from components.sampling import Sampler
 from pnp_core.bundle import GuideBundle
+from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
 from tests import toy
 from tests.conftest import roused
@@ -233,6 +240,145 @@ def test_the_teacher_runs_once_a_state_for_guidance_fvu(inside: Path, forwards: 
     terms = work.sampler.fvu_terms(work.tasks[:8])
     assert forwards == [16, 8] * 4
     assert np.shape(terms["unexplained"]) == (8, 4)
+
+
+def test_what_a_reviewer_asks_for_is_there(inside: Path) -> None:
+    evaluation = result()
+    cost = evaluation.cost
+    for method in ("unguided", "cfg", "guided"):
+        assert cost[f"{method}_peak_mb"] > 0
+        assert cost[f"{method}_ms_per_image"] > 0 and cost[f"{method}_ms_per_image_batch_1"] > 0
+        cell = evaluation.cell(method, 4)
+        assert cell and cell.forwards == pytest.approx(4 * cost[f"{method}_forwards_per_step"])
+    assert cost["cfg_forwards_per_step"] == pytest.approx(2, rel=0.01)
+    assert 1 < cost["guided_forwards_per_step"] < 2 and cost["batch_size"] == 4
+    assert cost["unguided_peak_mb"] < cost["cfg_peak_mb"]
+    assert list(evaluation.fvu_intervals) == list(evaluation.fvu_by_timestep)
+    for t, (low, high) in evaluation.fvu_intervals.items():
+        assert low < evaluation.fvu_by_timestep[t] < high
+
+
+def test_dvc_is_given_a_dozen_flat_numbers_and_curves_of_all_settings(inside: Path) -> None:
+    metrics = read_json(Path("results/evaluate/base/metrics.json"))
+    assert all(isinstance(value, float) for value in metrics.values()) and len(metrics) <= 16
+    cell = result().cell("guided", 2)
+    assert cell and metrics["fid_at_2"] == cell.scores["fid"].value
+    with Path("results/evaluate/base/quality.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["method"], row["num_steps"]) for row in rows} == {
+        *((method, n) for method in ("unguided", "CFG", "guided") for n in ("4", "2")),
+        ("CFG, DPM-Solver++", "2"),
+        ("CFG, DPM-Solver++", "1"),
+    }
+    assert all(float(row["fid_low"]) < float(row["fid"]) < float(row["fid_high"]) for row in rows)
+    evaluate.run(params_with(guidance_scales=[2.0, 6.0]), "base")
+    with Path("results/evaluate/base/scales.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["guidance_scale"] for row in rows if row["method"] == "guided"] == [
+        "2.0",
+        "4.0",
+        "6.0",
+    ]
+
+
+def test_held_out_prompts_are_marked_in_the_grid() -> None:
+    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    made = {
+        marked: np.asarray(grid({"row": images}, ["a", "b"], title="t", marked=marked))
+        for marked in ((False, False), (False, True))
+    }
+    blue = np.array([0, 0x50, 0xB0])
+    found = {marked: (image == blue).all(axis=2).any() for marked, image in made.items()}
+    assert found == {(False, False): False, (False, True): True}
+
+
+def test_shares_of_negative_prompts_are_those_of_pictures_that_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    tasks = [Task("thing", seed, True) for seed in range(40)]
+    avoiding = [task._replace(negative="red") for task in tasks]
+    plain = generator.integers(80, 120, (40, 8, 8, 3)).astype(np.uint8)
+    change = generator.integers(0, 40, plain.shape).astype(np.uint8)
+    kept, recipes = KeptImages("model"), {}
+    for method, share in (("cfg", 1.0), ("guided", 0.5)):
+        setting = Setting(method, 4, "ddim", 3.0)
+        recipes[setting] = recipe = {"method": method}
+        kept.write(recipe, setting, tasks, plain)
+        changed = plain + np.round(share * change).astype(np.uint8)
+        kept.write(recipe, setting, avoiding, changed)
+    sampled = Sampled(kept=kept, recipes=recipes, tasks=tasks)
+
+    class Brightness:
+        """Sees red in what is bright."""
+
+        reads_text = True
+
+        def clip_scores(self, images: np.ndarray, prompts: Any) -> np.ndarray:
+            result: np.ndarray = 255 - images.reshape(len(images), -1).mean(axis=1)
+            return result
+
+    cfg = Setting("cfg", 4, "ddim", 3.0)
+    found = measure_negatives(sampled, cfg, avoiding, ["red"] * 40, Brightness())  # type: ignore[arg-type]
+    assert found["picture"].value == pytest.approx(0.5, abs=0.02)
+    assert found["avoided"].value == pytest.approx(0.5, abs=0.02)
+    assert len(found["avoided"].replicates) == len(sampled.counts) - 1
+
+
+def test_data_without_held_out_prompts_is_refused_before_sampling(inside: Path) -> None:
+    path = Path("data/prepared/heldout.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 0), path)
+    with pytest.raises(ValueError, match="heldout.parquet has no prompts: .*heldout_fraction"):
+        evaluate.run(params_with(), "base")
+
+
+def test_a_guide_that_does_not_fit_is_refused_before_sampling(inside: Path, made: Made) -> None:
+    unet = UNet2DConditionModel.from_pretrained("models/base", subfolder="unet")
+    other = UNet2DConditionModel.from_config({**unet.config, "layers_per_block": 2})
+    guide = Guide.from_unet(other, GuideConfig(max_parameters_ratio=0.2))
+    GuideBundle({2: guide}).save("guides/bundle")
+    with pytest.raises(ValueError, match="was made for a UNet with channels"):
+        evaluate.run(params_with(num_images=72), "base")
+    assert not made
+
+
+def sample_and_lose_a_worker(params: Params, model: str) -> Callable[[str], None]:
+    """The stage's work; a worker is killed once in the middle of it."""
+    make = evaluate.sampling(params, model)
+
+    def make_or_die(name: str) -> None:
+        if '"guided"' in name and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        make(name)
+
+    return make_or_die
+
+
+def test_two_ray_workers_of_which_one_dies_make_the_images_that_one_process_does(
+    inside: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def files() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() for p in Path("results/sampled/base").rglob("*.parquet")}
+
+    alone, cells = files(), result().cells
+    shutil.rmtree("results")
+    work = evaluate.run_tasks
+    monkeypatch.setattr(
+        evaluate,
+        "run_tasks",
+        lambda make, *rest, **named: work(
+            functools.partial(sample_and_lose_a_worker, model="base"), *rest, **named
+        ),
+    )
+    values = toy.toy_params()
+    values["cluster"]["num_workers"] = 2
+    toy.write_params(Path(), values)
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert Path("killed").exists() and not made, "this process made none"
+    assert files() == alone and result().cells == cells
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,7 @@ def repository(world: Path) -> Path:
     (world / ".dvc").mkdir()
     for name in ("dvc.yaml", ".dvcignore", ".gitignore", ".dvc/config", ".dvc/.gitignore"):
         shutil.copy(ROOT / name, world / name)
+    shutil.copytree(ROOT / ".dvc/plots", world / ".dvc/plots")
     subprocess.run(["git", "init", "--quiet"], check=True)
     subprocess.run(["git", "add", "."], check=True)
     author = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
@@ -113,6 +114,11 @@ def test_dvc_runs_everything_once(repository: Path) -> None:
     assert changed == "?? dvc.lock\n"
     metrics = dvc("metrics", "show")
     assert "results/evaluate/base/metrics.json" in metrics and "guidance_fvu" in metrics
+    dvc("plots", "show", "--out", "plots")
+    page = Path("plots/index.html").read_text()
+    assert "Quality against cost" in page and "UNet forwards an image" in page
+    assert "FID against CLIP score over guidance scales" in page and "grid.png" in page
+    shutil.rmtree("plots")
 
     # Another range of promotion or another server changes no result.
     params = toy.toy_params()

@@ -72,6 +72,7 @@ def make_repository(folder: Path, params: dict[str, Any] | None = None) -> None:
     names = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "dvc.yaml")
     for name in (*names, "prefect.yaml", "pyproject.toml", "Makefile"):
         shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
     make_world(folder)
     if params:
         write_params(folder, params)
