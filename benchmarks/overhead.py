@@ -63,7 +63,9 @@ def measure(size: str, scratch: Path) -> None:
     if not kept.exists():
         shutil.rmtree(scratch, ignore_errors=True)
         make_checkout(size, fresh)
-    results = read_json(kept) if kept.exists() else {"size": size, "seconds": {}}
+    results: dict[str, Any] = {"size": size, "seconds": {}}
+    if kept.exists():
+        results = read_json(kept)
     results["cpus"] = os.cpu_count()
     models = YAML(typ="safe").load(fresh / "params.yaml")["models"]
     stages = [*MODULES, *(f"evaluate@{model}" for model in models), "register"]
