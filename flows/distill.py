@@ -48,8 +48,7 @@ def distill_flow(
     """
     log_without_tracebacks()
     log = get_run_logger().info
-    for name in settle_lost_runs():
-        log(f"Flow run {name} had been killed, and is now marked Crashed")
+    settle_lost_runs(log)
     with (
         saying_why(),
         experiment(overrides, flow_run.name or "run", log),

@@ -43,6 +43,7 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
     """
     log_without_tracebacks()
     log = get_run_logger().info
+    settle_lost_runs(log)
     name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem).strip("-_")
     with saying_why():
         if name in load_params(PARAMS).models:
@@ -69,8 +70,7 @@ def reevaluate_flow() -> None:
     """
     log_without_tracebacks()
     log = get_run_logger().info
-    for lost in settle_lost_runs():
-        log(f"Flow run {lost} had been killed, and is now marked Crashed")
+    settle_lost_runs(log)
     with (
         saying_why(),
         workspace(PARAMS.read_text(), f"{flow_run.name}: the champion again", log) as place,

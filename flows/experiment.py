@@ -29,7 +29,6 @@ Log = Callable[[str], None]
 PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 PLACE = Path(".dvc/tmp/exps")  # components.mlflow_place knows it too
 REFS = "refs/pnp-guide"  # keep the commits that lineages name
-READY = "ready"  # in the lock of a workspace that is complete
 OUTPUTS = {path.parts[0] for path in (PREPARED, BUNDLE, EVALUATED)}
 # For whoever has told git no name, as in a container.
 NOBODY = {
@@ -55,18 +54,22 @@ def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[None]:
     params = overridden(PARAMS, overrides)
     with workspace(params, f"{name}: {' '.join(overrides)}", log) as here:
         yield
-        commit = _git("rev-parse", "HEAD")
-        saved = _save(name)
-        _git("update-ref", f"{REFS}/{saved}", commit)
+        saved = _save(name, here.commit)
+        _git("update-ref", f"{REFS}/{saved}", here.commit)
         log(f"Saved as the experiment {saved}: dvc exp show, dvc exp apply {saved}")
         here.is_done = True
 
 
 class Workspace:
-    """A place to run in; one that is done is removed."""
+    """A place to run in.
 
-    def __init__(self) -> None:
-        self.is_done = False
+    Attributes:
+        commit: what runs there, with the parameters.
+        is_done: whether the place can go.
+    """
+
+    def __init__(self, commit: str) -> None:
+        self.commit, self.is_done = commit, False
 
 
 @contextmanager
@@ -80,15 +83,17 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
     place = checkout / PLACE / f"pnp-{key}"
     inside = place / checkout.relative_to(top)
     place.parent.mkdir(parents=True, exist_ok=True)
-    here = Workspace()
     with _alone(place.with_suffix(".lock")) as note:
-        if note.read() == READY and inside.exists():
+        commit = note.read()  # written when the workspace is complete
+        if commit and inside.exists():
             log("An earlier run with these overrides broke off: going on with what it made")
+            _git("reset", "--soft", commit, cwd=place)
         else:
             note.truncate(0)
-            _make(place, inside, source, params, title)
-            note.write(READY)
+            commit = _make(place, inside, source, params, title)
+            note.write(commit)
             note.flush()
+        here = Workspace(commit)
         os.chdir(inside)
         try:
             yield here
@@ -101,8 +106,8 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
                 log("The experiment's workspace is kept: the same overrides go on in it")
 
 
-def _make(place: Path, inside: Path, source: str, params: str, title: str) -> None:
-    """Make the worktree, and bring into it what git does not know."""
+def _make(place: Path, inside: Path, source: str, params: str, title: str) -> str:
+    """Make the worktree, and bring into it what git does not know; returns its commit."""
     checkout = Path.cwd()
     shutil.rmtree(place, ignore_errors=True)  # one that was being made
     _git("worktree", "prune")
@@ -122,6 +127,7 @@ def _make(place: Path, inside: Path, source: str, params: str, title: str) -> No
     for path in (*_inputs(YAML(typ="safe", pure=True).load(params)), *made):
         bring(checkout / path, inside / path)
     _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=place)
+    return _git("rev-parse", "HEAD", cwd=place)
 
 
 def _inputs(value: Any) -> Iterator[Path]:
@@ -156,9 +162,9 @@ def bring(source: Path, target: Path) -> None:
             shutil.copy2(file, place)
 
 
-def _save(name: str) -> str:
+def _save(name: str, commit: str) -> str:
     """Save the workspace as an experiment of the checkout's commit; returns its name."""
-    _git("reset", "--soft", "HEAD~1")
+    _git("reset", "--soft", f"{commit}~1")
     name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "experiment"
     taken = _git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").splitlines()
     number = next(n for n in range(1, len(taken) + 2) if _numbered(name, n) not in taken)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,15 @@ from prefect.states import Crashed
 WHERE = ("pnp.host", "pnp.checkout", "pnp.pid", "pnp.started")
 
 
-def settle_lost_runs() -> list[str]:
+def settle_lost_runs(log: Callable[[str], None]) -> None:
     """Note where this run is; end those of its deployment that were lost in this checkout.
 
     A run is lost if it noted this machine and checkout and its process is no longer there. Of
-    others nothing is known here, and they are left alone. Returns the names of those that were
-    ended. Outside a deployment there is nothing to do.
+    others nothing is known here, and they are left alone. `log` hears of those that were ended.
+    Outside a deployment there is nothing to do.
     """
     if deployment.id is None:
-        return []
-    ended = []
+        return
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(flow_run.id, _here())
         running = FlowRunFilter(
@@ -40,8 +40,7 @@ def settle_lost_runs() -> list[str]:
             if str(run.id) != str(flow_run.id) and is_lost(run):
                 crashed: State[Any] = Crashed(message="The process that ran it was killed")
                 client.set_flow_run_state(run.id, crashed, force=True)
-                ended.append(run.name)
-    return ended
+                log(f"Flow run {run.name} had been killed, and is now marked Crashed")
 
 
 def is_lost(run: FlowRun) -> bool:

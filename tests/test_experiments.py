@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+import flows.experiment
 from components.mlflow_place import checkout
 from components.overrides import overridden
 from components.params import ParamsError, load_params
@@ -133,6 +134,27 @@ def test_an_experiment_that_failed_goes_on_in_its_workspace(repository: Path) ->
         assert checkout() == repository, "where runs and versions are registered"
         repro("distill", print)
     assert not kept.exists() and Path.cwd() == repository
+
+
+def test_an_experiment_that_could_not_be_saved_is_saved_by_the_next_run(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = flows.experiment._dvc
+
+    def refuse(*arguments: str, cwd: Path | None = None) -> str:
+        if arguments[:2] == ("exp", "save"):
+            raise StageFailed("start", 1, ["error: no space left"])
+        return save(*arguments, cwd=cwd)
+
+    monkeypatch.setattr(flows.experiment, "_dvc", refuse)
+    with pytest.raises(StageFailed, match="no space left"):
+        run("distill.seed=7")
+    monkeypatch.undo()
+    monkeypatch.chdir(repository)
+    run("distill.seed=7")
+    ran = git("show", "refs/pnp-guide/funny-name:params.yaml")
+    assert YAML(typ="safe").load(ran)["distill"]["seed"] == 7
+    assert len(Path("ran").read_text().split()) == 1, "and nothing is made twice"
 
 
 def test_edits_that_are_not_committed_are_part_of_an_experiment(repository: Path) -> None:
