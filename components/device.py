@@ -33,10 +33,11 @@ def load_row(row: "Model", base: str) -> "DiffusionPipeline":
     Raises ValueError if it is no fine-tune of the base at `base`, or has no layers to skip.
     """
     from pnp_core.fine_tunes import load_model, skip_layers
+    from pnp_core.single_file import configs_of
 
     pipe = load_base(base)
     if row.path != base:
-        pipe = load_model(row.path, base=pipe)
+        pipe = load_model(row.path, base=pipe, configs=configs_of(base))
     skip_layers(pipe, row.clip_skip)
     return frozen(pipe)
 

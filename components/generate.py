@@ -24,12 +24,13 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     from pnp_core.fine_tunes import load_model, skip_layers
     from pnp_core.models import load_pipeline
     from pnp_core.plug import plug
+    from pnp_core.single_file import configs_of
 
     bundle = GuideBundle.load(arguments.guide)
     row = row_of(arguments.model, params)
     pipe = load_pipeline(params.base, device=device())
     if row.path != params.base:
-        pipe = load_model(row.path, base=pipe)
+        pipe = load_model(row.path, base=pipe, configs=configs_of(params.base))
     skip_layers(pipe, row.clip_skip)
     plug(pipe, bundle, strength=row.strength if arguments.strength is None else arguments.strength)
     scale = arguments.guidance_scale or row.guidance_scale or params.evaluate.guidance_scale

@@ -14,19 +14,23 @@ from pnp_core.models import check_is_fine_tune, is_whole, is_xl, load_pipeline, 
 WRITTEN = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
-def load_model(path: str | Path, *, base: DiffusionPipeline) -> DiffusionPipeline:
+def load_model(
+    path: str | Path, *, base: DiffusionPipeline, configs: Path | None = None
+) -> DiffusionPipeline:
     """A fine-tune of ``base`` as a pipeline, on the base's device; the base stays as it is.
 
     A pipeline folder, a whole single file or a hub id is opened as it is; a part that is the base's
     to the last bit is then the base's module, so that memory holds it once. A folder with only
-    ``unet/``, a LoRA or a file with only a UNet has the base's other parts.
+    ``unet/``, a LoRA or a file with only a UNet has the base's other parts. ``configs`` is the
+    folder of the base's, for a single file, which has none.
 
     Raises:
         ValueError: see :func:`pnp_core.models.load_pipeline` and :func:`pnp_core.models.load_unet`.
     """
     if is_whole(path):
-        pipe = load_pipeline(path, dtype=base.unet.dtype, device=base.unet.device)
-        check_is_fine_tune(pipe.unet, base.unet, path)
+        unet = base.unet
+        pipe = load_pipeline(path, dtype=unet.dtype, device=unet.device, like=configs)
+        check_is_fine_tune(pipe.unet, unet, path)
         for name, part in base.components.items():
             if isinstance(part, nn.Module) and is_same(getattr(pipe, name, None), part):
                 setattr(pipe, name, part)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pnp_core.files import sha256_file
 from pnp_core.models import check_model_files, is_hub_id, is_whole, weights_hash
-from pnp_core.single_file import LAYOUTS, config_folder
+from pnp_core.single_file import LAYOUTS, config_folder, configs_of
 
 PARTS = {  # and their folders
     "unet": ("unet",),
@@ -54,8 +54,10 @@ class BaseIdentity:
         return different
 
 
-def base_identity(path: str | Path) -> BaseIdentity:
+def base_identity(path: str | Path, like: Path | None = None) -> BaseIdentity:
     """Identity of the base at ``path``: a folder, a single file, or a hub id at its revision.
+
+    ``like``: see :func:`pnp_core.models.load_pipeline`.
 
     Raises:
         ValueError: see :func:`pnp_core.models.check_model_files`; a part is missing.
@@ -65,7 +67,7 @@ def base_identity(path: str | Path) -> BaseIdentity:
     if is_hub_id(path):
         return BaseIdentity(**dict.fromkeys(PARTS, base_hash), base_hash=base_hash)
     if path.is_file():
-        folder, weights = config_folder(path), [path]
+        folder, weights = config_folder(path, like), [path]
     else:
         folder, weights = path, []
     index = json.loads((folder / "model_index.json").read_text())
@@ -88,7 +90,7 @@ def model_identity(path: str | Path, base: str | Path) -> str:
     Raises:
         ValueError: see :func:`base_identity`.
     """
-    own = base_identity(path) if is_whole(path) else None
+    own = base_identity(path, configs_of(base)) if is_whole(path) else None
     if own is None:
         own = replace(base_identity(base), unet=weights_hash(path), base_hash=weights_hash(path))
     return hashlib.sha256(json.dumps(asdict(own), sort_keys=True).encode()).hexdigest()

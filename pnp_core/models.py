@@ -162,9 +162,15 @@ def check_safetensors(path: Path) -> None:
 
 
 def load_pipeline(
-    path: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    like: Path | None = None,
 ) -> DiffusionPipeline:
     """A base from a diffusers folder, a single .safetensors file or a hub id.
+
+    Of a fine-tune in a single file without configs, ``like`` is the folder of its base's.
 
     Raises:
         ValueError: see :func:`check_model_files` and :func:`load_single_file`.
@@ -173,7 +179,7 @@ def load_pipeline(
     if Path(path).is_file():
         if is_lora(Path(path)):
             raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
-        pipe = load_single_file(Path(path), dtype=dtype)
+        pipe = load_single_file(Path(path), dtype=dtype, like=like)
     else:
         index = Path(path) / "model_index.json"
         is_xl_folder = index.exists() and "text_encoder_2" in json.loads(index.read_text())

@@ -40,8 +40,20 @@ def has_all_parts(path: Path) -> bool:
     return all(any(key.startswith(prefixes) for key in keys) for prefixes in PARTS.values())
 
 
-def config_folder(path: Path) -> Path:
+def configs_of(path: str | Path) -> Path | None:
+    """The folder of configs of a model on disk; None of a hub id."""
+    path = Path(path)
+    if path.is_file():
+        return config_folder(path)
+    return path if (path / "model_index.json").exists() else None
+
+
+def config_folder(path: Path, like: Path | None = None) -> Path:
     """The folder of configs that a single file's pipeline is made by.
+
+    Args:
+        path: of the file.
+        like: configs of the base that the file is a fine-tune of: its own, where it has none.
 
     Raises:
         ValueError: the file is no whole checkpoint, or of a kind whose configs aren't known.
@@ -63,6 +75,8 @@ def config_folder(path: Path) -> Path:
     beside = path.with_suffix("")
     if (beside / "model_index.json").exists():
         return beside
+    if like is not None:
+        return like
     layout = LAYOUT_OF_TEXT_WIDTH.get(text_width)
     if layout is None or (channels, in_channels) != (320, 4):
         raise ValueError(
@@ -73,13 +87,15 @@ def config_folder(path: Path) -> Path:
     return LAYOUTS / layout
 
 
-def load_single_file(path: Path, *, dtype: torch.dtype) -> DiffusionPipeline:
-    """The whole pipeline from a single file.
+def load_single_file(
+    path: Path, *, dtype: torch.dtype, like: Path | None = None
+) -> DiffusionPipeline:
+    """The whole pipeline from a single file, by configs as :func:`config_folder` finds them.
 
     Raises:
         ValueError: see :func:`config_folder`; or weights and configs don't fit.
     """
-    folder = config_folder(path)
+    folder = config_folder(path, like)
     index = json.loads((folder / "model_index.json").read_text())
     options: dict[str, Any] = {"torch_dtype": dtype}
     if "safety_checker" in index:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from components import generate, prepare
@@ -25,7 +26,8 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.identity import model_identity
 from pnp_core.models import encode_prompts, load_pipeline
 from tests import toy
-from tests.conftest import changed, roused, save_lora
+from tests.conftest import changed, roused, same_weights, save_lora
+from tests.test_single_file import original_layout
 
 pytest_plugins = ["tests.toy"]
 quiet()
@@ -120,6 +122,20 @@ def test_a_unet_alone_and_a_lora_have_the_base_for_the_rest(
         assert loaded.text_encoder is pipe.text_encoder and loaded.scheduler is pipe.scheduler
 
 
+def test_a_whole_single_file_has_its_own_parts_by_the_configs_of_the_base(
+    whole: Path, toy_folder: Path, pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    tuned = StableDiffusionPipeline.from_pretrained(whole, safety_checker=None)
+    file = tmp_path / "tuned.safetensors"
+    save_file(original_layout(tuned), file)
+    loaded = load_model(file, base=pipe, configs=toy_folder)
+    for name in ("unet", "vae", "text_encoder"):
+        assert same_weights(getattr(loaded, name), getattr(tuned, name))
+    assert loaded.scheduler.config["beta_end"] == pipe.scheduler.config["beta_end"]
+    others = {model_identity(path, toy_folder) for path in (whole, toy_folder)}
+    assert model_identity(file, toy_folder) not in others
+
+
 def test_a_whole_model_of_another_architecture_is_refused(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
@@ -139,7 +155,7 @@ def test_the_identity_of_a_model_is_of_all_its_parts(
     changed(pipe.unet).save_pretrained(tmp_path / "tuned/unet")
     found = {path: model_identity(path, toy_folder) for path in (whole, tmp_path / "tuned")}
     shutil.copytree(toy_folder, tmp_path / "base")
-    shaken(pipe.vae).save_pretrained(tmp_path / "base/vae")
+    shaken(shaken(pipe.vae)).save_pretrained(tmp_path / "base/vae")
     assert model_identity(tmp_path / "tuned", tmp_path / "base") not in found.values()
     assert model_identity(whole, tmp_path / "base") == found[whole], "nothing of it is the base's"
     shutil.copytree(tmp_path / "base/vae", whole / "vae", dirs_exist_ok=True)
