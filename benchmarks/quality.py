@@ -38,13 +38,14 @@ from benchmarks.peers import PEERS, Ours, Peer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
 from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
-from components.device import device, load_base, load_companions, load_row
+from components.device import device, load_base, load_companions
 from components.environment import quiet
 from components.images import Task, batches
 from components.judging import Judge
 from components.params import Model, Params, companion_paths, load_params, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
+from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from components.scores import fid, kid
 from components.training import train_config

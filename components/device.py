@@ -9,8 +9,6 @@ import torch
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-    from components.params import Model
-
 
 def device() -> torch.device:
     """This process's GPU if it has one, else the CPU."""
@@ -25,21 +23,6 @@ def load_base(path: str) -> "DiffusionPipeline":
     # would cost the teacher's guidance, a small difference of large predictions.
     torch.backends.cuda.matmul.allow_tf32 = True
     return frozen(load_pipeline(path, device=device()))
-
-
-def load_row(row: "Model", base: str) -> "DiffusionPipeline":
-    """A model of params.yaml as it is, frozen, on this process's device.
-
-    Raises ValueError if it is no fine-tune of the base at `base`, or has no layers to skip.
-    """
-    from pnp_core.fine_tunes import load_model, skip_layers
-    from pnp_core.single_file import configs_of
-
-    pipe = load_base(base)
-    if row.path != base:
-        pipe = load_model(row.path, base=pipe, configs=configs_of(base))
-    skip_layers(pipe, row.clip_skip)
-    return frozen(pipe)
 
 
 def load_companions(

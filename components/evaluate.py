@@ -95,7 +95,8 @@ class Work:
     @classmethod
     def of(cls, params: Params, model: str) -> "Work":
         """Open the model. Raises ValueError if the guide doesn't fit it."""
-        from components.device import device, load_row
+        from components.device import device
+        from components.rows import load_row
         from components.sampling import Sampler, choose_tasks, settings_of, with_negatives
         from pnp_core.bundle import GuideBundle
         from pnp_core.identity import model_identity

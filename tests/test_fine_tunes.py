@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
 from components import generate, prepare
-from components.device import load_row
 from components.environment import quiet
 from components.images import Setting, Task
 from components.params import Model, Params, ParamsError, check_files, load_params
+from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from pnp_core.bundle import GuideBundle
 from pnp_core.fine_tunes import load_model, skip_layers
