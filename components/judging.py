@@ -70,8 +70,20 @@ class Judge:
         """What FID and KID compare: uint8 images (N, height, width, 3) to features (N, D)."""
         return self._in_batches(self._see if self._inception else self._embed, images)
 
+    def look(
+        self, images: np.ndarray, prompts: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """`features`, and `clip_scores` if it reads text, with one look at each image."""
+        embedded = self._in_batches(self._embed, images) if self.reads_text else None
+        features = self.features(images) if self._inception or embedded is None else embedded
+        return features, None if embedded is None else self._agreement(embedded, prompts)
+
     def clip_scores(self, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
         """100 cos(image, prompt) of each, not below 0 (Hessel et al. 2021 without their 2.5)."""
+        return self._agreement(self._in_batches(self._embed, images), prompts)
+
+    def _agreement(self, features: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """The CLIP score of embedded images."""
         assert self._clip
         distinct = sorted(set(prompts))
         tokens = self._processor.tokenizer(
@@ -81,7 +93,6 @@ class Judge:
             pooled = self._clip.text_model(**tokens).pooler_output
             text = self._clip.text_projection(pooled).float().cpu().numpy()
         rows = text[[distinct.index(prompt) for prompt in prompts]]
-        features = self._in_batches(self._embed, images)
         norms = np.linalg.norm(features, axis=1) * np.linalg.norm(rows, axis=1)
         cosines = (features * rows).sum(axis=1) / norms
         scores: np.ndarray = np.maximum(100 * cosines, 0)

@@ -106,9 +106,10 @@ def look(sampled: Sampled, setting: Setting, judges: Sequence[Judge]) -> Seen:
     for batch in batches(sampled.tasks, IMAGES_AT_A_TIME):
         images, prompts = kept.read(recipe, batch), [task.prompt for task in batch]
         for number, judge in enumerate(judges):
-            features[number].append(judge.features(images))
-            if judge.reads_text:
-                clip_scores[number].append(judge.clip_scores(images, prompts))
+            seen, agreement = judge.look(images, prompts)
+            features[number].append(seen)
+            if agreement is not None:
+                clip_scores[number].append(agreement)
         if cfg is not None:
             agreements.append(psnr(images, kept.read(cfg, batch)))
     return Seen(

@@ -593,6 +593,8 @@ def test_an_inception_beside_the_judge_gives_fid_and_kid(inside: Path) -> None:
     assert judge.name == "models/published (Inception V3; CLIP score by CLIP)"
     assert judge.features(images).shape == (5, 2048)
     assert np.array_equal(judge.clip_scores(images, toy.PROMPTS[:5]), scores)
+    seen, agreement = judge.look(images, toy.PROMPTS[:5])
+    assert np.array_equal(seen, judge.features(images)) and np.array_equal(agreement, scores)
 
 
 def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(
