@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 130, 13
+MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 176, 13
 
 
 MARK = "#0050b0"
