@@ -1,6 +1,7 @@
 """The benchmark at equal cost: rivals, costs, settings, what is kept, and what the table says."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from components.evaluation import Estimate
 from components.params import load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
-from pnp_core.denoiser import CFGDenoiser, PlainDenoiser
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.files import read_json, write_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider
@@ -232,7 +233,20 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
 
 def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
     setting = layouts("guided", 4)[0]
-    assert 4 < bench.forwards(setting) < 8
+    unet, guide = bench.sampler.pipe.unet, bench.bundles["guided"].for_steps(4)
+    of = bench._run(setting, workbench.tasks_of(bench.params, 8, 0)[:1])
+    z, t_B = of["z_T"], torch.tensor([500])
+    with torch.no_grad():
+        guided, plain = (
+            count_flops(lambda one=one: one(z, t_B, of["conditions"]))  # type: ignore[misc]
+            for one in (
+                GuidedDenoiser(unet, guide, bench.sampler.schedule),
+                PlainDenoiser(unet, bench.sampler.schedule),
+            )
+        )
+    one_step = bench.forwards(replace(setting, num_steps=1))
+    assert one_step == pytest.approx(guided / plain)
+    assert 4 < bench.forwards(setting) <= 4 * one_step
     assert bench.forwards(layouts("cfg", 4)[0]) == 4
 
 
