@@ -359,6 +359,15 @@ def test_what_can_not_be_answered_yet_is_null_and_named() -> None:
     assert found["fid_8_base"] is not None and "fid_8_base" not in found["missing"]
 
 
+def test_a_number_waits_for_the_row_of_every_rival_that_may_be_the_best() -> None:
+    found = results(["base"])
+    tried = {"cfg": 23.1, "reuse": 22.9, "linear": 23.0, "first": 24.0}
+    found["choices"] = {"base": {"8": {name: {"tried": {"": x}} for name, x in tried.items()}}}
+    assert table.summary(found, [], [])["fid_8_base"] is None  # linear has no row
+    found["cells"]["base"]["8"] = found["cells"]["base"]["8"] | {"linear": cell("linear", 4.8)}
+    assert table.summary(found, [], [])["fid_8_base"] == pytest.approx(4 / 4.8)
+
+
 def test_the_page_has_a_table_for_each_model_and_cost() -> None:
     page = table.as_markdown(results(["base"]))
     assert page.count("| this guide |") == 6
