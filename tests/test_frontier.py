@@ -1,6 +1,6 @@
 """The benchmark at equal cost: rivals, costs, settings, what is kept, and what the table says."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from benchmarks.frontier.settings import FORWARDS, FREE, LABELS, SCALES, Setting
 from components import prepare
 from components.dataset import fit, read_records
 from components.evaluation import Estimate
+from components.images import Task
 from components.params import load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
@@ -196,11 +197,12 @@ def test_images_that_are_kept_are_not_made_again(
     tasks = workbench.tasks_of(bench.params, 12, 0)
     made: list[int] = []
     make = bench._make
-    monkeypatch.setattr(
-        bench,
-        "_make",
-        lambda setting, batch, path: made.append(len(batch)) or make(setting, batch, path),
-    )
+
+    def counted(setting: Setting, batch: Sequence[Task], path: Path) -> None:
+        made.append(len(batch))
+        make(setting, batch, path)
+
+    monkeypatch.setattr(bench, "_make", counted)
     setting = layouts("guided", 4)[0]
     first, _ = bench.images(setting, tasks[:8])
     again, milliseconds = bench.images(setting, tasks)
