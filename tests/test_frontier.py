@@ -1,6 +1,7 @@
 """The benchmark at equal cost: rivals, costs, settings, what is kept, and what the table says."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from benchmarks.frontier.settings import FORWARDS, FREE, LABELS, SCALES, Setting
 from components import prepare
 from components.dataset import fit, read_records
 from components.evaluation import Estimate
+from components.images import Task
 from components.params import load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
-from pnp_core.denoiser import CFGDenoiser, PlainDenoiser
+from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.files import read_json, write_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guiders import Guider
@@ -195,11 +197,12 @@ def test_images_that_are_kept_are_not_made_again(
     tasks = workbench.tasks_of(bench.params, 12, 0)
     made: list[int] = []
     make = bench._make
-    monkeypatch.setattr(
-        bench,
-        "_make",
-        lambda setting, batch, path: made.append(len(batch)) or make(setting, batch, path),
-    )
+
+    def counted(setting: Setting, batch: Sequence[Task], path: Path) -> None:
+        made.append(len(batch))
+        make(setting, batch, path)
+
+    monkeypatch.setattr(bench, "_make", counted)
     setting = layouts("guided", 4)[0]
     first, _ = bench.images(setting, tasks[:8])
     again, milliseconds = bench.images(setting, tasks)
@@ -232,7 +235,20 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
 
 def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
     setting = layouts("guided", 4)[0]
-    assert 4 < bench.forwards(setting) < 8
+    unet, guide = bench.sampler.pipe.unet, bench.bundles["guided"].for_steps(4)
+    of = bench._run(setting, workbench.tasks_of(bench.params, 8, 0)[:1])
+    z, t_B = of["z_T"], torch.tensor([500])
+    with torch.no_grad():
+        guided, plain = (
+            count_flops(lambda one=one: one(z, t_B, of["conditions"]))  # type: ignore[misc]
+            for one in (
+                GuidedDenoiser(unet, guide, bench.sampler.schedule),
+                PlainDenoiser(unet, bench.sampler.schedule),
+            )
+        )
+    one_step = bench.forwards(replace(setting, num_steps=1))
+    assert one_step == pytest.approx(guided / plain)
+    assert 4 < bench.forwards(setting) <= 4 * one_step
     assert bench.forwards(layouts("cfg", 4)[0]) == 4
 
 
@@ -343,6 +359,15 @@ def test_what_can_not_be_answered_yet_is_null_and_named() -> None:
     for key in ("fid_16_base", "fid_8_mean", "fid_worst", "fvu_base", "final"):
         assert found[key] is None and key in found["missing"]
     assert found["fid_8_base"] is not None and "fid_8_base" not in found["missing"]
+
+
+def test_a_number_waits_for_the_row_of_every_rival_that_may_be_the_best() -> None:
+    found = results(["base"])
+    tried = {"cfg": 23.1, "reuse": 22.9, "linear": 23.0, "first": 24.0}
+    found["choices"] = {"base": {"8": {name: {"tried": {"": x}} for name, x in tried.items()}}}
+    assert table.summary(found, [], [])["fid_8_base"] is None  # linear has no row
+    found["cells"]["base"]["8"] = found["cells"]["base"]["8"] | {"linear": cell("linear", 4.8)}
+    assert table.summary(found, [], [])["fid_8_base"] == pytest.approx(4 / 4.8)
 
 
 def test_the_page_has_a_table_for_each_model_and_cost() -> None:

@@ -17,7 +17,17 @@ import torch
 
 from benchmarks.frontier import judges as judging
 from benchmarks.frontier.final import models_to_run
-from benchmarks.frontier.settings import FREE, GUIDES, LABELS, PLACES, Setting, climb, layouts
+from benchmarks.frontier.settings import (
+    FREE,
+    GUIDES,
+    LABELS,
+    NEAR_BEST,
+    PLACES,
+    Setting,
+    climb,
+    contenders,
+    layouts,
+)
 from benchmarks.frontier.workbench import Workbench, tasks_of
 from benchmarks.quality import precision_of
 from benchmarks.record import Record, digest, note, record
@@ -40,10 +50,6 @@ NUM_CLOSE = 192  # PSNR is a mean over images: it needs fewer
 CLOSE_STEPS = 64
 MANY_STEPS = 50  # CFG of 100 forwards
 EQUAL_STEPS = (16, 8)  # where the guide, CFG and no guidance stand side by side at one scale
-# An FID of few images within this of the best may be the best of many: such layouts of a method,
-# and such free rivals of the base, are followed first. By their number alone 96 images have an FID
-# near 20, so this is about 7 % of what many would show.
-NEAR_BEST = 1.015
 BUNDLES = {"guided": Path("zoo/guide"), "guided-2": Path("zoo/guide-2")}
 RUN = RUNS / "frontier"
 
@@ -155,10 +161,8 @@ class Maker:
 
     def is_contender(self, method: str, num_forwards: int) -> bool:
         """Whether a method's row is worth making before others, by what was tried on the base."""
-        tried = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
-        free = {name: min(tried[name]["tried"].values()) for name in FREE if name in tried}
-        is_rival = method in free and free[method] <= NEAR_BEST * min(free.values())
-        return method == "cfg" or method in GUIDES or is_rival
+        of_base = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
+        return method == "cfg" or method in GUIDES or method in contenders(of_base)
 
     def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
         if setting not in tried:

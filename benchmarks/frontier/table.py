@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.frontier.judges import from_json, rounded
-from benchmarks.frontier.settings import FREE, LABELS, MOST, Setting
+from benchmarks.frontier.settings import FREE, LABELS, MOST, Setting, contenders
 from benchmarks.record import header
 from components.evaluation import Estimate
 
@@ -19,6 +19,7 @@ class Found:
 
     def __init__(self, results: Mapping[str, Any], models: Iterable[str]) -> None:
         self.cells: Mapping[str, Any] = results["cells"]
+        self.of_base: Mapping[str, Any] = results["choices"].get("base", {})
         self.models = [name for name in models if name in self.cells]
 
     def score(self, model: str, place: str, method: str, name: str, judge: str) -> Estimate | None:
@@ -27,9 +28,10 @@ class Found:
         return None if cell is None else from_json(cell["scores"][judge][name])
 
     def rival(self, model: str, place: str, judge: str = "world") -> str | None:
-        """The free rival of least FID; None until there is CFG and what is to be compared."""
+        """The free rival of least FID; None until all that may be it have rows, and the guide."""
         made = self.cells.get(model, {}).get(place, {})
-        if "cfg" not in made or "guided" not in made:
+        wanted = {"cfg", "guided", *contenders(self.of_base.get(place, {}))}
+        if not wanted <= made.keys():
             return None
         free = [method for method in FREE if method in made]
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])

@@ -159,7 +159,7 @@ class Workbench:
         if key not in self._flops:
             task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
             plain, one, two = (
-                count_flops(lambda s=s: self._flops_of(s, task))  # type: ignore[misc]
+                self._flops_of(s, task)
                 for s in (
                     Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0),
                     Setting(method=setting.method, solver="ddim", num_steps=1, scale=3.0),
@@ -170,8 +170,9 @@ class Workbench:
         first, later = self._flops[key]
         return first + (setting.num_steps - 1) * later
 
-    def _flops_of(self, setting: Setting, task: Sequence[Task]) -> None:
-        sample(self.denoiser(setting), self.sampler.pipe.scheduler, **self._run(setting, task))
+    def _flops_of(self, setting: Setting, task: Sequence[Task]) -> int:
+        run, scheduler = self._run(setting, task), self.sampler.pipe.scheduler  # reads the prompt
+        return count_flops(lambda: sample(self.denoiser(setting), scheduler, **run))
 
 
 def tasks_of(params: Params, num_images: int, seed: int) -> list[Task]:
