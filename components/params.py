@@ -35,6 +35,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guided = Annotated[float, Field(gt=1)]  # at 1 there is no guidance
+LossOrZero = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0)]
 # FID of few images is mostly bias. On the embedded base that of 32 finds CFG surely worse than no
 # guidance (by 6.0, interval 0.7 to 11.5), of 64 no longer, and of 192 surely better (4.7, 2.4 to
@@ -200,13 +201,36 @@ class Register(Section, frozen=True):
     name: RegisteredName
 
 
+class ScoreRule(Section, frozen=True):
+    """What a score of the guide's images must be. A rule that is null does not hold."""
+
+    min_gain: float | None  # of what CFG gains over no guidance, the share that the guide gains
+    ratio: Positive | None  # to CFG's score, where that gain says nothing: the worst that passes
+    max_loss: LossOrZero | None  # of either, against the champion
+
+
+class NumberRule(Section, frozen=True):
+    """What a number that is no matter of images or steps must be; lower is better."""
+
+    most: Positive
+    max_loss: LossOrZero | None  # against the champion
+
+
+Rule = ScoreRule | NumberRule
+
+
 class Promote(Section, frozen=True):
     """A candidate becomes champion only if all of this holds, for every model and step count."""
 
-    max_guidance_fvu: Positive
-    max_fid_ratio: Positive  # FID guided over FID of CFG at the same number of steps
-    max_time_ratio: Positive  # milliseconds an image, guided over CFG
-    max_worse_than_champion: Annotated[float, Field(ge=0)]  # relative, of guidance_fvu and FID
+    min_images: Count  # of each method and setting
+    guidance_fvu: NumberRule
+    flops_ratio: NumberRule  # guided over CFG, of a step
+    scores: dict[str, ScoreRule]  # by their names in an evaluation
+    at_steps: dict[int, dict[str, ScoreRule]]  # in place of these at some number of steps
+
+    def at(self, num_steps: int) -> dict[str, ScoreRule]:
+        """The rules for scores at a number of steps."""
+        return {**self.scores, **self.at_steps.get(num_steps, {})}
 
 
 class Tracking(Section, frozen=True):

@@ -7,13 +7,15 @@ graph: it changes the registry, not files.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from components.cli import main
-from components.params import Params, Promote
+from components.evaluation import Evaluation
+from components.params import Params
 from components.paths import REPORT
+from components.verdict import Check, checks
 from pnp_core.files import read_json
 
 if TYPE_CHECKING:
@@ -40,23 +42,23 @@ def run(params: Params, version: str | None = None) -> None:
         print(f"{registry.name} version {candidate} is the {CHAMPION} already")
         return
     summary = registry.summary(candidate)
-    theirs = registry.summary(champion)["models"] if champion else {}
-    try:
-        reasons = objections(summary["models"], theirs, params.promote)
-        values = compared("candidate", summary["models"]) | compared("champion", theirs)
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"the results of {registry.name} version {candidate} or {champion} have no {error}: "
-            "evaluate and register again with this code"
-        ) from None
+    theirs = registry.summary(champion) if champion else None
+    found = checks(
+        evaluations(registry, candidate, summary),
+        evaluations(registry, champion, theirs) if champion and theirs else None,
+        params.promote,
+        models=list(params.models),
+        num_steps=params.evaluate.num_steps,
+    )
+    reasons = [str(check) for check in found if not check.passed]
     registry.decide(
         Decision(
             verdict="refused" if reasons else "promoted",
             candidate=candidate,
             champion=champion,
             reasons=reasons,
-            rules=params.promote.model_dump(),
-            values=values,
+            rules=limits(found),
+            values=values(found),
             commit=summary.get("lineage", {}).get("git_commit", "unknown"),
         )
     )
@@ -98,52 +100,39 @@ def nothing_to_promote(registry: "Registry") -> str:
     )
 
 
-def compared(who: str, models: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that the rules are about, by `<who>.<model>.<what>`."""
-    values = {}
-    for name, metrics in models.items():
-        values[f"{who}.{name}.guidance_fvu"] = metrics["guidance_fvu"]
-        values[f"{who}.{name}.time_ratio"] = metrics["cost"]["time_ratio"]
-        for num_steps, scores in metrics["steps"].items():
-            values[f"{who}.{name}.fid_ratio.{num_steps}"] = scores["fid_ratio"]
-    return values
+def evaluations(
+    registry: "Registry", version: str, summary: Mapping[str, Any]
+) -> dict[str, Evaluation]:
+    """What a version was measured to be, by model.
 
-
-def objections(
-    candidate: Mapping[str, Any], champion: Mapping[str, Any], rules: Promote
-) -> list[str]:
-    """Why the candidate must not become champion; empty if it may.
-
-    Both are the results by model name. A model or step count that the champion was not evaluated
-    on is held to the absolute rules only.
+    Raises ValueError if it was evaluated by another version of the code.
     """
-    reasons = [f"{name}: not evaluated" for name in champion if name not in candidate]
-    for name, metrics in candidate.items():
-        limits = {
-            "guidance_fvu": (metrics["guidance_fvu"], rules.max_guidance_fvu),
-            "time ratio": (metrics["cost"]["time_ratio"], rules.max_time_ratio),
-        }
-        for num_steps, scores in metrics["steps"].items():
-            limits[f"FID ratio at {num_steps} steps"] = scores["fid_ratio"], rules.max_fid_ratio
-        for what, (value, limit) in limits.items():
-            if not value <= limit:
-                reasons.append(f"{name}: {what} is {value:.3f}, the rule allows {limit:g}")
-        if name not in champion:
-            continue
-        before = champion[name]
-        pairs = {"guidance_fvu": (metrics["guidance_fvu"], before["guidance_fvu"])}
-        for num_steps in metrics["steps"].keys() & before["steps"].keys():
-            pairs[f"FID ratio at {num_steps} steps"] = (
-                metrics["steps"][num_steps]["fid_ratio"],
-                before["steps"][num_steps]["fid_ratio"],
-            )
-        for what, (value, old) in sorted(pairs.items()):
-            if not value <= old * (1 + rules.max_worse_than_champion):
-                reasons.append(
-                    f"{name}: {what} is {value:.3f}, the champion's is {old:.3f}, and the rule "
-                    f"allows {rules.max_worse_than_champion:.0%} worse"
-                )
-    return reasons
+    where = f"summary.json of {registry.name} version {version}"
+    return {
+        model: Evaluation.from_json(found, where=where)
+        for model, found in summary["models"].items()
+    }
+
+
+def limits(found: Sequence[Check]) -> dict[str, float]:
+    """The rules about numbers, by their keys in params.yaml and, where that is, the step count."""
+    return {name(check): check.limit for check in found if check.limit is not None}
+
+
+def values(found: Sequence[Check]) -> dict[str, float]:
+    """The numbers that the rules were held against, by `<who>.<model>.<rule>`."""
+    numbers = {}
+    for check in found:
+        if check.value is not None:
+            numbers[f"candidate.{check.model}.{name(check)}"] = check.value
+        if check.champion is not None:
+            numbers[f"champion.{check.model}.{name(check)}"] = check.champion
+    return numbers
+
+
+def name(check: Check) -> str:
+    """The rule, and at how many steps."""
+    return check.rule if check.num_steps is None else f"{check.rule}.{check.num_steps}"
 
 
 if __name__ == "__main__":

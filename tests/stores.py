@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
+from components.evaluation import FORMAT
 from components.params import Tracking
 from components.tracking import Registry, Run, Store
+from pnp_core.files import write_json
+from tests.evaluations import evaluation
 
 TOY = Tracking(uri=None, experiment="toy")
 NAME = "pnp-guide"
@@ -59,21 +63,25 @@ def make_checkout(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch)
     return folder
 
 
-def results(fvu: float) -> dict[str, Any]:
-    """An evaluation of one model, whose guidance_fvu alone differs."""
-    steps = {"8": {"fid_ratio": 1.0}}
-    return {"base": {"guidance_fvu": fvu, "cost": {"time_ratio": 0.5}, "steps": steps}}
+def results(**numbers: Any) -> dict[str, Any]:
+    """What a version keeps of one model: of an evaluation with these numbers."""
+    return {"base": {"format": FORMAT, **asdict(evaluation(**numbers))}}
 
 
-def register(fvu: float, *, tracking: Tracking = TOY, key: str = "") -> str:
+def register(
+    fvu: float = 0.5,
+    *,
+    tracking: Tracking = TOY,
+    key: str = "",
+    commit: str = "c0ffee",
+    **numbers: Any,
+) -> str:
     """Register a guide that is only its summary; returns the version."""
-    folder = Path(f"guide-{fvu}")
-    folder.mkdir(exist_ok=True)
-    lineage = '{"git_commit": "c0ffee"}'
-    models = str(results(fvu)).replace("'", '"')
-    (folder / "summary.json").write_text(f'{{"lineage": {lineage}, "models": {models}}}')
+    models = results(guidance_fvu=fvu, **numbers)
+    key = key or f"key-{fvu}{numbers}"
+    folder = Path("guide")
+    write_json(folder / "summary.json", {"lineage": {"git_commit": commit}, "models": models})
     registry = Registry(tracking, NAME)
-    key = key or f"key-{fvu}"
     if (version := registry.find(key)) is not None:
         return version
     with Run(registry.store, tracking, "register", params={}) as run:

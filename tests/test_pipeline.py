@@ -122,7 +122,7 @@ def test_dvc_runs_everything_once(repository: Path) -> None:
 
     # Another range of promotion or another server changes no result.
     params = toy.toy_params()
-    params["promote"]["max_time_ratio"] = 0.1
+    params["promote"]["min_images"] = 100
     params["tracking"]["experiment"] = "other"
     toy.write_params(repository, params)
     assert "up to date" in dvc("status")

@@ -9,21 +9,25 @@ from mlflow import MlflowClient
 
 from components import promote
 from components.cli import main
-from components.params import Params, Promote, Register, Tracking
+from components.params import Evaluate, Params, Register, Tracking, load_params
 from components.tracking import Decision, Registry, TrackingError
-from tests.stores import ERRORS, NAME, TOY, Calls, register, results
+from tests.stores import ERRORS, NAME, TOY, Calls, register
+from tests.toy import ROOT
 
 pytest_plugins = ["tests.stores"]
 
-RULES = Promote(
-    max_guidance_fvu=0.8, max_fid_ratio=1.2, max_time_ratio=0.6, max_worse_than_champion=0.1
-)
+RULES = load_params(ROOT / "params.yaml").promote
+EVALUATE = Evaluate.model_construct(num_steps=())
 
 
 def params(tracking: Tracking = TOY) -> Params:
     """What promotion reads of the parameters."""
     return Params.model_construct(
-        tracking=tracking, register_=Register(name=NAME), promote=RULES, models={}
+        tracking=tracking,
+        register_=Register(name=NAME),
+        promote=RULES,
+        models={},
+        evaluate=EVALUATE,
     )
 
 
@@ -145,11 +149,12 @@ def test_decisions_are_kept_with_who_when_what_and_why(
     refused = decisions[1]
     assert refused.is_done and str(Path.cwd()) in refused.who and "@" in refused.who
     assert refused.when <= decisions[2].when and refused.commit == "c0ffee"
-    assert refused.rules == RULES.model_dump()
-    assert refused.values["candidate.base.guidance_fvu"] == 0.7
-    assert refused.values["champion.base.guidance_fvu"] == 0.5
-    (why,) = promote.objections(results(0.7), results(0.5), RULES)
-    assert list(refused.reasons) == [why]
+    assert refused.rules["guidance_fvu.max_loss"] == RULES.guidance_fvu.max_loss
+    assert refused.rules["fid.min_gain.16"] == RULES.scores["fid"].min_gain
+    assert refused.values["candidate.base.guidance_fvu.most"] == 0.7
+    assert refused.values["champion.base.guidance_fvu.most"] == 0.5
+    (why,) = refused.reasons
+    assert why.startswith("base: guidance_fvu.max_loss: 0.200 [")
     capsys.readouterr()
     promote.print_log(params())
     lines = capsys.readouterr().out.splitlines()
@@ -220,10 +225,15 @@ def test_a_version_that_the_report_names_is_lost_and_not_yet_to_be_made(place: P
         promote.run(params())
 
 
-def test_a_result_that_lacks_a_number_is_named(crowned: None) -> None:
+def test_a_result_that_lacks_a_number_is_named(
+    crowned: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = Registry(TOY, NAME).folder("2") / "summary.json"
-    summary.write_text(summary.read_text().replace("time_ratio", "time"))
-    with pytest.raises(ValueError, match="have no 'time_ratio': evaluate and register again"):
+    summary.write_text(summary.read_text().replace("flops_ratio", "flops"))
+    assert decide("2") == 3
+    assert "flops_ratio was not measured" in capsys.readouterr().err
+    summary.write_text(summary.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(ValueError, match=r"version 2 was written by another version .*evaluate"):
         promote.run(params(), "2")
     summary.write_text("{")
     with pytest.raises(ValueError, match="can't be read"):

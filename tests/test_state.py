@@ -93,7 +93,7 @@ def test_a_stage_ends_with_an_error_if_what_it_depends_on_changed_meanwhile(
     "change",
     [
         lambda: None,
-        lambda: set_param("promote.max_fid_ratio", 3.0),
+        lambda: set_param("promote.min_images", 3),
         lambda: set_param("halve.seed", 7),
         lambda: Path("code.py").write_text("x = 1\n"),  # touched, not changed
         lambda: Path("elsewhere").touch(),

@@ -319,10 +319,11 @@ def toy_params() -> dict[str, Any]:
         },
         "register": {"name": "pnp-guide"},
         "promote": {
-            "max_guidance_fvu": 100.0,
-            "max_fid_ratio": 100.0,
-            "max_time_ratio": 100.0,
-            "max_worse_than_champion": 100.0,
+            "min_images": 4,
+            "guidance_fvu": {"most": 100.0, "max_loss": 100.0},
+            "flops_ratio": {"most": 100.0, "max_loss": 100.0},
+            "scores": {},  # of a random model, CFG gains nothing
+            "at_steps": {},
         },
         "tracking": {"uri": None, "experiment": "toy"},
         "cluster": {"num_workers": 0, "max_failures": 1, "wait_minutes": 1},

@@ -133,7 +133,7 @@ def tracking_in_a_file_store(workspace: Workspace) -> None:
 def alias_unreadable(workspace: Workspace, status: int) -> None:
     """The registry can't say who is champion; the candidate must not be made it unseen."""
     port = free_port()
-    workspace.set_param("promote.max_worse_than_champion", 0.0)
+    workspace.set_param("promote.guidance_fvu.max_loss", 0.0)
     with mlflow_server(workspace, port) as _, proxy_to(f"http://127.0.0.1:{port}") as proxy:
         workspace.set_param("tracking.uri", proxy.url)
         workspace.recovers("dvc", "repro", "register")

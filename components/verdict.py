@@ -1,0 +1,349 @@
+"""Whether a guide may become champion: what was measured, held against the rules of params.yaml.
+
+Values in, values out: no store and no files, so that the gate and the report say the same.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from components.evaluation import Estimate, Evaluation
+from components.methods import METHODS
+from components.params import NumberRule, Promote, Rule
+
+LOWER_IS_BETTER = ("fid", "kid")
+# What an evaluation's identity is called in a sentence; a name that is not here stands for itself.
+NAMES = {
+    "base_hash": "the base",
+    "model_hash": "the model's weights",
+    "reference_hash": "the reference images",
+    "data_hash": "the data",
+    "tasks_hash": "prompts and seeds",
+    "judges_hash": "the judges",
+    "judge": "the judge",
+    "num_images": "the number of images",
+    "guidance_scale": "the guidance scale",
+    "timestep_spacing": "the timestep spacing",
+    "precision": "the precision",
+    "teacher": "the teacher's rule",
+    "measured_by": "the version of the measuring code",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One rule, held against one model at one number of steps.
+
+    Attributes:
+        rule: its key in `promote` of params.yaml, such as `fid.min_gain`; or `complete` (all was
+            measured) or `comparable` (as the champion was), which are about no number.
+        model: its name in params.yaml.
+        num_steps: None for what is not a matter of steps.
+        limit: None for a rule about no number.
+        is_least: whether `limit` is the least that passes; else it is the most.
+        value: the candidate's. Of a `max_loss`: how much worse it is than the champion's. None for
+            a rule about no number.
+        interval: the value's 95 %; None for a number that has none.
+        champion: the champion's value; None without one. Of a `max_loss`: what the loss is from.
+        passed: whether the rule holds.
+        note: what is to be known to read the numbers; why it failed, where they don't say.
+    """
+
+    rule: str
+    model: str
+    num_steps: int | None = None
+    limit: float | None = None
+    is_least: bool = False
+    value: float | None = None
+    interval: tuple[float, float] | None = None
+    champion: float | None = None
+    passed: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        """One line: where, which rule, the numbers, and the note."""
+        where = self.model if self.num_steps is None else f"{self.model}, {self.num_steps} steps"
+        parts = []
+        if self.value is not None:
+            within = " [{:.3f}, {:.3f}]".format(*self.interval) if self.interval else ""
+            parts.append(f"{self.value:.3f}{within}")
+        if self.limit is not None:
+            parts.append(f"{'at least' if self.is_least else 'at most'} {self.limit:g} is allowed")
+        if self.champion is not None:
+            parts.append(f"the champion has {self.champion:.3f}")
+        if self.note:
+            parts.append(self.note)
+        return f"{where}: {self.rule}: {', '.join(parts) or 'holds'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a rule is held against.
+
+    Attributes:
+        estimate: the number.
+        kind: `gain`, the share of CFG's gain over no guidance that the guide gains; `ratio`, its
+            score over CFG's; `difference`, its score less CFG's; or `number`, the number itself.
+        is_least: whether more is better.
+        note: why it is not the gain.
+    """
+
+    estimate: Estimate
+    kind: str
+    is_least: bool
+    note: str = ""
+
+
+def checks(
+    candidate: Mapping[str, Evaluation],
+    champion: Mapping[str, Evaluation] | None,
+    rules: Promote,
+    *,
+    models: Sequence[str] = (),
+    num_steps: Sequence[int] = (),
+) -> list[Check]:
+    """Every rule, on every model at every number of steps. The guide passes if all of them do.
+
+    A limit is held against the worse end of the 95 % interval: what may be noise does not pass.
+    Worse than the champion is what lost more than is allowed, and more than noise explains.
+
+    Args:
+        candidate: its evaluations by model.
+        champion: the champion's; None without one.
+        rules: of params.yaml.
+        models: on which it must have been evaluated, beside the champion's.
+        num_steps: at which it must have been evaluated, likewise.
+    """
+    theirs = champion or {}
+    found: list[Check] = []
+    for model in dict.fromkeys([*models, *theirs, *candidate]):
+        if model in candidate:
+            found += _of_model(model, candidate[model], theirs.get(model), rules, num_steps)
+        else:
+            found.append(_about("complete", model, ["it was not evaluated on this model"]))
+    return found or [_about("complete", "no model", ["it was evaluated on no model"])]
+
+
+def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = ()) -> list[str]:
+    """What an evaluation lacks for the rules to be held against it, in words; empty: nothing.
+
+    Args:
+        evaluation: of one model.
+        rules: of params.yaml.
+        num_steps: at which it must have been evaluated, beside those that the rules name.
+    """
+    found = []
+    if evaluation.num_images < rules.min_images:
+        found.append(
+            f"{evaluation.num_images} images are too few to decide on, promote.min_images is "
+            f"{rules.min_images}"
+        )
+    if "flops_ratio" not in evaluation.cost:
+        found.append("flops_ratio was not measured, and promote has a rule for it")
+    at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
+    at |= {*num_steps, *rules.at_steps}
+    if not at:
+        found.append("no image of the guide was judged")
+    for steps in sorted(at, reverse=True):
+        if steps not in evaluation.num_steps:
+            labels = ", ".join(METHODS.values())
+            found.append(f"it was not evaluated at {steps} steps by all of {labels}")
+            continue
+        for score in rules.at(steps):
+            if not _has(evaluation, score, steps):
+                found.append(
+                    f"{score} was not measured at {steps} steps with an interval, and promote has "
+                    "a rule for it"
+                )
+    return found
+
+
+def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
+    """In what two evaluations of a model differ that must be the same, in words; empty: nothing."""
+    own, other = _identity(mine), _identity(theirs)
+    found = []
+    for name in dict.fromkeys([*other, *own]):
+        a, b = own.get(name), other.get(name)
+        if a is not None and a == b:
+            continue
+        values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
+        found.append(f"{NAMES.get(name, name)} differs{values}")
+    return found
+
+
+def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
+    """The share of what CFG gains in a score over no guidance that the guide gains.
+
+    Where CFG gains nothing, or nothing beyond noise, that share says nothing: the guide's score
+    over CFG's takes its place. Where CFG's may be zero, as a KID can: the difference to it.
+
+    Raises:
+        ValueError: the score was not measured.
+    """
+    is_least = score not in LOWER_IS_BETTER
+    unguided, cfg, guided = (_estimate(evaluation, m, score, num_steps) for m in METHODS)
+    gain = evaluation.gain(score, num_steps)
+    if gain is not None and (cfg.value > unguided.value) == is_least:
+        return Measured(estimate=gain, kind="gain", is_least=True)
+    why = (
+        "CFG's own gain is inside its interval"
+        if gain is None
+        else "CFG itself is worse than no guidance"
+    )
+    if min(cfg.value, cfg.interval[0], *cfg.replicates) > 0:
+        return Measured(
+            estimate=evaluation.ratio(score, num_steps),
+            kind="ratio",
+            is_least=is_least,
+            note=f"{why}, so the ratio to CFG takes the gain's place",
+        )
+    return Measured(
+        estimate=guided.with_other(cfg, lambda a, b: a - b),
+        kind="difference",
+        is_least=is_least,
+        note=f"{why} and CFG's score may be zero, so the difference takes the gain's place",
+    )
+
+
+def _of_model(
+    model: str,
+    mine: Evaluation,
+    theirs: Evaluation | None,
+    rules: Promote,
+    num_steps: Sequence[int],
+) -> Iterator[Check]:
+    lacks = missing(mine, rules, [*num_steps, *(theirs.num_steps if theirs else ())])
+    if mine.model != model:
+        lacks.append(f"its results are those of {mine.model}")
+    yield _about("complete", model, lacks)
+    if theirs is not None:
+        unlike = differences(mine, theirs)
+        yield _about("comparable", model, unlike)
+        theirs = None if unlike else theirs  # what is unlike is compared in nothing
+    numbers: dict[str, Rule] = {
+        "guidance_fvu": rules.guidance_fvu,
+        "flops_ratio": rules.flops_ratio,
+    }
+    for name, limits in numbers.items():
+        if own := _number(mine, name):
+            about = Check(rule=name, model=model, passed=False)
+            yield from _held(about, own, _number(theirs, name), limits)
+    for steps in mine.num_steps:
+        for score, rule in rules.at(steps).items():
+            if own := _score(mine, score, steps):
+                about = Check(rule=score, model=model, num_steps=steps, passed=False)
+                yield from _held(about, own, _score(theirs, score, steps), rule)
+
+
+def _held(about: Check, own: Measured, other: Measured | None, rule: Rule) -> Iterator[Check]:
+    """The checks of one number: against its limit, and against the champion's."""
+    if other is not None and other.kind != own.kind:
+        other = None
+    key, limit = _limit(rule, own.kind)
+    before = None if other is None else other.estimate.value
+    if limit is not None:
+        low, high = _interval(own.estimate)
+        # Of a difference it is enough that it may be none.
+        is_low_end = own.is_least != (own.kind == "difference")
+        end = low if is_low_end else high
+        passed = _keeps(end, limit, own.is_least)
+        note = own.note
+        if not passed and _keeps(own.estimate.value, limit, own.is_least):
+            beyond = "its interval reaches beyond the limit, more images would tell"
+            note = f"{note}; {beyond}" if note else beyond
+        yield replace(
+            about,
+            rule=f"{about.rule}.{key}",
+            limit=limit,
+            is_least=own.is_least,
+            value=own.estimate.value,
+            interval=(low, high) if own.estimate.replicates else None,
+            champion=before,
+            passed=passed,
+            note=note,
+        )
+    if rule.max_loss is not None and other is not None:
+        loss = _loss(own, other)
+        low, high = _interval(loss)
+        passed = math.isfinite(loss.value) and (loss.value <= rule.max_loss or low <= 0)
+        better, worse = high < 0, low > 0
+        yield replace(
+            about,
+            rule=f"{about.rule}.max_loss",
+            limit=rule.max_loss,
+            value=loss.value,
+            interval=(low, high) if loss.replicates else None,
+            champion=before,
+            passed=passed,
+            note="better" if better else "worse" if worse else "no difference beyond noise",
+        )
+
+
+def _limit(rule: Rule, kind: str) -> tuple[str, float | None]:
+    """The key and the limit of a rule for what was measured."""
+    if isinstance(rule, NumberRule):
+        return "most", rule.most
+    if kind == "gain":
+        return "min_gain", rule.min_gain
+    return "ratio", 0.0 if kind == "difference" and rule.ratio is not None else rule.ratio
+
+
+def _loss(own: Measured, other: Measured) -> Estimate:
+    """How much worse the candidate is, pair by pair."""
+    sign = -1 if own.is_least else 1
+    a, b = own.estimate, other.estimate
+    if len(a.replicates) != len(b.replicates):
+        return Estimate(value=sign * (a.value - b.value))
+    return a.with_other(b, lambda x, y: sign * (x - y))
+
+
+def _keeps(value: float, limit: float, is_least: bool) -> bool:
+    return math.isfinite(value) and (value >= limit if is_least else value <= limit)
+
+
+def _interval(estimate: Estimate) -> tuple[float, float]:
+    """Its interval; of an exact number, the number."""
+    return estimate.interval if estimate.replicates else (estimate.value, estimate.value)
+
+
+def _about(rule: str, model: str, objections: Sequence[str]) -> Check:
+    """A check about no number."""
+    return Check(rule=rule, model=model, passed=not objections, note="; ".join(objections))
+
+
+def _identity(evaluation: Evaluation) -> dict[str, str | int | float]:
+    return {
+        **evaluation.identity,
+        "judge": ", ".join(evaluation.judges[:1]),
+        "num_images": evaluation.num_images,
+        "guidance_scale": evaluation.guidance_scale,
+    }
+
+
+def _number(evaluation: Evaluation | None, name: str) -> Measured | None:
+    """A number that is no matter of steps; None if it was not measured."""
+    if evaluation is None or (name == "flops_ratio" and name not in evaluation.cost):
+        return None
+    is_exact = name == "flops_ratio"
+    found = Estimate(value=evaluation.cost[name]) if is_exact else evaluation.guidance_fvu
+    return Measured(estimate=found, kind="number", is_least=False)
+
+
+def _score(evaluation: Evaluation | None, score: str, num_steps: int) -> Measured | None:
+    """What the rules for a score are held against; None if it was not measured."""
+    if evaluation is None or not _has(evaluation, score, num_steps):
+        return None
+    return measured(evaluation, score, num_steps)
+
+
+def _has(evaluation: Evaluation, score: str, num_steps: int) -> bool:
+    """Whether a score was measured, with replicates, by every method."""
+    cells = [evaluation.cell(method, num_steps) for method in METHODS]
+    return all(cell and score in cell.scores and cell.scores[score].replicates for cell in cells)
+
+
+def _estimate(evaluation: Evaluation, method: str, score: str, num_steps: int) -> Estimate:
+    cell = evaluation.cell(method, num_steps)
+    if cell is None or score not in cell.scores:
+        raise ValueError(f"{evaluation.model}: no {score} of {method} at {num_steps} steps")
+    return cell.scores[score]

@@ -1,0 +1,269 @@
+"""The gate's rules, on evaluations with made-up numbers: what passes, what does not, and why."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from components.evaluation import Cell, Estimate, Evaluation
+from components.params import NumberRule, Promote, ScoreRule, load_params
+from components.verdict import Check, checks, measured
+from tests.evaluations import estimate, evaluation
+from tests.toy import ROOT
+
+RULES = load_params(ROOT / "params.yaml").promote
+# The worst of seven models in benchmarks/results/quality.json, and guidance_fvu's.
+WORST: dict[str, Any] = {"fid": 1.05, "clip_gain": 0.72, "guidance_fvu": 0.56}
+
+
+def failed(
+    candidate: Evaluation | dict[str, Evaluation],
+    champion: Evaluation | dict[str, Evaluation] | None = None,
+    rules: Promote = RULES,
+    **expected: Any,
+) -> dict[str, Check]:
+    """The checks that don't hold, by rule."""
+    mine = candidate if isinstance(candidate, dict) else {"base": candidate}
+    theirs = {"base": champion} if isinstance(champion, Evaluation) else champion
+    found = checks(mine, theirs, rules, **expected)
+    return {check.rule: check for check in found if not check.passed}
+
+
+def with_scores(given: Evaluation, change: dict[tuple[str, str], Estimate]) -> Evaluation:
+    """The evaluation with other scores, by method and name."""
+
+    def changed(cell: Cell) -> Cell:
+        new = {s: e for (m, s), e in change.items() if m == cell.method and cell.solver == "ddim"}
+        return replace(cell, scores={**cell.scores, **new})
+
+    return replace(given, cells=tuple(map(changed, given.cells)))
+
+
+def test_the_defaults_pass_the_demos_guide() -> None:
+    assert failed(evaluation(**WORST)) == {}
+    assert failed(evaluation(**WORST), evaluation(**WORST)) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"fid": 1.5}, "fid.min_gain"),
+        ({"fid": 1.5}, "kid.min_gain"),
+        ({"clip_gain": 0.3}, "clip_score.min_gain"),
+        ({"clip_gain": -4.6}, "clip_score.min_gain"),  # 3 where CFG has 48
+        ({"guidance_fvu": 0.95}, "guidance_fvu.most"),
+        ({"flops_ratio": 0.7}, "flops_ratio.most"),
+        ({"guidance_fvu": math.nan}, "guidance_fvu.most"),
+        ({"fid": math.nan}, "fid.min_gain"),
+    ],
+)
+def test_each_limit_refuses_what_is_beyond_it(given: dict[str, float], rule: str) -> None:
+    found = failed(evaluation(**given))
+    assert rule in found
+    value = found[rule].value
+    assert value is not None and (not math.isfinite(value) or f"{value:.3f}" in str(found[rule]))
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"fid": 1.08}, "fid.max_loss"),
+        ({"clip_gain": 0.8}, "clip_score.max_loss"),
+        ({"guidance_fvu": 0.6}, "guidance_fvu.max_loss"),
+        ({"flops_ratio": 0.58}, "flops_ratio.max_loss"),
+    ],
+)
+def test_what_the_limits_allow_is_refused_beside_a_better_champion(
+    given: dict[str, float], rule: str
+) -> None:
+    assert failed(evaluation(**given)) == {}
+    found = failed(evaluation(**given), evaluation())
+    assert rule in found and found[rule].note == "worse"
+    assert failed(evaluation(), evaluation(**given)) == {}, "the better one is promoted"
+
+
+def test_time_decides_nothing() -> None:
+    assert failed(evaluation(time_ratio=9.0), evaluation(time_ratio=0.5)) == {}
+
+
+def loss_rules(max_loss: float) -> Promote:
+    """With which only guidance_fvu against the champion matters."""
+    rule = NumberRule(most=100.0, max_loss=max_loss)
+    return replaced(RULES, guidance_fvu=rule, scores={})
+
+
+def replaced(rules: Promote, **change: Any) -> Promote:
+    return rules.model_copy(update=change)
+
+
+def test_a_difference_inside_the_noise_is_neither_a_gain_nor_a_loss() -> None:
+    champion = replace(evaluation(), guidance_fvu=estimate(0.5, spread=0.1, seed=1))
+    for value in (0.56, 0.44):
+        candidate = replace(evaluation(), guidance_fvu=estimate(value, spread=0.1, seed=2))
+        assert failed(candidate, champion, loss_rules(0.0)) == {}
+        found = checks({"base": candidate}, {"base": champion}, loss_rules(0.0))
+        (loss,) = [c for c in found if c.rule == "guidance_fvu.max_loss"]
+        assert loss.note == "no difference beyond noise"
+
+
+def test_resamples_are_paired_so_that_common_noise_is_none() -> None:
+    noise = np.random.default_rng(0).standard_normal(200) * 0.1
+
+    def with_fvu(value: float) -> Evaluation:
+        replicates = tuple(float(value + x) for x in noise)
+        return replace(evaluation(), guidance_fvu=Estimate(value=value, replicates=replicates))
+
+    found = failed(with_fvu(0.52), with_fvu(0.5), loss_rules(0.01))
+    assert found["guidance_fvu.max_loss"].interval == pytest.approx((0.02, 0.02))
+
+
+def test_the_interval_of_a_loss_is_that_of_independent_normal_noise() -> None:
+    generator = np.random.default_rng(0)
+
+    def with_fvu(value: float, spread: float) -> Evaluation:
+        replicates = tuple(map(float, value + spread * generator.standard_normal(20_000)))
+        return replace(evaluation(), guidance_fvu=Estimate(value=value, replicates=replicates))
+
+    found = checks({"base": with_fvu(0.6, 0.03)}, {"base": with_fvu(0.5, 0.04)}, loss_rules(0.01))
+    (loss,) = [c for c in found if c.rule == "guidance_fvu.max_loss"]
+    half_width = 1.96 * 0.05  # of the difference of both: sqrt(0.03^2 + 0.04^2)
+    assert loss.interval == pytest.approx((0.1 - half_width, 0.1 + half_width), abs=3e-3)
+
+
+def test_a_limit_holds_for_the_whole_interval() -> None:
+    sure, unsure = (
+        replace(evaluation(), guidance_fvu=estimate(0.8, spread=s)) for s in (0.01, 0.1)
+    )
+    assert failed(sure) == {}
+    assert "more images would tell" in failed(unsure)["guidance_fvu.most"].note
+
+
+def test_where_cfgs_own_gain_is_noise_the_ratio_to_cfg_takes_its_place_and_is_said_to() -> None:
+    unguided = ("unguided", "fid")
+    same = with_scores(evaluation(), {unguided: estimate(5.0, spread=0.05, seed=7)})
+    found = measured(same, "fid", 16)
+    assert (found.kind, found.estimate.value) == ("ratio", pytest.approx(1.0))
+    assert "CFG's own gain is inside its interval" in found.note
+    assert failed(same) == {}
+    worse = failed(with_scores(evaluation(fid=1.5), {unguided: estimate(5.0, spread=0.05)}))
+    assert worse["fid.ratio"].value == pytest.approx(1.5)
+    assert "the ratio to CFG takes the gain's place" in str(worse["fid.ratio"])
+
+
+def test_a_guide_that_is_as_bad_as_a_cfg_that_harms_is_not_said_to_gain() -> None:
+    harming = with_scores(evaluation(fid=2.0), {("unguided", "fid"): estimate(4.0)})
+    assert harming.gain("fid", 16) is not None, "CFG loses, and the guide loses six times that"
+    assert "CFG itself is worse than no guidance" in failed(harming)["fid.ratio"].note
+
+
+def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
+    generator = np.random.default_rng(0)
+
+    def around(value: float) -> Estimate:
+        replicates = tuple(map(float, value + 0.001 * generator.standard_normal(200)))
+        return Estimate(value=value, replicates=replicates)
+
+    kids = {("unguided", "kid"): around(0.0002), ("cfg", "kid"): around(0.0001)}
+    as_good = with_scores(evaluation(), {**kids, ("guided", "kid"): around(0.0005)})
+    assert measured(as_good, "kid", 16).kind == "difference" and failed(as_good) == {}
+    worse = with_scores(evaluation(), {**kids, ("guided", "kid"): around(0.01)})
+    assert failed(worse).keys() == {"kid.ratio"}
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"base_hash": "x"}, "the base differs"),
+        ({"model_hash": "x"}, "the model's weights differs"),
+        ({"data_hash": "x"}, "the data differs"),
+        ({"judges_hash": "x"}, "the judges differs"),
+        ({"tasks_hash": "x"}, "prompts and seeds differs"),
+        ({"reference_hash": "x"}, "the reference images differs"),
+        ({"teacher": "x"}, "the teacher's rule differs"),
+        ({"measured_by": 2}, "the version of the measuring code differs: 2, and 1"),
+        ({"judge": "another"}, "the judge differs: another, and judge for the champion"),
+        ({"unheard_of": 1}, "unheard_of differs"),
+    ],
+)
+def test_what_was_not_measured_alike_is_refused_by_name(other: dict[str, Any], says: str) -> None:
+    better = evaluation(fid=0.5, clip_gain=1.0, guidance_fvu=0.1, **other)
+    found = failed(better, evaluation())
+    assert found.keys() == {"comparable"} and says in str(found["comparable"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_images", 400, "the number of images differs: 400, and 192"),
+        ("guidance_scale", 1.2, "the guidance scale differs: 1.2, and 3.0"),
+    ],
+)
+def test_what_an_evaluation_is_of_counts_beside_what_it_says(
+    field: str, value: float, says: str
+) -> None:
+    other = replace(evaluation(), **{field: value})
+    if field == "guidance_scale":
+        at = tuple(replace(cell, guidance_scale=value) for cell in other.cells)
+        other = replace(other, cells=at)
+    assert says in failed(other, evaluation())["comparable"].note
+
+
+def test_a_candidate_lacks_none_of_the_champions_models_and_step_counts() -> None:
+    champion = {"base": evaluation(), "tuned": evaluation("tuned")}
+    found = failed(evaluation(), champion)
+    assert str(found["complete"]) == "tuned: complete: it was not evaluated on this model"
+    found = failed(evaluation(num_steps=(16,)), evaluation(num_steps=(16, 8)))
+    assert "it was not evaluated at 8 steps" in found["complete"].note
+    assert failed(evaluation(num_steps=(16, 8)), evaluation(num_steps=(16,))) == {}
+
+
+def test_without_a_champion_a_candidate_lacks_nothing_of_params_yaml() -> None:
+    assert "tuned: complete: it was not" in str(failed(evaluation(), models=["tuned"])["complete"])
+    assert "at 4 steps" in failed(evaluation(), num_steps=[16, 4])["complete"].note
+    assert "on no model" in failed({})["complete"].note
+
+
+def test_what_was_measured_in_part_is_refused() -> None:
+    whole = evaluation()
+    no_cfg = [c for c in whole.cells if (c.method, c.num_steps) != ("cfg", 8)]
+    assert "at 8 steps by all of" in failed(replace(whole, cells=tuple(no_cfg)))["complete"].note
+    assert "no image" in failed(replace(whole, cells=whole.cells[:2]))["complete"].note
+    assert "flops_ratio was not measured" in failed(replace(whole, cost={}))["complete"].note
+    assert (
+        "192 images are too few"
+        in failed(whole, rules=replaced(RULES, min_images=193))["complete"].note
+    )
+    assert "those of tuned" in failed({"base": evaluation("tuned")})["complete"].note
+
+
+def test_a_rule_for_what_was_not_measured_is_refused_by_name() -> None:
+    rule = ScoreRule(min_gain=0.5, ratio=None, max_loss=None)
+    other = replaced(RULES, scores={"aesthetics": rule})
+    assert (
+        "aesthetics was not measured at 16 steps"
+        in failed(evaluation(), rules=other)["complete"].note
+    )
+    at_4 = replaced(RULES, at_steps={4: {"fid": rule}})
+    assert "not evaluated at 4 steps" in failed(evaluation(), rules=at_4)["complete"].note
+    exact = with_scores(evaluation(), {("cfg", "fid"): Estimate(value=5.0)})
+    assert "with an interval" in failed(exact)["complete"].note
+
+
+def test_a_number_of_steps_has_rules_of_its_own() -> None:
+    strict = ScoreRule(min_gain=1.2, ratio=1.0, max_loss=0.0)
+    found = failed(evaluation(), rules=replaced(RULES, at_steps={8: {"fid": strict}}))
+    assert found.keys() == {"fid.min_gain"} and found["fid.min_gain"].num_steps == 8
+
+
+def test_a_null_switches_a_rule_off() -> None:
+    off = ScoreRule(min_gain=None, ratio=None, max_loss=None)
+    assert failed(evaluation(fid=9.0), evaluation(), replaced(RULES, scores={"fid": off})) == {}
+
+
+def test_a_rules_value_survives_the_file(tmp_path: Path) -> None:
+    evaluation(**WORST).save(tmp_path)
+    read = Evaluation.load(tmp_path)
+    assert checks({"base": read}, None, RULES) == checks({"base": evaluation(**WORST)}, None, RULES)
