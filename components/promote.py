@@ -1,73 +1,256 @@
 """Stage promote: a candidate guide against the champion, by the rules in params.yaml.
 
-Moves the alias `champion` of the registered model, or refuses with the reasons and exit code 3.
-Every decision is recorded in MLflow, in the experiment `<model>-decisions`. Not part of the DVC
-graph: it changes the registry, not files.
+Moves the alias `champion` of the registered model and keeps in `previous` who had it, or refuses
+with the reasons and exit code 3. Whoever decides does so alone. Every decision is recorded in
+MLflow, in the experiment `<model>-decisions`. Not part of the DVC graph: it changes the registry,
+not files.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cli import main
 from components.evaluation import Evaluation
 from components.params import Params
 from components.paths import REPORT
-from components.verdict import Check, checks
-from pnp_core.files import read_json
+from components.reevaluation import Reevaluated, reevaluate
+from components.verdict import Check, checks, clean, unusable
+from components.verdict_text import as_lines, as_rows, as_table
+from pnp_core.files import read_json, write_text
 
 if TYPE_CHECKING:
-    from components.tracking import Registry
+    from components.tracking import Decision, Registry
 
 REFUSED = 3
 
 
-def run(params: Params, version: str | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to decide.
+
+    Attributes:
+        dry_run: say what would be decided; record and change nothing.
+        force: promote whatever the rules say.
+        reason: why; needed to force, and kept with every decision.
+        rollback: make the one champion that was it before.
+        reevaluate: judge candidate and champion anew, by the present params.yaml.
+        allow_dirty: the candidate may have been made by code that no commit has.
+        page: a file for what was decided, in Markdown.
+
+    Raises ValueError for options that contradict one another.
+    """
+
+    dry_run: bool = False
+    force: bool = False
+    reason: str = ""
+    rollback: bool = False
+    reevaluate: bool = False
+    allow_dirty: bool = False
+    page: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.force and not self.reason.strip():
+            raise ValueError(
+                'to force needs a reason: --force --reason "why the rules do not count"'
+            )
+        if self.rollback and (self.force or self.reevaluate):
+            raise ValueError("--rollback compares nothing: leave out --force and --reevaluate")
+
+
+DEFAULT = Options()
+
+
+def run(params: Params, version: str | None = None, options: Options = DEFAULT) -> None:
     """Promote `version`, by default the newest. Exits with code 3 if it is refused.
 
-    Raises ValueError if there is no such version, TrackingError if MLflow can't tell or fails;
-    nothing is promoted then.
+    Raises ValueError if there is no such version or no one to go back to, TrackingError if MLflow
+    can't tell or fails; nothing is changed then.
     """
-    from components.tracking import CHAMPION, Decision, Registry
+    from components.tracking import Registry
 
+    if options.rollback and version:
+        raise ValueError("--rollback goes to the previous champion: leave out --version")
     registry = Registry(params.tracking, params.register_.name)
-    candidate = version or registry.newest()
-    if candidate is None:
+    candidate = None if options.rollback else version or registry.newest()
+    if candidate is None and not options.rollback:
         raise ValueError(nothing_to_promote(registry))
-    champion = registry.champion()
-    if candidate == champion:
+    anew: dict[str, Reevaluated] = {}
+    if options.reevaluate:  # before anybody has to wait for it
+        for each in (candidate, registry.champion()):
+            if each is not None and each not in anew:
+                anew[each] = reevaluate(registry.name, each, registry.folder(each), params)
+
+    case = Case(params, registry, options, anew)
+    if options.dry_run:
+        decision = case.decide(candidate)
+    else:
+        with registry.deciding(wait_s=60 * params.cluster.wait_minutes):
+            decision = case.decide(candidate)
+            if decision:
+                registry.decide(decision, files=[each.file for each in anew.values()])
+    if decision is None:
         registry.settle()
-        print(f"{registry.name} version {candidate} is the {CHAMPION} already")
-        return
-    summary = registry.summary(candidate)
-    theirs = registry.summary(champion) if champion else None
-    found = checks(
-        evaluations(registry, candidate, summary),
-        evaluations(registry, champion, theirs) if champion and theirs else None,
-        params.promote,
-        models=list(params.models),
-        num_steps=params.evaluate.num_steps,
-    )
-    reasons = [str(check) for check in found if not check.passed]
-    registry.decide(
-        Decision(
-            verdict="refused" if reasons else "promoted",
+        line = f"{registry.name} version {candidate} is the champion already"
+        write_page(options, f"# Champion already\n\n{line}.\n")
+        print(line)
+    else:
+        write_page(options, decision.text)
+        conclude(registry.name, decision, case.checks if options.dry_run else None)
+
+
+class Case:
+    """What is decided on."""
+
+    def __init__(
+        self,
+        params: Params,
+        registry: "Registry",
+        options: Options,
+        anew: Mapping[str, Reevaluated],
+    ) -> None:
+        self._params, self._registry, self._options, self._anew = params, registry, options, anew
+        self.checks: list[Check] = []
+
+    def decide(self, candidate: str | None) -> "Decision | None":
+        """What becomes of the candidate; without one, of the previous champion.
+
+        None if the candidate is champion. Raises ValueError if there is nobody to go back to.
+        """
+        from components.tracking import FORCED, PROMOTED, REFUSED, Decision
+
+        champion = self._registry.champion()
+        if candidate is None:
+            return self._roll_back(champion)
+        if candidate == champion:
+            return None
+        summary = self._registry.summary(candidate)
+        commit = str(summary.get("lineage", {}).get("git_commit", "unknown"))
+        self.checks = [
+            clean(commit, allow_dirty=self._options.allow_dirty),
+            *self._judge(candidate, summary, champion),
+        ]
+        reasons = [str(check) for check in self.checks if not check.passed]
+        is_forced = bool(reasons) and self._options.force
+        decision = Decision(
+            verdict=FORCED if is_forced else REFUSED if reasons else PROMOTED,
             candidate=candidate,
             champion=champion,
+            why=self._options.reason,
             reasons=reasons,
-            rules=limits(found),
-            values=values(found),
-            commit=summary.get("lineage", {}).get("git_commit", "unknown"),
+            rules=limits(self.checks),
+            values=values(self.checks),
+            table=as_rows(self.checks),
+            commit=commit,
         )
-    )
-    if reasons:
-        print(f"refused: {registry.name} version {candidate}", file=sys.stderr)
-        for reason in reasons:
+        return replace(decision, text=as_page(self._registry.name, decision, self.checks))
+
+    def _roll_back(self, champion: str | None) -> "Decision":
+        from components.tracking import PREVIOUS, ROLLED_BACK, Decision
+
+        previous = self._registry.previous()
+        if previous is None or previous == champion:
+            raise ValueError(
+                f"{self._registry.name} has no previous champion to go back to: the alias "
+                f"{PREVIOUS!r} {'is not set' if previous is None else 'names the champion'}. "
+                "See --log for who was champion; --version N --force --reason TEXT promotes any"
+            )
+        self._registry.check_files(previous)
+        decision = Decision(
+            verdict=ROLLED_BACK, candidate=previous, champion=champion, why=self._options.reason
+        )
+        return replace(decision, text=as_page(self._registry.name, decision, []))
+
+    def _judge(
+        self, candidate: str, summary: Mapping[str, Any], champion: str | None
+    ) -> list[Check]:
+        """The rules. What can't be compared with passes none; what can't be read is an error."""
+        from components.tracking import LostError
+
+        if self._anew and champion is not None and champion not in self._anew:
+            raise ValueError(
+                f"version {champion} became champion while another was judged anew: run the same "
+                "command again; what was sampled is kept"
+            )
+        try:
+            mine = self._evaluations(candidate, summary)
+        except ValueError as error:
+            return [unusable(f"version {candidate}", str(error))]
+        found, theirs = [], None
+        if champion is not None:
+            try:
+                theirs = self._evaluations(champion, self._registry.summary(champion))
+            except LostError as error:
+                if not self._options.force:
+                    raise
+                found.append(unusable(f"champion {champion}", str(error)))
+            except ValueError as error:
+                found.append(unusable(f"champion {champion}", str(error)))
+        expected = self._params.evaluate.num_steps
+        models = list(self._params.models)
+        rules = self._params.promote
+        return found + checks(mine, theirs, rules, models=models, num_steps=expected)
+
+    def _evaluations(self, version: str, summary: Mapping[str, Any]) -> Mapping[str, Evaluation]:
+        """What a version was measured to be, by model. Raises ValueError if it does not say."""
+        if version in self._anew:
+            return self._anew[version].evaluations
+        where = f"summary.json of {self._registry.name} version {version}"
+        try:
+            return {
+                model: Evaluation.from_json(found, where=where)
+                for model, found in summary["models"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} lacks {error}: evaluate and register again") from None
+
+
+def conclude(name: str, decision: "Decision", dry: Sequence[Check] | None) -> None:
+    """Say what was decided, of a dry run with every rule. Exits with code 3 for a refusal."""
+    from components.tracking import REFUSED as WAS_REFUSED
+
+    for line in as_lines(dry or []):
+        print(line)
+    if dry is not None:
+        print("dry run, nothing is changed:")
+    if decision.verdict == WAS_REFUSED:
+        print(f"refused: {name} version {decision.candidate}", file=sys.stderr)
+        for reason in decision.reasons:
             print(f"  - {reason}", file=sys.stderr)
         sys.exit(REFUSED)
-    print(f"{registry.name} version {candidate} is now {CHAMPION}, before: {champion or 'none'}")
+    print(
+        f"{name} version {decision.candidate} {'would be' if dry is not None else 'is now'} "
+        f"champion ({decision.verdict}), before: {decision.champion or 'none'}"
+    )
+
+
+def as_page(name: str, decision: "Decision", found: Sequence[Check]) -> str:
+    """What was decided, in Markdown."""
+    number = len(decision.reasons)
+    rules = f"{number} of {len(found)} rules do not hold" if number else "every rule holds"
+    before = f"version {decision.champion}" if decision.champion else "none"
+    said = {
+        "promoted": f"It becomes champion: {rules}. Champion before: {before}.",
+        "forced": f"It becomes champion although {rules}. Champion before: {before}.",
+        "refused": f"It does not become champion: {rules}. The champion stays: {before}.",
+        "rolled back": f"It is champion again. The one before, {before}, is now `previous`.",
+    }[decision.verdict]
+    parts = [f"# {name} version {decision.candidate}: {decision.verdict}", said]
+    if decision.why:
+        parts.append(f"Reason given: {decision.why}")
+    if found:
+        parts += [as_table(found), f"Made by commit `{decision.commit}`."]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_page(options: Options, text: str) -> None:
+    """Write the page that the options ask for."""
+    if options.page:
+        write_text(options.page, text)
 
 
 def print_log(params: Params) -> None:
@@ -82,6 +265,8 @@ def print_log(params: Params) -> None:
             f"{when}  version {decision.candidate} {decision.verdict}{broke_off}, champion before: "
             f"{decision.champion or 'none'}, by {decision.who}, commit {decision.commit}"
         )
+        if decision.why:
+            print(f"  reason given: {decision.why}")
         for reason in decision.reasons:
             print(f"  - {reason}")
 
@@ -100,23 +285,9 @@ def nothing_to_promote(registry: "Registry") -> str:
     )
 
 
-def evaluations(
-    registry: "Registry", version: str, summary: Mapping[str, Any]
-) -> dict[str, Evaluation]:
-    """What a version was measured to be, by model.
-
-    Raises ValueError if it was evaluated by another version of the code.
-    """
-    where = f"summary.json of {registry.name} version {version}"
-    return {
-        model: Evaluation.from_json(found, where=where)
-        for model, found in summary["models"].items()
-    }
-
-
 def limits(found: Sequence[Check]) -> dict[str, float]:
     """The rules about numbers, by their keys in params.yaml and, where that is, the step count."""
-    return {name(check): check.limit for check in found if check.limit is not None}
+    return {_key(check): check.limit for check in found if check.limit is not None}
 
 
 def values(found: Sequence[Check]) -> dict[str, float]:
@@ -124,22 +295,50 @@ def values(found: Sequence[Check]) -> dict[str, float]:
     numbers = {}
     for check in found:
         if check.value is not None:
-            numbers[f"candidate.{check.model}.{name(check)}"] = check.value
+            numbers[f"candidate.{check.model}.{_key(check)}"] = check.value
         if check.champion is not None:
-            numbers[f"champion.{check.model}.{name(check)}"] = check.champion
+            numbers[f"champion.{check.model}.{_key(check)}"] = check.champion
     return numbers
 
 
-def name(check: Check) -> str:
-    """The rule, and at how many steps."""
+def _key(check: Check) -> str:
     return check.rule if check.num_steps is None else f"{check.rule}.{check.num_steps}"
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m components.promote")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a decision, for this command line and the flow's."""
     parser.add_argument("--version", help="of the registered guide; default: the newest")
+    flags = {
+        "dry_run": "say what would be decided, and change nothing",
+        "reevaluate": "judge candidate and champion anew, by the present params.yaml",
+        "allow_dirty": "also what was made by code that is in no commit",
+        "force": "promote whatever the rules say; needs --reason",
+        "rollback": "make the one champion that was it before",
+    }
+    for name, text in flags.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    parser.add_argument("--reason", default="", metavar="TEXT", help="why; kept with the decision")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m components.promote")
+    add_options(parser)
+    parser.add_argument("--page", type=Path, help="write what was decided there, in Markdown")
     parser.add_argument(
         "--log", action="store_true", help="show every decision, and decide nothing"
     )
-    arguments = parser.parse_args()
-    main(print_log if arguments.log else partial(run, version=arguments.version))
+    return parser.parse_args()
+
+
+def from_command_line(params: Params, arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises as `run` and `Options` do."""
+    given = vars(arguments)
+    if given.pop("log"):
+        print_log(params)
+        return
+    run(params, given.pop("version"), Options(**given))
+
+
+if __name__ == "__main__":
+    main(partial(from_command_line, arguments=parsed()))

@@ -35,9 +35,10 @@ class Check:
     """One rule, held against one model at one number of steps.
 
     Attributes:
-        rule: its key in `promote` of params.yaml, such as `fid.min_gain`; or `complete` (all was
-            measured) or `comparable` (as the champion was), which are about no number.
-        model: its name in params.yaml.
+        rule: its key in `promote` of params.yaml, such as `fid.min_gain`; or one about no number:
+            `complete` (all was measured), `comparable` (as the champion was), `usable`, `clean
+            commit`.
+        model: its name in params.yaml; `all` for what is not about a model.
         num_steps: None for what is not a matter of steps.
         limit: None for a rule about no number.
         is_least: whether `limit` is the least that passes; else it is the most.
@@ -122,6 +123,19 @@ def checks(
         else:
             found.append(_about("complete", model, ["it was not evaluated on this model"]))
     return found or [_about("complete", "no model", ["it was evaluated on no model"])]
+
+
+def clean(commit: str, *, allow_dirty: bool) -> Check:
+    """Whether what made the guide is in a commit, so that it can be made again."""
+    is_known = commit not in ("none", "unknown") and not commit.endswith("-dirty")
+    note = f"made by {commit}, which is no commit: commit, make it again, or --allow-dirty"
+    passed = is_known or allow_dirty
+    return Check(rule="clean commit", model="all", passed=passed, note="" if is_known else note)
+
+
+def unusable(what: str, why: str) -> Check:
+    """The check that fails where the results of a version can't be used."""
+    return Check(rule="usable", model=what, passed=False, note=why)
 
 
 def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = ()) -> list[str]:

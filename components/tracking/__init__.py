@@ -1,12 +1,27 @@
 """MLflow: one run for each stage that has something to say, and the registry of guides.
 
 `store` says where it is and asks it, `journal` keeps on disk what a run has to say, `delivery`
-brings that to MLflow, `runs` and `registry` are what stages use. Only the driving process writes;
-workers report through it.
+brings that to MLflow, `runs` and `registry` are what stages use, `decisions` and `lock` what
+`registry` uses. Only the driving process writes; workers report through it.
 """
 
-from components.tracking.registry import CHAMPION, Decision, Registry
+from components.tracking.decisions import FORCED, PROMOTED, REFUSED, ROLLED_BACK, Decision
+from components.tracking.registry import CHAMPION, PREVIOUS, Registry
 from components.tracking.runs import Run, TrainingRun
-from components.tracking.store import Store, TrackingError
+from components.tracking.store import LostError, Store, TrackingError
 
-__all__ = ["CHAMPION", "Decision", "Registry", "Run", "Store", "TrackingError", "TrainingRun"]
+__all__ = [
+    "CHAMPION",
+    "FORCED",
+    "PREVIOUS",
+    "PROMOTED",
+    "REFUSED",
+    "ROLLED_BACK",
+    "Decision",
+    "LostError",
+    "Registry",
+    "Run",
+    "Store",
+    "TrackingError",
+    "TrainingRun",
+]

@@ -1,59 +1,31 @@
-"""Versions of one registered model, its champion, and the log of what was decided about it.
-
-A decision is a run of its own in the experiment `<model>-decisions`: nothing overwrites another.
-"""
+"""Versions of one registered model, its champion, and who was it before."""
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from components.params import Tracking
+from components.tracking.decisions import (
+    NOBODY,
+    REFUSED,
+    ROLLED_BACK,
+    Decision,
+    record,
+    recorded,
+)
 from components.tracking.delivery import KEY
+from components.tracking.lock import DecisionLock
 from components.tracking.runs import Run, settle_or_warn
-from components.tracking.store import Store, TrackingError, database_of, is_absent
+from components.tracking.store import LostError, Store, TrackingError, database_of, is_absent
 
 CHAMPION = "champion"
-PROMOTED, REFUSED = "promoted", "refused"
-NOBODY = "none"  # how a log says that there was no champion
-PAGE = 1000  # decisions read in a call
-MAX_TAG = 5000  # characters that MLflow's databases have room for
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What was decided about a candidate, and on what.
-
-    Attributes:
-        verdict: ``promoted`` or ``refused``.
-        candidate: the version that was judged.
-        champion: the version that it was compared with; None if there was none.
-        reasons: why it was refused.
-        rules: the limits that held.
-        values: the numbers that they were held against, by `candidate.…` and `champion.…`.
-        commit: of the code that made the candidate.
-        who: `user@host:folder`; known once it is recorded.
-        when: known once it is recorded.
-        is_done: False if whoever decided was stopped before the alias was seen to have moved.
-    """
-
-    verdict: str
-    candidate: str
-    champion: str | None
-    reasons: Sequence[str] = ()
-    rules: Mapping[str, float] = field(default_factory=dict)
-    values: Mapping[str, float] = field(default_factory=dict)
-    commit: str = "unknown"
-    who: str = ""
-    when: datetime = datetime.min.replace(tzinfo=UTC)
-    is_done: bool = True
+PREVIOUS = "previous"
 
 
 class Registry:
@@ -63,6 +35,7 @@ class Registry:
         self._tracking, self.name = tracking, name
         self.store = Store(tracking)
         self._client = self.store.client
+        self._lock: DecisionLock | None = None
 
     def settle(self) -> None:
         """End what earlier runs of this checkout left unfinished."""
@@ -88,12 +61,20 @@ class Registry:
         return str(versions[-1]) if versions else None
 
     def champion(self) -> str | None:
-        """The version with the alias, or None if the registry, asked in two ways, has none."""
+        """The champion, or None if the registry, asked in two ways, has none."""
+        return self._named(CHAMPION)
+
+    def previous(self) -> str | None:
+        """Who was champion before, or None if the registry, asked in two ways, has none."""
+        return self._named(PREVIOUS)
+
+    def _named(self, alias: str) -> str | None:
+        """The version with the alias."""
         model = self._model()
-        listed = model.aliases.get(CHAMPION) if model else None
-        with self.store.asking(f"read who the {CHAMPION} of {self.name} is"):
+        listed = model.aliases.get(alias) if model else None
+        with self.store.asking(f"read who the {alias} of {self.name} is"):
             try:
-                named = self._client.get_model_version_by_alias(self.name, CHAMPION).version
+                named = self._client.get_model_version_by_alias(self.name, alias).version
             except MlflowException as error:
                 # This is how MLflow says that an alias is missing.
                 odd = error.error_code == "INVALID_PARAMETER_VALUE" and "not found" in str(error)
@@ -102,7 +83,7 @@ class Registry:
                 named = None
         if str(listed) != str(named):
             raise TrackingError(
-                f"MLflow at {self.store.name}: its two answers to who the {CHAMPION} of "
+                f"MLflow at {self.store.name}: its two answers to who the {alias} of "
                 f"{self.name} is differ: {listed or NOBODY} and {named or NOBODY}. Run the same "
                 "command again"
             )
@@ -122,11 +103,15 @@ class Registry:
     def folder(self, version: str) -> Path:
         """The version's files, on this disk.
 
-        Raises ValueError if there is no such version, TrackingError if its files are lost.
+        Raises ValueError if there is no such version, LostError if its files are lost.
         """
         uri = self._usable(version)
         with self.store.asking(f"download {self.name} version {version}"):
             return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+
+    def check_files(self, version: str) -> None:
+        """See that the version has its files. Raises as `folder` does."""
+        self._usable(version)
 
     def summary(self, version: str) -> dict[str, Any]:
         """What the version was measured to be: its summary.json. Raises as `folder` does."""
@@ -190,70 +175,59 @@ class Registry:
             return version
         return str(made.version)
 
-    def decide(self, decision: Decision) -> None:
-        """Record the decision and, if it is to promote, move the alias and see that it moved.
+    @contextmanager
+    def deciding(self, *, wait_s: float) -> Iterator[None]:
+        """While it is open, nobody else decides: read and judge in it what `decide` is told.
+
+        Raises TrackingError where someone else is at it for longer than `wait_s`.
+        """
+        with DecisionLock(self.store, self.name, wait_s=wait_s) as lock:
+            self._lock = lock
+            try:
+                yield
+            finally:
+                self._lock = None
+
+    def decide(self, decision: Decision, *, files: Sequence[Path] = ()) -> None:
+        """Record the decision and, where it is to move the alias, move it and see that it moved.
+
+        Args:
+            decision: what was decided, while `deciding`.
+            files: what it is based on, kept with the record.
 
         Raises TrackingError if the champion is no longer the one that the candidate was compared
         with, or if the registry does not do as told; the record says so.
         """
-        before = decision.champion or NOBODY
-        title = f"version {decision.candidate} {decision.verdict}, champion before: {before}"
-        tags = {
-            "verdict": decision.verdict,
-            "model": self.name,
-            "candidate": decision.candidate,
-            "champion": before,
-            "commit": decision.commit,
-            "mlflow.note.content": "\n".join([title, *(f"- {why}" for why in decision.reasons)]),
-        }
-        tags |= {f"reason.{i:04}": why for i, why in enumerate(decision.reasons, 1)}
-        tags = {name: value[:MAX_TAG] for name, value in tags.items()}
-        with Run(
-            self.store,
-            self._tracking,
-            "promote",
-            name=title,
-            params={f"rule.{name}": value for name, value in decision.rules.items()},
-            experiment=f"{self.name}-decisions",
-            tags=tags,
-        ) as run:
-            run.metrics(decision.values)
-            if decision.verdict == PROMOTED:
-                self._crown(decision.candidate, instead_of=decision.champion)
+        assert self._lock, "decide in a block of deciding()"
+        with record(self.store, self._tracking, self.name, decision, files):
+            if decision.verdict != REFUSED:
+                self._crown(decision, self._lock)
 
     def decisions(self) -> list[Decision]:
         """All decisions, the oldest first."""
-        with self.store.asking("read the decisions"):
-            experiment = self._client.get_experiment_by_name(f"{self.name}-decisions")
-            if experiment is None:
-                return []
-            runs, token = [], None
-            while True:
-                page = self._client.search_runs(
-                    [experiment.experiment_id],
-                    run_view_type=ViewType.ALL,
-                    max_results=PAGE,
-                    order_by=["attributes.start_time ASC"],
-                    page_token=token,
-                )
-                runs += page
-                if not (token := page.token):
-                    break
-        return [_decision(run) for run in runs if "verdict" in run.data.tags]
+        return recorded(self.store, self.name)
 
-    def _crown(self, version: str, *, instead_of: str | None) -> None:
-        if (now := self.champion()) != instead_of:
+    def _crown(self, decision: Decision, lock: DecisionLock) -> None:
+        """Move `champion`, and `previous` to who had it before."""
+        version, before = decision.candidate, decision.champion
+        if (now := self.champion()) != before:
             raise TrackingError(
                 f"{self.name}: version {now or NOBODY} became {CHAMPION} while version {version} "
-                f"was compared with {instead_of or NOBODY}. Nothing was changed: run the same "
+                f"was compared with {before or NOBODY}. Nothing was changed: run the same "
                 "command again"
             )
-        with self.store.asking(f"make version {version} of {self.name} its {CHAMPION}"):
-            self._client.set_registered_model_alias(self.name, CHAMPION, version)
+        moves = [(PREVIOUS, before), (CHAMPION, version)]
+        if decision.verdict == ROLLED_BACK:
+            moves.reverse()  # so that the one that is gone back to has an alias all the time
+        for alias, to in moves:
+            if to is not None:
+                lock.check()
+                with self.store.asking(f"make version {to} of {self.name} its {alias}"):
+                    self._client.set_registered_model_alias(self.name, alias, to)
         if (now := self.champion()) != version:
             raise TrackingError(
                 f"{self.name}: the {CHAMPION} was set to version {version}, and is "
-                f"{now or NOBODY}: someone else decided at the same time. See python -m "
+                f"{now or NOBODY}: someone else moved it at the same time. See python -m "
                 "components.promote --log, then run the same command again"
             )
 
@@ -288,7 +262,7 @@ class Registry:
         """The URI of the version's files, which are there."""
         uri = self._location(version)
         if self._is_lost(uri):
-            raise TrackingError(
+            raise LostError(
                 f"{self.name} version {version} is registered, but its files are lost: there is "
                 f"nothing at {uri}. Bring them back, or register the guide again: "
                 "dvc repro --force --single-item register"
@@ -315,19 +289,3 @@ class Registry:
             f"checkout moved without them, or is a disk missing? They belong beside "
             f"{database or self.store.name}"
         )
-
-
-def _decision(run: Any) -> Decision:
-    tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
-    return Decision(
-        verdict=tags["verdict"],
-        candidate=tags["candidate"],
-        champion=None if tags["champion"] == NOBODY else tags["champion"],
-        reasons=[tags[name] for name in sorted(tags) if name.startswith("reason.")],
-        rules={name.removeprefix("rule."): float(value) for name, value in params.items()},
-        values=dict(metrics),
-        commit=tags["commit"],
-        who=tags.get("pnp.place", ""),
-        when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
-        is_done=run.info.status == "FINISHED",
-    )

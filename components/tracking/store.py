@@ -35,6 +35,10 @@ class TrackingError(OSError):
     """MLflow could not be asked or refused. The message is one line that says what to do."""
 
 
+class LostError(TrackingError):
+    """What is registered has no files any more, by the word of the place that had them."""
+
+
 class Store:
     """One MLflow store, open. Raises TrackingError, before anything is asked, if it can't work."""
 
