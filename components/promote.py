@@ -55,9 +55,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.force and not self.reason.strip():
-            raise ValueError(
-                'to force needs a reason: --force --reason "why the rules do not count"'
-            )
+            raise ValueError("--force needs --reason: why the rules do not count")
         if self.rollback and (self.force or self.reevaluate):
             raise ValueError("--rollback compares nothing: leave out --force and --reevaluate")
 
@@ -307,7 +305,7 @@ def _key(check: Check) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a decision, for this command line and the flow's."""
-    parser.add_argument("--version", help="of the registered guide; default: the newest")
+    parser.add_argument("--version", type=int, help="of the registered guide; default: the newest")
     flags = {
         "dry_run": "say what would be decided, and change nothing",
         "reevaluate": "judge candidate and champion anew, by the present params.yaml",
@@ -337,7 +335,8 @@ def from_command_line(params: Params, arguments: argparse.Namespace) -> None:
     if given.pop("log"):
         print_log(params)
         return
-    run(params, given.pop("version"), Options(**given))
+    version = given.pop("version")
+    run(params, None if version is None else str(version), Options(**given))
 
 
 if __name__ == "__main__":

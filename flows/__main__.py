@@ -18,6 +18,7 @@ from components.environment import quiet
 from components.overrides import overridden
 from components.params import Params, ParamsError, load_params
 from components.paths import REPORT
+from components.promote import add_options
 from flows import guard
 from flows.start import STAGES
 
@@ -55,7 +56,7 @@ def main() -> None:
     evaluation.add_argument("--name", default="", help="default: the last part of its path")
     flows.add_parser("reevaluate", help="measure the champion again")
     promotion = flows.add_parser("promote", help="make a registered guide the champion")
-    promotion.add_argument("--version", type=int, help="default: the newest")
+    add_options(promotion)
     arguments = parser.parse_args()
 
     quiet()
@@ -89,7 +90,8 @@ def main() -> None:
         elif arguments.flow == "reevaluate":
             reevaluate_flow()
         else:
-            promote_flow(arguments.version)
+            given = {name: value for name, value in vars(arguments).items() if name != "flow"}
+            sys.exit(promote_flow(**given))
     except ParamsError as error:
         stop(error, exit_code=2)
     except StageFailed as error:

@@ -78,7 +78,7 @@ def register(
 ) -> str:
     """Register a guide that is only its summary; returns the version."""
     models = results(guidance_fvu=fvu, **numbers)
-    key = key or f"key-{fvu}{numbers}"
+    key = key or f"key-{fvu}-{hash(str(numbers))}"
     folder = Path("guide")
     write_json(folder / "summary.json", {"lineage": {"git_commit": commit}, "models": models})
     registry = Registry(tracking, NAME)

@@ -503,15 +503,19 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
 
 
 def test_promote_refuses_then_promotes(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside_git = promote.Options(allow_dirty=True)
     registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     with pytest.raises(SystemExit) as left:
-        promote.run(params_with(promote={"guidance_fvu": {"most": 0.001, "max_loss": None}}))
+        promote.run(
+            params_with(promote={"guidance_fvu": {"most": 0.001, "max_loss": None}}),
+            options=outside_git,
+        )
     assert left.value.code == promote.REFUSED == 3
     assert "base: guidance_fvu.most: " in capsys.readouterr().err
     assert registry.champion() is None
-    promote.run(params_with())
+    promote.run(params_with(), options=outside_git)
     assert registry.champion() == registry.newest()
-    promote.run(params_with())
+    promote.run(params_with(), options=outside_git)
     assert "champion already" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no usable version 99"):
         promote.run(params_with(), version="99")

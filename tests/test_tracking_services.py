@@ -9,8 +9,8 @@ from mlflow.entities import ViewType
 from components import promote
 from components.params import Params, Register, Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
+from tests import test_promote
 from tests.stores import NAME, Server, make_checkout, proxy, register
-from tests.test_promote import RULES
 
 pytest_plugins = ["tests.stores"]
 pytestmark = pytest.mark.services
@@ -32,9 +32,7 @@ def here(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def params(tracking: Tracking, name: str) -> Params:
-    return Params.model_construct(
-        tracking=tracking, register_=Register(name=name), promote=RULES, models={}
-    )
+    return test_promote.params(tracking).model_copy(update={"register_": Register(name=name)})
 
 
 def on(server: Server, experiment: str = "toy") -> Tracking:

@@ -1,0 +1,277 @@
+"""Deciding about a champion: alone, with a reason, dry, and back again."""
+
+import multiprocessing
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from components import promote
+from components.promote import Options
+from components.tracking import Decision, Registry, TrackingError, lock
+from components.tracking.lock import DecisionLock
+from tests.stores import NAME, TOY, Calls, register
+from tests.test_promote import champion, decide, params
+
+pytest_plugins = ["tests.stores"]
+
+
+def aliases() -> tuple[str | None, str | None]:
+    """The champion and who was it before."""
+    registry = Registry(TOY, NAME)
+    return registry.champion(), registry.previous()
+
+
+def verdicts() -> list[tuple[str, str, str | None]]:
+    return [(d.verdict, d.candidate, d.champion) for d in Registry(TOY, NAME).decisions()]
+
+
+def held(seconds: float = 0.0, **of: Any) -> DecisionLock:
+    """A lock of this process, unopened."""
+    return DecisionLock(Registry(TOY, NAME).store, NAME, wait_s=seconds, **of)
+
+
+@pytest.fixture
+def two_versions(place: Path) -> None:
+    """Version 1 is champion, version 2 better and version 3 worse than it."""
+    for fvu in (0.5, 0.4, 0.7):
+        register(fvu)
+    assert decide("1") == 0
+
+
+# Options
+
+
+def test_a_dry_run_says_all_and_changes_nothing(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = verdicts()
+    capsys.readouterr()
+    assert decide("3", dry_run=True) == 3
+    told = capsys.readouterr()
+    assert "FAILS  base: guidance_fvu.max_loss: 0.200 [" in told.out
+    assert told.out.count("holds  base, 16 steps: ") == 6 and "refused: " in told.err
+    assert decide("2", dry_run=True) == 0
+    assert "version 2 would be champion (promoted), before: 1" in capsys.readouterr().out
+    assert (aliases(), verdicts()) == (("1", None), before)
+
+
+def test_what_is_forced_has_a_reason_that_is_kept(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("3") == 3
+    assert decide("3", force=True, reason="the judge does not know this style") == 0
+    forced = Registry(TOY, NAME).decisions()[-1]
+    assert (forced.verdict, forced.why) == ("forced", "the judge does not know this style")
+    assert forced.reasons == Registry(TOY, NAME).decisions()[-2].reasons
+    assert aliases() == ("3", "1")
+    capsys.readouterr()
+    promote.print_log(params())
+    assert "reason given: the judge does not know this style" in capsys.readouterr().out
+
+
+def test_what_passes_is_promoted_and_not_forced(two_versions: None) -> None:
+    assert decide("2", force=True, reason="be sure") == 0
+    assert verdicts()[-1][0] == "promoted"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"force": True}, "--force needs --reason"),
+        ({"force": True, "reason": "  "}, "--force needs --reason"),
+        ({"rollback": True, "force": True, "reason": "x"}, "compares nothing"),
+        ({"rollback": True, "reevaluate": True}, "compares nothing"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(
+    options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        Options(**options)
+
+
+def test_a_rollback_names_no_version(two_versions: None) -> None:
+    with pytest.raises(ValueError, match="leave out --version"):
+        promote.run(params(), "2", Options(rollback=True))
+
+
+@pytest.mark.parametrize("commit", ["c0ffee-dirty", "none", "unknown"])
+def test_what_no_commit_has_is_refused_unless_allowed(
+    place: Path, commit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(commit=commit)
+    assert decide("1") == 3 and champion() is None
+    assert f"made by {commit}, which is no commit" in capsys.readouterr().err
+    assert decide("1", allow_dirty=True) == 0 and champion() == "1"
+
+
+def test_the_page_says_what_was_decided(two_versions: None, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    assert decide("3", page=page) == 3
+    text = page.read_text()
+    assert text.startswith("# pnp-guide version 3: refused\n\nIt does not become champion: ")
+    assert "| base |  | `guidance_fvu.max_loss` | ≤ 0.03 | 0.200 |" in text
+    assert Registry(TOY, NAME).decisions()[-1].text == text[:5000]
+    assert decide("1", page=page) == 0 and "is the champion already" in page.read_text()
+
+
+# Back again
+
+
+def test_a_rollback_goes_to_the_champion_before_and_can_be_undone(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("2") == 0 and aliases() == ("2", "1")
+    assert decide(rollback=True, reason="users complain") == 0
+    assert aliases() == ("1", "2")
+    assert verdicts()[-1] == ("rolled back", "1", "2")
+    assert Registry(TOY, NAME).decisions()[-1].why == "users complain"
+    assert "version 1 is now champion (rolled back), before: 2" in capsys.readouterr().out
+    assert decide(rollback=True) == 0 and aliases() == ("2", "1")
+
+
+def test_without_a_previous_champion_nothing_is_rolled_back(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = verdicts()
+    assert decide(rollback=True) == 1
+    said = capsys.readouterr().err
+    assert "has no previous champion to go back to: the alias 'previous' is not set" in said
+    assert len(said.splitlines()) == 1 and verdicts() == before
+
+
+def test_a_previous_champion_whose_files_are_lost_is_not_gone_back_to(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("2") == 0
+    folder = Registry(TOY, NAME).folder("1")
+    folder.rename(folder.with_name("elsewhere"))
+    assert decide(rollback=True) == 1
+    assert "its files are lost" in capsys.readouterr().err and aliases() == ("2", "1")
+
+
+def test_a_rollback_happens_or_an_error_is_told_whichever_call_fails(
+    two_versions: None, calls: Calls
+) -> None:
+    client = Registry(TOY, NAME).store.client
+
+    def reset(fails_at: int | None = None) -> None:
+        client.set_registered_model_alias(NAME, "champion", "2")
+        client.set_registered_model_alias(NAME, "previous", "1")
+        calls.reset(fails_at)
+
+    reset()
+    assert decide(rollback=True) == 0
+    number = len(calls.names)
+    for failing in range(number):
+        reset(failing)
+        code = decide(rollback=True)
+        calls.reset()
+        assert "1" in aliases(), "who is gone back to has an alias all the time"
+        assert (code, aliases()) in (
+            (0, ("1", "2")),
+            (1, ("2", "1")),
+            (1, ("1", "1")),
+            (1, ("1", "2")),
+        )
+
+
+def test_a_champion_whose_files_are_lost_can_be_replaced_by_force_alone(
+    two_versions: None,
+) -> None:
+    folder = Registry(TOY, NAME).folder("1")
+    folder.rename(folder.with_name("elsewhere"))
+    assert decide("2") == 1 and champion() == "1"
+    assert decide("2", force=True, reason="its files are gone") == 0 and champion() == "2"
+    assert "its files are lost" in Registry(TOY, NAME).decisions()[-1].reasons[0]
+
+
+# Alone
+
+
+def test_while_one_decides_another_waits_and_says_for_whom(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with held():
+        assert decide("2") == 1
+        said = capsys.readouterr().err
+        assert "someone else is deciding on pnp-guide (" in said and "run the same command" in said
+        assert aliases() == ("1", None)
+    assert decide("2") == 0
+    names = [model.name for model in Registry(TOY, NAME).store.client.search_registered_models()]
+    assert names == [NAME], "no lock is left"
+
+
+def test_a_lock_whose_process_is_gone_is_taken_over_at_once(two_versions: None) -> None:
+    left = held()
+    left.__enter__()
+    left._alive.end(is_over=False)  # as when it was killed
+    began = time.monotonic()
+    assert decide("2") == 0
+    assert time.monotonic() - began < 5
+
+
+def test_a_lock_of_elsewhere_is_taken_over_when_it_has_expired(two_versions: None) -> None:
+    left = held()
+    with pytest.MonkeyPatch.context() as elsewhere:
+        elsewhere.setattr(lock, "owner", lambda: SimpleNamespace(place="b@b:/b"))
+        elsewhere.setattr(lock, "LEASE_S", -lock.CLOCKS_DIFFER_S - 1)
+        left.__enter__()
+    with held(), pytest.raises(TrackingError, match="Nothing was changed: run the same command"):
+        left.check()
+
+
+def test_of_two_who_see_the_same_stale_lock_none_takes_the_others(two_versions: None) -> None:
+    left = held()
+    left.__enter__()
+    left._alive.end(is_over=False)
+    slow = held()
+    seen = slow._read()
+    assert seen and lock._is_stale(seen)
+    with held() as quick:
+        slow._take_away(seen)  # late: that lock is gone, and this one another's
+        quick.check()
+        with pytest.raises(TrackingError, match="someone else is deciding"):
+            slow.__enter__()
+
+
+def test_a_lock_that_was_held_for_too_long_changes_nothing(
+    two_versions: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lock, "LEASE_S", lock.CLOCKS_DIFFER_S - 1)
+    assert decide("2") == 1
+    assert "deciding took longer than" in capsys.readouterr().err
+    assert aliases() == ("1", None) and not Registry(TOY, NAME).decisions()[-1].is_done
+
+
+def test_a_decision_without_the_lock_is_a_mistake_of_the_code(two_versions: None) -> None:
+    with pytest.raises(AssertionError):
+        Registry(TOY, NAME).decide(Decision(verdict="promoted", candidate="2", champion="1"))
+
+
+def in_another_process(version: str, barrier: Any) -> None:
+    barrier.wait()
+    raise SystemExit(decide(version))
+
+
+def test_of_two_decisions_at_once_the_second_knows_of_the_first(place: Path) -> None:
+    for fvu in (0.5, 0.4, 0.3):
+        register(fvu)
+    assert decide("1") == 0
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    both = [context.Process(target=in_another_process, args=(v, barrier)) for v in ("2", "3")]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    codes = [process.exitcode for process in both]
+    if codes == [0, 0]:
+        assert verdicts()[1:] == [("promoted", "2", "1"), ("promoted", "3", "2")]
+    else:
+        assert codes == [3, 0]
+        assert verdicts()[1:] == [("promoted", "3", "1"), ("refused", "2", "3")]
+    assert champion() == "3"
