@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 MEASURED_BY = 1
 
 
-def run(params: Params, model: str) -> None:
-    """Write results/evaluate/<model>.
+def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUATED) -> None:
+    """Write results/evaluate/<model>, or `into`/<model> for another `guide` than guides/bundle.
 
     Raises ValueError if params.yaml has no such model, if guide and model don't fit, and for a
     judge or references that can't be used; all before anything is sampled.
@@ -48,16 +48,17 @@ def run(params: Params, model: str) -> None:
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
     judges = open_judges(params, model)
-    work = Work.of(params, model)
+    work = Work.of(params, model, guide)
     sample_missing(work, model)
     evaluation = measure(work, model, judges)
-    with atomic_folder(EVALUATED / model) as folder:
+    with atomic_folder(into / model) as folder:
         evaluation.save(folder)
         write_json(folder / "metrics.json", headline(evaluation))
         write_curves(evaluation, folder)
         write_grid(work, model, folder)
         Gallery(model, work.tasks, work.recipes).save(folder)
-    work.kept.forget_all_but([*work.recipes.values(), *work.measured])
+    if guide == BUNDLE:
+        work.kept.forget_all_but([*work.recipes.values(), *work.measured])
     num_steps = evaluation.num_steps[0]
     fids = [
         f"{method} {cell.scores['fid'].value:.4g}"
@@ -82,6 +83,7 @@ class Work:
         negative_tasks: the first of them with negative prompts.
         recipes: of the images of each setting.
         measured: recipes of what else takes forwards.
+        folder: of the guides.
     """
 
     sampler: "Sampler"
@@ -91,9 +93,10 @@ class Work:
     negative_tasks: list[Task]
     recipes: dict[Setting, Recipe]
     measured: list[Recipe]
+    folder: Path
 
     @classmethod
-    def of(cls, params: Params, model: str) -> "Work":
+    def of(cls, params: Params, model: str, folder: Path = BUNDLE) -> "Work":
         """Open the model. Raises ValueError if the guide doesn't fit it."""
         from components.device import device
         from components.rows import load_row
@@ -104,7 +107,7 @@ class Work:
         row = params.models[model]
         tasks = choose_tasks(params.evaluate, row)
         pipe = load_row(row, params.base)
-        bundle = GuideBundle.load(BUNDLE).to(device())
+        bundle = GuideBundle.load(folder).to(device())
         for guide in bundle.guides.values():
             guide.requires_grad_(False).check_fits(pipe.unet)
         sampler = Sampler(pipe, bundle, params, row)
@@ -118,6 +121,7 @@ class Work:
             negative_tasks=with_negatives(tasks, params.evaluate.negative_prompts),
             recipes={setting: sampler.recipe(setting, identity) for setting in settings},
             measured=[],
+            folder=folder,
         )
 
     @property
@@ -185,7 +189,7 @@ def sample_missing(work: Work, model: str) -> None:
 
     params = work.sampler.params
     if params.cluster.num_workers:
-        make = partial(sampling, model=model)
+        make = partial(sampling, model=model, folder=work.folder)
         run_tasks(make, params, [list(sizes)], count, name=f"evaluate {model}")
         work.kept.look_again()
     else:
@@ -194,9 +198,9 @@ def sample_missing(work: Work, model: str) -> None:
             count(work.named(setting, tasks))
 
 
-def sampling(params: Params, model: str) -> Callable[[str], None]:
+def sampling(params: Params, model: str, folder: Path) -> Callable[[str], None]:
     """The work of each Ray worker: it opens the model once, and then makes batches by name."""
-    return Work.of(params, model).make_named
+    return Work.of(params, model, folder).make_named
 
 
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
@@ -300,5 +304,6 @@ def write_grid(work: Work, model: str, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m components.evaluate")
     parser.add_argument("--model", required=True, help="a name among `models` in params.yaml")
-    arguments = parser.parse_args()
-    main(partial(run, model=arguments.model))
+    parser.add_argument("--guide", type=Path, default=BUNDLE, help="default: %(default)s")
+    parser.add_argument("--into", type=Path, default=EVALUATED, help="default: %(default)s")
+    main(partial(run, **vars(parser.parse_args())))

@@ -4,7 +4,6 @@ Parsed once, before anything heavy loads. An unknown or ill-typed key is refused
 One section for each stage, of the stage's name; `models`, `tracking` and `cluster` beside them.
 """
 
-import dataclasses
 import difflib
 import re
 from collections.abc import Mapping
@@ -12,12 +11,13 @@ from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
+from components.rules import Promote
+from components.section import Count, Positive, Section
 from pnp_core.settings import (
     CacheConfig,
     CacheSettings,
@@ -30,12 +30,9 @@ from pnp_core.settings import (
     TrainConfig,
 )
 
-Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guided = Annotated[float, Field(gt=1)]  # at 1 there is no guidance
-LossOrZero = Annotated[float, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0)]
 # FID of few images is mostly bias. On the embedded base that of 32 finds CFG surely worse than no
 # guidance (by 6.0, interval 0.7 to 11.5), of 64 no longer, and of 192 surely better (4.7, 2.4 to
@@ -68,35 +65,6 @@ RegisteredName = Annotated[
 
 class ParamsError(ValueError):
     """params.yaml says something that it can't mean. The message is one line and names the key."""
-
-
-class Section(BaseModel, frozen=True):
-    """Part of params.yaml: frozen, and strict about names and types.
-
-    One that is made from a dataclass of the library has its fields and its ranges, but no defaults:
-    params.yaml says everything.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        library = {
-            field.name
-            for base in cls.__mro__
-            if dataclasses.is_dataclass(base)
-            for field in dataclasses.fields(base)
-        }
-        for name in library:
-            cls.model_fields[name].default = PydanticUndefined
-        cls.model_rebuild(force=True)
-
-    @model_validator(mode="after")
-    def _in_range(self) -> Self:
-        for base in type(self).__mro__:
-            if dataclasses.is_dataclass(base) and "__post_init__" in vars(base):
-                vars(base)["__post_init__"](self)
-        return self
 
 
 class Model(Section, frozen=True):
@@ -199,38 +167,6 @@ class Register(Section, frozen=True):
     """Under which name the guide goes to the model registry."""
 
     name: RegisteredName
-
-
-class ScoreRule(Section, frozen=True):
-    """What a score of the guide's images must be. A rule that is null does not hold."""
-
-    min_gain: float | None  # of what CFG gains over no guidance, the share that the guide gains
-    ratio: Positive | None  # to CFG's score, where that gain says nothing: the worst that passes
-    max_loss: LossOrZero | None  # of either, against the champion
-
-
-class NumberRule(Section, frozen=True):
-    """What a number that is no matter of images or steps must be; lower is better."""
-
-    most: Positive
-    max_loss: LossOrZero | None  # against the champion
-
-
-Rule = ScoreRule | NumberRule
-
-
-class Promote(Section, frozen=True):
-    """A candidate becomes champion only if all of this holds, for every model and step count."""
-
-    min_images: Count  # of each method and setting
-    guidance_fvu: NumberRule
-    flops_ratio: NumberRule  # guided over CFG, of a step
-    scores: dict[str, ScoreRule]  # by their names in an evaluation
-    at_steps: dict[int, dict[str, ScoreRule]]  # in place of these at some number of steps
-
-    def at(self, num_steps: int) -> dict[str, ScoreRule]:
-        """The rules for scores at a number of steps."""
-        return {**self.scores, **self.at_steps.get(num_steps, {})}
 
 
 class Tracking(Section, frozen=True):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from components.evaluation import Estimate, Evaluation
 from components.methods import METHODS
-from components.params import NumberRule, Promote, Rule
+from components.rules import NumberRule, Promote, Rule
 
 LOWER_IS_BETTER = ("fid", "kid")
 # What an evaluation's identity is called in a sentence; a name that is not here stands for itself.

@@ -30,7 +30,7 @@ STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
 PLUMBING = {"cli", "cluster", "environment", "errors", "mlflow_place", "params", "paths"}
-PLUMBING |= {"progress", "snapshot", "tracking"}
+PLUMBING |= {"progress", "rules", "section", "snapshot", "tracking"}
 
 
 def own_imports(path: Path) -> Iterator[Path]:

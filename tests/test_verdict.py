@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from components.evaluation import Cell, Estimate, Evaluation
-from components.params import NumberRule, Promote, ScoreRule, load_params
+from components.params import load_params
+from components.rules import NumberRule, Promote, ScoreRule
 from components.verdict import Check, checks, measured
 from tests.evaluations import estimate, evaluation
 from tests.toy import ROOT

@@ -1,0 +1,41 @@
+"""The section `promote` of params.yaml: what a guide must be to become champion."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from components.section import Count, Positive, Section
+
+LossOrZero = Annotated[float, Field(ge=0)]
+
+
+class ScoreRule(Section, frozen=True):
+    """What a score of the guide's images must be. A rule that is null does not hold."""
+
+    min_gain: float | None  # of what CFG gains over no guidance, the share that the guide gains
+    ratio: Positive | None  # to CFG's score, where that gain says nothing: the worst that passes
+    max_loss: LossOrZero | None  # of either, against the champion
+
+
+class NumberRule(Section, frozen=True):
+    """What a number that is no matter of images or steps must be; lower is better."""
+
+    most: Positive
+    max_loss: LossOrZero | None  # against the champion
+
+
+Rule = ScoreRule | NumberRule
+
+
+class Promote(Section, frozen=True):
+    """A candidate becomes champion only if all of this holds, for every model and step count."""
+
+    min_images: Count  # of each method and setting
+    guidance_fvu: NumberRule
+    flops_ratio: NumberRule  # guided over CFG, of a step
+    scores: dict[str, ScoreRule]  # by their names in an evaluation
+    at_steps: dict[int, dict[str, ScoreRule]]  # in place of these at some number of steps
+
+    def at(self, num_steps: int) -> dict[str, ScoreRule]:
+        """The rules for scores at a number of steps."""
+        return {**self.scores, **self.at_steps.get(num_steps, {})}

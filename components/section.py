@@ -1,0 +1,39 @@
+"""What the sections of params.yaml have in common."""
+
+import dataclasses
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticUndefined
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel, frozen=True):
+    """Part of params.yaml: frozen, and strict about names and types.
+
+    One that is made from a dataclass of the library has its fields and its ranges, but no defaults:
+    params.yaml says everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        library = {
+            field.name
+            for base in cls.__mro__
+            if dataclasses.is_dataclass(base)
+            for field in dataclasses.fields(base)
+        }
+        for name in library:
+            cls.model_fields[name].default = PydanticUndefined
+        cls.model_rebuild(force=True)
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        for base in type(self).__mro__:
+            if dataclasses.is_dataclass(base) and "__post_init__" in vars(base):
+                vars(base)["__post_init__"](self)
+        return self
