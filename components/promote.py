@@ -119,7 +119,7 @@ class Case:
 
         None if the candidate is champion. Raises ValueError if there is nobody to go back to.
         """
-        from components.tracking import FORCED, PROMOTED, REFUSED, Decision
+        from components import tracking
 
         champion = self._registry.champion()
         if candidate is None:
@@ -134,8 +134,9 @@ class Case:
         ]
         reasons = [str(check) for check in self.checks if not check.passed]
         is_forced = bool(reasons) and self._options.force
-        decision = Decision(
-            verdict=FORCED if is_forced else REFUSED if reasons else PROMOTED,
+        refused_or_not = tracking.REFUSED if reasons else tracking.PROMOTED
+        decision = tracking.Decision(
+            verdict=tracking.FORCED if is_forced else refused_or_not,
             candidate=candidate,
             champion=champion,
             why=self._options.reason,
@@ -188,7 +189,7 @@ class Case:
                 found.append(unusable(f"champion {champion}", str(error)))
             except ValueError as error:
                 found.append(unusable(f"champion {champion}", str(error)))
-        expected = self._params.evaluate.num_steps
+        expected = self._params.evaluate.extent.num_steps
         models = list(self._params.models)
         rules = self._params.promote
         return found + checks(mine, theirs, rules, models=models, num_steps=expected)
@@ -209,13 +210,13 @@ class Case:
 
 def conclude(name: str, decision: "Decision", dry: Sequence[Check] | None) -> None:
     """Say what was decided, of a dry run with every rule. Exits with code 3 for a refusal."""
-    from components.tracking import REFUSED as WAS_REFUSED
+    from components import tracking
 
     for line in as_lines(dry or []):
         print(line)
     if dry is not None:
         print("dry run, nothing is changed:")
-    if decision.verdict == WAS_REFUSED:
+    if decision.verdict == tracking.REFUSED:
         print(f"refused: {name} version {decision.candidate}", file=sys.stderr)
         for reason in decision.reasons:
             print(f"  - {reason}", file=sys.stderr)
@@ -306,15 +307,12 @@ def _key(check: Check) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a decision, for this command line and the flow's."""
     parser.add_argument("--version", type=int, help="of the registered guide; default: the newest")
-    flags = {
-        "dry_run": "say what would be decided, and change nothing",
-        "reevaluate": "judge candidate and champion anew, by the present params.yaml",
-        "allow_dirty": "also what was made by code that is in no commit",
-        "force": "promote whatever the rules say; needs --reason",
-        "rollback": "make the one champion that was it before",
-    }
-    for name, text in flags.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    flag = partial(parser.add_argument, action="store_true")
+    flag("--dry-run", help="say what would be decided, and change nothing")
+    flag("--reevaluate", help="judge candidate and champion anew, by the present params.yaml")
+    flag("--allow-dirty", help="also what was made by code that is in no commit")
+    flag("--force", help="promote whatever the rules say; needs --reason")
+    flag("--rollback", help="make the one champion that was it before")
     parser.add_argument("--reason", default="", metavar="TEXT", help="why; kept with the decision")
 
 

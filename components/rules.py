@@ -36,6 +36,15 @@ class Promote(Section, frozen=True):
     scores: dict[str, ScoreRule]  # by their names in an evaluation
     at_steps: dict[int, dict[str, ScoreRule]]  # in place of these at some number of steps
 
+    @property
+    def ruled_steps(self) -> list[int]:
+        """The numbers of steps that have a rule of their own which is not null."""
+        return [
+            num_steps
+            for num_steps, rules in self.at_steps.items()
+            if any(value is not None for rule in rules.values() for _, value in rule)
+        ]
+
     def at(self, num_steps: int) -> dict[str, ScoreRule]:
         """The rules for scores at a number of steps."""
         return {**self.scores, **self.at_steps.get(num_steps, {})}

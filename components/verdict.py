@@ -155,7 +155,7 @@ def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = (
     if "flops_ratio" not in evaluation.cost:
         found.append("flops_ratio was not measured, and promote has a rule for it")
     at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
-    at |= {*num_steps, *rules.at_steps}
+    at |= {*num_steps, *rules.ruled_steps}
     if not at:
         found.append("no image of the guide was judged")
     for steps in sorted(at, reverse=True):

@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
-from components.evaluation import FORMAT
+from components.evaluation import FORMAT, Evaluation
 from components.params import Tracking
 from components.tracking import Registry, Run, Store
 from pnp_core.files import write_json
@@ -63,25 +64,27 @@ def make_checkout(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch)
     return folder
 
 
-def results(**numbers: Any) -> dict[str, Any]:
-    """What a version keeps of one model: of an evaluation with these numbers."""
-    return {"base": {"format": FORMAT, **asdict(evaluation(**numbers))}}
+def results(*evaluations: Evaluation) -> dict[str, Any]:
+    """What a version keeps of its evaluations, by model."""
+    return {each.model: {"format": FORMAT, **asdict(each)} for each in evaluations}
 
 
-def register(
+def register(  # noqa: PLR0913, a version's parts
     fvu: float = 0.5,
     *,
     tracking: Tracking = TOY,
+    name: str = "",
     key: str = "",
     commit: str = "c0ffee",
+    models: Mapping[str, Any] | None = None,
     **numbers: Any,
 ) -> str:
-    """Register a guide that is only its summary; returns the version."""
-    models = results(guidance_fvu=fvu, **numbers)
-    key = key or f"key-{fvu}-{hash(str(numbers))}"
+    """Register a guide that is only its summary, of such an evaluation; returns the version."""
+    models = models or results(evaluation(guidance_fvu=fvu, **numbers))
+    key = key or sha256(str((models, commit)).encode()).hexdigest()
     folder = Path("guide")
     write_json(folder / "summary.json", {"lineage": {"git_commit": commit}, "models": models})
-    registry = Registry(tracking, NAME)
+    registry = Registry(tracking, name or NAME)
     if (version := registry.find(key)) is not None:
         return version
     with Run(registry.store, tracking, "register", params={}) as run:

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 from components import promote
+from components.params import Params
 from components.promote import Options
+from components.reevaluation import Reevaluated
 from components.tracking import Decision, Registry, TrackingError, lock
 from components.tracking.lock import DecisionLock
+from tests.evaluations import evaluation
 from tests.stores import NAME, TOY, Calls, register
 from tests.test_promote import champion, decide, params
 
@@ -116,6 +119,54 @@ def test_the_page_says_what_was_decided(two_versions: None, tmp_path: Path) -> N
     assert "| base |  | `guidance_fvu.max_loss` | ≤ 0.03 | 0.200 |" in text
     assert Registry(TOY, NAME).decisions()[-1].text == text[:5000]
     assert decide("1", page=page) == 0 and "is the champion already" in page.read_text()
+
+
+# Judged anew
+
+
+@pytest.fixture
+def anew(two_versions: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
+    """What judging anew finds of each version's guidance_fvu, by another judge."""
+    found = {"1": 0.6, "3": 0.3}
+
+    def judged(name: str, version: str, bundle: Path, params: Params) -> Reevaluated:
+        file = tmp_path / f"version-{version}.json"
+        file.write_text("{}")
+        result = evaluation(guidance_fvu=found[version], judge="new", judges_hash="new")
+        return Reevaluated(evaluations={"base": result}, file=file)
+
+    monkeypatch.setattr(promote, "reevaluate", judged)
+    return found
+
+
+def test_both_are_judged_anew_and_what_was_found_is_kept(anew: dict[str, float]) -> None:
+    assert decide("3") == 3, "by what it was measured to be"
+    assert decide("3", reevaluate=True) == 0 and aliases() == ("3", "1")
+    registry = Registry(TOY, NAME)
+    decision = registry.decisions()[-1]
+    assert decision.values["candidate.base.guidance_fvu.most"] == 0.3
+    assert decision.values["champion.base.guidance_fvu.most"] == 0.6
+    client = registry.store.client
+    experiment = client.get_experiment_by_name(f"{NAME}-decisions").experiment_id
+    (run,) = client.search_runs(
+        [experiment], order_by=["attributes.start_time DESC"], max_results=1
+    )
+    kept = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"version-1.json", "version-3.json", "rules.json"} <= kept
+
+
+def test_a_champion_that_was_not_judged_anew_is_compared_with_nothing(
+    anew: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deciding = Registry.deciding
+
+    def after_another(registry: Registry, *, wait_s: float) -> Any:
+        registry.store.client.set_registered_model_alias(NAME, "champion", "2")
+        return deciding(registry, wait_s=wait_s)
+
+    monkeypatch.setattr(Registry, "deciding", after_another)
+    assert decide("3", reevaluate=True) == 1 and champion() == "2"
+    assert "version 2 became champion while another was judged anew" in capsys.readouterr().err
 
 
 # Back again

@@ -18,7 +18,7 @@ from tests.toy import ROOT
 pytest_plugins = ["tests.stores"]
 
 RULES = load_params(ROOT / "params.yaml").promote
-EVALUATE = Evaluate.model_construct(num_steps=())
+EVALUATE = Evaluate.model_construct(num_steps=(), review="quick")
 
 
 def params(tracking: Tracking = TOY) -> Params:

@@ -262,6 +262,8 @@ def test_a_number_of_steps_has_rules_of_its_own() -> None:
 def test_a_null_switches_a_rule_off() -> None:
     off = ScoreRule(min_gain=None, ratio=None, max_loss=None)
     assert failed(evaluation(fid=9.0), evaluation(), replaced(RULES, scores={"fid": off})) == {}
+    unruled = replaced(RULES, at_steps={2: {"fid": off}})
+    assert failed(evaluation(), rules=unruled) == {}, "2 steps need not be evaluated"
 
 
 def test_a_rules_value_survives_the_file(tmp_path: Path) -> None:
