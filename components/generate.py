@@ -1,49 +1,106 @@
 """An image from a prompt, with a guide in place of classifier-free guidance.
 
     python -m components.generate --guide guides/bundle --model zoo/models/openmoji "a red apple"
+    python -m components.generate --guide models:/pnp-guide@champion --compare "a red apple"
 
 It is what any user of a guide does: load a stock pipeline, plug the guide in, call it. A model of
 params.yaml is used as it says there: with its trigger words, negative prompt, scale and strength.
 """
 
 import argparse
+import re
+import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from components.cli import main
+from components.methods import METHODS
 from components.params import Model, Params
 from components.paths import BUNDLE
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+
+REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
-    import torch
-
     from components.device import device
     from pnp_core.bundle import GuideBundle
     from pnp_core.fine_tunes import load_model, skip_layers
     from pnp_core.models import load_pipeline
     from pnp_core.plug import plug
+    from pnp_core.scheduling import of_scheduler
     from pnp_core.single_file import configs_of
 
-    bundle = GuideBundle.load(arguments.guide)
+    folder, guide = guide_folder(arguments.guide, params)
+    bundle = GuideBundle.load(folder)
     row = row_of(arguments.model, params)
     pipe = load_pipeline(params.base, device=device())
     if row.path != params.base:
         pipe = load_model(row.path, base=pipe, configs=configs_of(params.base))
     skip_layers(pipe, row.clip_skip)
-    plug(pipe, bundle, strength=row.strength if arguments.strength is None else arguments.strength)
+    num_steps = arguments.steps or min(bundle.num_steps)
+    best = bundle.scheduler_for(num_steps)
+    if best is not None:
+        best.set(pipe)
     scale = arguments.guidance_scale or row.guidance_scale or params.evaluate.guidance_scale
     negative = row.negative_prompt if arguments.negative is None else arguments.negative
-    image = pipe(
-        f"{row.trigger} {arguments.prompt}".strip(),
-        negative_prompt=negative or None,
-        num_inference_steps=arguments.steps or min(bundle.num_steps),
-        guidance_scale=scale,
-        generator=torch.Generator().manual_seed(arguments.seed),
-    ).images[0]
-    image.save(arguments.out)
+    asked = {
+        "prompt": f"{row.trigger} {arguments.prompt}".strip(),
+        "negative_prompt": negative or None,
+        "num_inference_steps": num_steps,
+    }
+    made: dict[str, Image.Image] = {}
+    if arguments.compare:
+        for method, w in (("unguided", 1.0), ("cfg", scale)):
+            image, seconds = timed(pipe, arguments.seed, guidance_scale=w, **asked)
+            made[f"{METHODS[method]}, {seconds:.2f} s"] = image
+    plug(pipe, bundle, strength=row.strength if arguments.strength is None else arguments.strength)
+    if arguments.compare:
+        image, seconds = timed(pipe, arguments.seed, guidance_scale=scale, **asked)
+        made[f"{METHODS['guided']}, {seconds:.2f} s"] = image
+        side_by_side(made, title=f"{asked['prompt']}, seed {arguments.seed}").save(arguments.out)
+    else:
+        sample(pipe, arguments.seed, guidance_scale=scale, **asked).save(arguments.out)
+    print(
+        f"guide {guide} on {row.path}: scale {scale:g}, {num_steps} steps, "
+        f"{of_scheduler(pipe.scheduler) or type(pipe.scheduler).__name__}, seed {arguments.seed}"
+    )
+    for label in made:
+        print(label)
     print(arguments.out)
+
+
+def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
+    """Where a guide's files are, and what it is called in a sentence.
+
+    `guide` is a folder, or `models:/<name>@<alias>` or `models:/<name>/<version>` of the registry.
+    Raises ValueError if there is no such version, TrackingError if MLflow can't tell.
+    """
+    guide = str(guide)
+    if not guide.startswith("models:"):
+        return Path(guide), guide
+    from components.tracking import Registry
+
+    asked = REGISTERED.fullmatch(guide)
+    if not asked:
+        raise ValueError(
+            f"--guide {guide}: write models:/<name>@<alias> or models:/<name>/<version>"
+        )
+    registry = Registry(params.tracking, asked["name"])
+    version = asked["version"] or registry.named(asked["alias"])
+    if version is None:
+        raise ValueError(
+            f"--guide {guide}: {asked['name']} has no {asked['alias']} in MLflow at "
+            f"{registry.store.name}: promote a version (python -m components.promote), or name one "
+            f"as models:/{asked['name']}/<version>"
+        )
+    return registry.folder(version), f"{asked['name']} version {version}"
 
 
 def row_of(model: str | None, params: Params) -> Model:
@@ -55,12 +112,44 @@ def row_of(model: str | None, params: Params) -> Model:
     return same[0] if same else Model(path=path, reference="")
 
 
-if __name__ == "__main__":
+def sample(pipe: "DiffusionPipeline", seed: int, **asked: Any) -> "Image.Image":
+    """One image of the seed."""
+    import torch
+
+    image: Image.Image = pipe(generator=torch.Generator().manual_seed(seed), **asked).images[0]
+    return image
+
+
+def timed(pipe: "DiffusionPipeline", seed: int, **asked: Any) -> "tuple[Image.Image, float]":
+    """One image, and the seconds that it took when everything was warm."""
+    sample(pipe, seed, **asked)
+    began = time.perf_counter()
+    image = sample(pipe, seed, **asked)  # a PIL image: whatever computed it has ended
+    return image, time.perf_counter() - began
+
+
+def side_by_side(images: "dict[str, Image.Image]", *, title: str) -> "Image.Image":
+    """Images in a row, each under its label."""
+    import numpy as np
+
+    from components.pictures import grid
+
+    cell = max(128, next(iter(images.values())).width)
+    rows = {"": np.stack([np.asarray(image.convert("RGB")) for image in images.values()])}
+    return grid(rows, list(images), title=title, cell=cell)
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m components.generate", description="Make an image with a guide."
     )
     parser.add_argument("prompt")
-    parser.add_argument("--guide", type=Path, default=BUNDLE, help="default: %(default)s")
+    parser.add_argument(
+        "--guide",
+        default=BUNDLE.as_posix(),
+        help="a folder, or models:/<name>@champion of the registry; default: %(default)s",
+    )
     parser.add_argument(
         "--model", help="a name in params.yaml, or the path of a fine-tune; default: the base"
     )
@@ -69,5 +158,14 @@ if __name__ == "__main__":
     parser.add_argument("--strength", type=float, help="default: the model's, or 1")
     parser.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="also without guidance and with CFG, in one picture, with the time of each",
+    )
     parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: %(default)s")
-    main(partial(run, arguments=parser.parse_args()))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(partial(run, arguments=parsed()))

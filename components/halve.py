@@ -24,6 +24,7 @@ def train_rounds(params: Params, report: Report) -> None:
     from pnp_core.bundle import GuideBundle
     from pnp_core.guide import Guide
     from pnp_core.halve import halve
+    from pnp_core.scheduling import SchedulerChoice
     from pnp_core.train import rank_and_world
 
     config = HalveConfig(
@@ -45,7 +46,9 @@ def train_rounds(params: Params, report: Report) -> None:
         report=report,
     )
     if rank_and_world()[0] == 0:
-        GuideBundle(guides).save(BUNDLE)
+        # Each round is trained on the steps of this sampler, and measured with it.
+        best = SchedulerChoice(name="DDIMScheduler", timestep_spacing=params.halve.timestep_spacing)
+        GuideBundle(guides, dict.fromkeys(guides, best)).save(BUNDLE)
 
 
 if __name__ == "__main__":

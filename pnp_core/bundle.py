@@ -3,13 +3,16 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pnp_core.files import recover, write_directory
 from pnp_core.guide import Guide
 from pnp_core.models import check_safetensors
+from pnp_core.scheduling import SchedulerChoice
 
 INDEX = "bundle.json"
 
@@ -18,13 +21,18 @@ class GuideBundle:
     """Guides by step count, as progressive halving leaves them.
 
     The largest count is that of the guide before halving, which serves any number of steps from
-    there on.
+    there on. ``schedulers`` says which scheduler is best for a count, where that is known.
     """
 
-    def __init__(self, guides: Mapping[int, Guide]) -> None:
+    def __init__(
+        self,
+        guides: Mapping[int, Guide],
+        schedulers: Mapping[int, SchedulerChoice] | None = None,
+    ) -> None:
         if not guides:
             raise ValueError("A bundle needs at least one guide.")
         self.guides = dict(sorted(guides.items()))
+        self.schedulers = dict(sorted((schedulers or {}).items()))
 
     @property
     def num_steps(self) -> tuple[int, ...]:
@@ -33,7 +41,14 @@ class GuideBundle:
 
     def for_steps(self, num_steps: int) -> Guide:
         """The guide whose step count is nearest to ``num_steps``, by ratio."""
-        return self.guides[min(self.guides, key=lambda n: abs(math.log(n / num_steps)))]
+        return self.guides[self._nearest(num_steps)]
+
+    def scheduler_for(self, num_steps: int) -> SchedulerChoice | None:
+        """The scheduler that is best for that guide; None if the bundle does not say."""
+        return self.schedulers.get(self._nearest(num_steps))
+
+    def _nearest(self, num_steps: int) -> int:
+        return min(self.guides, key=lambda n: abs(math.log(n / num_steps)))
 
     def to(self, target: torch.device | str | torch.dtype) -> "GuideBundle":
         """Move every guide to a device, or to a dtype, in place."""
@@ -47,7 +62,10 @@ class GuideBundle:
         def fill(folder: Path) -> None:
             for num_steps, guide in self.guides.items():
                 guide.save_pretrained(folder / f"steps-{num_steps}")
-            (folder / INDEX).write_text(json.dumps({"num_steps": self.num_steps}))
+            index: dict[str, Any] = {"num_steps": self.num_steps}
+            if self.schedulers:
+                index["schedulers"] = {n: asdict(choice) for n, choice in self.schedulers.items()}
+            (folder / INDEX).write_text(json.dumps(index))
 
         write_directory(Path(directory), fill)
 
@@ -65,8 +83,10 @@ class GuideBundle:
         if not directory.exists():
             recover(directory)
         if (directory / INDEX).exists():
-            counts = json.loads((directory / INDEX).read_text())["num_steps"]
-            return cls({n: load_guide(directory / f"steps-{n}") for n in counts})
+            index = json.loads((directory / INDEX).read_text())
+            guides = {n: load_guide(directory / f"steps-{n}") for n in index["num_steps"]}
+            best = index.get("schedulers", {})  # bundles made before this were known have none
+            return cls(guides, {int(n): SchedulerChoice(**choice) for n, choice in best.items()})
         guide = load_guide(directory)
         return cls({guide.config.num_steps or 50: guide})
 

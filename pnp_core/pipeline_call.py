@@ -22,6 +22,7 @@ from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
 from pnp_core.precision import is_mixed
+from pnp_core.scheduling import of_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -239,7 +240,15 @@ class PipelineCall(Call):
         bundle = self.plug.bundle
         if self.guide is None:
             num_steps = getattr(self.pipe.scheduler, "num_inference_steps", None)
-            self.guide = bundle.for_steps(num_steps or max(bundle.num_steps))
+            num_steps = num_steps or max(bundle.num_steps)
+            self.guide = bundle.for_steps(num_steps)
+            best = bundle.scheduler_for(num_steps)
+            if best is not None and not best.is_of(self.pipe.scheduler):
+                self.plug.warn_once(
+                    f"This guide is best at {num_steps} steps with {best}, and the pipeline has "
+                    f"{of_scheduler(self.pipe.scheduler) or type(self.pipe.scheduler).__name__}: "
+                    f"bundle.scheduler_for({num_steps}).set(pipe) changes it."
+                )
         self.guide.to(device=device)
         low, high = self.guide.config.guidance_scale_range
         if not low <= scale <= high:

@@ -273,7 +273,8 @@ def test_generate_uses_a_model_as_params_yaml_says(
     GuideBundle({2: guide}).save("guides/bundle")
 
     def made(model: str | None, prompt: str, **named: Any) -> np.ndarray:
-        chosen = {"steps": 2, "guidance_scale": None, "strength": None, "negative": None, **named}
+        chosen = {"steps": 2, "guidance_scale": None, "strength": None, "negative": None}
+        chosen |= {"compare": False, **named}
         arguments = argparse.Namespace(
             prompt=prompt, guide=Path("guides/bundle"), model=model, seed=0, out="out.png", **chosen
         )

@@ -62,14 +62,14 @@ class Registry:
 
     def champion(self) -> str | None:
         """The champion, or None if the registry, asked in two ways, has none."""
-        return self._named(CHAMPION)
+        return self.named(CHAMPION)
 
     def previous(self) -> str | None:
         """Who was champion before, or None if the registry, asked in two ways, has none."""
-        return self._named(PREVIOUS)
+        return self.named(PREVIOUS)
 
-    def _named(self, alias: str) -> str | None:
-        """The version with the alias."""
+    def named(self, alias: str) -> str | None:
+        """The version with the alias, or None if the registry, asked in two ways, has none."""
         model = self._model()
         listed = model.aliases.get(alias) if model else None
         with self.store.asking(f"read who the {alias} of {self.name} is"):

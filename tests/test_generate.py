@@ -1,0 +1,72 @@
+"""generate: with a folder's guide, with a registered one, beside CFG and no guidance."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from components import generate
+from components.params import Params, load_params
+from components.tracking import Registry, Run
+from pnp_core.bundle import GuideBundle
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.models import load_pipeline
+from pnp_core.scheduling import SchedulerChoice
+from tests.conftest import roused
+
+pytest_plugins = ["tests.toy"]
+
+
+@pytest.fixture
+def params(world: Path) -> Params:
+    """A world with a guide in guides/bundle."""
+    params = load_params(Path("params.yaml"))
+    torch.manual_seed(1)
+    unet = load_pipeline(params.base).unet
+    guide = roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
+    best = SchedulerChoice(name="DDIMScheduler", timestep_spacing="trailing")
+    GuideBundle({2: guide}, {2: best}).save("guides/bundle")
+    return params
+
+
+def made(params: Params, monkeypatch: pytest.MonkeyPatch, *options: str) -> np.ndarray:
+    monkeypatch.setattr("sys.argv", ["generate", "red disc", *options])
+    generate.run(params, generate.parsed())
+    return np.asarray(Image.open("out.png"))
+
+
+def test_a_registered_guide_makes_what_its_folder_makes(
+    params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry(params.tracking, "pnp-guide")
+    with pytest.raises(ValueError, match="pnp-guide has no champion in MLflow at .*promote"):
+        made(params, monkeypatch, "--guide", "models:/pnp-guide@champion")
+    with Run(registry.store, params.tracking, "register", params={}) as run:
+        named: dict[str, Any] = {"key": "key", "metrics": {}, "tags": {}, "description": ""}
+        registry.register(run, Path("guides/bundle"), **named)
+    registry.store.client.set_registered_model_alias("pnp-guide", "champion", "1")
+    image = made(params, monkeypatch)
+    for guide in ("models:/pnp-guide@champion", "models:/pnp-guide/1"):
+        assert np.array_equal(made(params, monkeypatch, "--guide", guide), image)
+    assert (
+        "guide pnp-guide version 1 on models/base: scale 4, 2 steps, DDIMScheduler with trailing "
+        "spacing, seed 0"
+    ) in capsys.readouterr().out
+    with pytest.raises(ValueError, match="write models:/<name>@<alias>"):
+        made(params, monkeypatch, "--guide", "models:/pnp-guide")
+
+
+def test_compared_are_three_of_the_same_seed_with_the_time_of_each(
+    params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = made(params, monkeypatch)
+    sheet = made(params, monkeypatch, "--compare")
+    assert re.search(
+        r"unguided, \d+\.\d\d s\nCFG, \d+\.\d\d s\nguided, \d+\.\d\d s", capsys.readouterr().out
+    )
+    cell = np.asarray(Image.fromarray(alone).resize((128, 128), Image.Resampling.NEAREST))
+    assert (sheet[-132:-4, -132:-4] == cell).all(), "the last picture is the guided one"
