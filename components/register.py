@@ -8,19 +8,21 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from components.cli import main
-from components.evaluation import Evaluation
+from components.evaluation import FILE, Evaluation
 from components.lineage import lock_hash, run_commit
 from components.methods import METHODS
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.pictures import stacked
+from components.publishing import complete
 from components.snapshot import check_unchanged
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
@@ -43,7 +45,8 @@ def run(params: Params) -> None:
     from pnp_core.bundle import GuideBundle
     from pnp_core.models import weights_hash
 
-    results = {name: as_metrics(Evaluation.load(EVALUATED / name)) for name in params.models}
+    evaluations = {name: Evaluation.load(EVALUATED / name) for name in params.models}
+    results = {name: as_metrics(evaluation) for name, evaluation in evaluations.items()}
     bundle = GuideBundle.load(BUNDLE)
     lineage = {
         "git_commit": run_commit(),
@@ -74,7 +77,8 @@ def run(params: Params) -> None:
             settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
             with Run(registry.store, params.tracking, "register", params=settings) as tracked:
                 log_results(tracked, summary, rows, report)
-                version = upload(registry, tracked, key, summary, table)
+                with version_files(params, lineage, evaluations, report / "grid.png") as folder:
+                    version = upload(registry, tracked, key, folder, summary, table)
         summary["registered"] = {"name": params.register_.name, "version": version}
         write_json(report / "summary.json", summary)
     print(f"\n{table}")
@@ -136,24 +140,42 @@ def log_results(
         tracked.file(report / name)
 
 
-def upload(
-    registry: "Registry", tracked: "Run", key: str, summary: Mapping[str, Any], table: str
-) -> str:
-    """Register the bundle, with the summary that `promote` compares; returns the version."""
+@contextmanager
+def version_files(
+    params: Params,
+    lineage: Mapping[str, str],
+    evaluations: Mapping[str, Evaluation],
+    picture: Path,
+) -> Iterator[Path]:
+    """A folder with all that a version carries; it is gone when the block ends."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "guide"
         shutil.copytree(BUNDLE, folder)
-        write_json(folder / "summary.json", summary)
-        check_unchanged()  # before anybody can see a version
-        is_short = len(table) <= MAX_DESCRIPTION
-        return registry.register(
-            tracked,
-            folder,
-            key=key,
-            metrics=summary["models"],
-            tags=summary["lineage"],
-            description=table if is_short else "See table.md among the run's artifacts.",
-        )
+        models = {name: read_json(EVALUATED / name / FILE) for name in evaluations}
+        write_json(folder / "summary.json", {"lineage": lineage, "models": models})
+        complete(folder, params, lineage, evaluations, picture)
+        yield folder
+
+
+def upload(  # noqa: PLR0913, a version's parts
+    registry: "Registry",
+    tracked: "Run",
+    key: str,
+    folder: Path,
+    summary: Mapping[str, Any],
+    table: str,
+) -> str:
+    """Register the files in the folder; returns the version."""
+    check_unchanged()  # before anybody can see a version
+    is_short = len(table) <= MAX_DESCRIPTION
+    return registry.register(
+        tracked,
+        folder,
+        key=key,
+        metrics=summary["models"],
+        tags=summary["lineage"],
+        description=table if is_short else "See table.md among the run's artifacts.",
+    )
 
 
 def table_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

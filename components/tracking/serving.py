@@ -1,0 +1,51 @@
+"""A version as MLflow serves it: the bundle, and the code that makes images with it."""
+
+import shutil
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import mlflow
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+import pnp_core
+
+CODE = Path(__file__).with_name("served_guide.py")
+REQUIRED = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
+# What is empty or 0 stands for its default, which the code says.
+PARAMS = {
+    "base": ("string", ""),
+    "model": ("string", ""),
+    "negative_prompt": ("string", ""),
+    "guidance_scale": ("double", 0.0),
+    "num_steps": ("long", 0),
+    "seed": ("long", 0),
+    "strength": ("double", 0.0),
+}
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec("string")]),
+    outputs=Schema([ColSpec("string")]),
+    params=ParamSchema([ParamSpec(name, kind, value) for name, (kind, value) in PARAMS.items()]),
+)
+
+
+def make_servable(folder: Path, *, base: str) -> None:
+    """Add to a bundle's folder what `mlflow.pyfunc.load_model` and `mlflow models serve` need.
+
+    Args:
+        folder: of the bundle; gets MLmodel, the code and its requirements.
+        base: where the base is, for callers that don't name one.
+    """
+    where = str(Path(base).resolve()) if Path(base).exists() else base
+    with tempfile.TemporaryDirectory() as temporary:
+        model = Path(temporary) / "model"
+        mlflow.pyfunc.save_model(
+            str(model),
+            python_model=str(CODE),
+            code_paths=[str(Path(pnp_core.__file__).parent)],
+            model_config={"base": where},
+            signature=SIGNATURE,
+            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIRED],
+        )
+        shutil.copytree(model, folder, dirs_exist_ok=True)

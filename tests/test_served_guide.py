@@ -1,0 +1,138 @@
+"""A version by itself: MLflow runs it in a fresh process elsewhere, and unpickles nothing."""
+
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+
+from components.tracking.serving import make_servable
+from pnp_core import plug
+from pnp_core.bundle import GuideBundle
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.models import load_pipeline
+from pnp_core.scheduling import SchedulerChoice
+from tests.conftest import changed, roused
+
+BEST = SchedulerChoice(name="DDIMScheduler", timestep_spacing="trailing")
+ASK = """
+import json, sys
+import mlflow
+asked = json.loads(sys.argv[1])
+model = mlflow.pyfunc.load_model(asked["version"])
+try:
+    answers = [model.predict(asked["prompts"], params=p) for p in asked["params"]]
+except Exception as error:
+    answers = str(error)
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def version(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a version whose guide does something, and of a fine-tune beside it."""
+    folder = tmp_path_factory.mktemp("registered") / "guide"
+    torch.manual_seed(1)
+    pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    GuideBundle({2: guide}, {2: BEST}).save(folder)
+    changed(pipe.unet).save_pretrained(folder.parent / "tuned/unet")
+    make_servable(folder, base=str(toy_folder))
+    return folder
+
+
+def ask(version: Path, elsewhere: Path, *params: dict[str, Any]) -> Any:
+    """The answers of a fresh process in another folder, which knows nothing of the checkout."""
+    asked = {"version": str(version), "prompts": ["a cat", "a dog"], "params": params}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PNP_GUIDE_BASE")}
+    command = [sys.executable, "-P", "-c", ASK, json.dumps(asked)]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def pixels(image: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
+
+
+def plugged(version: Path, base: Path, **asked: Any) -> np.ndarray:
+    """What a user gets who plugs the bundle into a stock pipeline."""
+    pipe = load_pipeline(base)
+    BEST.set(pipe)
+    plug(pipe, GuideBundle.load(version))
+    image = pipe(
+        "a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(8), **asked
+    )
+    return np.asarray(image.images[0])
+
+
+def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
+    version: Path, toy_folder: Path, tmp_path: Path
+) -> None:
+    tuned = str(version.parent / "tuned")
+    asked = {"num_steps": 2, "guidance_scale": 4.0, "seed": 7}
+    base, fine_tune, negative = ask(
+        version, tmp_path, asked, {**asked, "model": tuned}, {**asked, "negative_prompt": "a car"}
+    )
+    assert np.array_equal(pixels(base[1]), plugged(version, toy_folder, guidance_scale=4.0))
+    assert np.array_equal(
+        pixels(negative[1]),
+        plugged(version, toy_folder, guidance_scale=4.0, negative_prompt="a car"),
+    )
+    assert not np.array_equal(pixels(base[1]), pixels(fine_tune[1]))
+
+
+def test_a_base_that_is_not_there_is_asked_for(version: Path, tmp_path: Path) -> None:
+    said = ask(version, tmp_path, {"base": "nowhere/base"})
+    assert "nowhere/base can't be opened here" in said and "PNP_GUIDE_BASE" in said
+
+
+def test_a_version_has_nothing_to_unpickle(version: Path) -> None:
+    kinds = {path.suffix for path in version.rglob("*") if path.is_file()}
+    assert kinds <= {"", ".json", ".safetensors", ".py", ".yaml", ".txt", ".md"}
+    assert "python_model.pkl" not in (version / "MLmodel").read_text()
+
+
+def test_a_bundle_keeps_which_scheduler_is_best_and_old_ones_say_nothing(
+    version: Path, tmp_path: Path
+) -> None:
+    bundle = GuideBundle.load(version)
+    assert bundle.scheduler_for(2) == bundle.scheduler_for(3) == BEST
+    index = version / "bundle.json"
+    written = index.read_text()
+    try:
+        index.write_text(json.dumps({"num_steps": [2]}))
+        assert GuideBundle.load(version).scheduler_for(2) is None
+        index.write_text(written.replace("DDIMScheduler", "os.system"))
+        with pytest.raises(ValueError, match="'os.system' is no scheduler"):
+            GuideBundle.load(version)
+    finally:
+        index.write_text(written)
+
+
+def test_another_scheduler_than_the_best_is_warned_about_once(
+    version: Path, pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = GuideBundle.load(version)
+    pipe.scheduler = PNDMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing="leading", skip_prk_steps=True
+    )
+    plug(pipe, bundle)
+    for _ in range(2):
+        pipe("a cat", num_inference_steps=4, guidance_scale=4.0)
+    (warning,) = [record.message for record in caplog.records]
+    assert "DDIMScheduler with trailing spacing, and the pipeline has PNDMScheduler" in warning
+    caplog.clear()
+    bundle.scheduler_for(2).set(pipe)
+    assert not pipe.scheduler.config.clip_sample
+    pipe("a cat", num_inference_steps=4, guidance_scale=4.0)
+    assert not caplog.records
