@@ -149,7 +149,7 @@ def test_a_documented_command_exists(words: list[str]) -> None:
     elif tool in ("dvc", "prefect", "mlflow", "ray", "pytest", "python"):
         assert (tools / tool).exists()
     else:
-        assert tool in ("git", "cd", "aws", ".", "pre-commit", *FOR_SERVERS)
+        assert tool in ("git", "cd", "aws", "curl", ".", "pre-commit", *FOR_SERVERS)
 
 
 def check_module(name: str, arguments: list[str]) -> None:

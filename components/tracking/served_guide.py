@@ -81,6 +81,7 @@ class ServedGuide(PythonModel):
         from pnp_core.fine_tunes import load_model
         from pnp_core.models import load_pipeline
         from pnp_core.plug import plug, unplug
+        from pnp_core.single_file import configs_of
 
         base = asked.get("base") or os.environ.get(BASE) or self._base
         if not base:
@@ -96,7 +97,7 @@ class ServedGuide(PythonModel):
                     f"params={{'base': …}}, or set {BASE}"
                 ) from error
             if model != base:
-                pipe = load_model(model, base=pipe)
+                pipe = load_model(model, base=pipe, configs=configs_of(base))
         else:
             unplug(pipe)
         plug(pipe, self._bundle, strength=float(asked.get("strength") or 1.0))
