@@ -32,8 +32,49 @@ def main() -> None:
 
     Exits with 2 for bad parameters, with another number if the flow fails.
     """
-    parser = argparse.ArgumentParser(prog="python -m flows", description="Run a flow here.")
-    flows = parser.add_subparsers(dest="flow", required=True)
+    arguments = parser().parse_args()
+    quiet()
+    os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
+    try:
+        params = load_params(Path("params.yaml"))
+        if arguments.flow == "distill":  # at once, before a server is started
+            overridden(Path("params.yaml"), arguments.overrides)
+    except ParamsError as error:
+        stop(error, exit_code=2)
+
+    # By the default, SIGTERM would leave Prefect's server behind, as `kill -9` does.
+    signal.signal(signal.SIGTERM, leave)
+    guard.start()
+    # Prefect reads its environment when it is imported, so only now.
+    check_server()
+    from httpx import HTTPError
+
+    from flows.process import StageFailed
+
+    try:
+        sys.exit(start(arguments, params))
+    except ParamsError as error:
+        stop(error, exit_code=2)
+    except StageFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
+    except HTTPError as error:
+        stop(
+            ValueError(
+                f"Prefect's server went away while this ran ({error}): what the stages have made "
+                "is kept, and the same command goes on when the server is back, or without one"
+            ),
+            exit_code=MAY_PASS,
+        )
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line: a subcommand for each flow."""
+    whole = argparse.ArgumentParser(prog="python -m flows", description="Run a flow here.")
+    flows = whole.add_subparsers(dest="flow", required=True)
     distillation = flows.add_parser("distill", help="train, measure and register a guide")
     distillation.add_argument(
         "--from",
@@ -55,59 +96,29 @@ def main() -> None:
     evaluation.add_argument("reference", help="real images in its style")
     evaluation.add_argument("--name", default="", help="default: the last part of its path")
     flows.add_parser("reevaluate", help="measure the champion again")
-    promotion = flows.add_parser("promote", help="make a registered guide the champion")
-    add_options(promotion)
-    arguments = parser.parse_args()
+    add_options(flows.add_parser("promote", help="make a registered guide the champion"))
+    return whole
 
-    quiet()
-    os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
-    try:
-        params = load_params(Path("params.yaml"))
-        if arguments.flow == "distill":  # at once, before a server is started
-            overridden(Path("params.yaml"), arguments.overrides)
-    except ParamsError as error:
-        stop(error, exit_code=2)
 
-    # By the default, SIGTERM would leave Prefect's server behind, as `kill -9` does.
-    signal.signal(signal.SIGTERM, leave)
-    guard.start()
-    # Prefect reads its environment when it is imported, so only now.
-    check_server()
-    from httpx import HTTPError
-
+def start(arguments: argparse.Namespace, params: Params) -> int:
+    """Run the flow to its end; returns the exit code."""
     from flows.distill import distill_flow
     from flows.evaluate import evaluate_finetune_flow, reevaluate_flow
-    from flows.process import StageFailed
     from flows.promote import promote_flow
 
-    try:
-        if arguments.flow == "distill":
-            distill_flow(arguments.start_at, arguments.overrides)
+    options = {name: value for name, value in vars(arguments).items() if name != "flow"}
+    match arguments.flow:
+        case "distill":
+            distill_flow(**options)
             if not arguments.overrides:
                 print(summary(params))
-        elif arguments.flow == "evaluate-finetune":
-            evaluate_finetune_flow(arguments.path, arguments.reference, arguments.name)
-        elif arguments.flow == "reevaluate":
+        case "evaluate-finetune":
+            evaluate_finetune_flow(**options)
+        case "reevaluate":
             reevaluate_flow()
-        else:
-            given = {name: value for name, value in vars(arguments).items() if name != "flow"}
-            sys.exit(promote_flow(**given))
-    except ParamsError as error:
-        stop(error, exit_code=2)
-    except StageFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
-    except HTTPError as error:
-        stop(
-            ValueError(
-                f"Prefect's server went away while this ran ({error}): what the stages have made "
-                "is kept, and the same command goes on when the server is back, or without one"
-            ),
-            exit_code=MAY_PASS,
-        )
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        case _:
+            return int(promote_flow(**options))
+    return 0
 
 
 def check_server() -> None:

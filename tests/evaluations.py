@@ -5,7 +5,7 @@ import numpy as np
 from components.evaluation import Cell, Estimate, Evaluation
 
 NUM_REPLICATES = 50
-IDENTITY = {
+IDENTITY: dict[str, str | int | float] = {
     "base_hash": "base",
     "model_hash": "model",
     "reference_hash": "reference",
