@@ -6,7 +6,9 @@ r"""The guide against CFG and against the other ways to save a forward: on the b
 `--run` needs what `dvc repro` leaves: data/cache and guides/bundle. The committed rows are of
 
     dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=144000 \
-        -S distill.batch_size=16 -S halve.end_steps=4 halve
+        -S distill.batch_size=16 -S distill.warmup_images=2000 \
+        -S distill.ema_halflife_images=5000 -S halve.start_steps=128 -S halve.end_steps=4 \
+        -S halve.num_images=6000 -S halve.warmup_images=1000 -S halve.ema_halflife_images=1000 halve
 
 whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
 optimizer, in batches of 32, at the best of three learning rates, each tried for a tenth of them.
