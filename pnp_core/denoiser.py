@@ -1,4 +1,7 @@
-"""One contract for everything that denoises: ``(z_BCHW, t_B, conditions) -> eps_BCHW``."""
+"""One contract for everything that denoises: ``(z_BCHW, t_B, conditions) -> eps_BCHW``.
+
+Where a schedule's last timestep has no signal, v stands for eps, see :mod:`pnp_core.schedule`.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

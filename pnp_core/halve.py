@@ -67,10 +67,13 @@ def truncated_snr_loss(
 ) -> Tensor:
     """``max(x_mse, eps_mse)``, one a sample (Salimans & Ho 2022, section 4).
 
-    The error of x is ``sigma_t / alpha_t`` times that of eps.
+    The error of x is ``sigma_t / alpha_t`` times that of eps; of one of v, it is ``sigma_t`` times
+    that, and of eps ``alpha_t`` times that.
     """
     alpha, sigma = schedule.alpha_sigma(t_B, z_t)
     error = (eps.float() - target.float()).square().mean(dim=(1, 2, 3))
+    if schedule.gives_v:
+        return error * torch.maximum(alpha, sigma).flatten().square()
     return error * (sigma / alpha).flatten().square().clamp(min=1)
 
 
