@@ -20,7 +20,7 @@ from pnp_core.cache.plan import (
     plan_cache,
     sample_bytes,
 )
-from pnp_core.cache.read import Latents, Pairs, TeacherCache
+from pnp_core.cache.read import Draws, Latents, Pairs, TeacherCache
 from pnp_core.settings import CacheConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "CacheBuilder",
     "CacheConfig",
     "CachePlan",
+    "Draws",
     "Example",
     "Latents",
     "Pairs",
