@@ -18,6 +18,7 @@ from pnp_core.cache.plan import (
     CachePlan,
     SampleBytes,
     plan_cache,
+    plan_shards,
     sample_bytes,
 )
 from pnp_core.cache.read import Draws, Latents, Pairs, TeacherCache
@@ -36,5 +37,6 @@ __all__ = [
     "TeacherCache",
     "build_cache",
     "plan_cache",
+    "plan_shards",
     "sample_bytes",
 ]
