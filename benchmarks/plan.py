@@ -19,6 +19,7 @@ object, with every preset's plan and:
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -137,7 +138,7 @@ class Step:
 def fitting(step: Step, memory: float, *, checkpoints: bool) -> int:
     """How many samples at once fit a GPU of so many GB; 0: not even one."""
     one, two = (step.peak_gb(rows, checkpoints=checkpoints) for rows in (1, 2))
-    return max(0, int((memory - RESERVED_GB - one) / (two - one)) + 1)
+    return max(0, math.floor((memory - RESERVED_GB - one) / (two - one)) + 1)
 
 
 def check_fits(name: str, step: Step, peak_gb: float, memory: float) -> None:

@@ -44,6 +44,17 @@ def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_doe
         assert peaks[1] > memory_gb - plan.RESERVED_GB or rows == "512"
 
 
+@pytest.mark.usefixtures("small_unet")
+def test_a_way_in_which_not_one_sample_fits_is_not_proposed() -> None:
+    step = plan.Step("sd15", small_params(), "meta")
+    plainly, checkpointed = (step.peak_gb(1, checkpoints=c) for c in (False, True))
+    between = plan.RESERVED_GB + (plainly + checkpointed) / 2
+    assert plan.fitting(step, between, checkpoints=False) == 0
+    assert plan.fitting(step, between, checkpoints=True) >= 1
+    with pytest.raises(ValueError, match="Not even one sample fits"):
+        plan.check_fits("sd15", step, plainly, plan.RESERVED_GB + checkpointed / 2)
+
+
 def test_alive_tensors_are_added_up_and_forgotten() -> None:
     with memory.Alive() as alive:
         a = torch.empty(1000, device="meta")
