@@ -1,71 +1,128 @@
 """What a preset will take before it is started: disk, memory, hours.
 
-    python -m benchmarks.plan --preset sd15 --gpus 8     # computed; nothing is loaded
+    python -m benchmarks.plan --preset sd15 --gpus 8 --memory 24   # computed; nothing is loaded
     python -m benchmarks.plan --preset sd15 --dry-run    # one real training step, random weights
+    python -m benchmarks.plan --json                     # all presets, and checks of what they say
 
 FLOPs are counted by PyTorch on meta tensors and divided by the speed that `--tflops` says one GPU
-sustains in bf16; memory for weights and optimizer is counted, that for activations is what a dry
-run measures. A dry run takes one step of stage 1 at the true size with a batch of one on the GPU,
-or without one on the CPU, and reports the peak.
+sustains in bf16; the peak of a training step's memory is counted on meta tensors too
+(benchmarks/memory.py). With `--memory`, a preset that does not fit a GPU of so many GB is refused.
+A dry run takes one step of stage 1 at the true size with a batch of one on the GPU, or without one
+on the CPU, and reports the peak. With --json and no preset, the last line on stdout is one JSON
+object, with every preset's plan and:
+
+    sd15_24gb, sdxl_24gb  peak of a training step of the preset, GB
+    accumulation_error    norm of the difference of a step's gradient, in parts, to that of one
+                          batch, over its norm; fp32, the embedded base
+    disk_ratio            disk that a plan says over what a cache takes; the embedded base
 """
 
 import argparse
 import json
 import math
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
 
 from benchmarks.cache_cost import architecture_bytes
 from benchmarks.cost import peak_memory, unet_config
+from benchmarks.memory import AsOnCuda, count, num_bytes
 from benchmarks.train_cost import cached_losses
+from components.dataset import read_records
+from components.device import load_base
 from components.environment import quiet
 from components.params import Params, load_params
 from components.training import train_config
-from pnp_core.cache import Pairs
+from pnp_core.cache import (
+    CacheBuilder,
+    CacheConfig,
+    CachePlan,
+    Example,
+    Pairs,
+    TeacherCache,
+    build_cache,
+    plan_shards,
+)
+from pnp_core.calls import checkpointing
 from pnp_core.conditions import AddedConditions
 from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import halving_rounds
+from pnp_core.identity import BaseIdentity
 from pnp_core.metrics import count_flops
+from pnp_core.precision import hold_in_bf16
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.shards import SHARDS_SHUFFLED
 from pnp_core.soap import sides
-from pnp_core.train import TrainConfig, train
+from pnp_core.train import State, TrainConfig, parts_of, train
 
 PRESETS = Path("presets")
 NAMES = ("sd15", "sdxl")
 TOKENS = 77
+IMAGES = 100_000  # as the presets' comments have them, each with a caption of its own
+RESERVED_GB = 2  # of a GPU: CUDA's context, workspaces of kernels, what the allocator can't use
 
 
 class Step:
-    """A training step of stage 1 on random weights and one random sample."""
+    """A training step of stage 1 on random weights and random samples."""
 
     def __init__(self, name: str, params: Params, device: str) -> None:
-        config = unet_config(name)
-        size, width = config["sample_size"], config["cross_attention_dim"]
+        self.config, self.device = unet_config(name), device
+        self.settings = train_config(params.distill)
         with torch.device(device):
-            self.unet = UNet2DConditionModel.from_config(config).requires_grad_(False).eval()
+            self.unet = UNet2DConditionModel.from_config(self.config).requires_grad_(False).eval()
             guide_config = GuideConfig(**params.distill.guide.model_dump())
             self.guide = Guide.from_unet(self.unet, guide_config)
-            latents = [torch.randn(1, config["in_channels"], size, size) for _ in range(3)]
-            texts = [torch.randn(1, TOKENS, width) for _ in range(2)]
-            added = None
-            if config.get("addition_embed_type") == "text_time":
-                added = AddedConditions(
-                    torch.randn(1, 1280), torch.randn(1, 1280), torch.ones(1, 6)
-                )
-            timestep, self.w_B = torch.full((1,), 500), torch.full((1,), 4.0)
-        z_t, eps_c, eps_n = latents
-        self.pairs = Pairs(z_t, timestep, eps_c, eps_n, texts[0], texts[1], added)
+        self.mixed = self.settings.precision == "bf16"
         self.student = GuidedDenoiser(
             self.unet, self.guide, NoiseSchedule.from_scheduler(DDIMScheduler())
         )
+        if self.mixed and guide_config.kind != "full" and device != "cpu":
+            hold_in_bf16(self.unet)
 
-    def losses(self) -> torch.Tensor:
-        """The student's losses on its cached pair, `(1,)`."""
-        return cached_losses(self.student, self.pairs, self.w_B)
+    def losses(self, rows: int = 1) -> Tensor:
+        """The student's losses on as many cached pairs, `(rows,)`."""
+        config = self.config
+        size, width = config["sample_size"], config["cross_attention_dim"]
+        with torch.device(self.device):
+            latents = [torch.randn(rows, config["in_channels"], size, size) for _ in range(3)]
+            texts = [torch.randn(rows, TOKENS, width) for _ in range(2)]
+            added = None
+            if config.get("addition_embed_type") == "text_time":
+                added = AddedConditions(
+                    torch.randn(rows, 1280), torch.randn(rows, 1280), torch.ones(rows, 6)
+                )
+            timestep, w_B = torch.full((rows,), 500), torch.full((rows,), 4.0)
+        z_t, eps_c, eps_n = latents
+        pairs = Pairs(z_t, timestep, eps_c, eps_n, texts[0], texts[1], added)
+        return cached_losses(self.student, pairs, w_B)
+
+    def peak_gb(self, rows: int, *, checkpoints: bool) -> float:
+        """Of a GPU's memory where as many samples are computed at once, on the device `meta`.
+
+        Weights, optimizer and average; activations and gradients of the second of two such parts.
+        """
+
+        def both() -> None:
+            for _ in range(2):
+                self.losses(rows).sum().backward()
+            self.guide.zero_grad(set_to_none=True)
+
+        with checkpointing([self.unet], checkpoints):
+            activations = count(both, mixed=self.mixed).peak
+        return (self.held() + activations) / 1e9
+
+    def held(self) -> int:
+        """Bytes between two steps: weights; the guide's average, SOAP's mean, square and turns."""
+        # the moments along the guide's sides, and their bases
+        turned = sum(2 * side**2 for p in self.guide.parameters() for side in sides(p))
+        return num_bytes(self.unet) + 4 * num_bytes(self.guide) + 4 * turned
 
     @torch.no_grad()
     def forward(self) -> None:
@@ -78,38 +135,158 @@ class Step:
         train(lambda *_: self.losses(), self.guide, config, run_hash="dry run")
 
 
-def plan(name: str, params: Params, *, gpus: int, tflops: float) -> dict[str, float]:
-    """Bytes, FLOPs and hours of every stage but evaluation."""
+def fitting(step: Step, memory: float, *, checkpoints: bool) -> int:
+    """How many samples at once fit a GPU of so many GB; 0: not even one."""
+    one, two = (step.peak_gb(rows, checkpoints=checkpoints) for rows in (1, 2))
+    return max(0, math.floor((memory - RESERVED_GB - one) / (two - one)) + 1)
+
+
+def check_fits(name: str, step: Step, peak_gb: float, memory: float) -> None:
+    """Raise ValueError, saying what would, if a preset's step does not fit a GPU's memory."""
+    if peak_gb <= memory - RESERVED_GB:
+        return
+    most = step.settings.batch_size
+    fit = {c: min(most, fitting(step, memory, checkpoints=c)) for c in (False, True)}
+    rows = [
+        f"micro_batch_size {fit[c]} with gradient_checkpointing {str(c).lower()}"
+        for c in fit
+        if fit[c]
+    ]
+    raise ValueError(
+        f"The preset {name} takes {peak_gb:.1f} GB at the peak of a training step, and a GPU of "
+        f"{memory:g} GB has {memory - RESERVED_GB:g} for it. "
+        + (f"What fits: {', or '.join(rows)}." if rows else "Not even one sample fits.")
+    )
+
+
+def disk(name: str, params: Params, *, num_images: int, num_prompts: int) -> CachePlan:
+    """The cache of a preset."""
+    return plan_shards(
+        architecture_bytes(name),
+        num_images=num_images,
+        num_prompts=num_images + num_prompts,
+        config=params.cache,
+    )
+
+
+def storage_gb(name: str, cache: CachePlan, shard_size: int) -> dict[str, float]:
+    """Disk of a cache by kind of shard, and host memory that a worker holds of it."""
+    row = architecture_bytes(name)
+    by_kind = {"pairs": 0, "moments": 0, "text": 0}
+    for shard, size in cache.num_bytes.items():
+        by_kind[shard.partition("-")[0]] += size
+    # the shards that rows are shuffled among and as many read ahead, as shards.py has them
+    ahead = 2 * SHARDS_SHUFFLED * shard_size
+    shards = {
+        "pairs": min(by_kind["pairs"], ahead * row.pair),
+        "moments": min(by_kind["moments"], ahead * row.image),
+    }
+    return {
+        **{f"{kind}_gb": size / 1e9 for kind, size in by_kind.items()},
+        "cache_gb": sum(by_kind.values()) / 1e9,
+        "host_gb": (by_kind["text"] + max(shards.values())) / 1e9,
+    }
+
+
+def plan(  # noqa: PLR0913, a preset, then by name what is known of machine and data
+    name: str,
+    params: Params,
+    *,
+    gpus: int,
+    tflops: float,
+    memory: float | None = None,
+    num_images: int = IMAGES,
+    num_prompts: int = 0,
+) -> dict[str, float]:
+    """Bytes, FLOPs and hours of every stage but evaluation.
+
+    Raises:
+        ValueError: a training step does not fit a GPU of `memory` GB; says what does.
+    """
     step = Step(name, params, "meta")
-    forward = count_flops(step.forward)
-    trained = count_flops(lambda: step.losses().sum().backward())
-    cache = params.cache
-    num_trajectories = math.ceil(cache.num_trajectory / cache.trajectory_steps)
-    num_pairs = cache.num_forward + num_trajectories * cache.trajectory_steps
+    settings = step.settings
+    rows = min(settings.micro_batch_size or settings.batch_size, -(-settings.batch_size // gpus))
+    peak_gb = step.peak_gb(rows, checkpoints=settings.gradient_checkpointing)
+    if memory is not None:
+        check_fits(name, step, peak_gb, memory)
+    with AsOnCuda(mixed=step.mixed):
+        forward = count_flops(step.forward)
+        trained = count_flops(lambda: step.losses().sum().backward())
+    step.guide.zero_grad(set_to_none=True)
+    again = forward if settings.gradient_checkpointing else 0
+    cache = disk(name, params, num_images=num_images, num_prompts=num_prompts)
     rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
     flops = {
         # TF32, where fp32 is asked for, is half as fast as bf16
-        "cache": num_pairs * 2 * forward * (2 if cache.precision == "fp32" else 1),
-        "distill": params.distill.num_images * trained,
+        "cache": cache.num_forwards * forward * (2 if params.cache.precision == "fp32" else 1),
+        "distill": params.distill.num_images * (trained + again),
         # the teacher's two steps, then the student's
-        "halve": len(rounds) * params.halve.num_images * (2 * forward + trained),
+        "halve": len(rounds) * params.halve.num_images * (2 * forward + trained + again),
     }
     hours = {f"{stage}_hours": f / (gpus * tflops * 1e12) / 3600 for stage, f in flops.items()}
     num_base, num_guide = (
         sum(p.numel() for p in module.parameters()) for module in (step.unet, step.guide)
     )
-    # fp32: the base; the guide with its gradients, SOAP's mean and square and the averaged weights;
-    # the moments along the guide's sides, and their bases
-    num_turned = sum(2 * side**2 for p in step.guide.parameters() for side in sides(p))
     return {
         **hours,
         "hours": sum(hours.values()),
-        "cache_gb": num_pairs * architecture_bytes(name).pair / 1e9,
-        "weights_and_optimizer_gb": (num_base + 5 * num_guide + num_turned) * 4 / 1e9,
-        "companion_gb": num_base * 4 / 1e9,
+        **storage_gb(name, cache, params.cache.shard_size),
+        "weights_and_optimizer_gb": (step.held() + num_bytes(step.guide)) / 1e9,
+        "companion_gb": num_bytes(step.unet) / 1e9,
+        "samples_at_once": rows,
+        "peak_gb": peak_gb,
         "guide_parameters": num_guide,
         "params_ratio": num_guide / num_base,
     }
+
+
+def checks(num_images: int = 64, num_pairs: int = 320) -> dict[str, float]:
+    """`accumulation_error` and `disk_ratio`, on a small cache of the embedded base."""
+    params = load_params(Path("params.yaml"))
+    records = read_records(
+        Path(params.prepare.dataset, params.prepare.files[0]),
+        image_column=params.prepare.image_column,
+        caption_column=params.prepare.caption_column,
+    )[:num_images]
+    pipe = load_base(params.base)
+    config = CacheConfig(num_forward=num_pairs, num_trajectory=0, precision="fp32")
+    with tempfile.TemporaryDirectory() as folder:
+        builder = CacheBuilder(
+            pipe,
+            [Example(image=record.image, prompt=record.caption) for record in records],
+            config,
+            Path(folder),
+            base=BaseIdentity(base_hash="base", unet="", scheduler="", text="", vae=""),
+            data_hash="data",
+        )
+        build_cache(builder)
+        taken = sum(path.stat().st_size for path in Path(folder).iterdir())
+        error = accumulation_error(pipe.unet, TeacherCache.open(Path(folder)))
+    return {
+        "accumulation_error": error,
+        "disk_ratio": sum(builder.plan.num_bytes.values()) / taken,
+    }
+
+
+def accumulation_error(unet: UNet2DConditionModel, cache: TeacherCache) -> float:
+    """Of a step's gradient in parts of 5 of 32, relative to that of one batch, in fp32."""
+    training = TrainConfig(num_images=32, batch_size=32, precision="fp32", max_grad_norm=1e9)
+    config = DistillConfig(train=training, guide=GuideConfig())
+    torch.manual_seed(0)
+    guide = Guide.from_unet(unet.requires_grad_(False), config.guide)
+    with torch.no_grad():  # untrained, most of it has no gradient
+        for p in guide.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    student = GuidedDenoiser(unet, guide, cache.schedule)
+    losses = distillation_objective([student], cache, config, unet.device)
+
+    def gradient(size: int | None) -> Tensor:
+        state = State(guide, training)
+        state.accumulate(losses, parts_of(slice(0, training.batch_size), size))
+        return torch.cat([p.grad.flatten() for p in state.parameters if p.grad is not None])
+
+    parts, whole = gradient(5), gradient(None)
+    return float((parts - whole).norm() / whole.norm())
 
 
 def dry_run(name: str, params: Params) -> dict[str, Any]:
@@ -125,33 +302,65 @@ def dry_run(name: str, params: Params) -> dict[str, Any]:
     return {"device": device, "batch_size": 1, "peak_memory_gb": peak / 1e9}
 
 
+def show(name: str, result: dict[str, Any], *, gpus: int, tflops: float) -> None:
+    """Print a plan."""
+    print(f"{name} on {gpus} GPUs that sustain {tflops:g} TFLOP/s:")
+    for stage in ("cache", "distill", "halve"):
+        print(f"  {stage}: {result[f'{stage}_hours']:.1f} hours")
+    print(
+        f"  cache on disk: {result['cache_gb']:.1f} GB: pairs {result['pairs_gb']:.1f}, latents "
+        f"{result['moments_gb']:.1f}, text states {result['text_gb']:.1f}"
+    )
+    print(f"  host memory of each worker for what it reads: {result['host_gb']:.1f} GB")
+    print(f"  weights, gradients, optimizer: {result['weights_and_optimizer_gb']:.1f} GB a GPU")
+    print(
+        f"  peak of a training step, {result['samples_at_once']} samples at once: "
+        f"{result['peak_gb']:.1f} GB a GPU"
+    )
+    print(f"  each companion: {result['companion_gb']:.1f} GB more while distilling")
+    print(f"  guide: {result['guide_parameters']:,} parameters, {result['params_ratio']:.2%}")
+
+
 def main() -> None:
     """Print what a preset's stages would cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=NAMES, required=True)
+    parser.add_argument("--preset", choices=NAMES, help="without: all")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--memory", type=float, help="GB of one GPU; refuses what does not fit")
     parser.add_argument("--tflops", type=float, default=100, help="sustained, of one GPU")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of the data, with captions")
+    parser.add_argument("--prompts", type=int, default=0, help="further ones")
     parser.add_argument("--dry-run", action="store_true", help="take one real training step too")
+    parser.add_argument("--json", action="store_true", help="with checks, where no preset is named")
     arguments = parser.parse_args()
     quiet()
-    params = load_params(PRESETS / f"{arguments.preset}.yaml")
-    result: dict[str, Any] = plan(
-        arguments.preset, params, gpus=arguments.gpus, tflops=arguments.tflops
-    )
-    print(f"{arguments.preset} on {arguments.gpus} GPUs that sustain {arguments.tflops:g} TFLOP/s:")
-    for stage in ("cache", "distill", "halve"):
-        print(f"  {stage}: {result[f'{stage}_hours']:.1f} hours")
-    print(f"  cache on disk: {result['cache_gb']:.0f} GB")
-    print(f"  weights, gradients, optimizer: {result['weights_and_optimizer_gb']:.1f} GB a GPU")
-    print(f"  each companion: {result['companion_gb']:.1f} GB more while distilling")
-    print(f"  guide: {result['guide_parameters']:,} parameters, {result['params_ratio']:.2%}")
-    if arguments.dry_run:
-        result |= dry_run(arguments.preset, params)
-        print(
-            f"  one training step of batch 1, {result['device']}: "
-            f"{result['peak_memory_gb']:.1f} GB at the peak"
-        )
-    print(json.dumps(result))
+    options = {"gpus": arguments.gpus, "tflops": arguments.tflops}
+    results: dict[str, dict[str, Any]] = {}
+    for name in [arguments.preset] if arguments.preset else NAMES:
+        params = load_params(PRESETS / f"{name}.yaml")
+        try:
+            results[name] = plan(
+                name,
+                params,
+                **options,
+                memory=arguments.memory,
+                num_images=arguments.images,
+                num_prompts=arguments.prompts,
+            )
+        except ValueError as error:
+            sys.exit(str(error))
+        show(name, results[name], **options)
+        if arguments.dry_run:
+            results[name] |= dry_run(name, params)
+            print(
+                f"  one training step of batch 1, {results[name]['device']}: "
+                f"{results[name]['peak_memory_gb']:.1f} GB at the peak"
+            )
+    if arguments.preset:
+        print(json.dumps(results[arguments.preset]))
+    elif arguments.json:
+        peaks = {f"{name}_24gb": result["peak_gb"] for name, result in results.items()}
+        print(json.dumps({**results, **peaks, **checks()}))
 
 
 if __name__ == "__main__":

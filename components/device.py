@@ -25,6 +25,28 @@ def load_base(path: str) -> "DiffusionPipeline":
     return frozen(load_pipeline(path, device=device()))
 
 
+def load_for_training(
+    path: str, companions: Sequence[Path], *, in_bf16: bool
+) -> tuple["DiffusionPipeline", dict[str, "UNet2DConditionModel"]]:
+    """The base at `path`, and UNets of its fine-tunes, to train a guide on.
+
+    Of the base, too, the UNet alone is on the device. With `in_bf16`, and where the hardware
+    computes in it, weights are kept as they are computed with.
+    """
+    from pnp_core.models import load_pipeline
+    from pnp_core.precision import has_bf16, hold_in_bf16
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    pipe = load_pipeline(path)
+    others = load_companions(companions, pipe)
+    for unet in (pipe.unet, *others.values()):
+        freeze(unet)
+        if in_bf16 and has_bf16(device().type):
+            hold_in_bf16(unet)
+        unet.to(device())
+    return pipe, others
+
+
 def load_companions(
     paths: Sequence[Path], base: "DiffusionPipeline"
 ) -> dict[str, "UNet2DConditionModel"]:

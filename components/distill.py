@@ -20,7 +20,7 @@ def run(params: Params) -> None:
 
 def train_guide(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
-    from components.device import load_base, load_companions
+    from components.device import load_for_training
     from pnp_core.distill import distill
     from pnp_core.train import rank_and_world
 
@@ -30,8 +30,9 @@ def train_guide(params: Params, report: Report) -> None:
         guidance_scale=params.distill.guidance_scale,
         guider=teacher_guider(params),
     )
-    pipeline = load_base(params.base)
-    companions = load_companions(companion_paths(params), pipeline)
+    # A full guide starts from the base's weights, which are not to be rounded for it.
+    in_bf16 = config.train.precision == "bf16" and config.guide.kind != "full"
+    pipeline, companions = load_for_training(params.base, companion_paths(params), in_bf16=in_bf16)
     guide = distill(
         pipeline.unet,
         open_cache(params, pipeline.scheduler),

@@ -20,7 +20,7 @@ def run(params: Params) -> None:
 
 def train_rounds(params: Params, report: Report) -> None:
     """The work of each worker; the first one saves."""
-    from components.device import device, load_base
+    from components.device import device, load_for_training
     from pnp_core.bundle import GuideBundle
     from pnp_core.guide import Guide
     from pnp_core.halve import halve
@@ -35,7 +35,8 @@ def train_rounds(params: Params, report: Report) -> None:
         guidance_gain=params.halve.guidance_gain,
         timestep_spacing=params.halve.timestep_spacing,
     )
-    pipeline = load_base(params.base)
+    in_bf16 = config.train.precision == "bf16"
+    pipeline, _ = load_for_training(params.base, [], in_bf16=in_bf16)
     guides = halve(
         pipeline.unet,
         pipeline.scheduler,

@@ -14,7 +14,7 @@ class Section(BaseModel, frozen=True):
     """Part of params.yaml: frozen, and strict about names and types.
 
     One that is made from a dataclass of the library has its fields and its ranges, but no defaults:
-    params.yaml says everything.
+    params.yaml says everything but for what the library marks as optional.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -26,6 +26,7 @@ class Section(BaseModel, frozen=True):
             for base in cls.__mro__
             if dataclasses.is_dataclass(base)
             for field in dataclasses.fields(base)
+            if not field.metadata.get("optional")
         }
         for name in library:
             cls.model_fields[name].default = PydanticUndefined

@@ -11,7 +11,7 @@ from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.storage import Mirror
 from pnp_core.files import read_json
-from pnp_core.settings import TrainConfig
+from pnp_core.settings import MEMORY_ONLY, TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
@@ -26,7 +26,7 @@ def train_stage(
     from pnp_core.train import RECIPE
 
     section = getattr(params, stage)
-    settings = {"base": params.base, stage: section.model_dump(mode="json")}
+    settings = {"base": params.base, stage: section.model_dump(mode="json", exclude=MEMORY_ONLY)}
     identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -5,12 +5,14 @@ What a call knows belongs to it: calls in other threads, or one inside another, 
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pnp_core.guide.kind import Effect, KeyValue
 
@@ -84,6 +86,46 @@ def suspended() -> Iterator[None]:
     """While open, forwards in this thread belong to none of the calls under way."""
     with entered(Suspended()):
         yield
+
+
+@contextmanager
+def acting_again(acting: Acting | None) -> Iterator[None]:
+    """While open, the guide acts as it did in a forward that is over."""
+    before = now.acting
+    now.acting = acting
+    try:
+        yield
+    finally:
+        now.acting = before
+
+
+def run_checkpointed(module: nn.Module, *args: Any) -> Any:
+    """Run one block of a UNet so that it keeps its inputs only, and runs again for gradients.
+
+    It then runs after the UNet's forward, and on a GPU in another thread, where no guide would act:
+    it is told of the one that acts now.
+    """
+    acting = now.acting
+    return checkpoint(
+        module.__call__,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is random in a frozen UNet
+        context_fn=lambda: (nullcontext(), acting_again(acting)),
+    )
+
+
+@contextmanager
+def checkpointing(unets: Iterable[UNet2DConditionModel], enabled: bool) -> Iterator[None]:
+    """While open, and if ``enabled``, blocks of these UNets run as :func:`run_checkpointed`."""
+    ours = [unet for unet in unets if enabled and not unet.is_gradient_checkpointing]
+    for unet in ours:
+        unet.enable_gradient_checkpointing(run_checkpointed)
+    try:
+        yield
+    finally:
+        for unet in ours:
+            unet.disable_gradient_checkpointing()
 
 
 def call_of(unet: nn.Module) -> Call | None:

@@ -1,4 +1,7 @@
-"""One contract for everything that denoises: ``(z_BCHW, t_B, conditions) -> eps_BCHW``."""
+"""One contract for everything that denoises: ``(z_BCHW, t_B, conditions) -> eps_BCHW``.
+
+Where a schedule's last timestep has no signal, v stands for eps, see :mod:`pnp_core.schedule`.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -7,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pnp_core.calls import Call, Negatives, entered, version_of
+from pnp_core.calls import Call, Negatives, entered, run_checkpointed, version_of
 from pnp_core.conditions import Conditions
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect
@@ -131,10 +134,15 @@ class GuidedDenoiser:
 def check_not_checkpointed(unet: UNet2DConditionModel) -> None:
     """Raise ValueError if the UNet would run its blocks again, without a guide, for gradients."""
     blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    if any(getattr(block, "gradient_checkpointing", False) for block in blocks):
+    if any(
+        getattr(block, "gradient_checkpointing", False)
+        and block._gradient_checkpointing_func is not run_checkpointed
+        for block in blocks
+    ):
         raise ValueError(
-            "A guide can't be trained through gradient checkpoints, where the UNet runs its blocks "
-            "again without it: unet.disable_gradient_checkpointing()."
+            "A guide can't be trained through these gradient checkpoints, where the UNet runs its "
+            "blocks again without it: unet.disable_gradient_checkpointing(), and "
+            "pnp_core.calls.checkpointing in its place."
         )
 
 

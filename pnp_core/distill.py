@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pnp_core.cache import TeacherCache
 from pnp_core.cache.read import Pairs
+from pnp_core.calls import checkpointing
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
@@ -166,12 +167,12 @@ def distill(  # noqa: PLR0913, what a run needs, then by name what it may have
     Raises:
         ValueError: other companions than the cache's; a loss that diverges or is not finite.
     """
-    companions = companions or {}
+    companions, training = companions or {}, config.train
     check_companions(list(companions), cache)
     teachers = (unet, *companions.values())
     for teacher in teachers:
         teacher.requires_grad_(False).eval()
-    torch.manual_seed(config.train.seed)
+    torch.manual_seed(training.seed)
     guide = Guide.from_unet(
         unet,
         config.guide,
@@ -184,20 +185,18 @@ def distill(  # noqa: PLR0913, what a run needs, then by name what it may have
     def name_row(step: int, row: int) -> str:
         teacher, number = turn_of(step, len(teachers))
         indices = cache.pair_indices(
-            batch_size=config.train.batch_size,
-            seed=config.train.seed,
-            step=number,
-            teacher=teacher,
+            batch_size=training.batch_size, seed=training.seed, step=number, teacher=teacher
         )
         return cache.name_pair(int(indices[row]))
 
-    return train(
-        distillation_objective(students, cache, config, unet.device),
-        guide,
-        config.train,
-        run_hash=config_hash(config, cache.content_hash, RECIPE),
-        checkpoint=checkpoint,
-        report=report,
-        name_row=name_row,
-        diverged=5,
-    )
+    with checkpointing(teachers, training.gradient_checkpointing):
+        return train(
+            distillation_objective(students, cache, config, unet.device),
+            guide,
+            training,
+            run_hash=config_hash(config, cache.content_hash, RECIPE),
+            checkpoint=checkpoint,
+            report=report,
+            name_row=name_row,
+            diverged=5,
+        )

@@ -8,6 +8,7 @@ lacks of CFG's strength, the halved ones may get.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pnp_core.cache import TeacherCache
+from pnp_core.cache import Draws, TeacherCache
+from pnp_core.calls import checkpointing
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.distill import draw_guidance_scale
@@ -67,10 +69,13 @@ def truncated_snr_loss(
 ) -> Tensor:
     """``max(x_mse, eps_mse)``, one a sample (Salimans & Ho 2022, section 4).
 
-    The error of x is ``sigma_t / alpha_t`` times that of eps.
+    The error of x is ``sigma_t / alpha_t`` times that of eps; of one of v, it is ``sigma_t`` times
+    that, and of eps ``alpha_t`` times that.
     """
     alpha, sigma = schedule.alpha_sigma(t_B, z_t)
     error = (eps.float() - target.float()).square().mean(dim=(1, 2, 3))
+    if schedule.gives_v:
+        return error * torch.maximum(alpha, sigma).flatten().square()
     return error * (sigma / alpha).flatten().square().clamp(min=1)
 
 
@@ -118,12 +123,18 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     grid = sampling_timesteps(scheduler, this.num_steps, config.timestep_spacing)
     fine = sampling_timesteps(scheduler, 2 * this.num_steps, config.timestep_spacing)
 
-    def loss_fn(step: int, part: slice) -> Tensor:
+    @lru_cache(maxsize=1)  # a batch may come in parts, one after another
+    def drawn(step: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
         generator = step_generator(this.seed, step)
         indices = cache.latent_indices(batch_size=batch_size, seed=this.seed, step=step)
-        w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)[part].to(device)
-        interval_B = torch.randint(this.num_steps, (batch_size,), generator=generator)[part]
-        latents = cache.latents(indices, generator, part, device)
+        w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)
+        interval_B = torch.randint(this.num_steps, (batch_size,), generator=generator)
+        return indices, w_B, interval_B, cache.draws(indices, generator)
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        indices, w_B, interval_B, draws = drawn(step)
+        w_B, interval_B = w_B[part].to(device), interval_B[part]
+        latents = cache.latents(indices, draws, part, device)
         t_B, m_B, s_B = (
             x.to(device) for x in (grid[interval_B], fine[2 * interval_B + 1], grid[interval_B + 1])
         )
@@ -219,13 +230,14 @@ def train_round(  # noqa: PLR0913, what halve() has, and what differs from round
         )
         return cache.moment_shards.name_row(int(indices[row]))
 
-    return train(
-        halving_objective(own, theirs, cache, scheduler, config, this, unet.device),
-        student,
-        config.train,
-        run_hash=run_hash,
-        checkpoint=checkpoint,
-        report=report,
-        name_row=name_row,
-        diverged=100,  # a round starts close to its target
-    )
+    with checkpointing([unet], config.train.gradient_checkpointing):
+        return train(
+            halving_objective(own, theirs, cache, scheduler, config, this, unet.device),
+            student,
+            config.train,
+            run_hash=run_hash,
+            checkpoint=checkpoint,
+            report=report,
+            name_row=name_row,
+            diverged=100,  # a round starts close to its target
+        )

@@ -1,6 +1,7 @@
 """bf16 where it is fast."""
 
 import torch
+from torch import nn
 
 
 def has_bf16(device_type: str) -> bool:
@@ -20,6 +21,17 @@ def mixed_precision(device_type: str, precision: str) -> torch.autocast:
     """A context that computes in bf16 if ``precision`` says so and the hardware has it."""
     enabled = precision == "bf16" and has_bf16(device_type)
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def hold_in_bf16(module: nn.Module) -> None:
+    """Keep frozen weights of convolutions and linear layers in bf16, in place.
+
+    Autocast would cast them at each use: what it computes stays the same, bit for bit, in half the
+    memory and without the casts. Norms stay as they are, as autocast computes them in fp32.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            part.to(torch.bfloat16)
 
 
 def is_mixed(device_type: str) -> bool:

@@ -74,9 +74,10 @@ def sample(  # noqa: PLR0913, the quantities of a run, by name
 
 
 def solver_steps(scheduler: Any, solver: str, num_steps: int, spacing: str | None) -> Any:
-    """The scheduler of this solver, by diffusers, for a run: on the base's schedule, told eps."""
+    """The scheduler of this solver, by diffusers, for a run: on the base's schedule."""
     kind, options = SOLVERS[solver]
-    overrides = dict(options, solver_order=2, prediction_type="epsilon")
+    told = "v_prediction" if NoiseSchedule.from_scheduler(scheduler).gives_v else "epsilon"
+    overrides = dict(options, solver_order=2, prediction_type=told)
     if spacing is not None:
         overrides["timestep_spacing"] = spacing
     steps = kind.from_config(copy.deepcopy(dict(scheduler.config)), **overrides)

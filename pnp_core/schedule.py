@@ -1,16 +1,21 @@
 """Noise schedule, DDIM steps and conversions between what diffusion models predict.
 
 Everything is variance preserving: ``z_t = alpha_t x + sigma_t eps``, ``alpha_t^2 + sigma_t^2 = 1``.
+
+Denoisers give eps. Where the last timestep has no signal, ``alpha_t = 0`` (zero terminal SNR, Lin
+et al. 2024), eps is ``z_t`` there and says nothing of ``x``: denoisers of such a schedule give v.
 """
 
 import copy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+NO_SIGNAL = 1e-6  # alpha_t^2 below this counts as 0; some schedulers have 2**-24 in its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,8 @@ class NoiseSchedule:
         """Read the schedule of a diffusers scheduler.
 
         Raises:
-            ValueError: the scheduler has no discrete ``alphas_cumprod`` or predicts something else.
+            ValueError: the scheduler has no discrete ``alphas_cumprod`` or predicts something else,
+                or its base predicts eps where there is no signal.
         """
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(
@@ -47,12 +53,25 @@ class NoiseSchedule:
                 f"{', '.join(PREDICTION_TYPES)}."
             )
         alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
+        alphas_cumprod = torch.where(alphas_cumprod < NO_SIGNAL, 0, alphas_cumprod)
+        if prediction_type == "epsilon" and not alphas_cumprod.all():
+            raise ValueError(
+                "The base's scheduler says that it predicts epsilon and that its last timestep has "
+                "no signal (rescale_betas_zero_snr), where epsilon says nothing of the image: set "
+                "prediction_type to what the base was trained for (v_prediction, for most), or "
+                "rescale_betas_zero_snr to false, in its scheduler_config.json."
+            )
         set_alpha_to_one = scheduler.config.get("set_alpha_to_one", True)
         return cls(
             alphas_cumprod=alphas_cumprod,
             final_alpha_cumprod=1.0 if set_alpha_to_one else float(alphas_cumprod[0]),
             prediction_type=prediction_type,
         )
+
+    @cached_property
+    def gives_v(self) -> bool:
+        """Whether denoisers give v in place of eps: some timestep has no signal."""
+        return not self.alphas_cumprod.all()
 
     @property
     def num_train_timesteps(self) -> int:
@@ -96,10 +115,15 @@ class NoiseSchedule:
 
         ``v = alpha_t eps - sigma_t x``, hence ``eps = alpha_t v + sigma_t z_t``;
         for an x-prediction ``eps = (z_t - alpha_t x) / sigma_t``.
+        Into v where denoisers give v; for an x-prediction ``v = (alpha_t z_t - x) / sigma_t``.
         """
         if self.prediction_type == "epsilon":
             return prediction
+        if self.gives_v and self.prediction_type == "v_prediction":
+            return prediction
         alpha, sigma = self.alpha_sigma(timestep_B, z_t)
+        if self.gives_v:
+            return (alpha * z_t - prediction) / sigma
         if self.prediction_type == "v_prediction":
             return alpha * prediction + sigma * z_t
         return (z_t - alpha * prediction) / sigma
@@ -108,23 +132,34 @@ class NoiseSchedule:
         """The inverse of :meth:`to_eps`."""
         if self.prediction_type == "epsilon":
             return eps
+        if self.gives_v:
+            return (
+                eps if self.prediction_type == "v_prediction" else self.to_x(eps, z_t, timestep_B)
+            )
         alpha, sigma = self.alpha_sigma(timestep_B, z_t)
         if self.prediction_type == "v_prediction":
             return (eps - sigma * z_t) / alpha
         return (z_t - sigma * eps) / alpha
 
     def to_x(self, eps: Tensor, z_t: Tensor, timestep_B: Tensor) -> Tensor:
-        """``x = (z_t - sigma_t eps) / alpha_t``."""
+        """``x = (z_t - sigma_t eps) / alpha_t``, or from v ``x = alpha_t z_t - sigma_t v``."""
         alpha, sigma = self.alpha_sigma(timestep_B, z_t)
+        if self.gives_v:
+            return alpha * z_t - sigma * eps
         return (z_t - sigma * eps) / alpha
 
     def ddim_step(self, z_t: Tensor, eps: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
         """One deterministic DDIM step from timestep ``t`` to ``s`` (Song et al. 2021, eq. 12).
 
-        ``z_s = alpha_s x + sigma_s eps``, with ``x`` the x-prediction at ``t``.
+        ``z_s = alpha_s x + sigma_s eps``, with ``x`` the x-prediction at ``t``. Where denoisers
+        give v, ``eps`` is that.
         """
         alpha_s, sigma_s = self.alpha_sigma(s_B, z_t)
-        return alpha_s * self.to_x(eps, z_t, t_B) + sigma_s * eps
+        x = self.to_x(eps, z_t, t_B)
+        if self.gives_v:
+            alpha_t, sigma_t = self.alpha_sigma(t_B, z_t)
+            eps = alpha_t * eps + sigma_t * z_t
+        return alpha_s * x + sigma_s * eps
 
 
 def sampling_timesteps(scheduler: Any, num_steps: int, spacing: str | None = None) -> Tensor:
@@ -163,8 +198,13 @@ def two_step_target(
 
     ``eps* = (z_s - r z_t) / (sigma_s - r sigma_t)``, ``r = alpha_s / alpha_t`` (Salimans & Ho 2022,
     appendix G). Where ``sigma_s = 0`` this is the eps of the teacher's second x-prediction.
+    Where denoisers give v, ``v* = (z_s - (alpha_s alpha_t + sigma_s sigma_t) z_t) /
+    (sigma_s alpha_t - alpha_s sigma_t)``.
     """
     alpha_t, sigma_t = schedule.alpha_sigma(t_B, z_t)
     alpha_s, sigma_s = schedule.alpha_sigma(s_B, z_t)
+    if schedule.gives_v:
+        kept = alpha_s * alpha_t + sigma_s * sigma_t
+        return (z_s - kept * z_t) / (sigma_s * alpha_t - alpha_s * sigma_t)
     ratio = alpha_s / alpha_t
     return (z_s - ratio * z_t) / (sigma_s - ratio * sigma_t)

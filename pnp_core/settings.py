@@ -31,6 +31,12 @@ STATEFUL = {
 }
 RESERVED = ("guidance_scale", "use_original_formulation", "enabled")
 
+OPTIONAL = {"optional": True}
+"""Metadata of a setting that params.yaml need not name."""
+MEMORY_ONLY = {"micro_batch_size", "gradient_checkpointing"}
+"""Settings that change the memory that training takes, and not what it computes. They are no part
+of a run's identity: a run that ran out of memory goes on from its checkpoint with others."""
+
 
 class SettingError(ValueError):
     """A setting out of its range.
@@ -208,6 +214,10 @@ class TrainConfig:
         precision: ``bf16`` (where the hardware has it) or ``fp32``.
         report_every_images: how often the loss is reported.
         checkpoint_every_images: how often the state is written.
+        micro_batch_size: how many samples of its share of a batch a worker computes at once; None:
+            all. Gradients are those of the whole batch.
+        gradient_checkpointing: whether the UNet's blocks keep their inputs only, and are computed
+            again for gradients.
 
     Raises:
         ValueError: a value out of range, named.
@@ -223,9 +233,13 @@ class TrainConfig:
     seed: int = 0
     report_every_images: int = 2_000
     checkpoint_every_images: int = 20_000
+    micro_batch_size: int | None = field(default=None, metadata=OPTIONAL)
+    gradient_checkpointing: bool = field(default=False, metadata=OPTIONAL)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_images", "batch_size", "ema_halflife_images")
+        if self.micro_batch_size is not None:
+            at_least(self, 1, "micro_batch_size")
         at_least(self, 1, "report_every_images", "checkpoint_every_images")
         positive(self, "learning_rate", "max_grad_norm")
         at_least(self, 0, "warmup_images", "seed")

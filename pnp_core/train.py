@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pnp_core.files import write_state
 from pnp_core.precision import mixed_precision
+from pnp_core.settings import MEMORY_ONLY
 from pnp_core.settings import TrainConfig as TrainConfig
 from pnp_core.soap import SOAP
 
@@ -42,7 +43,12 @@ STEPS_BEFORE = 4  # over which the loss is taken before training
 
 def config_hash(config: Any, *more: str) -> str:
     """A short hash of a dataclass config and further strings, for matching checkpoints."""
-    text = json.dumps([dataclasses.asdict(config), *more], sort_keys=True, default=str)
+
+    def without_memory(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if name not in MEMORY_ONLY}
+
+    settings = dataclasses.asdict(config, dict_factory=without_memory)
+    text = json.dumps([settings, *more], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -83,26 +89,26 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         diverged: from a quarter of the run on, stop at this many times the loss before training.
 
     Raises:
-        ValueError: the loss is not finite, or far above what it was; names step and samples.
+        ValueError: a loss not finite, or far above what it was; too little memory; each named.
     """
     rank, world = rank_and_world()
     part = own_part(config.batch_size)
+    parts = parts_of(part, config.micro_batch_size)
     state = State(guide, config)
-    autocast = partial(mixed_precision, state.device.type, config.precision)
-    with torch.no_grad(), autocast():
-        loss_before = untrained_loss(loss_fn, part, config.batch_size)
+    losses = in_precision(loss_fn, state.device.type, config.precision)
+    with torch.no_grad():
+        loss_before = untrained_loss(losses, parts, config)
     if checkpoint is not None:
         state.resume(checkpoint, run_hash)
     guide.train()
     recent = Recent(config, state.step)
     under_way: Outcome | None = None
     while state.step < config.num_steps:
-        with autocast():
-            loss_rows = loss_fn(state.step, part)
-        total, grad_norm = state.backward(loss_rows, world)
+        loss_rows, total = state.accumulate(losses, parts)
+        total, grad_norm = state.gather(total, world)
         if under_way is not None:
             under_way.check(config, part, name_row)
-        under_way = Outcome(state.step, torch.stack([total, grad_norm]), loss_rows.detach())
+        under_way = Outcome(state.step, torch.stack([total, grad_norm]), loss_rows)
         state.update()
         recent.losses.append(total)
         done = state.step * config.batch_size
@@ -145,12 +151,56 @@ def own_part(batch_size: int) -> slice:
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def untrained_loss(loss_fn: Callable[[int, slice], Tensor], part: slice, batch_size: int) -> float:
+def parts_of(rows: slice, size: int | None) -> list[slice]:
+    """Rows in parts of ``size``, the last one smaller; None: in one."""
+    size = size or rows.stop - rows.start
+    return [
+        slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)
+    ]
+
+
+def in_precision(
+    loss_fn: Callable[[int, slice], Tensor], device_type: str, precision: str
+) -> Callable[[int, slice], Tensor]:
+    """``loss_fn``, computed in the run's precision."""
+
+    def losses(step: int, part: slice) -> Tensor:
+        with mixed_precision(device_type, precision):
+            return loss_fn(step, part)
+
+    return losses
+
+
+@contextmanager
+def told_what_to_lower(config: TrainConfig, step: int, part: slice) -> Iterator[None]:
+    """Raise ValueError where a GPU's memory does not suffice for these rows of a step at once."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        num_rows = part.stop - part.start
+        remedies = [f"set micro_batch_size to {num_rows // 2} or less"] if num_rows > 1 else []
+        if not config.gradient_checkpointing:
+            remedies.append("set gradient_checkpointing to true")
+        raise ValueError(
+            f"Training stopped at step {step}: the GPU's memory does not suffice for {num_rows} "
+            f"samples at once: {' or '.join(remedies) or 'it takes a larger one'}. The last "
+            "checkpoint is untouched, and the same command goes on from it."
+        ) from error
+
+
+def untrained_loss(
+    losses: Callable[[int, slice], Tensor], parts: Sequence[slice], config: TrainConfig
+) -> float:
     """The mean loss of the first steps' batches, over all workers."""
-    total = torch.stack([loss_fn(step, part).float().sum() for step in range(STEPS_BEFORE)]).sum()
+    totals = []
+    for step in range(STEPS_BEFORE):
+        for part in parts:
+            with told_what_to_lower(config, step, part):
+                totals.append(losses(step, part).float().sum())
+    total = torch.stack(totals).sum()
     if rank_and_world()[1] > 1:
         dist.all_reduce(total)
-    return float(total) / (STEPS_BEFORE * batch_size)
+    return float(total) / (STEPS_BEFORE * config.batch_size)
 
 
 class State:
@@ -198,12 +248,30 @@ class State:
             },
         )
 
-    def backward(self, loss_rows: Tensor, world: int) -> tuple[Tensor, Tensor]:
-        """Gradients over all workers, clipped; their loss, and the norm before."""
-        loss = loss_rows.float().sum() / self.config.batch_size
+    def accumulate(
+        self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of this step's loss over these parts of its batch, one after another.
+
+        Returns:
+            The losses of the rows, and the sum of them over the size of the global batch.
+
+        Raises:
+            ValueError: the GPU's memory does not suffice for one of the parts.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        total = loss.detach()
+        rows, totals = [], []
+        for part in parts:
+            with told_what_to_lower(self.config, self.step, part):
+                loss_rows = losses(self.step, part)
+                loss = loss_rows.float().sum() / self.config.batch_size
+                loss.backward()
+            rows.append(loss_rows.detach())
+            totals.append(loss.detach())
+        return torch.cat(rows), torch.stack(totals).sum()
+
+    def gather(self, total: Tensor, world: int) -> tuple[Tensor, Tensor]:
+        """Gradients over all workers, clipped; their loss, and the norm before."""
         if world > 1:
             total = summed_over_workers(total, self.parameters)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)

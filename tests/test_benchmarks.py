@@ -125,10 +125,15 @@ def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> N
     one = plan.plan(name, params, gpus=1, tflops=100)
     assert one["hours"] == one["cache_hours"] + one["distill_hours"] + one["halve_hours"]
     pairs = params.cache.num_forward + params.cache.num_trajectory
-    assert one["cache_gb"] == pytest.approx(pairs * cache_cost.architecture_bytes(name).pair / 1e9)
+    row = cache_cost.architecture_bytes(name)
+    assert one["pairs_gb"] == pytest.approx(pairs * row.pair / 1e9)
+    assert one["moments_gb"] == pytest.approx(plan.IMAGES * row.image / 1e9)
+    assert one["text_gb"] == pytest.approx((plan.IMAGES + 1) * row.prompt / 1e9)
+    assert one["cache_gb"] == pytest.approx(one["pairs_gb"] + one["moments_gb"] + one["text_gb"])
     assert one["params_ratio"] <= params.distill.guide.max_parameters_ratio
     num_base = one["guide_parameters"] / one["params_ratio"]
-    assert one["companion_gb"] == pytest.approx(4 * num_base / 1e9)
+    assert one["companion_gb"] == pytest.approx(2 * num_base / 1e9, rel=0.01)  # bf16, norms fp32
+    assert one["peak_gb"] < 24 - plan.RESERVED_GB
 
 
 def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:

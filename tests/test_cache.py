@@ -55,7 +55,8 @@ def test_text_states_and_moments_are_those_of_the_pipeline(
     assert cache.num_latents == len(examples)
     assert set(cache.prompts) == {"", *(e.prompt for e in examples)}
     generator = torch.Generator().manual_seed(0)
-    latents = cache.latents(torch.arange(3), generator, slice(0, 3), torch.device("cpu"))
+    draws = cache.draws(torch.arange(3), generator)
+    latents = cache.latents(torch.arange(3), draws, slice(0, 3), torch.device("cpu"))
     row = cache.prompts.index(examples[1].prompt)
     assert torch.equal(latents.text[1], cache.text_N[row].float())
 
@@ -64,7 +65,8 @@ def test_a_row_of_latents_does_not_depend_on_the_part_asked_for(cache: TeacherCa
     indices, device = torch.arange(8), torch.device("cpu")
 
     def latents(part: slice) -> list[torch.Tensor]:
-        latents = cache.latents(indices, torch.Generator().manual_seed(1), part, device)
+        draws = cache.draws(indices, torch.Generator().manual_seed(1))
+        latents = cache.latents(indices, draws, part, device)
         return [value for value in latents if value is not None]
 
     whole = latents(slice(0, 8))

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
-from pnp_core.precision import mixed_precision
+from pnp_core.cache import TeacherCache
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.distill import distillation_objective
+from pnp_core.guide import Guide
+from pnp_core.precision import hold_in_bf16, mixed_precision
+from tests.conftest import roused
+from tests.test_training import DISTILL
 
 
 def product_dtype(precision: str) -> torch.dtype:
@@ -24,3 +31,28 @@ def test_bf16_is_computed_in_where_it_is_wanted_and_there(
 ) -> None:
     monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: in_hardware)
     assert product_dtype(precision) is expected
+
+
+def test_frozen_weights_held_in_bf16_change_no_gradient_and_take_half(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
+    unet = pipe.unet.requires_grad_(False)
+    guide = roused(Guide.from_unet(unet, DISTILL.guide))
+    student = GuidedDenoiser(unet, guide, cache.schedule)
+    losses = distillation_objective([student], cache, DISTILL, unet.device)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        with mixed_precision("cpu", "bf16"):
+            loss = losses(0, slice(0, 16)).sum()
+        trained = [p for p in guide.parameters() if p.requires_grad]
+        return torch.autograd.grad(loss, trained, materialize_grads=True)
+
+    def size() -> int:
+        return sum(p.numel() * p.element_size() for p in unet.parameters())
+
+    expected, whole = gradients(), size()
+    hold_in_bf16(unet)
+    assert size() < 0.55 * whole
+    for found, before in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, before)

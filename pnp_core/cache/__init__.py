@@ -18,9 +18,10 @@ from pnp_core.cache.plan import (
     CachePlan,
     SampleBytes,
     plan_cache,
+    plan_shards,
     sample_bytes,
 )
-from pnp_core.cache.read import Latents, Pairs, TeacherCache
+from pnp_core.cache.read import Draws, Latents, Pairs, TeacherCache
 from pnp_core.settings import CacheConfig
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "CacheBuilder",
     "CacheConfig",
     "CachePlan",
+    "Draws",
     "Example",
     "Latents",
     "Pairs",
@@ -35,5 +37,6 @@ __all__ = [
     "TeacherCache",
     "build_cache",
     "plan_cache",
+    "plan_shards",
     "sample_bytes",
 ]

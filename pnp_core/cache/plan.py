@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from diffusers import DiffusionPipeline
 
 from pnp_core.models import is_xl
-from pnp_core.settings import CacheConfig
+from pnp_core.settings import CacheConfig, CacheSettings
 
 TEXT = "text"  # the name of the shard of text states
 
@@ -68,6 +68,24 @@ def plan_cache(
         text=(pipe.tokenizer.model_max_length, pipe.unet.config.cross_attention_dim),
         pooled=pipe.text_encoder_2.config.projection_dim if is_xl(pipe) else 0,
     )
+    return plan_shards(
+        row,
+        num_images=num_images,
+        num_prompts=num_prompts,
+        config=config,
+        num_companions=num_companions,
+    )
+
+
+def plan_shards(
+    row: SampleBytes,
+    *,
+    num_images: int,
+    num_prompts: int,
+    config: CacheSettings,
+    num_companions: int = 0,
+) -> CachePlan:
+    """The same of a base that is not at hand, from what its rows take."""
     num_steps = config.trajectory_steps
     num_trajectories = config.num_trajectory / num_steps
     shares = [1.0]

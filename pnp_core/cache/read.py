@@ -48,6 +48,20 @@ class Latents(NamedTuple):
         return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
 
 
+class Draws(NamedTuple):
+    """The random numbers of a global batch of latents, on the CPU.
+
+    Attributes:
+        of_latent: standard normal, by which a latent is drawn from its moments.
+        noise: standard normal, to add.
+        negative: rows of the negative prompts in the text states.
+    """
+
+    of_latent: Tensor
+    noise: Tensor
+    negative: Tensor
+
+
 class TeacherCache:
     """A complete cache, open for training. Shards are read ahead of use, in the background.
 
@@ -178,19 +192,26 @@ class TeacherCache:
         teacher = int(torch.searchsorted(self.starts, index, right=True)) - 1
         return self.pair_shards[teacher].name_row(index - int(self.starts[teacher]))
 
-    def latents(
-        self, indices: Tensor, generator: torch.Generator, part: slice, device: torch.device
-    ) -> Latents:
+    def draws(self, indices: Tensor, generator: torch.Generator) -> Draws:
+        """The random numbers for the latents at ``indices``."""
+        num_rows = len(indices)
+        shape = (num_rows, *self.moment_shards.rows(indices[:1])["mean"].shape[1:])
+        of_latent, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+        others = torch.randint(len(self.prompts), (num_rows,), generator=generator)
+        other = torch.rand(num_rows, generator=generator) < self.negative_fraction
+        return Draws(of_latent, noise, torch.where(other, others, 0))
+
+    def latents(self, indices: Tensor, draws: Draws, part: slice, device: torch.device) -> Latents:
         """Latents drawn from the moments at ``indices[part]``, noise and negatives, in float32.
 
-        Random numbers are drawn for all of ``indices``, so that a row does not depend on ``part``.
+        Args:
+            indices: of a global batch.
+            draws: for all of ``indices``, so that a row does not depend on ``part``.
+            part: which of them.
+            device: where they are to be.
         """
         rows = self.moment_shards.rows(indices[part])
-        shape = (len(indices), *rows["mean"].shape[1:])
-        draw, noise = (torch.randn(shape, generator=generator)[part] for _ in range(2))
-        others = torch.randint(len(self.prompts), (len(indices),), generator=generator)
-        other = torch.rand(len(indices), generator=generator) < self.negative_fraction
-        negative = torch.where(other, others, 0)[part]
+        draw, noise, negative = (x[part] for x in draws)
         return Latents(
             x=(rows["mean"].float() + rows["std"].float() * draw).to(device),
             noise=noise.to(device),

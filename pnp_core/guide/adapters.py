@@ -174,7 +174,7 @@ def read_negative(query_BNC: Tensor, negative: KeyValue) -> Tensor:
     if shared := len(key) < batch:  # all samples' positions make one attention
         query = query.transpose(0, 1).flatten(1, 2)[None]
     is_cpu = query.device.type == "cpu"
-    if query.device.type == "cuda" or (is_cpu and not torch.is_grad_enabled()):
+    if query.device.type in ("cuda", "meta") or (is_cpu and not torch.is_grad_enabled()):
         read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
     else:
         weights = query @ key.mT

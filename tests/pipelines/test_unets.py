@@ -167,7 +167,7 @@ def test_group_offload_works(pipe: StableDiffusionPipeline, guide: Guide) -> Non
     guided(pipe, guide, CALL)
 
 
-def test_training_through_gradient_checkpoints_is_refused(
+def test_training_through_gradient_checkpoints_of_diffusers_is_refused(
     pipe: StableDiffusionPipeline, guide: Guide
 ) -> None:
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)

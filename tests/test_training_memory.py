@@ -1,0 +1,228 @@
+"""Training in bounded memory: batches in parts, gradient checkpoints, and the same gradients."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from pnp_core.cache import TeacherCache
+from pnp_core.calls import checkpointing, now
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.distill import distill, distillation_objective
+from pnp_core.guide import Guide
+from pnp_core.halve import halve, halving_objective, rounds_of
+from pnp_core.train import State, TrainConfig, own_part, parts_of, rank_and_world, train
+from tests.conftest import roused
+from tests.test_training import DISTILL, HALVE, TRAIN, Stop, interrupted
+
+Objective = Callable[[int, slice], Tensor]
+BATCH = DISTILL.train.batch_size
+
+
+def objective(
+    stage: str, pipe: StableDiffusionPipeline, guide: Guide, cache: TeacherCache
+) -> Objective:
+    pipe.unet.requires_grad_(False)
+    student = GuidedDenoiser(pipe.unet, guide, cache.schedule)
+    if stage == "distill":
+        return distillation_objective([student], cache, DISTILL, pipe.unet.device)
+    teacher = roused(Guide.from_unet(pipe.unet, DISTILL.guide), scale=0.05).requires_grad_(False)
+    return halving_objective(
+        student,
+        GuidedDenoiser(pipe.unet, teacher, cache.schedule),
+        cache,
+        pipe.scheduler,
+        HALVE,
+        rounds_of(HALVE)[0],
+        pipe.unet.device,
+    )
+
+
+def seeded_guide(pipe: StableDiffusionPipeline, scale: float = 0.1) -> Guide:
+    torch.manual_seed(0)
+    return roused(Guide.from_unet(pipe.unet, DISTILL.guide), scale=scale)
+
+
+def gradient(losses: Objective, guide: Guide, config: TrainConfig, step: int = 3) -> Tensor:
+    """Of one step's loss, over all workers, flat."""
+    state = State(guide, dataclasses.replace(config, max_grad_norm=1e9))
+    state.step = step
+    parts = parts_of(own_part(config.batch_size), config.micro_batch_size)
+    _, total = state.accumulate(losses, parts)
+    state.gather(total, rank_and_world()[1])
+    gradients = (p.new_zeros(p.shape) if p.grad is None else p.grad for p in state.parameters)
+    return torch.cat([g.flatten() for g in gradients]).clone()
+
+
+def gradients_of(loss: Tensor, guide: Guide) -> tuple[Tensor, ...]:
+    """By autograd alone; zeros for what plays no part."""
+    trained = [p for p in guide.parameters() if p.requires_grad]
+    return torch.autograd.grad(loss, trained, materialize_grads=True)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_parts_are_all_rows_in_order_and_none_is_larger_than_asked_for() -> None:
+    for size in (1, 3, 5, 8, 100):
+        parts = parts_of(slice(8, 16), size)
+        assert [row for part in parts for row in range(part.start, part.stop)] == [*range(8, 16)]
+        assert max(part.stop - part.start for part in parts) <= size
+    assert parts_of(slice(8, 16), None) == [slice(8, 16)]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5, 8])
+@pytest.mark.parametrize("stage", ["distill", "halve"])
+def test_gradients_of_a_batch_in_parts_are_those_of_the_batch(
+    stage: str, micro_batch_size: int, pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    guide = roused(Guide.from_unet(pipe.unet, DISTILL.guide))
+    losses = objective(stage, pipe, guide, cache)
+    at_once = losses(3, slice(0, BATCH)).sum() / BATCH
+    expected = torch.cat([g.flatten() for g in gradients_of(at_once, guide)])
+    config = dataclasses.replace(TRAIN, micro_batch_size=micro_batch_size)
+    assert relative_error(gradient(losses, guide, config), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("stage", ["distill", "halve"])
+def test_gradients_through_checkpoints_are_those_without(
+    stage: str, kind: str, pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    guide = roused(Guide.from_unet(pipe.unet, dataclasses.replace(DISTILL.guide, kind=kind)))
+    losses = objective(stage, pipe, guide, cache)
+    expected = gradient(losses, guide, TRAIN)
+    with checkpointing([pipe.unet], enabled=True):
+        assert relative_error(gradient(losses, guide, TRAIN), expected) <= 1e-5
+    assert not pipe.unet.is_gradient_checkpointing
+    assert now.acting is None
+
+
+def test_a_block_that_runs_again_in_another_thread_finds_the_guide_at_work(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    """As a GPU's backward does."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    guide = roused(Guide.from_unet(pipe.unet, DISTILL.guide))
+    losses = objective("distill", pipe, guide, cache)
+    expected = gradients_of(losses(3, slice(0, BATCH)).sum(), guide)
+    with checkpointing([pipe.unet], enabled=True), ThreadPoolExecutor(1) as other:
+        loss = losses(3, slice(0, BATCH)).sum()
+        found = other.submit(gradients_of, loss, guide).result()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_checkpoints_keep_less(pipe: StableDiffusionPipeline, cache: TeacherCache) -> None:
+    guide = roused(Guide.from_unet(pipe.unet, DISTILL.guide))
+    losses = objective("distill", pipe, guide, cache)
+
+    def num_kept() -> int:
+        kept = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            losses(0, slice(0, BATCH))
+        return kept
+
+    plainly = num_kept()
+    with checkpointing([pipe.unet], enabled=True):
+        assert num_kept() < 0.7 * plainly
+
+
+def test_memory_settings_change_neither_a_runs_identity_nor_its_checkpoint(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Stop):
+        distill(pipe.unet, cache, DISTILL, checkpoint=checkpoint, report=interrupted(64))
+    seen: list[int] = []
+    smaller = dataclasses.replace(TRAIN, micro_batch_size=4, gradient_checkpointing=True)
+    distill(
+        pipe.unet,
+        cache,
+        dataclasses.replace(DISTILL, train=smaller),
+        checkpoint=checkpoint,
+        report=lambda num_images, metrics: seen.append(num_images),
+    )
+    assert seen == [64, 80, 96]
+
+
+def test_a_run_in_parts_that_was_stopped_goes_on_to_the_same_guide(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    training = dataclasses.replace(TRAIN, micro_batch_size=5, gradient_checkpointing=True)
+    config = dataclasses.replace(DISTILL, train=training)
+    whole = distill(pipe.unet, cache, config)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Stop):
+        distill(pipe.unet, cache, config, checkpoint=checkpoint, report=interrupted(64))
+    resumed = distill(pipe.unet, cache, config, checkpoint=checkpoint)
+    assert resumed.weights_digest() == whole.weights_digest()
+
+
+def test_halving_in_parts_through_checkpoints_takes_the_same_steps(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    losses: dict[str, list[float]] = {"whole": [], "parts": []}
+    smaller = dataclasses.replace(HALVE.train, micro_batch_size=3, gradient_checkpointing=True)
+    for name, training in (("whole", HALVE.train), ("parts", smaller)):
+        halve(
+            pipe.unet,
+            pipe.scheduler,
+            seeded_guide(pipe, scale=0.05),
+            cache,
+            dataclasses.replace(HALVE, train=training, end_steps=4),
+            directory=tmp_path / name,
+            report=lambda _, metrics, name=name: losses[name].append(metrics["loss"]),
+        )
+    assert losses["parts"] == pytest.approx(losses["whole"], rel=1e-3)
+
+
+def gradient_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
+    guide = seeded_guide(pipe)
+    losses = objective("distill", pipe, guide, TeacherCache.open(cache))
+    config = dataclasses.replace(TRAIN, micro_batch_size=3)
+    torch.save(gradient(losses, guide, config), folder / f"gradient-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_with_batches_in_parts_have_the_gradients_of_one_batch(
+    pipe: StableDiffusionPipeline, toy_folder: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    guide = seeded_guide(pipe)
+    losses = objective("distill", pipe, guide, TeacherCache.open(cache_folder))
+    expected = gradient(losses, guide, TRAIN)
+    mp.spawn(gradient_on_worker, args=(2, tmp_path, toy_folder, cache_folder), nprocs=2)
+    for rank in range(2):
+        assert relative_error(torch.load(tmp_path / f"gradient-{rank}.pt"), expected) <= 1e-5
+
+
+def test_a_gpu_that_is_too_small_is_told_what_to_lower(pipe: StableDiffusionPipeline) -> None:
+    guide = Guide.from_unet(pipe.unet, DISTILL.guide)
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return sum(p.sum() for p in guide.parameters()) * torch.ones(part.stop - part.start)
+
+    config = dataclasses.replace(TRAIN, micro_batch_size=8)
+    expected = r"step 3: .* 8 samples at once: set micro_batch_size to 4 or less or set gradient_"
+    with pytest.raises(ValueError, match=expected):
+        train(loss_fn, guide, config, run_hash="small")
