@@ -31,6 +31,8 @@ from components.tracking.store import (
     is_absent,
 )
 
+# Without it a browser that was never told otherwise shows MLflow's pages for language models.
+TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 
@@ -189,7 +191,8 @@ class Registry:
         with self.store.asking(f"read what run made {self.name} version {version}"):
             run = self._client.get_run(self._client.get_model_version(self.name, version).run_id)
         server = without_secrets(self.store.uri).rstrip("/")
-        return f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        return f"{page}?{TRAINING}"
 
     def run_file(self, version: str, path: str, folder: Path) -> Path | None:
         """A file of the run that made the version, brought into `folder`; None if it has none."""
