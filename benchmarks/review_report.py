@@ -50,5 +50,11 @@ def measure(folder: Path = REPORT) -> dict[str, float]:
     }
 
 
+def page(scratch: Path) -> tuple[dict[str, float], str]:  # noqa: ARG001, what a measure is given
+    """The report of this checkout, for `benchmarks.review`. Raises as `measure` does."""
+    widths = ", ".join(str(width) for width, _ in SCREENS)
+    return measure(), f"{REPORT} on screens {widths} pixels wide"
+
+
 if __name__ == "__main__":
     print(json.dumps(measure()))
