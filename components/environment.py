@@ -28,6 +28,8 @@ ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# What a flow tells its stages: its run's name and, where a server shows it, its page.
+FLOW_RUN, FLOW_RUN_URL = "PNP_FLOW_RUN", "PNP_FLOW_RUN_URL"
 
 
 def quiet() -> None:

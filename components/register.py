@@ -1,115 +1,213 @@
 """Stage register: gather the results of all models, and register the guide with its lineage.
 
-Reads results/evaluate and guides/bundle. Writes results/report: summary.json, table.md and
-grid.png; logs them to MLflow and registers guides/bundle there as a new version.
+Reads results/evaluate, results/sampled and guides/bundle. Writes results/report: index.html, the
+page to decide by; table.md, grid.png, summary.json; and pictures.parquet, which the next guide's
+page shows beside its own. Logs them to MLflow and registers guides/bundle as a new version. What
+was written stays where MLflow can't be reached, and the same command then uploads it.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
+from components import champion, headlines
+from components.champion import Champion
 from components.cli import main
+from components.environment import FLOW_RUN_URL
 from components.evaluation import FILE, Evaluation
 from components.lineage import lock_hash, run_commit
-from components.methods import METHODS
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
-from components.pictures import stacked
 from components.publishing import complete
+from components.report import content, gallery, page
+from components.report.gallery import GuidedPictures, PictureSet
 from components.snapshot import check_unchanged
+from components.verdict import Check, checks, clean
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
-    from components.tracking import Registry, Run
+    from components.tracking import Pipeline, Registry, Run
 
-MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
 COMMIT = ("git_commit", "lock_hash")  # of a lineage: where the code stood
+PAGE = "index.html"
+IN_MLFLOW, IN_PREFECT = "The run in MLflow", "The flow run in Prefect"  # links of the page
+# The settings that a run is told apart by; all of them are in its params.yaml.
+TOLD_APART = (
+    *("base", "teacher.guider", "cache.num_trajectory", "distill.guide.kind"),
+    *("distill.guide.max_parameters_ratio", "distill.num_images", "distill.learning_rate"),
+    *("halve.start_steps", "halve.end_steps", "halve.num_images", "halve.guidance_gain"),
+    *("evaluate.num_images", "evaluate.guidance_scale"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What there is to say of a guide.
+
+    Attributes:
+        evaluations: by model.
+        lineage: what it was made of.
+        champion: who it is compared with.
+        checks: the rules of params.yaml.
+        pictures: those that the page shows.
+        kept: all guided ones.
+        report: what the page says.
+    """
+
+    evaluations: Mapping[str, Evaluation]
+    lineage: Mapping[str, str]
+    champion: Champion
+    checks: Sequence[Check]
+    pictures: Sequence[PictureSet]
+    kept: GuidedPictures
+    report: content.Report
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a version keeps, and `promote` reads."""
+        return {"lineage": dict(self.lineage), "models": as_written(self.evaluations)}
+
+    @property
+    def page(self) -> str:
+        """Of the run in MLflow, where that is a server; else empty."""
+        return self.report.links.get(IN_MLFLOW, "")
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The table."""
+        return headlines.table_rows(self.evaluations, self.checks)
 
 
 def run(params: Params) -> None:
     """Write results/report and register the guide, if it is not registered already.
 
-    Raises ValueError if git is missing, TrackingError if MLflow fails; what was there stays, and
-    the same command goes on.
+    Raises ValueError if git is missing, TrackingError if MLflow fails; the report is written
+    then, and the same command registers it.
     """
-    from PIL import Image
+    from components.tracking import Registry, TrackingError
 
-    from components.tracking import Registry, Run
+    evaluations = {name: Evaluation.load(EVALUATED / name) for name in params.models}
+    lineage = lineage_of(params, evaluations)
+    key = version_key({"lineage": lineage, "models": as_written(evaluations)})
+    try:
+        registry = Registry(params.tracking, params.register_.name)
+        # A run that was killed before its report was written has registered already.
+        version = registry.find(key)
+        compared = champion.ask(registry, version, evaluations)
+    except TrackingError as error:
+        write(gather(params, evaluations, lineage, champion.unknown(error)))
+        raise TrackingError(f"{error}. The report is in {REPORT / PAGE}, not registered") from None
+    results = gather(params, evaluations, lineage, compared)
+    if version:
+        write(registered(registry, results, version))
+        registry.settle()
+    else:
+        write(results)
+        version = upload(params, registry, key, results)
+    print(f"\n{(REPORT / 'table.md').read_text()}")
+    print(f"judge: {lineage['judge']}; FID of few images is biased, KID is not")
+    print(f"registered: {params.register_.name} version {version}")
+    print(f"report: {REPORT / PAGE}")
+
+
+def lineage_of(params: Params, evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
+    """What the guide in guides/bundle was made of. Raises ValueError if git is missing."""
     from pnp_core.bundle import GuideBundle
     from pnp_core.models import weights_hash
 
-    evaluations = {name: Evaluation.load(EVALUATED / name) for name in params.models}
-    results = {name: as_metrics(evaluation) for name, evaluation in evaluations.items()}
-    bundle = GuideBundle.load(BUNDLE)
-    lineage = {
+    return {
         "git_commit": run_commit(),
         "lock_hash": lock_hash(),
         "data_hash": data_hash(),
         "base": params.base,
         "base_hash": weights_hash(params.base),
         "companions": ", ".join(path.stem for path in companion_paths(params)) or "none",
-        "num_steps": ", ".join(map(str, bundle.num_steps)),
+        "num_steps": ", ".join(map(str, GuideBundle.load(BUNDLE).num_steps)),
         "guidance_scale": "{:g} to {:g}".format(*params.distill.guidance_scale),
-        "judge": next(iter(results.values()))["judge"],
+        "judge": next(iter(evaluations.values())).judges[0],
     }
-    summary: dict[str, Any] = {"lineage": lineage, "models": results}
-    rows = table_rows(results)
-    table = as_markdown(rows)
-    registry = Registry(params.tracking, params.register_.name)
-    key = version_key(summary)
-    # A run that was killed before its report was written has registered already.
-    version = registry.find(key)
 
-    with atomic_folder(REPORT) as report:
-        grids = [Image.open(EVALUATED / name / "grid.png") for name in params.models]
-        stacked(grids).save(report / "grid.png")
-        (report / "table.md").write_text(table)
-        if version:
-            registry.settle()
-        else:
-            settings = params.model_dump(mode="json", by_alias=True, exclude={"models"})
-            with Run(registry.store, params.tracking, "register", params=settings) as tracked:
-                log_results(tracked, summary, rows, report)
-                with version_files(params, lineage, evaluations, report / "grid.png") as folder:
-                    version = upload(registry, tracked, key, folder, summary, table)
-        summary["registered"] = {"name": params.register_.name, "version": version}
-        write_json(report / "summary.json", summary)
-    print(f"\n{table}")
-    print(
-        f"judge: {lineage['judge']}; FID of few images is biased, KID is not: compare down a column"
+
+def gather(
+    params: Params,
+    evaluations: Mapping[str, Evaluation],
+    lineage: Mapping[str, str],
+    compared: Champion,
+) -> Results:
+    """All that the page shows: rules, pictures, where it comes from."""
+    found = [
+        clean(lineage["git_commit"], allow_dirty=False),
+        *checks(
+            evaluations,
+            compared.evaluations,
+            params.promote,
+            models=list(params.models),
+            num_steps=params.evaluate.extent.num_steps,
+        ),
+    ]
+    pictures, kept = gallery.gather(evaluations, champion=compared.pictures)
+    now = datetime.now().astimezone()
+    report = content.Report(
+        name=params.register_.name,
+        version=None,
+        made=f"{now.day} {now:%B %Y, %H:%M %Z}",
+        evaluations=evaluations,
+        checks=found,
+        champion=compared.said,
+        no_champion_pictures=compared.no_pictures,
+        lineage=lineage,
+        links={IN_PREFECT: url} if (url := os.environ.get(FLOW_RUN_URL)) else {},
     )
-    print(f"registered: {params.register_.name} version {version}")
-    print(f"grid: {REPORT / 'grid.png'}")
+    return Results(
+        evaluations=evaluations,
+        lineage=lineage,
+        champion=compared,
+        checks=found,
+        pictures=pictures,
+        kept=kept,
+        report=report,
+    )
 
 
-def as_metrics(evaluation: Evaluation) -> dict[str, Any]:
-    """What the table, MLflow and `promote` read of an evaluation."""
-    steps: dict[str, Any] = {}
-    for num_steps in evaluation.num_steps:
-        cells = {method: evaluation.cell(method, num_steps) for method in METHODS}
-        scores = {
-            method: {name: score.value for name, score in cell.scores.items()}
-            for method, cell in cells.items()
-            if cell
-        }
-        fid_ratio = evaluation.ratio("fid", num_steps).value
-        steps[str(num_steps)] = {**scores, "fid_ratio": fid_ratio}
-    return {
-        "model": evaluation.model,
-        "judge": evaluation.judges[0],
-        "num_images": evaluation.num_images,
-        "guidance_scale": evaluation.guidance_scale,
-        "guidance_fvu": evaluation.guidance_fvu.value,
-        "cost": dict(evaluation.cost),
-        "steps": steps,
-    }
+def registered(registry: "Registry", results: Results, version: str) -> Results:
+    """The same, of a guide that has a version and a run."""
+    report = results.report
+    address = registry.address(version)
+    links = {**report.links, IN_MLFLOW: address} if address else report.links
+    return replace(results, report=replace(report, version=version, links=links))
+
+
+def write(results: Results) -> None:
+    """Write results/report, whole."""
+    from PIL import Image
+
+    from components.pictures import stacked
+
+    summary, report = results.summary, results.report
+    if report.version:
+        summary["registered"] = {"name": report.name, "version": report.version}
+        summary["registered"] |= {"page": results.page} if results.page else {}
+    with atomic_folder(REPORT) as folder:
+        grids = [Image.open(EVALUATED / name / "grid.png") for name in results.evaluations]
+        stacked(grids).save(folder / "grid.png")
+        (folder / "table.md").write_text(headlines.as_markdown(results.rows))
+        results.kept.save(folder / gallery.FILE)
+        page.write(folder / PAGE, report, results.pictures)
+        write_json(folder / "summary.json", summary)
+
+
+def as_written(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """The evaluations as their files have them."""
+    return {name: read_json(EVALUATED / name / FILE) for name in evaluations}
 
 
 def version_key(summary: Mapping[str, Any]) -> str:
@@ -125,101 +223,93 @@ def version_key(summary: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def log_results(
-    tracked: "Run", summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], report: Path
-) -> None:
-    """The run's page: numbers, table, images, and the data they are based on."""
-    lineage = summary["lineage"]
-    tracked.tags(lineage)
-    tracked.dataset("prepared", digest=lineage["data_hash"], path=PREPARED)
-    tracked.metrics(summary["models"])
-    tracked.table("results", rows)
-    for name in summary["models"]:
-        tracked.image(name, EVALUATED / name / "grid.png")
-    for name in ("grid.png", "table.md"):
-        tracked.file(report / name)
+def upload(params: Params, registry: "Registry", key: str, results: Results) -> str:
+    """Log the run and register the bundle as a new version, which it returns."""
+    from components.tracking import Run, current_pipeline, finish_pipeline, flat
+
+    whole = current_pipeline(params)
+    settings = flat(params.model_dump(mode="json", by_alias=True))
+    with Run(
+        registry.store,
+        params.tracking,
+        "register",
+        params={name: settings[name] for name in TOLD_APART if name in settings},
+        pipeline=replace(whole, is_itself=True),
+    ) as tracked:
+        log_models(params, registry, whole, results)
+        log_results(tracked, results)
+        version = register_version(params, registry, tracked, key, results)
+        write(registered(registry, results, version))
+        tracked.file(REPORT / PAGE, "report")  # it says its version now
+        tracked.rename(f"{registry.name} v{version}")
+    finish_pipeline()
+    return version
 
 
-@contextmanager
-def version_files(
-    params: Params,
-    lineage: Mapping[str, str],
-    evaluations: Mapping[str, Evaluation],
-    picture: Path,
-) -> Iterator[Path]:
-    """A folder with all that a version carries; it is gone when the block ends."""
+def log_models(params: Params, registry: "Registry", whole: "Pipeline", results: Results) -> None:
+    """A run for each model, with its curves over steps and timesteps, and its pictures."""
+    from components.tracking import Run
+
+    for name, evaluation in results.evaluations.items():
+        part = replace(whole, part=name)
+        with Run(
+            registry.store, params.tracking, "evaluate", params={}, name=name, pipeline=part
+        ) as tracked:
+            for num_steps, scores in headlines.by_steps(evaluation).items():
+                tracked.metrics(scores, step=num_steps)
+            for timestep, share in evaluation.fvu_by_timestep.items():
+                tracked.metrics({"fvu_by_timestep": {"unexplained": share}}, step=int(timestep))
+            shares = {of: estimate.value for of, estimate in evaluation.negative.items()}
+            tracked.metrics({"cost": evaluation.cost, "negative_prompt": shares})
+            tracked.file(EVALUATED / name / "evaluation.json")
+            tracked.file(EVALUATED / name / "grid.png")
+
+
+def log_results(tracked: "Run", results: Results) -> None:
+    """The run's page: data, table, pictures, report."""
+    tracked.tags(results.lineage)
+    commit = results.lineage["git_commit"].removesuffix("-dirty")
+    if commit != "none":  # outside git
+        tracked.tags({"mlflow.source.git.commit": commit})
+    data = results.lineage["data_hash"]
+    tracked.dataset("prepared", digest=data, path=PREPARED)
+    tracked.table("results", results.rows)
+    tracked.table("checks", [asdict(check) for check in results.checks])
+    with tempfile.TemporaryDirectory() as temporary:
+        for one in results.pictures:
+            sheet = Path(temporary) / "sheet.png"
+            gallery.sheet(one).save(sheet)
+            tracked.image(one.model, sheet, step=one.num_steps)
+    for path in (Path("params.yaml"), REPORT / "grid.png", REPORT / "table.md"):
+        tracked.file(path)
+    for name in (PAGE, gallery.FILE):
+        tracked.file(REPORT / name, "report")
+
+
+def register_version(
+    params: Params, registry: "Registry", tracked: "Run", key: str, results: Results
+) -> str:
+    """Register the bundle, with the summary that `promote` compares; returns the version."""
+    said = content.headlines(results.evaluations)
+    where = [f"{each.text} {each.label}, {each.where}" for each in said]
+    address = f"#/experiments/{tracked.experiment}/runs/{tracked.id}/artifacts/report/{PAGE}"
+    where.append(f"[The report, with all numbers and pictures]({address})")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "guide"
         shutil.copytree(BUNDLE, folder)
-        models = {name: read_json(EVALUATED / name / FILE) for name in evaluations}
-        write_json(folder / "summary.json", {"lineage": lineage, "models": models})
-        complete(folder, params, lineage, evaluations, picture)
-        yield folder
-
-
-def upload(  # noqa: PLR0913, a version's parts
-    registry: "Registry",
-    tracked: "Run",
-    key: str,
-    folder: Path,
-    summary: Mapping[str, Any],
-    table: str,
-) -> str:
-    """Register the files in the folder; returns the version."""
-    check_unchanged()  # before anybody can see a version
-    is_short = len(table) <= MAX_DESCRIPTION
-    return registry.register(
-        tracked,
-        folder,
-        key=key,
-        metrics=summary["models"],
-        tags=summary["lineage"],
-        description=table if is_short else "See table.md among the run's artifacts.",
-    )
-
-
-def table_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each model and step count: quality without guidance, with CFG, with the guide."""
-    rows = []
-    for name, metrics in results.items():
-        for num_steps, scores in sorted(metrics["steps"].items(), key=lambda item: -int(item[0])):
-            row: dict[str, Any] = {"model": name, "steps": int(num_steps)}
-            row |= {f"FID {method}": scores[method]["fid"] for method in METHODS}
-            row |= {f"KID {method}": scores[method]["kid"] for method in METHODS}
-            row |= {f"CLIP {method}": scores[method]["clip_score"] for method in METHODS}
-            row["PSNR to CFG, dB"] = scores["guided"]["cfg_psnr"]
-            row["guidance_fvu"] = metrics["guidance_fvu"]
-            row["time / CFG"] = metrics["cost"]["time_ratio"]
-            row["with decoding"] = metrics["cost"]["image_time_ratio"]
-            row["FLOPs / CFG"] = metrics["cost"]["flops_ratio"]
-            row["images"] = metrics["num_images"]
-            rows.append(row)
-    return rows
-
-
-def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table that also reads well as plain text: the three methods share a cell's column."""
-    triples = ["FID", "KID", "CLIP"]
-    rest = ["PSNR to CFG, dB", "guidance_fvu", "FLOPs / CFG", "time / CFG", "with decoding"]
-    columns = ["model", "steps", *triples, *rest]
-    lines = [columns]
-    for row in rows:
-        cells = []
-        for column in columns:
-            if column in triples:
-                values = [row[f"{column} {method}"] for method in METHODS]
-                cells.append(" / ".join(f"{value:.3g}" for value in values))
-            else:
-                value = row[column]
-                cells.append(f"{value:.3g}" if isinstance(value, float) else str(value))
-        lines.append(cells)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    text = [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]]) + "\n\nTriples: unguided / CFG / guided.\n"
+        write_json(folder / "summary.json", results.summary)
+        complete(folder, params, results.lineage, results.evaluations, REPORT / "grid.png")
+        check_unchanged()  # before anybody can see a version
+        return registry.register(
+            tracked,
+            folder,
+            key=key,
+            metrics=headlines.numbers(results.evaluations, results.checks),
+            tags=results.lineage,
+            description=headlines.description(
+                results.checks, compared=results.champion.said, where=where
+            ),
+        )
 
 
 def data_hash() -> str:

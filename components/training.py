@@ -22,7 +22,7 @@ def train_stage(
     stage: str, work: Callable[[Params, Report], None], params: Params, *, num_images: int
 ) -> None:
     """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes."""
-    from components.tracking import TrainingRun
+    from components.tracking import TrainingRun, current_pipeline
     from pnp_core.train import RECIPE
 
     section = getattr(params, stage)
@@ -30,15 +30,35 @@ def train_stage(
     identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    with TrainingRun(params.tracking, stage, key=key, params=settings) as run:
+    whole = current_pipeline(params)
+    with TrainingRun(params.tracking, stage, key=key, params=settings, pipeline=whole) as run:
 
         def report(done: int, metrics: Mapping[str, float]) -> None:
             rounds = f"{metrics['num_steps']:.0f} steps, " if "num_steps" in metrics else ""
             progress(done, f"{rounds}loss {metrics['loss']:.4f}")
-            run.curve(done, metrics)
+            run.curve(*curves(stage, done, metrics, section.num_images))
 
         directory = RUNS / stage
         run_training(work, params, report, name=stage, directory=directory)
+
+
+def curves(
+    stage: str, done: int, metrics: Mapping[str, float], num_images: int
+) -> tuple[int, dict[str, float]]:
+    """A point of each curve: `distill/loss`, or `halve/steps-16/loss` counted within its round.
+
+    Args:
+        stage: its name.
+        done: images seen, over all rounds.
+        metrics: what training reports; `num_steps` says which round.
+        num_images: of a round.
+    """
+    values = dict(metrics)
+    if "num_steps" not in values:
+        return done, {f"{stage}/{name}": value for name, value in values.items()}
+    num_steps = int(values.pop("num_steps"))
+    within = (done - 1) % num_images + 1
+    return within, {f"{stage}/steps-{num_steps}/{name}": value for name, value in values.items()}
 
 
 def train_config(section: Train) -> TrainConfig:

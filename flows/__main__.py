@@ -151,7 +151,7 @@ def summary(params: Params) -> str:
     elsewhere = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     mlflow = f"at {elsewhere}" if elsewhere else "make mlflow, then http://127.0.0.1:5000"
     return f"""
-{(REPORT / "table.md").read_text()}
+What to decide by, a page:     {REPORT / "index.html"}
 Images, CFG beside the guide:  {REPORT / "grid.png"}
 Compare runs in MLflow:        {mlflow}
 Make an image with the guide:  {python} -m components.generate --model {model} "blue heart"

@@ -90,16 +90,18 @@ class _Bar:
 def publish_report(params: Params, log: Callable[[str], None]) -> None:
     """Show results/report: the table, the images, and where the version is in MLflow."""
     table = (REPORT / "table.md").read_text()
+    summary = REPORT / "summary.json"
+    registered = read_json(summary).get("registered") if summary.exists() else None
+    run = (registered or {}).get("page")  # in MLflow, where a server shows it
     pages = [path for name in PAGES if (path := REPORT / name).exists()]
-    places = "\n".join(f"- `{path.absolute()}`" for path in pages)
+    places = [f"- `{path.absolute()}`" for path in pages]
+    places += [f"- [The run in MLflow]({run})"] if run else []
     create_markdown_artifact(
-        f"{table}\n\n{places}\n", key="guide-report", description="Guide against CFG"
+        "\n".join([table, *places, ""]), key="guide-report", description="Guide against CFG"
     )
     if rows := rows_of(table):
         create_table_artifact(rows, key="guide-table", description="Guide against CFG")
     publish_image(REPORT / "grid.png", "guide-images", "Guide against CFG, of the same seeds")
-    summary = REPORT / "summary.json"
-    registered = read_json(summary).get("registered") if summary.exists() else None
     if registered:
         link, note = version_page(params, registered)
         create_link_artifact(

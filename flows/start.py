@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from components import mlflow_place
+from components.environment import FLOW_RUN, FLOW_RUN_URL
 from components.lineage import COMMIT, git_commit
 from components.params import Params, load_params
 from components.storage import Mirror
@@ -26,6 +27,10 @@ def begin() -> Iterator[Params]:
 
     Raises ParamsError, or StageFailed in one line.
     """
+    # Prefect reads its environment when it is imported, so only now.
+    from prefect.runtime import flow_run
+    from prefect.settings import PREFECT_API_URL
+
     params = load_params(Path("params.yaml"))
     try:
         mlflow_place.resolve(params.tracking.uri)
@@ -34,11 +39,17 @@ def begin() -> Iterator[Params]:
         commit = git_commit()
     except (ValueError, OSError) as error:
         raise StageFailed("start", 1, [f"error: {error}"]) from None
-    before = os.environ.get(COMMIT)
-    os.environ[COMMIT] = commit
+    told = {COMMIT: commit}
+    if name := flow_run.name:
+        told[FLOW_RUN] = str(name)
+    if PREFECT_API_URL.value() and (url := flow_run.ui_url):  # a server that stays shows it
+        told[FLOW_RUN_URL] = str(url)
+    before = dict(os.environ)
+    os.environ.update(told)
     try:
         yield params
     finally:
-        os.environ.pop(COMMIT)
-        if before is not None:
-            os.environ[COMMIT] = before
+        for name in told:
+            os.environ.pop(name, None)
+            if name in before:
+                os.environ[name] = before[name]

@@ -283,9 +283,11 @@ def test_distill_resumes_in_the_same_mlflow_run(
 
     store = tracking.Store(params.tracking)
     client = store.client
-    (run,) = client.search_runs([store.experiment("toy")])
-    assert run.info.status == "FINISHED" and run.data.params["distill.batch_size"] == "16"
-    history = client.get_metric_history(run.info.run_id, "loss")
+    run, whole = client.search_runs([store.experiment("toy")], order_by=["attributes.run_name ASC"])
+    assert run.data.tags["mlflow.parentRunId"] == whole.info.run_id
+    assert run.info.status == whole.info.status == "FINISHED"
+    assert run.data.params["distill.batch_size"] == "16"
+    history = client.get_metric_history(run.info.run_id, "distill/loss")
     assert sorted(point.step for point in history) == [16, 32, 48, 64]
 
     interrupted = weights("guides/distilled")
@@ -449,23 +451,62 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
 
     table = Path("results/report/table.md").read_text()
     assert "| base " in table and "| tuned " in table and "unguided / CFG / guided" in table
+    assert max(map(len, table.splitlines())) <= 100
     summary = read_json(Path("results/report/summary.json"))
     registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     version = summary["registered"]["version"]
     folder = registry.folder(version)
     assert GuideBundle.load(folder).num_steps == (2, 4, 8)
     assert read_json(folder / "summary.json")["models"] == summary["models"]
+    found = registry.store.client.get_model_version("pnp-guide", version)
+    assert found.tags.items() >= summary["lineage"].items()
+    assert found.tags["num_steps"] == "2, 4, 8" and found.tags["guidance_scale"] == "1 to 8"
+    assert found.description.startswith("**Would be refused:**"), "it is of no commit"
+    assert f"/runs/{found.run_id}/artifacts/report/index.html)" in found.description
+    assert len(found.description.splitlines()) <= 14
+
+
+def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
+    inside: Path,
+) -> None:
+    registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     client = registry.store.client
-    found = client.get_model_version("pnp-guide", version)
-    tags = found.tags
-    assert tags.items() >= summary["lineage"].items()
-    assert tags["num_steps"] == "2, 4, 8" and tags["guidance_scale"] == "1 to 8"
-    run = client.get_run(found.run_id)
-    assert found.description == run.data.tags["mlflow.note.content"] == table
-    assert run.data.metrics["tuned.guidance_fvu"] == summary["models"]["tuned"]["guidance_fvu"]
+    run = client.get_run(client.get_model_version("pnp-guide", "1").run_id)
+    assert run.info.run_name == "pnp-guide v1" and run.info.status == "FINISHED"
+    assert len(run.data.metrics) <= 13 and len(run.data.params) <= 15
     assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
-    assert files >= {"grid.png", "table.md", "results.json", "images"}
+    assert files >= {"grid.png", "table.md", "results.json", "checks.json", "params.yaml", "images"}
+    page = Path(client.download_artifacts(run.info.run_id, "report/index.html", str(inside)))
+    assert "version 1</span>" in page.read_text()
+    names = {f.path for f in client.list_artifacts(run.info.run_id, "images")}
+    for model in ("base", "tuned"):
+        for steps in (4, 2):
+            shown = [n for n in names if n.startswith(f"images/{model}+step+{steps}+")]
+            assert len(shown) == 2, "a picture, and a small one of it"
+    children = client.search_runs(
+        [run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    )
+    by_name = {child.info.run_name: child for child in children}
+    assert {"distill", "halve", "base", "tuned"} <= by_name.keys()
+    evaluation = Evaluation.load(Path("results/evaluate/tuned"))
+    tuned = by_name["tuned"].info.run_id
+    history = client.get_metric_history(tuned, "fid/guided")
+    cells = {steps: evaluation.cell("guided", steps) for steps in (2, 4)}
+    assert {p.step: p.value for p in history} == pytest.approx(
+        {steps: cell.scores["fid"].value for steps, cell in cells.items() if cell}
+    )
+    rounds = {name for name in by_name["halve"].data.metrics if name.endswith("/loss")}
+    assert rounds == {"halve/steps-4/loss", "halve/steps-2/loss"}
+
+
+def with_another_result(fvu: float) -> str:
+    """Change what base was measured to be; returns what was there."""
+    results = Path("results/evaluate/base/evaluation.json")
+    as_it_was = results.read_text()
+    other = {"guidance_fvu": {"value": fvu, "replicates": []}}
+    write_json(results, json.loads(as_it_was) | other)
+    return as_it_was
 
 
 def test_register_that_was_killed_before_its_report_was_written_registers_once(
@@ -475,11 +516,7 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
     registry = tracking.Registry(params.tracking, "pnp-guide")
     register.run(params)  # what other tests evaluated anew since
     before, report = registry.versions(), read_json(Path("results/report/summary.json"))
-
-    results = Path("results/evaluate/base/evaluation.json")
-    as_it_was = results.read_text()
-    other = {"guidance_fvu": {"value": 0.987, "replicates": []}}  # another result
-    write_json(results, json.loads(as_it_was) | other)
+    as_it_was = with_another_result(0.987)
     with pytest.MonkeyPatch.context() as patch:
 
         def killed(path: Path, value: Any) -> None:
@@ -490,16 +527,41 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
         patch.setattr(register, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             register.run(params)
-    assert read_json(Path("results/report/summary.json")) == report
+    assert "registered" not in read_json(Path("results/report/summary.json"))
     register.run(params)
     version = read_json(Path("results/report/summary.json"))["registered"]["version"]
     assert registry.versions() == [*before, int(version)]
-    assert registry.summary(version)["models"]["base"]["guidance_fvu"] == 0.987
+    assert registry.summary(version)["models"]["base"]["guidance_fvu"]["value"] == 0.987
 
-    results.write_text(as_it_was)
+    Path("results/evaluate/base/evaluation.json").write_text(as_it_was)
     register.run(params)
     assert read_json(Path("results/report/summary.json")) == report, "that one is there already"
     registry.store.client.delete_model_version("pnp-guide", version)
+
+
+def test_a_registry_that_is_down_leaves_the_report_and_gets_the_guide_once_when_it_is_back(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(Path("params.yaml"))
+    registry = tracking.Registry(params.tracking, "pnp-guide")
+    before = registry.versions()
+    as_it_was = with_another_result(0.876)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(tracking.TrackingError, match=r"The report is in .*index\.html"):
+        register.run(params_with(tracking={"uri": "http://127.0.0.1:9"}))
+    summary = read_json(Path("results/report/summary.json"))
+    assert "registered" not in summary
+    assert summary["models"]["base"]["guidance_fvu"]["value"] == 0.876
+    page = Path("results/report/index.html").read_text()
+    assert "The champion is not known" in page and "not registered yet" in page
+
+    for _ in range(2):
+        register.run(params)
+    *others, new = registry.versions()
+    assert others == before
+    assert "not registered yet" not in Path("results/report/index.html").read_text()
+    Path("results/evaluate/base/evaluation.json").write_text(as_it_was)
+    registry.store.client.delete_model_version("pnp-guide", str(new))
 
 
 def test_promote_refuses_then_promotes(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,15 @@
 """MLflow: one run for each stage that has something to say, and the registry of guides.
 
 `store` says where it is and asks it, `journal` keeps on disk what a run has to say, `delivery`
-brings that to MLflow, `runs` and `registry` are what stages use, `decisions` and `lock` what
-`registry` uses. Only the driving process writes; workers report through it.
+brings that to MLflow, `pipeline` is what runs belong to, `runs` and `registry` are what stages use,
+`decisions` and `lock` what `registry` uses. Only the driving process writes; workers report through
+it.
 """
 
 from components.tracking.decisions import FORCED, PROMOTED, REFUSED, ROLLED_BACK, Decision
+from components.tracking.pipeline import Pipeline, current_pipeline, finish_pipeline
 from components.tracking.registry import CHAMPION, PREVIOUS, Registry
-from components.tracking.runs import Run, TrainingRun
+from components.tracking.runs import Run, TrainingRun, flat
 from components.tracking.store import LostError, Store, TrackingError
 
 __all__ = [
@@ -19,9 +21,13 @@ __all__ = [
     "ROLLED_BACK",
     "Decision",
     "LostError",
+    "Pipeline",
     "Registry",
     "Run",
     "Store",
     "TrackingError",
     "TrainingRun",
+    "current_pipeline",
+    "finish_pipeline",
+    "flat",
 ]

@@ -1,6 +1,7 @@
 """From journals to MLflow: complete, and once, however often it is tried."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,12 +9,24 @@ from mlflow.entities import Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
 
 from components.params import Tracking
-from components.tracking.journal import Journal, Owner, at_rest, is_alive, owner
+from components.tracking import pipeline as pipelines
+from components.tracking.journal import (
+    ATTEMPT,
+    KEY,
+    OWNER,
+    PLACE,
+    STAGE,
+    Journal,
+    Owner,
+    at_rest,
+    is_alive,
+    owner,
+)
+from components.tracking.pipeline import Pipeline
 from components.tracking.store import Store, TrackingError, is_absent
 
 METRICS_A_CALL = 1000  # MLflow's limits
 PARAMS_A_CALL = 100
-KEY, STAGE, OWNER, ATTEMPT, PLACE = "pnp.key", "pnp.stage", "pnp.owner", "pnp.attempt", "pnp.place"
 
 
 class Delivery:
@@ -22,9 +35,11 @@ class Delivery:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self.was_asked = False  # MLflow, for a run
+        self.was_found = False  # a run that was there before
         self._is_open = self._is_new = False
         self._has: dict[str, set[int]] = {}  # metric -> the steps that MLflow has
         self._num_sent = 0  # of the journal's points
+        self._parent: str | None = None
 
     def __call__(self, store: Store) -> None:
         """Send what MLflow does not have of the journal yet; what was sent is not sent again."""
@@ -50,36 +65,54 @@ class Delivery:
             status, at = journal.end
             with store.asking("end the run"):
                 store.client.set_terminated(journal.run_id, status, at)
+            if self._parent:
+                pipelines.close(store, self._parent, status, at)
         else:
             self._is_open = True
 
     def _open(self, store: Store) -> None:
-        """Find or make the run, and see what it has."""
-        journal = self._journal
-        experiment = store.experiment(journal.header["experiment"])
+        """Find or make the run, and its parent, and see what it has."""
+        journal, header = self._journal, self._journal.header
+        experiment = store.experiment(header["experiment"])
+        pipeline = header.get("pipeline")
+        is_child = pipeline is not None and not pipeline["is_itself"]
+        self._parent = pipelines.ensure(store, experiment, header) if is_child else None
         run = self._bound(store) or self._found(store, experiment)
         is_new = run is None
+        self.was_found |= not is_new and not self.was_asked
+        tags = header["tags"] | {ATTEMPT: header["attempt"]}
+        if self._parent and pipeline:
+            tags[pipelines.PARENT] = self._parent
+            if pipeline["part"]:
+                tags[pipelines.PART] = pipeline["part"]
+        elif pipeline:
+            tags |= pipelines.own_tags(header)
         if run is None:
             self.was_asked = True
             with store.asking("begin a run"):
                 made = store.client.create_run(
                     experiment,
-                    start_time=journal.header["began"],
-                    run_name=journal.header.get("name") or journal.header["stage"],
-                    tags=journal.header["tags"] | {ATTEMPT: journal.header["attempt"]},
+                    start_time=header["began"],
+                    run_name=header.get("name") or header["stage"],
+                    tags=tags,
                 )
             run = made.info.run_id
         with store.asking("write the run's parameters"):
             has = {} if is_new else store.client.get_run(run).data.params
             params = [
                 Param(name, str(value))
-                for name, value in journal.header["params"].items()
+                for name, value in header["params"].items()
                 if name not in has
             ]
             for some in in_batches(params, PARAMS_A_CALL):
                 store.client.log_batch(run, params=some)
             if not is_new and not journal.end:
+                if pipeline:
+                    for name in (pipelines.PARENT, ATTEMPT) if self._parent else tags:
+                        store.client.set_tag(run, name, tags[name])
                 store.client.update_run(run, status="RUNNING")
+        if self._parent and not journal.end:
+            pipelines.reopen(store, self._parent)
         self._has, self._num_sent, self._is_new = {}, 0, is_new
         if journal.run_id != run:
             journal.bind(run)
@@ -113,8 +146,13 @@ class Delivery:
             )
             if runs:
                 return str(runs[0].info.run_id)
-            if header["tags"].get(KEY) is None:
-                return None
+        if (pipeline := header.get("pipeline")) and pipeline["is_itself"]:
+            return pipelines.find(store, experiment, pipeline)
+        if pipeline and pipeline["part"]:
+            return pipelines.find_part(store, experiment, str(self._parent), pipeline["part"])
+        if header["tags"].get(KEY) is None:
+            return None
+        with store.asking("look for the run"):
             runs = store.client.search_runs(
                 [experiment],
                 f"tags.`{KEY}` = '{header['tags'][KEY]}' and tags.`{STAGE}` = '{header['stage']}' "
@@ -138,9 +176,11 @@ def begin(  # noqa: PLR0913, what MLflow asks for
     name: str | None = None,
     experiment: str | None = None,
     tags: Mapping[str, str] | None = None,
+    pipeline: Pipeline | None = None,
 ) -> Journal:
     """The journal of a new run; with a `key`, of the one here that broke off, if there is one."""
     me = owner()
+    belongs = {"pipeline": asdict(pipeline)} if pipeline else {}
     experiment = experiment or tracking.experiment
     mine: Journal | None = None
     for journal in at_rest():
@@ -157,20 +197,21 @@ def begin(  # noqa: PLR0913, what MLflow asks for
         else:
             journal.close()
     if mine:
-        mine.reopen()
+        mine.reopen(belongs)
         return mine
     own = {STAGE: stage, OWNER: me.id, PLACE: me.place, "mlflow.user": me.user}
     if key is not None:
         own[KEY] = key
     header = {"experiment": experiment, "params": dict(params), "tags": {**own, **(tags or {})}}
-    return Journal.begin(stage, header | {"name": name})
+    return Journal.begin(stage, header | {"name": name} | belongs)
 
 
 def settle(store: Store, stage: str | None = None, experiment: str | None = None) -> None:
     """Deliver what earlier runs of this checkout left, and end those whose process is gone.
 
-    With an `experiment`, also runs of `stage` in it that were begun here and of which MLflow alone
-    knows. Raises TrackingError, when all else is done, for the first that could not be.
+    With an `experiment`, also runs of `stage` and of the pipeline in it that were begun here and of
+    which MLflow alone knows. Raises TrackingError, when all else is done, for the first that could
+    not be.
     """
     me = owner()
     failed: TrackingError | None = None
@@ -183,16 +224,18 @@ def settle(store: Store, stage: str | None = None, experiment: str | None = None
         finally:
             journal.close()
     if experiment is not None:
-        with store.asking("look for runs whose process is gone"):
-            runs = store.client.search_runs(
-                [experiment],
-                f"tags.`{PLACE}` = '{me.place}' and tags.`{STAGE}` = '{stage}' "
-                "and attributes.status = 'RUNNING'",
-                run_view_type=ViewType.ACTIVE_ONLY,
-            )
+        for whose in (stage, pipelines.STAGE_OF_PIPELINES):
+            with store.asking("look for runs whose process is gone"):
+                runs = store.client.search_runs(
+                    [experiment],
+                    f"tags.`{PLACE}` = '{me.place}' and tags.`{STAGE}` = '{whose}' "
+                    "and attributes.status = 'RUNNING'",
+                    run_view_type=ViewType.ACTIVE_ONLY,
+                )
             for run in runs:
-                if not is_alive(run.data.tags.get(ATTEMPT, "")):
-                    store.client.set_terminated(run.info.run_id, "KILLED")
+                pipelines.close(store, run.info.run_id, "KILLED")
+                if parent := run.data.tags.get(pipelines.PARENT):
+                    pipelines.close(store, parent, "KILLED")
     if failed:
         raise failed
 

@@ -21,6 +21,7 @@ from typing import Any, Self
 from components.mlflow_place import checkout
 from components.paths import RUNS
 
+KEY, STAGE, OWNER, ATTEMPT, PLACE = "pnp.key", "pnp.stage", "pnp.owner", "pnp.attempt", "pnp.place"
 HEADER = {"stage", "attempt", "began", "experiment", "params", "tags"}
 
 
@@ -131,8 +132,11 @@ class Journal:
         """The run has ended, now, with this status of MLflow's."""
         self._add("end", [status, _now()])
 
-    def reopen(self) -> None:
-        """Go on with what broke off."""
+    def reopen(self, header: Mapping[str, Any]) -> None:
+        """Go on with what broke off, with these entries of its header anew."""
+        anew = {**self.header, **header}
+        if anew != self.header:
+            self._add("header", anew)
         if self.end:
             self._add("end", None)
 

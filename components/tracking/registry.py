@@ -10,6 +10,7 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
+from components.mlflow_place import without_secrets
 from components.params import Tracking
 from components.tracking.decisions import (
     NOBODY,
@@ -19,11 +20,19 @@ from components.tracking.decisions import (
     record,
     recorded,
 )
-from components.tracking.delivery import KEY
+from components.tracking.journal import KEY
 from components.tracking.lock import DecisionLock
 from components.tracking.runs import Run, settle_or_warn
-from components.tracking.store import LostError, Store, TrackingError, database_of, is_absent
+from components.tracking.store import (
+    LostError,
+    Store,
+    TrackingError,
+    database_of,
+    is_absent,
+)
 
+# Without it a browser that was never told otherwise shows MLflow's pages for language models.
+TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 
@@ -174,6 +183,25 @@ class Registry:
                 raise
             return version
         return str(made.version)
+
+    def address(self, version: str) -> str | None:
+        """The page of the run that made the version; None where no server shows one."""
+        if not self.store.uri.startswith(("http://", "https://")):
+            return None
+        with self.store.asking(f"read what run made {self.name} version {version}"):
+            run = self._client.get_run(self._client.get_model_version(self.name, version).run_id)
+        server = without_secrets(self.store.uri).rstrip("/")
+        page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        return f"{page}?{TRAINING}"
+
+    def run_file(self, version: str, path: str, folder: Path) -> Path | None:
+        """A file of the run that made the version, brought into `folder`; None if it has none."""
+        with self.store.asking(f"read {path} of the run of {self.name} version {version}"):
+            run = self._client.get_model_version(self.name, version).run_id
+            there = self._client.list_artifacts(run, str(Path(path).parent))
+            if path not in {file.path for file in there}:
+                return None
+            return Path(self._client.download_artifacts(run, path, str(folder)))
 
     @contextmanager
     def deciding(self, *, wait_s: float) -> Iterator[None]:

@@ -12,10 +12,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from components.params import Tracking
 from components.tracking.delivery import METRICS_A_CALL, Delivery, begin, in_batches, settle
+from components.tracking.pipeline import Pipeline
 from components.tracking.store import IMPATIENT, Store
 
 # Seconds for which MLflow is left alone after it failed while training, doubled each time.
 FIRST_PAUSE, LONGEST_PAUSE = 30.0, 600.0
+TABLES = "mlflow.loggedArtifacts"  # the run's tag that says which of its files are tables
 
 
 class TrainingRun:
@@ -26,10 +28,16 @@ class TrainingRun:
     """
 
     def __init__(
-        self, tracking: Tracking, stage: str, *, key: str, params: Mapping[str, Any]
+        self,
+        tracking: Tracking,
+        stage: str,
+        *,
+        key: str,
+        params: Mapping[str, Any],
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._tracking, self._stage = tracking, stage
-        self._journal = begin(tracking, stage, key=key, params=flat(params))
+        self._journal = begin(tracking, stage, key=key, params=flat(params), pipeline=pipeline)
         self._delivery = Delivery(self._journal)
         self._store: Store | None = None
         self._pause, self._not_before = FIRST_PAUSE, 0.0
@@ -99,7 +107,8 @@ class TrainingRun:
 class Run:
     """A run whose results are MLflow's: what can't be written there raises TrackingError.
 
-    It is never gone on with: one that broke off is ended by the next.
+    It is never gone on with: one that broke off is ended by the next. But the run of a pipeline,
+    and that of one of its parts, is written to again, and what it has is not repeated.
     """
 
     def __init__(  # noqa: PLR0913, a run's parts
@@ -112,12 +121,19 @@ class Run:
         name: str | None = None,
         experiment: str | None = None,
         tags: Mapping[str, str] | None = None,
+        pipeline: Pipeline | None = None,
     ) -> None:
         self._store = store
         self.experiment = store.experiment(experiment or tracking.experiment)
         store.check_artifacts(self.experiment)
         self._journal = begin(
-            tracking, stage, params=flat(params), name=name, experiment=experiment, tags=tags
+            tracking,
+            stage,
+            params=flat(params),
+            name=name,
+            experiment=experiment,
+            tags=tags,
+            pipeline=pipeline,
         )
         self._delivery = Delivery(self._journal)
         try:
@@ -155,17 +171,32 @@ class Run:
         finally:
             self._journal.close()
 
-    def metrics(self, values: Mapping[str, Any], *, model_id: str | None = None) -> None:
-        """Numbers without a step, nested ones under dotted names; None is left out."""
+    def metrics(
+        self, values: Mapping[str, Any], *, step: int = 0, model_id: str | None = None
+    ) -> None:
+        """Numbers at a step, nested ones under names with `/`; None is left out."""
         now = time.time_ns() // 1_000_000
         numbers = [
-            Metric(name, float(value), now, step=0, model_id=model_id)
-            for name, value in flat(values).items()
+            Metric(name, float(value), now, step=step, model_id=model_id)
+            for name, value in flat(values, between="/").items()
             if isinstance(value, int | float)
         ]
         with self._store.asking("write the results"):
+            if self._delivery.was_found and model_id is None:
+                numbers = [metric for metric in numbers if not self._has(metric)]
             for some in in_batches(numbers, METRICS_A_CALL):
                 self._store.client.log_batch(self.id, metrics=some)
+
+    def _has(self, metric: Metric) -> bool:
+        """Whether this is the last value that MLflow has at this step."""
+        history = self._store.client.get_metric_history(self.id, metric.key)
+        known = [(point.timestamp, point.value) for point in history if point.step == metric.step]
+        return bool(known) and max(known)[1] == metric.value
+
+    def rename(self, name: str) -> None:
+        """Call the run something else. Raises TrackingError."""
+        with self._store.asking("name the run"):
+            self._store.client.update_run(self.id, name=name)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run. Raises TrackingError."""
@@ -173,26 +204,38 @@ class Run:
             for name, value in values.items():
                 self._store.client.set_tag(self.id, name, value)
 
-    def image(self, key: str, path: Path) -> None:
-        """Show the PNG at `path` in the run's gallery as `key`."""
+    def image(self, key: str, path: Path, *, step: int = 0) -> None:
+        """Show the PNG at `path` in the run's gallery as `key`, at a step of the slider."""
         from PIL import Image
 
         with Image.open(path) as image:
             picture = image.convert("RGB")
         with self._store.asking(f"store the image {key}"):
-            self._store.client.log_image(self.id, picture, key=key, step=0)
+            if self._delivery.was_found:
+                there = {
+                    Path(f.path).name for f in self._store.client.list_artifacts(self.id, "images")
+                }
+                if any(name.startswith(f"{key.replace('/', '~')}+step+{step}+") for name in there):
+                    return
+            self._store.client.log_image(self.id, picture, key=key, step=step)
 
-    def file(self, path: Path) -> None:
+    def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file among the run's artifacts, under its own name. Raises TrackingError."""
         with self._store.asking(f"store {path.name}"):
-            self._store.client.log_artifact(self.id, str(path))
+            self._store.client.log_artifact(self.id, str(path), folder)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Store rows as `name`.json, a column for every key; None where a row lacks one."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = {column: [row.get(column) for row in rows] for column in columns}
+        data = [[row.get(column) for column in columns] for row in rows]
+        shown = [{"path": f"{name}.json", "type": "table"}]
         with self._store.asking(f"store the table {name}"):
-            self._store.client.log_table(self.id, table, f"{name}.json")
+            # MLflow's own call appends to a table that is there already.
+            tags = self._store.client.get_run(self.id).data.tags
+            shown += [t for t in json.loads(tags.get(TABLES, "[]")) if t not in shown]
+            content = json.dumps({"columns": columns, "data": data})
+            self._store.client.log_text(self.id, content, f"{name}.json")
+            self._store.client.set_tag(self.id, TABLES, json.dumps(shown))
 
     def dataset(self, name: str, *, digest: str, path: Path) -> None:
         """The data that this run is based on, by its DVC hash."""
@@ -220,12 +263,12 @@ def warn(text: str) -> None:
     print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "", *, between: str = ".") -> dict[str, Any]:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`; None is left out."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}{between}", between=between)
         elif value is not None:
             found[f"{prefix}{key}"] = value
     return found

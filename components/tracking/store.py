@@ -23,6 +23,9 @@ from components.mlflow_place import DATABASE_SERVERS, SERVERS, resolve, without_
 from components.params import Tracking
 from components.tracking.moved import ARTIFACTS, bring_artifacts_along
 
+# The tag by which MLflow's pages know what an experiment is about, and its value for one that opens
+# on its runs; without it, it opens on traces of language models.
+KIND, RUNS = "mlflow.experimentKind", "custom_model_development"
 MAX_MESSAGE = 300  # characters of a third party's words
 
 # How often MLflow's client tries again, and how long it waits for an answer, in seconds.
@@ -93,7 +96,8 @@ class Store:
         if found is None:
             with self.asking(f"make the experiment {name!r}"):
                 try:
-                    return str(self.client.create_experiment(name, self._artifacts()))
+                    made = self.client.create_experiment(name, self._artifacts(), tags={KIND: RUNS})
+                    return str(made)
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
@@ -104,6 +108,9 @@ class Store:
                 f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or name "
                 "another as tracking.experiment"
             )
+        if KIND not in found.tags:
+            with self.asking("say that the experiment is one of runs"):
+                self.client.set_experiment_tag(found.experiment_id, KIND, RUNS)
         return str(found.experiment_id)
 
     def check_artifacts(self, experiment_id: str) -> None:

@@ -1,0 +1,241 @@
+"""The pictures of the page: which ones, small enough to be part of it.
+
+For each model and number of steps the first tasks, which are the same for every guide, and those
+where the guide is furthest from CFG. The same task by every way of sampling.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from components.evaluation import Evaluation
+from components.images import Gallery, Setting, Task
+from components.pictures import grid
+from pnp_core.metrics import psnr
+
+FILE = "pictures.parquet"
+EDGE = 256  # pixels at most
+QUALITY = 90  # of WebP
+NUM_FIRST, NUM_WORST = 16, 16  # of a model at one number of steps
+# Of all pictures, in bytes of their file; the page has a third more, as base64. Where there are too
+# many models and steps for it, each has fewer pictures.
+MOST_BYTES = 3 * 2**20
+EQUAL_COST = "cfg_equal_cost"
+NUM_COLUMNS, ROWS = 8, ("unguided", "cfg", "guided")  # of a sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One task by every way of sampling.
+
+    Attributes:
+        task: what it was made from.
+        psnr: of guided to CFG, in dB.
+        images: WebP, by way.
+    """
+
+    task: Task
+    psnr: float
+    images: Mapping[str, bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSet:
+    """The pictures of one model at one number of steps.
+
+    Attributes:
+        model: its name in params.yaml.
+        num_steps: of guided, CFG and unguided sampling.
+        ways: key -> label, in the order in which they are shown.
+        pictures: in the order of the tasks.
+        num_tasks: how many they were chosen from.
+    """
+
+    model: str
+    num_steps: int
+    ways: Mapping[str, str]
+    pictures: Sequence[Picture]
+    num_tasks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedPictures:
+    """All guided pictures of a guide, kept so that the next one can be put beside them."""
+
+    images: Mapping[tuple[str, int, str, int], bytes] = field(default_factory=dict)
+
+    def of(self, model: str, num_steps: int, task: Task) -> bytes | None:
+        """WebP; None if there is none."""
+        return self.images.get((model, num_steps, task.prompt, task.seed))
+
+    def save(self, path: Path) -> None:
+        """Write a parquet file."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        names = ("model", "num_steps", "prompt", "seed", "image")
+        rows = [dict(zip(names, (*key, image), strict=True)) for key, image in self.images.items()]
+        pq.write_table(pa.Table.from_pylist(rows), path)
+
+    @classmethod
+    def load(cls, path: Path) -> "GuidedPictures":
+        """Read what `save` wrote. Raises ValueError if it is something else."""
+        import pyarrow.parquet as pq
+
+        try:
+            rows = pq.read_table(path).to_pylist()
+            keys = [(r["model"], r["num_steps"], r["prompt"], r["seed"]) for r in rows]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} has no pictures of a report: {error}") from None
+        return cls(images=dict(zip(keys, (row["image"] for row in rows), strict=True)))
+
+
+def gather(
+    evaluations: Mapping[str, Evaluation],
+    *,
+    champion: GuidedPictures | None = None,
+    most_bytes: int = MOST_BYTES,
+) -> tuple[list[PictureSet], GuidedPictures]:
+    """The pictures to show, and all guided ones to keep.
+
+    Args:
+        evaluations: by model; their images are those of results/evaluate.
+        champion: of the champion's guide, shown beside the candidate's.
+        most_bytes: of all pictures together.
+    """
+    kept: dict[tuple[str, int, str, int], bytes] = {}
+    sets = []
+    for model, evaluation in evaluations.items():
+        pictures = Gallery.open(model)
+        for num_steps in evaluation.num_steps:
+            made = _Images(pictures, evaluation, num_steps)
+            for task, image in made.by_way["guided"].items():
+                kept[model, num_steps, task.prompt, task.seed] = small(image)
+            sets.append(_chosen(made, model, num_steps, champion))
+    total = sum(len(image) for one in sets for p in one.pictures for image in p.images.values())
+    if total > most_bytes:
+        sets = [_fewer(one, most_bytes / total) for one in sets]
+    return sets, GuidedPictures(images=kept)
+
+
+def small(image: bytes) -> bytes:
+    """An image file as WebP of at most `EDGE` pixels a side."""
+    with Image.open(io.BytesIO(image)) as opened:
+        picture = opened.convert("RGB")
+    picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=QUALITY, method=4)
+    return file.getvalue()
+
+
+def sheet(one: PictureSet) -> Image.Image:
+    """The first pictures by every way, in rows: the same tasks for every guide."""
+    pictures = one.pictures[:NUM_COLUMNS]
+    rows = {
+        label: np.concatenate([_pixels(picture.images[way]) for picture in pictures])
+        for way, label in one.ways.items()
+        if way in ROWS
+    }
+    return grid(
+        rows,
+        [picture.task.prompt for picture in pictures],
+        title=f"{one.model}, {one.num_steps} steps",
+        marked=[picture.task.is_heldout for picture in pictures],
+    )
+
+
+def as_json(sets: Sequence[PictureSet]) -> list[dict[str, Any]]:
+    """What the page's script reads."""
+    return [
+        {
+            "model": one.model,
+            "steps": one.num_steps,
+            "ways": dict(one.ways),
+            "total": one.num_tasks,
+            "pictures": [
+                {
+                    "prompt": picture.task.prompt,
+                    "seed": picture.task.seed,
+                    "is_heldout": picture.task.is_heldout,
+                    "psnr": round(picture.psnr, 1),
+                    "images": {
+                        way: base64.b64encode(image).decode()
+                        for way, image in picture.images.items()
+                    },
+                }
+                for picture in one.pictures
+            ],
+        }
+        for one in sets
+    ]
+
+
+class _Images:
+    """The images of a model at one number of steps, as they were sampled, by way and task."""
+
+    def __init__(self, pictures: Gallery, evaluation: Evaluation, num_steps: int) -> None:
+        self.labels = {"unguided": "Unguided", "cfg": "CFG", "guided": "Guided"}
+        scale, half = evaluation.guidance_scale, num_steps // 2
+        settings = {way: Setting(way, num_steps, "ddim", scale) for way in self.labels}
+        for solver, name in {"dpmsolver++": "DPM++ 2M", "ddim": "DDIM"}.items():
+            setting = Setting("cfg", half, solver, scale)
+            if EQUAL_COST not in settings and setting in pictures.settings:
+                settings[EQUAL_COST] = setting
+                self.labels[EQUAL_COST] = f"CFG at equal cost ({half} steps, {name})"
+        self.by_way = {
+            way: dict(zip(pictures.tasks, pictures.files(setting), strict=True))
+            for way, setting in settings.items()
+        }
+
+    def psnrs(self) -> dict[Task, float]:
+        """Of guided to CFG, in dB."""
+        cfg = self.by_way["cfg"]
+        return {
+            task: float(psnr(_pixels(image), _pixels(cfg[task]))[0])
+            for task, image in self.by_way["guided"].items()
+        }
+
+
+def _chosen(
+    made: _Images, model: str, num_steps: int, champion: GuidedPictures | None
+) -> PictureSet:
+    psnrs = made.psnrs()
+    tasks = list(made.by_way["guided"])
+    first = set(tasks[:NUM_FIRST])
+    rest = sorted((task for task in psnrs if task not in first), key=psnrs.__getitem__)
+    pictures = []
+    for task in tasks:
+        if task in first or task in rest[:NUM_WORST]:
+            images = {way: small(found[task]) for way, found in made.by_way.items()}
+            other = champion.of(model, num_steps, task) if champion else None
+            if other is not None:
+                images["champion"] = other
+            pictures.append(Picture(task=task, psnr=psnrs[task], images=images))
+    order = ("unguided", "cfg", EQUAL_COST, "guided")
+    ways = {way: made.labels[way] for way in order if way in made.by_way}
+    if any("champion" in picture.images for picture in pictures):
+        ways["champion"] = "Champion"
+    return PictureSet(
+        model=model, num_steps=num_steps, ways=ways, pictures=pictures, num_tasks=len(tasks)
+    )
+
+
+def _fewer(one: PictureSet, share: float) -> PictureSet:
+    """This share of the pictures at most, the first and the worst in equal parts."""
+    number = max(2, int(share * len(one.pictures)))
+    worst = sorted(one.pictures, key=lambda picture: picture.psnr)[: number // 2]
+    first = [picture for picture in one.pictures if picture not in worst]
+    chosen = [*worst, *first[: number - len(worst)]]
+    return replace(one, pictures=[picture for picture in one.pictures if picture in chosen])
+
+
+def _pixels(image: bytes) -> np.ndarray:
+    """uint8 (1, height, width, 3)."""
+    with Image.open(io.BytesIO(image)) as opened:
+        return np.asarray(opened.convert("RGB"))[None]
