@@ -304,31 +304,20 @@ def test_a_dvc_lock_that_is_held_for_ever_is_named_and_given_up(
     process.repro("prepare", lines.append)
 
 
-def test_what_a_killed_flow_had_started_ends_by_itself() -> None:
-    mark = f"7{uuid.uuid4().int % 10**8}"
-    code = f"from flows.process import run; run('a', ['sleep', '{mark}'], print)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    flow = subprocess.Popen([sys.executable, "-c", code], env=environment)
-
-    def alive() -> bool:
-        processes = psutil.process_iter(["cmdline", "status"])
-        return any(p.info["cmdline"] == ["sleep", mark] and is_running(p, mark) for p in processes)
-
-    wait_until(alive)
-    flow.kill()
-    flow.wait()
-    wait_until(lambda: not alive())
-
-
-def test_a_killed_flow_leaves_no_server_of_its_own() -> None:
-    """The server is Prefect's child, which no signal to its parent reaches."""
-    mark = f"7{uuid.uuid4().int % 10**8}"
-    code = (
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from flows.process import run; run('a', ['sleep', '{mark}'], print)",
+        # as Prefect's server, which no signal to its parent reaches
         "import subprocess, time; from flows import guard; guard.start(); "
-        f"subprocess.Popen(['sleep', '{mark}'], start_new_session=True); time.sleep(60)"
-    )
+        "subprocess.Popen(['sleep', '{mark}'], start_new_session=True); time.sleep(60)",
+    ],
+    ids=["a stage", "a server"],
+)
+def test_what_a_killed_flow_had_started_ends_by_itself(code: str) -> None:
+    mark = f"7{uuid.uuid4().int % 10**8}"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    flow = subprocess.Popen([sys.executable, "-c", code], env=environment)
+    flow = subprocess.Popen([sys.executable, "-c", code.format(mark=mark)], env=environment)
 
     def alive() -> bool:
         processes = psutil.process_iter(["cmdline", "status"])

@@ -22,7 +22,7 @@ from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.shards import shuffled
 from pnp_core.train import TrainConfig
-from tests.toy import ddim
+from tests.toy import ddim, small_unet
 
 SHAPE = (2, 4, 4)
 # Each Gaussian has a colour: the mean of a channel, the same at every pixel.
@@ -115,19 +115,7 @@ class ExactCache:
 
 @pytest.fixture(scope="module")
 def base() -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return ExactUNet(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(32,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16,
-        attention_head_dim=16,
-        norm_num_groups=4,
-    )
+    return small_unet(ExactUNet)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from tests.test_gaussian_mixture import (
     States,
 )
 from tests.test_training import DISTILL, HALVE
-from tests.toy import ddim
+from tests.toy import ddim, small_unet
 
 SCHEDULER = ddim(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 SCHEDULE = NoiseSchedule.from_scheduler(SCHEDULER)
@@ -83,19 +83,7 @@ class ExactVCache(ExactCache):
 
 @pytest.fixture(scope="module")
 def base() -> ExactV:
-    torch.manual_seed(0)
-    return ExactV(
-        sample_size=4,
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(32,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=16,
-        attention_head_dim=16,
-        norm_num_groups=4,
-    )
+    return small_unet(ExactV)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +35,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
 )
+
+AnyUNet = TypeVar("AnyUNet", bound=UNet2DConditionModel)
 
 ROOT = Path(__file__).parent.parent
 RESOLUTION = 32
@@ -99,6 +101,23 @@ def world(untouched_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # MLflow sets it, for good
     return folder
+
+
+def small_unet(cls: type[AnyUNet]) -> AnyUNet:
+    """Random, of two channels, 4 x 4 pixels and texts 16 wide."""
+    torch.manual_seed(0)
+    return cls(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=16,
+        attention_head_dim=16,
+        norm_num_groups=4,
+    )
 
 
 def ddim(**changes: Any) -> DDIMScheduler:

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
@@ -48,15 +47,8 @@ class TrainingRun:
         self._deliver()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        status = (
-            "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        )
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = status_of(kind)
         self._write(lambda: self._journal.finish(status))
         self._not_before = 0.0
         if self._deliver():
@@ -152,15 +144,8 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        status = (
-            "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        )
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = status_of(kind)
         try:
             self._journal.finish(status)
             self._delivery(self._store)
@@ -248,6 +233,13 @@ class Run:
         tags = [InputTag("mlflow.data.context", "training")]
         with self._store.asking("write what data the run is of"):
             self._store.client.log_inputs(self.id, [DatasetInput(data, tags)])
+
+
+def status_of(error: type[BaseException] | None) -> str:
+    """How MLflow calls a run that ended with this error, or without one."""
+    if error is None:
+        return "FINISHED"
+    return "FAILED" if issubclass(error, Exception) else "KILLED"
 
 
 def settle_or_warn(store: Store, stage: str | None = None, experiment: str | None = None) -> None:
