@@ -22,7 +22,9 @@ NAMES = {
     "judges_hash": "the judges",
     "judge": "the judge",
     "num_images": "the number of images",
+    "images": "the number of images",
     "guidance_scale": "the guidance scale",
+    "scale": "the guidance scale",
     "timestep_spacing": "the timestep spacing",
     "precision": "the precision",
     "teacher": "the teacher's rule",
@@ -182,7 +184,7 @@ def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
             continue
         values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
         found.append(f"{NAMES.get(name, name)} differs{values}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
@@ -326,11 +328,12 @@ def _about(rule: str, model: str, objections: Sequence[str]) -> Check:
 
 
 def _identity(evaluation: Evaluation) -> dict[str, str | int | float]:
+    """What it says that it is of, and what it is of: neither may differ."""
     return {
         **evaluation.identity,
         "judge": ", ".join(evaluation.judges[:1]),
-        "num_images": evaluation.num_images,
-        "guidance_scale": evaluation.guidance_scale,
+        "images": evaluation.num_images,
+        "scale": evaluation.guidance_scale,
     }
 
 

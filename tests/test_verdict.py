@@ -187,6 +187,8 @@ def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
         ({"measured_by": 2}, "the version of the measuring code differs: 2, and 1"),
         ({"judge": "another"}, "the judge differs: another, and judge for the champion"),
         ({"unheard_of": 1}, "unheard_of differs"),
+        ({"num_images": 12}, "the number of images differs: 12, and 192"),
+        ({"guidance_scale": 1.2}, "the guidance scale differs: 1.2, and 3.0"),
     ],
 )
 def test_what_was_not_measured_alike_is_refused_by_name(other: dict[str, Any], says: str) -> None:
