@@ -40,7 +40,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     monkeypatch.chdir(folder)
     yield folder
     for process in psutil.process_iter(["cwd"]):
-        if process.info["cwd"] == str(folder):
+        if process.info["cwd"] == str(folder) and process.pid != os.getpid():
             process.kill()
 
 
