@@ -28,6 +28,7 @@ demo: need-git $(INSTALLED)  ## run the whole pipeline on the embedded world
 # One worker and no job runners: up in seconds.
 mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http://127.0.0.1:5000
 	@$(PY) -m components.tracking
+	@echo "http://127.0.0.1:5000/#/experiments?workflowType=machine_learning"
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PY) -m mlflow server --workers 1 \
 	    --backend-store-uri sqlite:///mlflow.db
 

@@ -149,7 +149,7 @@ def summary(params: Params) -> str:
     python = os.path.relpath(sys.executable)
     model = list(params.models.values())[-1].path
     elsewhere = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow = f"at {elsewhere}" if elsewhere else "make mlflow, then http://127.0.0.1:5000"
+    mlflow = f"at {elsewhere}" if elsewhere else "make mlflow"
     return f"""
 What to decide by, a page:     {REPORT / "index.html"}
 Images, CFG beside the guide:  {REPORT / "grid.png"}

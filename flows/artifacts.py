@@ -140,7 +140,8 @@ def version_page(params: Params, registered: Mapping[str, Any]) -> tuple[str, st
     is_server = uri.startswith(("http://", "https://"))
     place = uri.rstrip("/") if is_server else LOCAL_MLFLOW
     note = "" if is_server else " (after: make mlflow)"
-    return f"{place}/#/models/{registered['name']}/versions/{registered['version']}", note
+    page = f"{place}/#/models/{registered['name']}/versions/{registered['version']}"
+    return f"{page}?workflowType=machine_learning", note  # MLflow opens on another kind
 
 
 def rows_of(table: str) -> list[dict[str, str]]:
