@@ -344,9 +344,9 @@ def test_a_guide_that_does_not_fit_is_refused_before_sampling(inside: Path, made
     assert not made
 
 
-def sample_and_lose_a_worker(params: Params, model: str) -> Callable[[str], None]:
+def sample_and_lose_a_worker(params: Params, model: str, folder: Path) -> Callable[[str], None]:
     """The stage's work; a worker is killed once in the middle of it."""
-    make = evaluate.sampling(params, model)
+    make = evaluate.sampling(params, model, folder)
 
     def make_or_die(name: str) -> None:
         if '"guided"' in name and not Path("killed").exists():
@@ -370,7 +370,7 @@ def test_two_ray_workers_of_which_one_dies_make_the_images_that_one_process_does
         evaluate,
         "run_tasks",
         lambda make, *rest, **named: work(
-            functools.partial(sample_and_lose_a_worker, model="base"), *rest, **named
+            functools.partial(sample_and_lose_a_worker, **make.keywords), *rest, **named
         ),
     )
     values = toy.toy_params()

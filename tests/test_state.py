@@ -272,9 +272,10 @@ def test_a_tracking_store_that_cannot_be_is_told_before_the_work(
 def test_sigterm_ends_a_stage_as_ctrl_c_does_once_and_in_one_line(tmp_path: Path) -> None:
     Path(tmp_path, "stage.py").write_text("""
 import os, signal, sys, time
+from unittest.mock import MagicMock
 from contextlib import contextmanager
 from components import cli
-cli.load_params = cli.check_files = lambda *_: None
+cli.load_params = cli.check_files = cli.mlflow_place = MagicMock()
 @contextmanager
 def run_in_mlflow():
     try:

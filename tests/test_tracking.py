@@ -357,7 +357,10 @@ def test_what_failed_while_registering_is_registered_once_by_the_same_command(
         calls.reset()
         version = register(failing + 1.0, key=key)
         assert version == str(failing + 2), "one version for each key"
-        assert Registry(TOY, NAME).summary(version)["models"]["base"]["guidance_fvu"] == failing + 1
+        assert (
+            Registry(TOY, NAME).summary(version)["models"]["base"]["guidance_fvu"]["value"]
+            == failing + 1
+        )
     assert Registry(TOY, NAME).versions() == list(range(1, number + 2))
     assert all(run.info.status != "RUNNING" for run in runs())
 
@@ -399,13 +402,13 @@ def test_a_copied_checkout_writes_into_its_own(
 def test_a_moved_checkout_has_its_guides(
     tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    register(0.5)
+    register(0.5, key="key")
     monkeypatch.chdir(tmp_path)
     place.rename("moved")
     monkeypatch.chdir("moved")
     registry = Registry(TOY, NAME)
-    assert registry.summary("1")["models"]["base"]["guidance_fvu"] == 0.5
-    assert registry.find("key-0.5") == "1"
+    assert registry.summary("1")["models"]["base"]["guidance_fvu"]["value"] == 0.5
+    assert registry.find("key") == "1"
 
 
 def test_files_lie_beside_the_database_that_is_named(

@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -40,12 +41,15 @@ def make_servable(folder: Path, *, base: str) -> None:
     where = str(Path(base).resolve()) if Path(base).exists() else base
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
-        mlflow.pyfunc.save_model(
-            str(model),
-            python_model=str(CODE),
-            code_paths=[str(Path(pnp_core.__file__).parent)],
-            model_config={"base": where},
-            signature=SIGNATURE,
-            pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIRED],
-        )
+        # It warns, whatever the filters, that there is no hint, which it would take for the schema
+        # in place of the signature, and no example.
+        with warnings.catch_warnings(record=True):
+            mlflow.pyfunc.save_model(
+                str(model),
+                python_model=str(CODE),
+                code_paths=[str(Path(pnp_core.__file__).parent)],
+                model_config={"base": where},
+                signature=SIGNATURE,
+                pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIRED],
+            )
         shutil.copytree(model, folder, dirs_exist_ok=True)
