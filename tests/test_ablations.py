@@ -217,6 +217,7 @@ def test_ablations_refuse_a_cache_without_noised_images(world: Path) -> None:
         ablations.run(params)
 
 
+@pytest.mark.services
 def test_both_tables_are_made_resumed_and_read(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

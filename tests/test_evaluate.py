@@ -357,6 +357,7 @@ def sample_and_lose_a_worker(params: Params, model: str, folder: Path) -> Callab
     return make_or_die
 
 
+@pytest.mark.services
 def test_two_ray_workers_of_which_one_dies_make_the_images_that_one_process_does(
     inside: Path, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -211,6 +211,7 @@ def build_and_lose_a_worker(params: Params) -> Callable[[str], None]:
     return build_or_die
 
 
+@pytest.mark.services
 def test_two_ray_workers_of_which_one_dies_build_the_cache_that_one_process_does(
     world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
