@@ -165,10 +165,11 @@ def _changes(key: str, was: Any, now: Any) -> Iterator[str]:
 
 
 def _files(paths: list[Path]) -> Iterator[Path]:
-    """Every file that these are or hold."""
+    """Every file that these are or hold, but for what Python compiles of them as they are used."""
     for path in paths:
         if path.is_dir():
-            for folder, _, names in os.walk(path):
+            for folder, folders, names in os.walk(path):
+                folders[:] = [name for name in folders if name != "__pycache__"]
                 yield from (Path(folder, name) for name in names)
         elif path.exists():
             yield path

@@ -17,6 +17,7 @@ from components.cli import main
 from components.environment import quiet
 from components.lineage import git_commit, lock_hash
 from components.params import Params, ParamsError, check_files, load_params
+from pnp_core.files import write_text
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -97,6 +98,7 @@ def test_a_stage_ends_with_an_error_if_what_it_depends_on_changed_meanwhile(
         lambda: set_param("halve.seed", 7),
         lambda: Path("code.py").write_text("x = 1\n"),  # touched, not changed
         lambda: Path("elsewhere").touch(),
+        lambda: write_text(Path("models/base/__pycache__/code.pyc"), "what Python compiled"),
     ],
 )
 def test_a_stage_does_not_mind_changes_of_what_it_does_not_depend_on(

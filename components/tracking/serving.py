@@ -52,4 +52,5 @@ def make_servable(folder: Path, *, base: str) -> None:
                 signature=SIGNATURE,
                 pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIRED],
             )
-        shutil.copytree(model, folder, dirs_exist_ok=True)
+        compiled = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(model, folder, dirs_exist_ok=True, ignore=compiled)
