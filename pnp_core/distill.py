@@ -10,6 +10,7 @@ turns in the rest: one guide for all of them does better on fine-tunes that it n
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -103,29 +104,36 @@ def distillation_objective(
     draw = drawing(len(students), cache, config, device)
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        teacher, pairs, w_B, target = draw(step, part)
+        teacher, pairs, w_B, eps_w = draw(step, part)
         eps = students[teacher](pairs.z_t, pairs.timestep, pairs.conditions(w_B))
-        return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power)
+        return distillation_loss(eps, eps_w, pairs.eps_c - pairs.eps_n, w_B, power)
 
     return loss_fn
 
 
+class Drawn(NamedTuple):
+    """What a step of training, or a part of it, sees."""
+
+    teacher: int  # whose step it is: 0 the base's
+    pairs: Pairs
+    w_B: Tensor
+    eps_w: Tensor  # guided, (B, C, H, W)
+
+
 def drawing(
     num_teachers: int, cache: TeacherCache, config: DistillConfig, device: torch.device
-) -> Callable[[int, slice], tuple[int, Pairs, Tensor, Tensor]]:
-    """What a step of training sees, by its number and the part of its batch.
-
-    That is whose step it is, the pairs, their guidance scales and the guided eps ``(B, C, H, W)``.
-    """
+) -> Callable[[int, slice], Drawn]:
+    """What a step of training sees, by its number and the part of its batch."""
     batch_size, seed = config.train.batch_size, config.train.seed
     guider = Guider(config.guider, cache.schedule.num_train_timesteps)
 
-    def draw(step: int, part: slice) -> tuple[int, Pairs, Tensor, Tensor]:
+    def draw(step: int, part: slice) -> Drawn:
         teacher, number = turn_of(step, num_teachers)
         indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=number, teacher=teacher)
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
         pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
-        return teacher, pairs, w_B, guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
+        eps_w = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
+        return Drawn(teacher, pairs, w_B, eps_w)
 
     return draw
 

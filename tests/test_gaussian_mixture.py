@@ -118,8 +118,7 @@ def base() -> UNet2DConditionModel:
     return small_unet(ExactUNet)
 
 
-@pytest.fixture(scope="module")
-def guide(base: UNet2DConditionModel) -> Guide:
+def distilled(base: UNet2DConditionModel, cache: ExactCache) -> Guide:
     config = DistillConfig(
         train=TrainConfig(
             num_images=64 * 100,
@@ -132,7 +131,12 @@ def guide(base: UNet2DConditionModel) -> Guide:
         guide=GuideConfig(max_parameters_ratio=0.2),
         guidance_scale=(1.0, MAX_GUIDANCE_SCALE),
     )
-    return distill(base, ExactCache(), config)  # type: ignore[arg-type]
+    return distill(base, cache, config)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def guide(base: UNet2DConditionModel) -> Guide:
+    return distilled(base, ExactCache())
 
 
 def test_the_exact_eps_is_the_gradient_of_the_log_density() -> None:

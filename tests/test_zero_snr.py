@@ -11,12 +11,11 @@ from torch import Tensor
 from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.distill import DistillConfig, distill
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.distill import distill
+from pnp_core.guide import Guide
 from pnp_core.halve import halve, truncated_snr_loss
 from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule, two_step_target
-from pnp_core.train import TrainConfig
 from tests.conftest import BASE, CACHE_CONFIG
 from tests.test_gaussian_mixture import (
     MAX_GUIDANCE_SCALE,
@@ -27,6 +26,7 @@ from tests.test_gaussian_mixture import (
     ExactCache,
     ExactUNet,
     States,
+    distilled,
 )
 from tests.test_training import DISTILL, HALVE
 from tests.toy import ddim, small_unet
@@ -88,19 +88,7 @@ def base() -> ExactV:
 
 @pytest.fixture(scope="module")
 def guide(base: ExactV) -> Guide:
-    training = TrainConfig(
-        num_images=64 * 100,
-        batch_size=64,
-        learning_rate=1e-2,
-        ema_halflife_images=500,
-        precision="fp32",
-    )
-    config = DistillConfig(
-        train=training,
-        guide=GuideConfig(max_parameters_ratio=0.2),
-        guidance_scale=(1.0, MAX_GUIDANCE_SCALE),
-    )
-    return distill(base, ExactVCache(), config)
+    return distilled(base, ExactVCache())
 
 
 def latents(seed: int, num_rows: int = 6) -> Tensor:

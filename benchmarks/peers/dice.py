@@ -4,7 +4,6 @@ A small network sharpens the text states before the frozen network sees them. Th
 one ``w``; this one is told ``w``, so that it can be compared over a range.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,10 +12,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from benchmarks.peers.peer import Peer
-from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, PlainDenoiser
-from pnp_core.distill import DistillConfig, drawing
+from pnp_core.distill import Drawn
 from pnp_core.guide.kind import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.schedule import NoiseSchedule
 
@@ -55,22 +53,11 @@ class TextSharpener(Peer):
         """`unet`, frozen, under text that the peer has sharpened."""
         return SharpenedDenoiser(self, unet, schedule)
 
-    def objective(
-        self,
-        students: Sequence[Denoiser],
-        cache: TeacherCache,
-        config: DistillConfig,
-        device: torch.device,
-    ) -> Callable[[int, slice], Tensor]:
+    def losses(self, student: Denoiser, drawn: Drawn, schedule: NoiseSchedule) -> Tensor:  # noqa: ARG002, the interface's
         """The absolute error of eps, one a sample."""
-        draw = drawing(len(students), cache, config, device)
-
-        def loss_fn(step: int, part: slice) -> Tensor:
-            teacher, pairs, w_B, target = draw(step, part)
-            eps = students[teacher](pairs.z_t, pairs.timestep, pairs.conditions(w_B))
-            return (eps.float() - target.float()).abs().mean(dim=(1, 2, 3))
-
-        return loss_fn
+        pairs = drawn.pairs
+        eps = student(pairs.z_t, pairs.timestep, pairs.conditions(drawn.w_B))
+        return (eps.float() - drawn.eps_w.float()).abs().mean(dim=(1, 2, 3))
 
 
 class SharpenedDenoiser:

@@ -5,7 +5,6 @@ state is to be the one at the state that one step of the guided teacher leads to
 steps with diffusers' ``LCMScheduler``, which adds noise between them.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from benchmarks.peers.lora import LowRankPeer
-from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser
-from pnp_core.distill import DistillConfig, drawing
+from pnp_core.distill import Drawn
 from pnp_core.schedule import NoiseSchedule
 
 NUM_SOLVER_STEPS = 50  # of the teacher's DDIM, along the whole schedule
@@ -41,31 +39,18 @@ class ConsistencyLoRA(LowRankPeer):
         """All of the change, whatever the scale."""
         return torch.ones_like(w_B)
 
-    def objective(
-        self,
-        students: Sequence[Denoiser],
-        cache: TeacherCache,
-        config: DistillConfig,
-        device: torch.device,
-    ) -> Callable[[int, slice], Tensor]:
+    def losses(self, student: Denoiser, drawn: Drawn, schedule: NoiseSchedule) -> Tensor:
         """Pseudo-Huber distance of two x-predictions, one a sample."""
-        draw = drawing(len(students), cache, config, device)
-        schedule = cache.schedule
-        stride = schedule.num_train_timesteps // NUM_SOLVER_STEPS
-
-        def loss_fn(step: int, part: slice) -> Tensor:
-            teacher, pairs, w_B, eps_w = draw(step, part)
-            z_t, t_B, conditions = pairs.z_t.float(), pairs.timestep, pairs.conditions(w_B)
-            s_B = (t_B - stride).clamp(min=0)
-            z_s = schedule.ddim_step(z_t, eps_w.float(), t_B, s_B)
-            with torch.no_grad():
-                there = students[teacher](z_s, s_B, conditions).float()
-                target = consistency(schedule, there, z_s, s_B)
-            here = students[teacher](z_t, t_B, conditions).float()
-            error = consistency(schedule, here, z_t, t_B) - target
-            return ((error.square() + HUBER**2).sqrt() - HUBER).mean(dim=(1, 2, 3))
-
-        return loss_fn
+        pairs = drawn.pairs
+        z_t, t_B, conditions = pairs.z_t.float(), pairs.timestep, pairs.conditions(drawn.w_B)
+        s_B = (t_B - schedule.num_train_timesteps // NUM_SOLVER_STEPS).clamp(min=0)
+        z_s = schedule.ddim_step(z_t, drawn.eps_w.float(), t_B, s_B)
+        with torch.no_grad():
+            there = student(z_s, s_B, conditions).float()
+            target = consistency(schedule, there, z_s, s_B)
+        here = student(z_t, t_B, conditions).float()
+        error = consistency(schedule, here, z_t, t_B) - target
+        return ((error.square() + HUBER**2).sqrt() - HUBER).mean(dim=(1, 2, 3))
 
 
 class LargeConsistencyLoRA(ConsistencyLoRA):

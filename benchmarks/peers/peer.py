@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, PlainDenoiser
-from pnp_core.distill import DistillConfig, distillation_objective
+from pnp_core.distill import DistillConfig, Drawn, distillation_objective, drawing
 from pnp_core.metrics import count_flops
 from pnp_core.schedule import NoiseSchedule
 
@@ -42,7 +42,19 @@ class Peer(nn.Module, ABC):
         device: torch.device,
     ) -> Callable[[int, slice], Tensor]:
         """What its training minimises; by default what a guide's does."""
-        return distillation_objective(students, cache, config, device)
+        if type(self).losses is Peer.losses:
+            return distillation_objective(students, cache, config, device)
+        draw = drawing(len(students), cache, config, device)
+
+        def loss_fn(step: int, part: slice) -> Tensor:
+            drawn = draw(step, part)
+            return self.losses(students[drawn.teacher], drawn, cache.schedule)
+
+        return loss_fn
+
+    def losses(self, student: Denoiser, drawn: Drawn, schedule: NoiseSchedule) -> Tensor:
+        """A loss of its own, one a sample, for a peer whose official code has one."""
+        raise NotImplementedError
 
     def cost(
         self,
