@@ -83,7 +83,9 @@ def run(params: Params, *, remove: bool = False) -> None:
 def checkpoints() -> Pile:
     """Checkpoints of training, which a finished stage needs no more."""
     told = ask(*DVC, "status", "--json", *TRAINED)
-    changed = json.loads(told) if told is not None else dict.fromkeys(TRAINED)
+    # beside DVC's warnings; without an answer, nothing is finished
+    answers = [line for line in (told or "").splitlines() if line.startswith("{")]
+    changed = json.loads(answers[-1]) if answers else dict.fromkeys(TRAINED)
     done = [RUNS / stage for stage in TRAINED if stage not in changed]
     return Pile(
         f"checkpoints, {RUNS}",

@@ -29,21 +29,15 @@ REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versi
 
 def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
-    from components.device import device
+    from components.rows import load_row
     from pnp_core.bundle import GuideBundle
-    from pnp_core.fine_tunes import load_model, skip_layers
-    from pnp_core.models import load_pipeline
     from pnp_core.plug import plug
     from pnp_core.scheduling import of_scheduler
-    from pnp_core.single_file import configs_of
 
     folder, guide = guide_folder(arguments.guide, params)
     bundle = GuideBundle.load(folder)
     row = row_of(arguments.model, params)
-    pipe = load_pipeline(params.base, device=device())
-    if row.path != params.base:
-        pipe = load_model(row.path, base=pipe, configs=configs_of(params.base))
-    skip_layers(pipe, row.clip_skip)
+    pipe = load_row(row, params.base)
     num_steps = arguments.steps or min(bundle.num_steps)
     best = bundle.scheduler_for(num_steps)
     if best is not None:
