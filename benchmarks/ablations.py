@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.guides import InDecoder, shaped_guide
 from benchmarks.peers import Ours
-from benchmarks.quality import Methods, models_of, pipe_of, results_so_far
+from benchmarks.quality import Methods, models_of, results_so_far
 from benchmarks.record import header, note, precision_on, record
 from benchmarks.variants import VARIANTS, Variant, Weights
 from components.device import device, load_base, load_companions
@@ -36,6 +36,7 @@ from components.environment import quiet
 from components.params import Params, companion_paths, load_params
 from components.paths import CACHE
 from components.progress import Progress
+from components.rows import load_row
 from components.sampling import choose_tasks
 from components.training import train_config
 from pnp_core.bundle import GuideBundle
@@ -249,7 +250,7 @@ def row_of(variant: Variant, params: Params, label: str) -> dict[str, Any]:
     tasks = [task for task in choose_tasks(params.evaluate) if task.is_heldout][:NUM_PROMPTS]
     fvu, bundle = {}, GuideBundle({1: student.guide})
     for model, row in models_of(params).items():
-        methods = Methods(pipe_of(row, params), bundle, params, peers={label: student})
+        methods = Methods(load_row(row, params.base), bundle, params, peers={label: student})
         fvu[model] = methods.guidance_fvu(tasks, label)
     base = sum(p.numel() for p in methods.pipe.unet.parameters())
     return {

@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 
 from benchmarks.peers import PEERS, Ours, Peer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
@@ -98,14 +97,9 @@ def models_of(params: Params) -> dict[str, Model]:
     return models
 
 
-def pipe_of(row: Model, params: Params) -> DiffusionPipeline:
-    """The model as it is, frozen."""
-    return load_row(row, params.base)
-
-
 def methods_on(row: Model, params: Params, peers: Mapping[str, Peer]) -> Methods:
     """A sampler of this model by the guides of guides/bundle and by these peers."""
-    pipe = pipe_of(row, params)
+    pipe = load_row(row, params.base)
     bundle = GuideBundle.load(BUNDLE).to(pipe.unet.device)
     return Methods(pipe, bundle, params, peers=peers)
 

@@ -24,11 +24,11 @@ from benchmarks.frontier.rivals import (
     fit_linear,
 )
 from benchmarks.frontier.settings import GUIDES, Setting
-from benchmarks.quality import pipe_of
 from benchmarks.record import digest
 from components.images import Task, batches
 from components.params import Model, Params
 from components.paths import RUNS
+from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
@@ -58,7 +58,7 @@ class Workbench:
         self, name: str, model: Model, params: Params, bundles: dict[str, GuideBundle]
     ) -> None:
         self.name, self.model, self.params, self.bundles = name, model, params, bundles
-        pipe = pipe_of(model, params)
+        pipe = load_row(model, params.base)
         self.samplers = {
             method: Sampler(pipe, bundle.to(pipe.unet.device), params)
             for method, bundle in bundles.items()
