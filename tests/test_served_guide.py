@@ -15,6 +15,7 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+import pnp_core
 from components.tracking.serving import make_servable
 from pnp_core import plug
 from pnp_core.bundle import GuideBundle
@@ -96,10 +97,19 @@ def test_a_base_that_is_not_there_is_asked_for(version: Path, tmp_path: Path) ->
     assert "nowhere/base can't be opened here" in said and "PNP_GUIDE_BASE" in said
 
 
-def test_a_version_has_nothing_to_unpickle(version: Path) -> None:
-    kinds = {path.suffix for path in version.rglob("*") if path.is_file()}
+def test_a_version_has_nothing_to_unpickle(version: Path, tmp_path: Path) -> None:
+    made = tmp_path / "guide"  # where none has run its code yet, which compiles it there
+    GuideBundle.load(version).save(made)
+    compiled = Path(pnp_core.__file__).parent / "__pycache__"
+    compiled.mkdir(exist_ok=True)
+    (compiled / "of_a_test.pyc").touch()
+    try:
+        make_servable(made, base="nowhere")
+    finally:
+        (compiled / "of_a_test.pyc").unlink()
+    kinds = {path.suffix for path in made.rglob("*") if path.is_file()}
     assert kinds <= {"", ".json", ".safetensors", ".py", ".yaml", ".txt", ".md"}
-    assert "python_model.pkl" not in (version / "MLmodel").read_text()
+    assert "python_model.pkl" not in (made / "MLmodel").read_text()
 
 
 def test_a_bundle_keeps_which_scheduler_is_best_and_old_ones_say_nothing(
