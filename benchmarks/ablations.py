@@ -47,7 +47,7 @@ from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guide.guide import hold_offsets
 from pnp_core.identity import base_identity
-from pnp_core.models import weights_hash
+from pnp_core.model_files import weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, step_generator, train
 

@@ -41,7 +41,7 @@ from pnp_core.guide.kind import EMBEDDING_DIM, Kind, Prepared, frequencies, sinu
 from pnp_core.guide.tiny import PreparedTiny, TinyGuide
 from pnp_core.halve import HalveConfig, halving_objective, rounds_of
 from pnp_core.identity import base_identity
-from pnp_core.models import weights_hash
+from pnp_core.model_files import weights_hash
 from pnp_core.sample import sample
 from pnp_core.train import step_generator, train
 

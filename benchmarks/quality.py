@@ -58,7 +58,7 @@ from pnp_core.files import read_json, write_json, write_text
 from pnp_core.guide import GuideConfig
 from pnp_core.identity import base_identity
 from pnp_core.metrics import psnr
-from pnp_core.models import weights_hash
+from pnp_core.model_files import weights_hash
 from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")

@@ -51,7 +51,8 @@ def load_companions(
     paths: Sequence[Path], base: "DiffusionPipeline"
 ) -> dict[str, "UNet2DConditionModel"]:
     """The UNets of these fine-tunes, frozen, by their identities."""
-    from pnp_core.models import load_unet, weights_hash
+    from pnp_core.model_files import weights_hash
+    from pnp_core.models import load_unet
 
     companions = {}
     for path in paths:

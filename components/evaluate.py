@@ -251,7 +251,7 @@ def identity_of(work: Work) -> Mapping[str, str | int | float]:
     """What two evaluations must have in common to be compared."""
     from components.judging import judge_hash
     from components.sampling import teacher_name
-    from pnp_core.models import weights_hash
+    from pnp_core.model_files import weights_hash
 
     sampler = work.sampler
     params = sampler.params

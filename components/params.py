@@ -262,7 +262,7 @@ def check_files(params: Params) -> None:
             raise ParamsError(f"params.yaml: {key}: there is no {path}")
 
     from components.dataset import own_prompts
-    from pnp_core.models import check_model_files, check_same_kind
+    from pnp_core.model_files import check_model_files, check_same_kind
 
     try:
         teacher_guider(params)

@@ -122,7 +122,7 @@ def run(params: Params) -> None:
 def lineage_of(params: Params, evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
     """What the guide in guides/bundle was made of. Raises ValueError if git is missing."""
     from pnp_core.bundle import GuideBundle
-    from pnp_core.models import weights_hash
+    from pnp_core.model_files import weights_hash
 
     return {
         "git_commit": run_commit(),

@@ -8,7 +8,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pnp_core.models import check_is_fine_tune, is_whole, is_xl, load_pipeline, load_unet
+from pnp_core.model_files import is_whole
+from pnp_core.models import check_is_fine_tune, is_xl, load_pipeline, load_unet
 
 # What configs say of where and by what they were written.
 WRITTEN = ("transformers_version", "dtype", "torch_dtype", "architectures")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from pnp_core.files import sha256_file
-from pnp_core.models import check_model_files, is_hub_id, is_whole, weights_hash
+from pnp_core.model_files import check_model_files, is_hub_id, is_whole, weights_hash
 from pnp_core.single_file import LAYOUTS, config_folder, configs_of
 
 PARTS = {  # and their folders
@@ -35,7 +35,7 @@ class BaseIdentity:
     """Hashes of a base's parts. Each is of weights and configs alike.
 
     Attributes:
-        base_hash: as guides record it, see :func:`pnp_core.models.weights_hash`.
+        base_hash: as guides record it, see :func:`pnp_core.model_files.weights_hash`.
         text: text encoders, tokenizers, and what stands for an empty prompt.
     """
 
@@ -60,7 +60,7 @@ def base_identity(path: str | Path, like: Path | None = None) -> BaseIdentity:
     ``like``: see :func:`pnp_core.models.load_pipeline`.
 
     Raises:
-        ValueError: see :func:`pnp_core.models.check_model_files`; a part is missing.
+        ValueError: see :func:`pnp_core.model_files.check_model_files`; a part is missing.
     """
     base_hash, path = weights_hash(path), Path(path)
     check_model_files(path)

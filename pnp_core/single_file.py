@@ -17,27 +17,12 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
+from pnp_core.model_files import PARTS
+
 LAYOUTS = Path(__file__).parent / "layouts"
 LAYOUT_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_TO_KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-PARTS = {
-    "VAE": ("first_stage_model.",),
-    "text encoder": ("cond_stage_model.", "conditioner."),
-}
-
-
-def is_lora(path: Path) -> bool:
-    """Whether a .safetensors file holds a LoRA, in the layout of diffusers or of kohya's tools."""
-    with safe_open(path, "pt") as file:
-        return any("lora_" in key or ".lora." in key for key in file.keys())  # noqa: SIM118
-
-
-def has_all_parts(path: Path) -> bool:
-    """Whether a .safetensors file holds a VAE and a text encoder beside the UNet."""
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-    return all(any(key.startswith(prefixes) for key in keys) for prefixes in PARTS.values())
 
 
 def configs_of(path: str | Path) -> Path | None:

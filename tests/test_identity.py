@@ -20,7 +20,8 @@ from components.training import open_cache
 from pnp_core import models
 from pnp_core.files import read_json
 from pnp_core.identity import base_identity
-from pnp_core.models import hub_revision, load_pipeline, load_unet, weights_hash
+from pnp_core.model_files import hub_revision, weights_hash
+from pnp_core.models import load_pipeline, load_unet
 from tests import toy
 from tests.test_single_file import original_layout, save_configs, sd15_pipeline
 

@@ -14,13 +14,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from pnp_core.models import (
-    check_model_files,
-    encode_prompts,
-    load_pipeline,
-    load_unet,
-    weights_hash,
-)
+from pnp_core.model_files import check_model_files, weights_hash
+from pnp_core.models import encode_prompts, load_pipeline, load_unet
 from tests.conftest import changed, same_weights, save_lora
 
 

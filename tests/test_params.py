@@ -264,22 +264,44 @@ def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:
     )
 
 
-def test_a_mistake_is_found_before_anything_heavy_loads(tmp_path: Path) -> None:
-    toy.write_params(tmp_path, changed("distill.num_imagse", 3))
-    code = (
-        "import sys, runpy\n"
-        "try: runpy.run_module('components.distill', run_name='__main__')\n"
-        "finally: print(sorted({'torch', 'diffusers', 'mlflow', 'ray'} & set(sys.modules)))\n"
+HEAVY = "print(sorted({'torch', 'diffusers', 'mlflow', 'ray'} & set(sys.modules)))\n"
+
+
+def run_code(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a folder, by an interpreter of its own."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT), "PATH": ""},
-        capture_output=True,
-        text=True,
+
+
+@pytest.mark.parametrize(
+    "stage", ["prepare", "cache", "distill", "halve", "evaluate --model tuned", "register"]
+)
+def test_a_mistake_is_found_before_anything_heavy_loads(tmp_path: Path, stage: str) -> None:
+    toy.write_params(tmp_path, changed("distill.num_imagse", 3))
+    name, *arguments = stage.split()
+    done = run_code(
+        "import sys, runpy\n"
+        f"sys.argv[1:] = {arguments}\n"
+        f"try: runpy.run_module('components.{name}', run_name='__main__')\n"
+        f"finally: {HEAVY}",
+        tmp_path,
     )
     assert done.returncode == 2
     assert done.stdout == "[]\n"
     assert done.stderr == (
         "error: params.yaml: unknown key 'distill.num_imagse', did you mean 'num_images'?\n"
     )
+
+
+def test_what_params_yaml_points_at_is_checked_without_loading_anything_heavy(world: Path) -> None:
+    toy.write_params(world, toy.toy_params())
+    done = run_code(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from components.params import check_files, load_params\n"
+        f"check_files(load_params(Path('params.yaml')))\n{HEAVY}",
+        world,
+    )
+    assert done.stdout == "[]\n", done.stderr

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pnp_core.models import load_pipeline, load_unet, weights_hash
+from pnp_core.model_files import weights_hash
+from pnp_core.models import load_pipeline, load_unet
 from pnp_core.single_file import LAYOUTS
 from tests.conftest import changed, same_weights, save_lora
 

@@ -39,7 +39,7 @@ from components.paths import RUNS
 from components.scores import RealImages, fid
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json, write_json, write_tensors
-from pnp_core.models import weights_hash
+from pnp_core.model_files import weights_hash
 from pnp_core.sample import SOLVERS
 
 RESULTS = Path("benchmarks/results/frontier.json")

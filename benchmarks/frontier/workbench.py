@@ -34,7 +34,7 @@ from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.files import write_json, write_tensors
 from pnp_core.metrics import count_flops
-from pnp_core.models import weights_hash
+from pnp_core.model_files import weights_hash
 from pnp_core.sample import sample
 
 VERSION = 1

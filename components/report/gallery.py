@@ -17,7 +17,6 @@ from PIL import Image
 from components.evaluation import Evaluation
 from components.images import Gallery, Setting, Task
 from components.pictures import grid
-from pnp_core.metrics import psnr
 
 FILE = "pictures.parquet"
 EDGE = 256  # pixels at most
@@ -195,6 +194,8 @@ class _Images:
 
     def psnrs(self) -> dict[Task, float]:
         """Of guided to CFG, in dB."""
+        from pnp_core.metrics import psnr
+
         cfg = self.by_way["cfg"]
         return {
             task: float(psnr(_pixels(image), _pixels(cfg[task]))[0])

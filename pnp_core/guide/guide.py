@@ -25,7 +25,7 @@ class Guide(ModelMixin, ConfigMixin):
     The config saved beside the weights says which architecture the guide fits and what it was
     trained for. Attributes of the config:
 
-        base_hash: identity of the base it was trained on, see :func:`pnp_core.models.weights_hash`.
+        base_hash: of the base it was trained on, see :func:`pnp_core.model_files.weights_hash`.
         prediction_type: what that base predicts.
         guidance_scale_range: the ``w`` it was trained for.
         num_steps: sampling steps it was halved to; None: any number (stage 1).
