@@ -8,6 +8,7 @@ params.yaml is used as it says there: with its trigger words, negative prompt, s
 """
 
 import argparse
+import math
 import re
 import time
 from functools import partial
@@ -29,6 +30,7 @@ REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versi
 
 def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
+    check_out(arguments.out)
     from components.rows import load_row
     from pnp_core.bundle import GuideBundle
     from pnp_core.plug import plug
@@ -38,11 +40,12 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     bundle = GuideBundle.load(folder)
     row = row_of(arguments.model, params)
     pipe = load_row(row, params.base)
-    num_steps = arguments.steps or min(bundle.num_steps)
+    num_steps = min(bundle.num_steps) if arguments.steps is None else arguments.steps
     best = bundle.scheduler_for(num_steps)
     if best is not None:
         best.set(pipe)
-    scale = arguments.guidance_scale or row.guidance_scale or params.evaluate.guidance_scale
+    scales = (arguments.guidance_scale, row.guidance_scale, params.evaluate.guidance_scale)
+    scale = next(scale for scale in scales if scale is not None)
     negative = row.negative_prompt if arguments.negative is None else arguments.negative
     asked = {
         "prompt": f"{row.trigger} {arguments.prompt}".strip(),
@@ -68,6 +71,16 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     for label in made:
         print(label)
     print(arguments.out)
+
+
+def check_out(path: Path) -> None:
+    """Raise ValueError if no image can be written there."""
+    from PIL import Image
+
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"--out {path}: name a file in a folder that there is")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out {path}: end its name with .png, or as another kind of image does")
 
 
 def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
@@ -133,6 +146,22 @@ def side_by_side(images: "dict[str, Image.Image]", *, title: str) -> "Image.Imag
     return grid(rows, list(images), title=title, cell=cell)
 
 
+def steps(text: str) -> int:
+    """A number of steps."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least one step is needed, not {number}")
+    return number
+
+
+def factor(text: str) -> float:
+    """A scale or a strength."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"a number from 0 on is needed, not {text}")
+    return number
+
+
 def parsed() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -147,9 +176,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--model", help="a name in params.yaml, or the path of a fine-tune; default: the base"
     )
-    parser.add_argument("--steps", type=int, help="default: the fewest that the guide is made for")
-    parser.add_argument("--guidance-scale", type=float, help="default: the model's, or evaluate's")
-    parser.add_argument("--strength", type=float, help="default: the model's, or 1")
+    parser.add_argument(
+        "--steps", type=steps, help="default: the fewest that the guide is made for"
+    )
+    parser.add_argument("--guidance-scale", type=factor, help="default: the model's, or evaluate's")
+    parser.add_argument("--strength", type=factor, help="default: the model's, or 1")
     parser.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(

@@ -22,6 +22,7 @@ class Forwards:
         self.name = name
         self.way = way
         self.number = 0
+        self.num_steps: int | None = None
         self.last_timestep: Any = None
 
     def check(
@@ -32,18 +33,21 @@ class Forwards:
         Args:
             arguments: of the forward by name.
             num_prompts: as encoded, images a prompt included; None: not known.
-            num_steps: of the whole run; None: not known.
+            num_steps: of the whole run, as the scheduler says; None: not known. What it says in the
+                first forward counts: another call in a callback may share the scheduler.
         """
         num_rows = len(arguments["sample"])
         if num_prompts is not None:
             self.check_rows(num_rows, num_prompts)
         if self.way == VIEWS:
             return
+        if self.number == 0:
+            self.num_steps = num_steps
         self.number += 1
         timestep, last = arguments["timestep"], self.last_timestep
         again = isinstance(timestep, Tensor) and isinstance(last, Tensor)
         again = again and timestep.data_ptr() == last.data_ptr()
-        if again or (num_steps is not None and self.number > num_steps):
+        if again or (self.num_steps is not None and self.number > self.num_steps):
             raise ValueError(
                 f"{self.name} runs its UNet more than once a step, so it has a guidance of its "
                 "own, which a guide can't replace: use it unplugged."

@@ -5,7 +5,6 @@ denoiser, is a user of theirs, and they go with the last user. They do nothing b
 of a :class:`pnp_core.calls.Call` that has been entered in the same thread.
 """
 
-import copy
 import functools
 import inspect
 import threading
@@ -42,14 +41,9 @@ class UNetHook:
         self.projections: list[tuple[nn.Module, nn.Module]] = []
         self.reach(unet)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "UNetHook":
-        """Of a copied UNet, whose users are not known yet; its layers are copied with it."""
-        twin = object.__new__(UNetHook)
-        memo[id(self)] = twin
-        twin.users = {}
-        twin.layers = copy.deepcopy(self.layers, memo)
-        twin.projections = copy.deepcopy(self.projections, memo)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copied or pickled UNet, whose users are not known yet."""
+        return {**vars(self), "users": {}}
 
     def reach(self, unet: UNet2DConditionModel) -> None:
         """Be in every place where a guide acts, also in parts that have been replaced."""

@@ -1,6 +1,5 @@
 """What one call of a plugged pipeline knows, and what the guide does in its forwards."""
 
-import copy
 import inspect
 import logging
 import weakref
@@ -21,6 +20,7 @@ from pnp_core.forwards import NEGATIVE, Forwards, doubled, half
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
+from pnp_core.placing import on_device
 from pnp_core.precision import is_mixed
 from pnp_core.scheduling import of_scheduler
 
@@ -46,9 +46,9 @@ class Plug:
     unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
     warned: set[str] = field(default_factory=set)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Plug":
-        """Of a copied pipeline, with a guide of its own; its UNet has yet to be checked."""
-        return replace(self, bundle=copy.deepcopy(self.bundle, memo), unet=None, warned=set())
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copied or pickled pipeline, with a guide of its own; its UNet has to be checked."""
+        return {**vars(self), "unet": None, "warned": set()}
 
     def warn_once(self, message: str) -> None:
         """Log a warning, the first time."""
@@ -249,14 +249,13 @@ class PipelineCall(Call):
                     f"{of_scheduler(self.pipe.scheduler) or type(self.pipe.scheduler).__name__}: "
                     f"bundle.scheduler_for({num_steps}).set(pipe) changes it."
                 )
-        self.guide.to(device=device)
         low, high = self.guide.config.guidance_scale_range
         if not low <= scale <= high:
             self.plug.warn_once(
                 f"guidance_scale {scale:g} is outside [{low:g}, {high:g}], the range "
                 "this guide was trained for."
             )
-        return self.guide
+        return on_device(self.guide, device)
 
     # What a user's callback sees: what it would see of the stock pipeline.
 

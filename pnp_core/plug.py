@@ -5,16 +5,18 @@ one UNet forward a step, and lets the guide act in that forward. The guidance sc
 prompt come from the pipeline itself. See :mod:`pnp_core.plugged` for what it does otherwise.
 """
 
+import math
 import weakref
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
+from pnp_core.calls import now
 from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
 from pnp_core.inject import optimized, unuse, use
-from pnp_core.pipeline_call import Plug
+from pnp_core.pipeline_call import PipelineCall, Plug
 from pnp_core.plugged import STATE, plugged_class, state_of_plug
 
 
@@ -30,7 +32,7 @@ def plug(
     Args:
         pipe: a pipeline of the guide's base, or of a fine-tune of it.
         guide: a guide, or one for each of several step counts.
-        strength: multiplies what the guide does.
+        strength: multiplies what the guide does; at least 0.
 
     Returns:
         ``pipe``.
@@ -38,8 +40,17 @@ def plug(
     Raises:
         ValueError: a pipeline of a class that can't have a guide; no UNet of a supported kind (a
             quantised or sharded one is not), or one of another architecture or prediction type
-            than the guide's; a pipeline that is plugged already. The pipeline is unchanged.
+            than the guide's; a pipeline that is plugged already; a strength that can't be. The
+            pipeline is unchanged.
+        TypeError: no guide was given.
     """
+    if not isinstance(guide, Guide | GuideBundle):
+        raise TypeError(
+            f"A guide or a bundle of guides is needed, not {guide!r}: GuideBundle.load(folder) or "
+            "load_guide(folder) opens one."
+        )
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
     bundle = guide if isinstance(guide, GuideBundle) else as_bundle(guide)
     plugged = state_of_plug(pipe)
     if plugged is not None:
@@ -63,11 +74,16 @@ def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Take the guide out again; the pipeline is as it was, bit for bit.
 
     Raises:
-        ValueError: nothing is plugged in.
+        ValueError: nothing is plugged in, or a call of the pipeline in this thread is under way.
     """
     state = state_of_plug(pipe)
     if state is None:
         raise ValueError("This pipeline has no guide plugged in.")
+    if any(isinstance(call, PipelineCall) and call.pipe is pipe for call in now.calls):
+        raise ValueError(
+            "This pipeline is in the middle of a call, which can't go on without its guide: unplug "
+            "it after that, or set guidance_scale to 1 in the callback."
+        )
     del vars(pipe)[STATE]
     pipe.__class__ = state.stock_class
     for unet in (state.unet() if state.unet is not None else None, bare_unet(pipe)):

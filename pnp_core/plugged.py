@@ -88,6 +88,12 @@ class Plugged:
             vars(twin)[STATE] = replace(plug, unet=None, warned=set())
         return twin
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied or pickled, a pipeline is as plugged as this one: its class is made anew."""
+        plug = state_of_plug(self)
+        assert plug is not None
+        return blank, (plug.stock_class,), vars(self)
+
     @staticmethod
     def tell_others(unet: nn.Module) -> None:
         """Raise ValueError if the UNet is being run by a pipeline that has not been plugged."""
@@ -99,6 +105,11 @@ class Plugged:
                     raise ValueError(NOT_PLUGGED)
                 return
             frame = frame.f_back
+
+
+def blank(stock: Any) -> Any:
+    """A plugged pipeline with nothing in it yet."""
+    return object.__new__(plugged_class(stock))
 
 
 def get_ready(pipe: Any, plug: Plug) -> None:

@@ -70,3 +70,45 @@ def test_compared_are_three_of_the_same_seed_with_the_time_of_each(
     )
     cell = np.asarray(Image.fromarray(alone).resize((128, 128), Image.Resampling.NEAREST))
     assert (sheet[-132:-4, -132:-4] == cell).all(), "the last picture is the guided one"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "0"], "--steps: at least one step"),
+        (["--steps", "-3"], "--steps: at least one step"),
+        (["--guidance-scale", "nan"], "--guidance-scale: a number from 0 on"),
+        (["--guidance-scale", "-1"], "--guidance-scale: a number from 0 on"),
+        (["--strength", "inf"], "--strength: a number from 0 on"),
+    ],
+)
+def test_a_number_that_can_t_be_is_told_by_the_option(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["generate", "red disc", *options])
+    with pytest.raises(SystemExit) as stopped:
+        generate.parsed()
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", [".", "a.txt", "no/such/folder/a.png"])
+def test_where_no_image_can_be_written_is_told_before_a_model_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no model
+    monkeypatch.setattr("sys.argv", ["generate", "red disc", "--out", out])
+    nothing: Any = None
+    with pytest.raises(ValueError, match="^--out "):
+        generate.run(nothing, generate.parsed())
+
+
+def test_a_guidance_scale_of_0_is_no_guidance(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unguided = made(params, monkeypatch, "--guidance-scale", "1")
+    assert np.array_equal(made(params, monkeypatch, "--guidance-scale", "0"), unguided)
+    assert not np.array_equal(made(params, monkeypatch), unguided)

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,6 +47,7 @@ from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guide.unet import text_attentions
 from pnp_core.inject import Negatives
 from pnp_core.models import encode_prompts
+from pnp_core.placing import on_device
 from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
@@ -725,6 +727,82 @@ def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(
     finally:
         gc.enable()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_a_pickled_pipeline_is_as_plugged_as_before(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = generate(pipe)
+    plug(pipe, tiny, strength=0.7)
+    twin = pickle.loads(pickle.dumps(pipe))
+    # not bit for bit, here and below: copied weights may be aligned otherwise
+    np.testing.assert_allclose(generate(twin), generate(pipe), atol=1e-5)
+    unplug(twin)
+    assert type(twin) is StableDiffusionPipeline
+    np.testing.assert_allclose(generate(twin), stock, atol=1e-5)
+
+
+def test_a_plugged_unet_can_be_pickled_alone(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    given = torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)
+    expected = pipe.unet(*given).sample
+    plug(pipe, tiny)
+    twin = pickle.loads(pickle.dumps(pipe.unet))
+    torch.testing.assert_close(twin(*given).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_a_preview_of_fewer_steps_in_a_callback_may_share_the_scheduler(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = copy.deepcopy(pipe)
+    plug(pipe, tiny, strength=0.0)
+
+    def preview(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            generate(copy.copy(running), num_inference_steps=2)
+        return given
+
+    unguided = generate(stock, guidance_scale=1.0, callback_on_step_end=preview)
+    found = generate(pipe, callback_on_step_end=preview)
+    np.testing.assert_allclose(found, unguided, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
+def test_a_strength_that_can_t_be_is_refused(
+    pipe: StableDiffusionPipeline, tiny: Guide, strength: float
+) -> None:
+    with pytest.raises(ValueError, match="from 0 on"):
+        plug(pipe, tiny, strength=strength)
+
+
+def test_a_path_is_no_guide(pipe: StableDiffusionPipeline) -> None:
+    given: Any = "zoo/guide"
+    with pytest.raises(TypeError, match="GuideBundle.load"):
+        plug(pipe, given)
+
+
+def test_unplugging_in_a_callback_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+
+    def callback(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(ValueError, match="in the middle of a call"):
+            unplug(running)
+        return given
+
+    assert np.array_equal(generate(pipe, callback_on_step_end=callback), expected)
+    unplug(pipe)
+
+
+def test_a_guide_stays_where_it_is_and_has_one_copy_on_each_other_device(tiny: Guide) -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert on_device(tiny, cpu) is tiny
+    twin = on_device(tiny, meta)
+    assert {p.device for p in twin.parameters()} == {meta}
+    assert {p.device for p in tiny.parameters()} == {cpu}
+    assert on_device(tiny, meta) is twin
+    with torch.no_grad():
+        next(tiny.parameters()).mul_(2)
+    assert on_device(tiny, meta) is not twin
 
 
 # Nothing of the base's is touched.

@@ -81,8 +81,14 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
 ) -> None:
     tuned = str(version.parent / "tuned")
     asked = {"num_steps": 2, "guidance_scale": 4.0, "seed": 7}
-    base, fine_tune, negative = ask(
-        version, tmp_path, asked, {**asked, "model": tuned}, {**asked, "negative_prompt": "a car"}
+    base, fine_tune, negative, weakest, unguided = ask(
+        version,
+        tmp_path,
+        asked,
+        {**asked, "model": tuned},
+        {**asked, "negative_prompt": "a car"},
+        {**asked, "strength": 0.0},
+        {**asked, "guidance_scale": 0.0},
     )
     assert np.array_equal(pixels(base[1]), plugged(version, toy_folder, guidance_scale=4.0))
     assert np.array_equal(
@@ -90,6 +96,8 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
         plugged(version, toy_folder, guidance_scale=4.0, negative_prompt="a car"),
     )
     assert not np.array_equal(pixels(base[1]), pixels(fine_tune[1]))
+    assert np.array_equal(pixels(unguided[1]), plugged(version, toy_folder, guidance_scale=0.0))
+    assert np.array_equal(pixels(weakest[1]), pixels(unguided[1]))
 
 
 def test_a_base_that_is_not_there_is_asked_for(version: Path, tmp_path: Path) -> None:

@@ -63,12 +63,12 @@ class ServedGuide(PythonModel):
             best.set(pipe)
         images = []
         for number, prompt in enumerate(_prompts(model_input)):
-            generator = torch.Generator().manual_seed(int(asked.get("seed") or 0) + number)
+            generator = torch.Generator().manual_seed(int(asked.get("seed", 0)) + number)
             (image,) = pipe(
                 prompt,
                 negative_prompt=asked.get("negative_prompt") or None,
                 num_inference_steps=num_steps,
-                guidance_scale=float(asked.get("guidance_scale") or 3.0),
+                guidance_scale=float(asked.get("guidance_scale", 3.0)),
                 generator=generator,
             ).images
             file = io.BytesIO()
@@ -100,7 +100,7 @@ class ServedGuide(PythonModel):
                 pipe = load_model(model, base=pipe, configs=configs_of(base))
         else:
             unplug(pipe)
-        plug(pipe, self._bundle, strength=float(asked.get("strength") or 1.0))
+        plug(pipe, self._bundle, strength=float(asked.get("strength", 1.0)))
         self._open[base, model] = pipe
         while len(self._open) > NUM_OPEN:
             self._open.pop(next(iter(self._open)))

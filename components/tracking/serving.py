@@ -14,15 +14,15 @@ import pnp_core
 
 CODE = Path(__file__).with_name("served_guide.py")
 REQUIRED = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
-# What is empty or 0 stands for its default, which the code says.
+# An empty text and 0 steps, which mean nothing, stand for the default that the code says.
 PARAMS = {
     "base": ("string", ""),
     "model": ("string", ""),
     "negative_prompt": ("string", ""),
-    "guidance_scale": ("double", 0.0),
+    "guidance_scale": ("double", 3.0),
     "num_steps": ("long", 0),
     "seed": ("long", 0),
-    "strength": ("double", 0.0),
+    "strength": ("double", 1.0),
 }
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec("string")]),
