@@ -102,6 +102,12 @@ def guide(request: pytest.FixtureRequest, pipe: StableDiffusionPipeline) -> Guid
     return Guide.from_unet(pipe.unet, GuideConfig(kind=request.param, max_parameters_ratio=0.2))
 
 
+@pytest.fixture
+def tiny(pipe: StableDiffusionPipeline) -> Guide:
+    """A tiny guide that does something."""
+    return roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+
+
 @pytest.fixture(scope="session")
 def examples() -> list[Example]:
     generator = np.random.default_rng(0)

@@ -1,0 +1,302 @@
+"""A call's state belongs to its call."""
+
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionPipeline,
+)
+from diffusers.callbacks import SDCFGCutoffCallback
+
+from pnp_core.conditions import Conditions
+from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.guide import Guide
+from pnp_core.models import encode_prompts
+from pnp_core.placing import on_device
+from pnp_core.plug import plug, unplug
+from pnp_core.schedule import NoiseSchedule
+from tests.plugged import generate
+
+
+def test_two_pipelines_over_one_unet_keep_their_own_settings(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance_scale": 3.0, "negative_prompt": "a dog", "num_inference_steps": 4},
+        {"guidance_scale": 6.0, "negative_prompt": "red", "num_inference_steps": 2},
+    ]
+    strengths = (1.0, 0.5)
+    alone = []
+    for call, strength in zip(calls, strengths, strict=True):
+        plug(pipe, tiny, strength=strength)
+        alone.append(generate(pipe, **call))
+        unplug(pipe)
+    pipes = [
+        StableDiffusionPipeline(**pipe.components, requires_safety_checker=False) for _ in calls
+    ]
+    for each, strength in zip(pipes, strengths, strict=True):
+        each.set_progress_bar_config(disable=True)
+        each.scheduler = copy.deepcopy(pipe.scheduler)
+        plug(each, tiny, strength=strength)
+    made: list[list[np.ndarray]] = [[], []]
+
+    def other(at: int) -> Any:
+        def callback(
+            running: Any, step: int, timestep: Any, given: dict[str, Any]
+        ) -> dict[str, Any]:
+            if step == 0:
+                made[at].append(generate(pipes[at], **calls[at]))
+            return given
+
+        return callback
+
+    outer = generate(pipes[0], **calls[0], callback_on_step_end=other(1))
+    np.testing.assert_array_equal(outer, alone[0])
+    np.testing.assert_array_equal(made[1][0], alone[1])
+    np.testing.assert_array_equal(generate(pipes[1], **calls[1]), alone[1])
+
+
+def test_a_hundred_calls_in_eight_threads_don_t_see_one_another(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    calls: list[dict[str, Any]] = [
+        {"guidance_scale": 2.0 + n, "negative_prompt": f"dog {n % 3}", "num_inference_steps": 2}
+        for n in range(8)
+    ]
+
+    def own() -> StableDiffusionPipeline:
+        mine = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        mine.set_progress_bar_config(disable=True)
+        mine.scheduler = copy.deepcopy(pipe.scheduler)
+        # a fast tokenizer keeps padding as state: shared by threads, stock pipelines fail too
+        mine.tokenizer = copy.deepcopy(pipe.tokenizer)
+        return plug(mine, tiny)
+
+    expected = [generate(own(), **call) for call in calls]
+    with ThreadPoolExecutor(8) as pool:
+        pipes = [own() for _ in calls]
+
+        def several(number: int) -> list[np.ndarray]:
+            return [generate(pipes[number], **calls[number]) for _ in range(13)]
+
+        for images, one in zip(pool.map(several, range(8)), expected, strict=True):
+            for image in images:
+                np.testing.assert_allclose(image, one, atol=1e-5)
+
+
+def test_a_shallow_copy_is_plugged_and_unplugs_alone(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = generate(pipe)
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    twin = copy.copy(pipe)
+    assert np.array_equal(generate(twin), expected)
+    unplug(pipe)
+    assert np.array_equal(generate(twin), expected)
+    unplug(twin)
+    assert np.array_equal(generate(pipe), stock)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_what_encodes_a_prompt_in_a_callback_changes_nothing(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe, negative_prompt="a dog")
+
+    def count(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        running.encode_prompt("a cow", "cpu", 1, True, "blue")
+        running.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32))
+        return given
+
+    made = generate(pipe, negative_prompt="a dog", callback_on_step_end=count)
+    assert np.array_equal(made, expected)
+
+
+@pytest.mark.parametrize("how", ["both", "positive", "in place"])
+def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
+    pipe: StableDiffusionPipeline, tiny: Guide, how: str
+) -> None:
+    """Compared with a run that is handed over: two calls, each with its own prompt."""
+    plug(pipe, tiny)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    new, negative = pipe.encode_prompt("a cow", "cpu", 1, True, "a dog")
+
+    def switch(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            if how == "both":
+                given["prompt_embeds"] = torch.cat([negative, new])
+            elif how == "positive":
+                given["prompt_embeds"] = new
+            else:
+                given["prompt_embeds"].chunk(2)[1].copy_(new)
+        return given
+
+    made = generate(
+        pipe, negative_prompt="a dog", output_type="latent", callback_on_step_end=switch,
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )  # fmt: skip
+    kept: list[torch.Tensor] = []
+
+    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        kept.append(given["latents"])
+        return given
+
+    generate(pipe, negative_prompt="a dog", callback_on_step_end=keep)
+    pipe.scheduler.set_timesteps(4)
+    latents = kept[1]
+
+    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    denoiser = GuidedDenoiser(pipe.unet, tiny, schedule)
+    conditions = Conditions.at_scale(4.0, c_BLD=new, n_BLD=negative)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[2:]:
+            eps = denoiser(latents, t[None], conditions)
+            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    kept: list[torch.Tensor] = []
+
+    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        kept.append(given["latents"])
+        return given
+
+    made = generate(pipe, output_type="latent", callback_on_step_end=cut)
+    generate(pipe, callback_on_step_end=keep)
+    latents, text = kept[1], encode_prompts(pipe, ["a cat"]).states_NLD
+    pipe.scheduler.set_timesteps(4)
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[2:]:
+            eps = pipe.unet(latents, t, text).sample
+            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
+
+
+def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    stock = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+
+    def inside(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(ValueError, match=r"call plug\(pipe, guide\) on this pipeline too"):
+            generate(stock)
+        return given
+
+    generate(pipe, callback_on_step_end=inside)
+    for options in ({}, {"guidance_scale": 1.0}, {"negative_prompt": "a dog"}):
+        with pytest.raises(ValueError, match="has not been plugged"):
+            generate(stock, **options)
+    assert pipe.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)) is not None  # no pipeline
+
+
+def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    mine = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    mine.set_progress_bar_config(disable=True)
+    mine.scheduler = copy.deepcopy(pipe.scheduler)
+    unet = pipe.unet
+    gc.collect()
+    gc.disable()
+    try:
+        plug(mine, tiny)
+        generate(mine, callback_on_step_end=lambda running, step, timestep, given: given)
+        gone = weakref.ref(mine)
+        del mine
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in unet.modules())
+
+
+def test_a_pickled_pipeline_is_as_plugged_as_before(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = generate(pipe)
+    plug(pipe, tiny, strength=0.7)
+    twin = pickle.loads(pickle.dumps(pipe))
+    # not bit for bit, here and below: copied weights may be aligned otherwise
+    np.testing.assert_allclose(generate(twin), generate(pipe), atol=1e-5)
+    unplug(twin)
+    assert type(twin) is StableDiffusionPipeline
+    np.testing.assert_allclose(generate(twin), stock, atol=1e-5)
+
+
+def test_a_plugged_unet_can_be_pickled_alone(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    given = torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)
+    expected = pipe.unet(*given).sample
+    plug(pipe, tiny)
+    twin = pickle.loads(pickle.dumps(pipe.unet))
+    torch.testing.assert_close(twin(*given).sample, expected, atol=1e-5, rtol=0)
+
+
+def test_a_preview_of_fewer_steps_in_a_callback_may_share_the_scheduler(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    stock = copy.deepcopy(pipe)
+    plug(pipe, tiny, strength=0.0)
+
+    def preview(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            generate(copy.copy(running), num_inference_steps=2)
+        return given
+
+    unguided = generate(stock, guidance_scale=1.0, callback_on_step_end=preview)
+    found = generate(pipe, callback_on_step_end=preview)
+    np.testing.assert_allclose(found, unguided, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
+def test_a_strength_that_can_t_be_is_refused(
+    pipe: StableDiffusionPipeline, tiny: Guide, strength: float
+) -> None:
+    with pytest.raises(ValueError, match="from 0 on"):
+        plug(pipe, tiny, strength=strength)
+
+
+def test_a_path_is_no_guide(pipe: StableDiffusionPipeline) -> None:
+    given: Any = "zoo/guide"
+    with pytest.raises(TypeError, match="GuideBundle.load"):
+        plug(pipe, given)
+
+
+def test_unplugging_in_a_callback_is_refused(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+
+    def callback(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with pytest.raises(ValueError, match="in the middle of a call"):
+            unplug(running)
+        return given
+
+    assert np.array_equal(generate(pipe, callback_on_step_end=callback), expected)
+    unplug(pipe)
+
+
+def test_a_guide_stays_where_it_is_and_has_one_copy_on_each_other_device(tiny: Guide) -> None:
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert on_device(tiny, cpu) is tiny
+    twin = on_device(tiny, meta)
+    assert {p.device for p in twin.parameters()} == {meta}
+    assert {p.device for p in tiny.parameters()} == {cpu}
+    assert on_device(tiny, meta) is twin
+    with torch.no_grad():
+        next(tiny.parameters()).mul_(2)
+    assert on_device(tiny, meta) is not twin
