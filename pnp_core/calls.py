@@ -5,7 +5,7 @@ What a call knows belongs to it: calls in other threads, or one inside another, 
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pnp_core.guide.kind import Effect, KeyValue
+from pnp_core.guide.unet import Span
 
 
 class Call(ABC):
@@ -52,12 +53,20 @@ class Suspended(Call):
 
 
 class Acting:
-    """A guide at work in the forward that is running."""
+    """A guide at work in the forward that is running.
 
-    def __init__(self, effect: Effect, negatives: "Negatives") -> None:
+    Attributes:
+        is_of_block: whether it is of one repeated block alone, whose places count from 0.
+        query: of the cross-attention that is running.
+    """
+
+    def __init__(
+        self, effect: Effect, negatives: "Negatives", *, is_of_block: bool = False
+    ) -> None:
         self.effect = effect
         self.negatives = negatives
-        self.query: Tensor | None = None  # of the cross-attention that is running
+        self.is_of_block = is_of_block
+        self.query: Tensor | None = None
 
 
 class Now(threading.local):
@@ -97,6 +106,35 @@ def acting_again(acting: Acting | None) -> Iterator[None]:
         yield
     finally:
         now.acting = before
+
+
+class CompiledBlock:
+    """A compiled repeated block that is told of its own part of the guide alone.
+
+    Code compiled for one block then serves all that are like it.
+
+    Args:
+        inner: runs it.
+        span: its places in the UNet.
+    """
+
+    def __init__(self, inner: Callable[..., Any], span: Span) -> None:
+        self.inner = inner
+        self.span = span
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        whole = now.acting
+        if whole is None or whole.is_of_block:
+            return self.inner(*args, **kwargs)
+        layers, attentions = self.span
+        kept, own = slice(attentions.start, attentions.stop), Negatives(whole.negatives.n_BLD)
+        own.kept = whole.negatives.kept[kept]
+        part = Acting(whole.effect.within(layers, attentions), own, is_of_block=True)
+        with acting_again(part):
+            output = self.inner(*args, **kwargs)
+        whole.negatives.kept[kept] = own.kept
+        return output
 
 
 def run_checkpointed(module: nn.Module, *args: Any) -> Any:

@@ -19,9 +19,9 @@ from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 from torch._dynamo import reset_code  # type: ignore[attr-defined]
 
-from pnp_core.calls import Acting, Negatives, call_of, now
+from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.guide.kind import DecoderInput
-from pnp_core.guide.unet import modulated_layers, text_attentions
+from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
 
 REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
@@ -39,6 +39,7 @@ class UNetHook:
         self.users: dict[int, weakref.ref[Any]] = {}
         self.layers: list[Attention] = []
         self.projections: list[tuple[nn.Module, nn.Module]] = []
+        self.blocks: list[tuple[nn.Module, Span]] = []
         self.reach(unet)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,13 +50,19 @@ class UNetHook:
         """Be in every place where a guide acts, also in parts that have been replaced."""
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
-        for index, layer in enumerate(modulated_layers(unet)):
-            place(
-                layer, ModulateHook(index, is_norm=isinstance(layer, nn.GroupNorm | nn.LayerNorm))
-            )
-        self.layers = text_attentions(unet)
+        modulated, self.layers = modulated_layers(unet), text_attentions(unet)
+        self.blocks = repeated_blocks(unet, modulated, self.layers)
+        first_layer: dict[int, int] = {}
+        first_attention: dict[int, int] = {}
+        for _, (layers, attentions) in self.blocks:
+            first_layer |= dict.fromkeys(layers, layers.start)
+            first_attention |= dict.fromkeys(attentions, attentions.start)
+        for index, layer in enumerate(modulated):
+            is_norm = isinstance(layer, nn.GroupNorm | nn.LayerNorm)
+            place(layer, ModulateHook(index, first_layer.get(index, 0), is_norm=is_norm))
         for index, layer in enumerate(self.layers):
-            place(layer, NegativeHook(index))
+            place(layer, NegativeHook(index, first_attention.get(index, 0)))
+        self.first_attention = first_attention
         self.follow()
 
     def follow(self) -> None:
@@ -71,8 +78,21 @@ class UNetHook:
                 displace(projection)
         for index, (to_q, to_out) in enumerate(current):
             place(to_q, QueryHook())
-            place(to_out, AttendHook(index))
+            place(to_out, AttendHook(index, self.first_attention.get(index, 0)))
         self.projections = current
+
+    def follow_compiled(self) -> None:
+        """Have blocks that are compiled by themselves told of their part of the guide alone."""
+        for block, span in self.blocks:
+            compiled = block._compiled_call_impl
+            if compiled is not None and not isinstance(compiled, CompiledBlock):
+                block._compiled_call_impl = CompiledBlock(compiled, span)
+
+    def leave_compiled(self) -> None:
+        """Undo it."""
+        for block, _ in self.blocks:
+            if isinstance(compiled := block._compiled_call_impl, CompiledBlock):
+                block._compiled_call_impl = compiled.inner
 
     @torch.compiler.disable  # so that what is compiled sees tensors alone
     def before(
@@ -94,6 +114,7 @@ class UNetHook:
         effect = call.begin(arguments)
         if effect is not None:
             self.follow()
+            self.follow_compiled()
             if effect.attends:
                 self.make_negatives(module, call.negatives, arguments)
             now.acting = Acting(effect, call.negatives)
@@ -154,17 +175,39 @@ class EnterHook:
         }
 
 
-class ModulateHook:
+class NumberedHook:
+    """Knows its place among its like: in the UNet, and in the repeated block that it is in.
+
+    Args:
+        index: in the UNet.
+        first: of the first one in the same block, or 0.
+    """
+
+    def __init__(self, index: int, first: int) -> None:
+        self.index = index
+        self.in_block = index - first
+
+    def place_in(self, acting: Acting) -> int:
+        """Where what is acting has it.
+
+        Compiled code is made again for each number that it reads: blocks that are alike are to
+        read like numbers.
+        """
+        return self.in_block if acting.is_of_block else self.index
+
+
+class ModulateHook(NumberedHook):
     """Lets the guide change what one layer gives.
 
     Args:
         index: of the layer.
+        first: of its block.
         is_norm: what a norm gives is nobody else's yet, and may be written over. What a block
             gives may be kept, as DeepCache does.
     """
 
-    def __init__(self, index: int, *, is_norm: bool) -> None:
-        self.index = index
+    def __init__(self, index: int, first: int, *, is_norm: bool) -> None:
+        super().__init__(index, first)
         self.is_norm = is_norm
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
@@ -172,23 +215,21 @@ class ModulateHook:
         acting = now.acting
         if acting is None or not acting.effect.modulates:
             return None
+        index = self.place_in(acting)
         if isinstance(output, Tensor):
             in_place = self.is_norm and not torch.is_grad_enabled()
-            return acting.effect.modulate(self.index, output, in_place=in_place)
-        return (acting.effect.modulate(self.index, output[0]), *output[1:])
+            return acting.effect.modulate(index, output, in_place=in_place)
+        return (acting.effect.modulate(index, output[0]), *output[1:])
 
 
-class NegativeHook:
+class NegativeHook(NumberedHook):
     """Before a cross-attention: has its keys and values of the negative prompts made."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
     def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002, torch's hook
         """Fill the call's keys and values of this layer, if the guide reads them."""
         acting = now.acting
         if acting is not None and acting.effect.attends:
-            acting.negatives.fill(self.index, module)
+            acting.negatives.fill(self.place_in(acting), module)
 
 
 class QueryHook:
@@ -201,11 +242,8 @@ class QueryHook:
             acting.query = output
 
 
-class AttendHook:
+class AttendHook(NumberedHook):
     """Lets the guide change what one cross-attention has read, before its output projection."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002, torch's hook
         """Before the output projection: replaces its input by what the guide makes of it.
@@ -216,14 +254,15 @@ class AttendHook:
         acting = now.acting
         if acting is None or not acting.effect.attends:
             return None
-        query, negative = acting.query, acting.negatives.kept[self.index]
+        index = self.place_in(acting)
+        query, negative = acting.query, acting.negatives.kept[index]
         if query is None or negative is None:
             raise ValueError(
                 "A cross-attention of this UNet does not compute its queries by its to_q, which a "
                 "guide has to see: use one of diffusers' own attention processors."
             )
         acting.query = None
-        return (acting.effect.attend(self.index, query, args[0], negative), *args[1:])
+        return (acting.effect.attend(index, query, args[0], negative), *args[1:])
 
 
 BEFORE = (EnterHook, NegativeHook, AttendHook)
@@ -311,6 +350,7 @@ def leave(unet: nn.Module, key: int) -> None:
             return
         hook.users.pop(key, None)
         if not hook.users:
+            hook.leave_compiled()
             for module in unet.modules():
                 displace(module)
             forget_compiled(unet)

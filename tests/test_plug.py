@@ -244,6 +244,7 @@ NEEDS_CUDA = pytest.mark.skipif(
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("first", ["offload", "plug"])
 @pytest.mark.parametrize(
     "method",

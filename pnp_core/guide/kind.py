@@ -75,6 +75,37 @@ class Effect:
         """What is to enter up block ``index``."""
         return entering
 
+    def within(self, layers: range, attentions: range) -> "Effect":
+        """The same for a part of the UNet, whose layers and cross-attentions count from 0.
+
+        Args:
+            layers: of :func:`modulated_layers`, those in it.
+            attentions: of the UNet's cross-attentions, those in it.
+        """
+        return Within(self, layers.start, attentions.start)
+
+
+class Within(Effect):
+    """An effect in a part of the UNet.
+
+    Args:
+        whole: the effect in all of it.
+        layer: number of the part's first layer.
+        attention: number of its first cross-attention.
+    """
+
+    def __init__(self, whole: Effect, layer: int, attention: int) -> None:
+        self.whole, self.layer, self.attention = whole, layer, attention
+        self.attends, self.modulates = whole.attends, whole.modulates
+
+    def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
+        """As the whole does."""
+        return self.whole.attend(self.attention + index, query_BNC, read_BNC, negative)
+
+    def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
+        """As the whole does."""
+        return self.whole.modulate(self.layer + index, output, in_place=in_place)
+
 
 class Prepared(ABC):
     """A guide that has read a run's conditions."""

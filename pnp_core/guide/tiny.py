@@ -10,6 +10,7 @@ Shape legend: B batch, C channels, N positions, L text tokens, D text width, R r
 are equally wide, M width of the conditioning vector, X all that is told by that vector.
 """
 
+import copy
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -247,7 +248,7 @@ class TinyEffect(Effect):
         mixtures: list[Mixture],
         modulations: ModulationsByShape,
     ) -> None:
-        self.net = prepared.net
+        self.places: Sequence[int] = prepared.net.modulations.places
         self.entrances, self.matrices = prepared.entrances, prepared.matrices
         self.told = told
         self.text_residual_BLD = text_residual_BLD
@@ -270,13 +271,25 @@ class TinyEffect(Effect):
     def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
         """Scale and shift the output's channels: ``shift + factor * output``."""
         factors, shifts = self.modulations[output.ndim]
-        place = self.net.modulations.places[index]
+        place = self.places[index]
         factor, shift = factors[place], shifts[place]
         if factor.dtype != output.dtype:
             factor, shift = factor.to(output.dtype), shift.to(output.dtype)
         if in_place:
             return torch.addcmul(shift, output, factor, out=output)
         return torch.addcmul(shift, output, factor)
+
+    def within(self, layers: range, attentions: range) -> "TinyEffect":
+        """The same for a part of the UNet: blocks that are alike read what is shaped alike."""
+        part = copy.copy(self)
+        part.places = list(range(len(layers)))
+        part.mixtures = [self.mixtures[index] for index in attentions]
+        wanted = [self.places[index] for index in layers]
+        part.modulations = {
+            num_dimensions: ([factors[i] for i in wanted], [shifts[i] for i in wanted])
+            for num_dimensions, (factors, shifts) in self.modulations.items()
+        }
+        return part
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
         """Add this entrance's residuals to the hidden states and the skips."""

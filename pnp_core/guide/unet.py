@@ -74,6 +74,38 @@ def modulated_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
     return [layer for layer in layers[first:] if isinstance(layer, MODULATED)]
 
 
+class Span(NamedTuple):
+    """What a part of a UNet has of the places where a guide acts."""
+
+    layers: range  # of modulated_layers
+    attentions: range  # of text_attentions
+
+
+def repeated_blocks(
+    unet: UNet2DConditionModel, modulated: list[nn.Module], attentions: list[Attention]
+) -> list[tuple[nn.Module, Span]]:
+    """The blocks that diffusers compiles by themselves, and what is in each.
+
+    Args:
+        unet: whose blocks.
+        modulated: its :func:`modulated_layers`.
+        attentions: its :func:`text_attentions`.
+    """
+    places = [{layer: n for n, layer in enumerate(layers)} for layers in (modulated, attentions)]
+    names = unet._repeated_blocks or ()
+    found = []
+    for block in unet.modules():
+        if type(block).__name__ in names:
+            inside = ([of[m] for m in block.modules() if m in of] for of in places)
+            found.append((block, Span(*map(range_of, inside))))
+    return found
+
+
+def range_of(numbers: list[int]) -> range:
+    """Numbers without gaps, in any order."""
+    return range(min(numbers), max(numbers) + 1) if numbers else range(0)
+
+
 def in_order(unet: UNet2DConditionModel) -> Iterator[nn.Module]:
     """All modules of the UNet's blocks, as their forwards end."""
     blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
