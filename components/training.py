@@ -86,6 +86,7 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
         scheduler=scheduler,
         fetch=_naming_the_remedy(Mirror(storage).read if storage else fetch_from(CACHE)),
+        kept=RUNS / "texts" if storage else None,
     )
 
 

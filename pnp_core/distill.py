@@ -17,13 +17,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from pnp_core.cache import TeacherCache
-from pnp_core.cache.read import Pairs
+from pnp_core.cache.read import Pairs, as_float
 from pnp_core.calls import checkpointing
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
 from pnp_core.settings import DistillConfig as DistillConfig
-from pnp_core.train import RECIPE, Report, config_hash, step_generator, train
+from pnp_core.shards import Ahead, pinning
+from pnp_core.train import RECIPE, Report, config_hash, own_parts, step_generator, train
 
 FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
 
@@ -63,8 +64,8 @@ def guidance_power(cache: TeacherCache, seed: int, num_pairs: int = 1024) -> flo
         ValueError: they are all zero.
     """
     indices = cache.pair_indices(batch_size=num_pairs, seed=seed, step=0)
-    pairs = cache.pairs(indices, torch.device("cpu"))
-    power = float((pairs.eps_c - pairs.eps_n).square().mean())
+    rows = cache.pair_rows(indices)
+    power = float((rows["eps_c"].float() - rows["eps_n"].float()).square().mean())
     if power == 0:
         raise ValueError(
             "The teacher predicts the same with and without the prompt: there is no guidance to "
@@ -123,15 +124,25 @@ class Drawn(NamedTuple):
 def drawing(
     num_teachers: int, cache: TeacherCache, config: DistillConfig, device: torch.device
 ) -> Callable[[int, slice], Drawn]:
-    """What a step of training sees, by its number and the part of its batch."""
+    """What a step of training sees, by its number and the part of its batch.
+
+    The next part's is read in the background.
+    """
     batch_size, seed = config.train.batch_size, config.train.seed
     guider = Guider(config.guider, cache.schedule.num_train_timesteps)
 
-    def draw(step: int, part: slice) -> Drawn:
+    def read(step: int, part: slice) -> tuple[int, Pairs, Tensor]:
         teacher, number = turn_of(step, num_teachers)
         indices = cache.pair_indices(batch_size=batch_size, seed=seed, step=number, teacher=teacher)
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, step_generator(seed, step))
-        pairs, w_B = cache.pairs(indices[part], device), w_B[part].to(device)
+        pin = pinning(device)
+        return teacher, cache.stored_pairs(indices[part]).map(pin), pin(w_B[part])
+
+    ahead = Ahead(read, own_parts(config.train))
+
+    def draw(step: int, part: slice) -> Drawn:
+        teacher, stored, w_B = ahead(step, part)
+        pairs, w_B = stored.map(lambda x: as_float(x, device)), as_float(w_B, device)
         eps_w = guider(pairs.eps_c, pairs.eps_n, pairs.timestep, w_B)
         return Drawn(teacher, pairs, w_B, eps_w)
 

@@ -76,7 +76,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _place_beside(path: Path) -> Iterator[Path]:
     """A new folder beside ``path``, locked by this process; removed at the end if still there."""
     new = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.new")
-    with _alone_in(path.parent):  # else it could be taken for an abandoned one before the lock
+    with alone_in(path.parent):  # else it could be taken for an abandoned one before the lock
         new.mkdir()
         descriptor = os.open(new, os.O_RDONLY)
         _lock(descriptor)
@@ -88,10 +88,11 @@ def _place_beside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """While open, no other process is between two renames in ``folder``, or begins to write there.
+def alone_in(folder: Path) -> Iterator[None]:
+    """While open, no other process is in such a block of the same ``folder``.
 
-    Where the file system has no locks, nothing is promised.
+    So none is between two renames there, or begins to write. Where the file system has no locks,
+    nothing is promised.
     """
     if NEW.fullmatch(folder.name):  # its writer is alone there, and has locked it
         yield
@@ -99,7 +100,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # held for moments only
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -128,7 +129,7 @@ def replace_folder(new: Path, path: Path) -> None:
             flush(file)
         flush(new)
         flush(path.parent)
-        with _alone_in(path.parent):
+        with alone_in(path.parent):
             try:
                 if path.exists():
                     os.replace(path, old)
@@ -153,7 +154,7 @@ def recover(path: Path) -> bool:
     old = old_of(path)
     if not old.exists():
         return False
-    with _alone_in(path.parent):  # else whoever replaces it now would be disturbed
+    with alone_in(path.parent):  # else whoever replaces it now would be disturbed
         if path.exists():
             remove(old)
             return False
@@ -180,7 +181,7 @@ def recover_all(parent: Path) -> list[Path]:
 
 def _remove_abandoned(new: Path) -> None:
     """Remove what a process had begun to write, if that has ended."""
-    with _alone_in(new.parent):
+    with alone_in(new.parent):
         try:
             descriptor = os.open(new, os.O_RDONLY)
         except OSError:

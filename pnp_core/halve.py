@@ -16,7 +16,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pnp_core.cache import Draws, TeacherCache
+from pnp_core.cache import Draws, Latents, TeacherCache
+from pnp_core.cache.read import as_float
 from pnp_core.calls import checkpointing
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
@@ -26,10 +27,12 @@ from pnp_core.guide import Guide
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
 from pnp_core.settings import HalveConfig as HalveConfig
 from pnp_core.settings import halving_rounds as halving_rounds
+from pnp_core.shards import Ahead, pinning
 from pnp_core.train import (
     RECIPE,
     Report,
     config_hash,
+    own_parts,
     rank_and_world,
     step_generator,
     train,
@@ -131,13 +134,19 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
         interval_B = torch.randint(this.num_steps, (batch_size,), generator=generator)
         return indices, w_B, interval_B, cache.draws(indices, generator)
 
-    def loss_fn(step: int, part: slice) -> Tensor:
+    def read(step: int, part: slice) -> tuple[Latents, list[Tensor]]:
         indices, w_B, interval_B, draws = drawn(step)
-        w_B, interval_B = w_B[part].to(device), interval_B[part]
-        latents = cache.latents(indices, draws, part, device)
-        t_B, m_B, s_B = (
-            x.to(device) for x in (grid[interval_B], fine[2 * interval_B + 1], grid[interval_B + 1])
-        )
+        w_B, interval_B = w_B[part], interval_B[part]
+        times = grid[interval_B], fine[2 * interval_B + 1], grid[interval_B + 1]
+        pin = pinning(device)
+        return cache.latents(indices, draws, part).map(pin), [pin(x) for x in (w_B, *times)]
+
+    ahead = Ahead(read, own_parts(config.train))
+
+    def loss_fn(step: int, part: slice) -> Tensor:
+        stored, numbers = ahead(step, part)
+        latents = stored.map(lambda x: as_float(x, device))
+        w_B, t_B, m_B, s_B = (as_float(x, device) for x in numbers)
         z_t = schedule.add_noise(latents.x, latents.noise, t_B)
         conditions = latents.conditions(w_B)
         raised = raised_guidance_scale(w_B, this.gain, config.guidance_scale[1])

@@ -1,22 +1,27 @@
 """Shards of a cache, read into memory ahead of training, from wherever they lie."""
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from torch import Tensor
 
+from pnp_core.files import alone_in, sha256_file, write_bytes
 from pnp_core.train import step_generator
 
 Fetch = Callable[[str], bytes]
 """``fetch(file name)``: its content; FileNotFoundError if there is none."""
+
+Batch = TypeVar("Batch")
 
 # Rows are shuffled among so many shards; twice as many are held in memory. A cache of no more
 # shards than this is shuffled as a whole.
@@ -49,16 +54,57 @@ def read_shard(shard: Shard, fetch: Fetch) -> dict[str, Tensor]:
     Raises:
         ValueError: it is not there, or not what was written; named.
     """
+    return load(checked_content(shard, fetch))
+
+
+def checked_content(shard: Shard, fetch: Fetch) -> bytes:
+    """What the shard's file holds; raises as :func:`read_shard` does."""
     try:
         content = fetch(f"{shard.name}.safetensors")
     except FileNotFoundError as error:
         raise ValueError(f"The cache lacks its shard {shard.name} ({error}): build it.") from None
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise ValueError(
-            f"The cache's shard {shard.name} is not what was written ({len(content):,} bytes, "
-            "checksum differs): delete it and build the cache again."
-        )
-    return load(content)
+        raise not_as_written(shard, len(content))
+    return content
+
+
+def not_as_written(shard: Shard, num_bytes: int) -> ValueError:
+    """The error that says so."""
+    return ValueError(
+        f"The cache's shard {shard.name} is not what was written ({num_bytes:,} bytes, checksum "
+        "differs): delete it and build the cache again."
+    )
+
+
+def map_shard(shard: Shard, fetch: Fetch, path: Path, kept: Path | None) -> dict[str, Tensor]:
+    """The tensors of one shard, memory-mapped: what is read of them is read from the disk then.
+
+    All processes of a machine share the pages that the system keeps of it.
+
+    Args:
+        shard: which one.
+        fetch: gives it where it is not at ``path``.
+        path: where it may lie.
+        kept: a folder for a file of it where it does not, in which it is the only one. None: it is
+            held in memory instead.
+
+    Raises:
+        ValueError: as :func:`read_shard`.
+    """
+    if not path.exists():
+        if kept is None:
+            return read_shard(shard, fetch)
+        path = kept / f"{shard.sha256}.safetensors"
+        lock = kept / "lock"
+        lock.mkdir(parents=True, exist_ok=True)
+        with alone_in(lock):  # one of a machine's processes fetches it, the others wait
+            if not path.exists():
+                for other in kept.glob("*.safetensors"):
+                    other.unlink()
+                write_bytes(path, checked_content(shard, fetch))
+    if sha256_file(path) != shard.sha256:
+        raise not_as_written(shard, path.stat().st_size)
+    return load_file(path)
 
 
 @lru_cache(maxsize=4)
@@ -119,6 +165,7 @@ class ShardReader:
         self.num_rows = sum(self.num_rows_each)
         self.starts = torch.tensor([0, *self.num_rows_each]).cumsum(0)
         self.reading: dict[int, Future[dict[str, Tensor]]] = {}
+        self.lock = threading.Lock()  # batches are read ahead in a thread of their own
         self.pool = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="shards")
 
     def batch(self, *, batch_size: int, seed: int, step: int) -> Tensor:
@@ -127,7 +174,8 @@ class ShardReader:
         The shards of its group and of the next are read ahead, and all others forgotten.
         """
         start = step * batch_size
-        self._read_ahead(seed, *divmod(start, self.num_rows))
+        with self.lock:
+            self._read_ahead(seed, *divmod(start, self.num_rows))
         return shuffled(
             torch.arange(start, start + batch_size),
             self.num_rows_each,
@@ -178,4 +226,46 @@ class ShardReader:
         return self.reading[number]
 
     def _shard(self, number: int) -> dict[str, Tensor]:
-        return self._start(number).result()
+        with self.lock:
+            reading = self._start(number)
+        return reading.result()
+
+
+def pinning(device: torch.device) -> Callable[[Tensor], Tensor]:
+    """What brings a tensor into memory that a GPU copies from by itself; nothing for a CPU."""
+    return Tensor.pin_memory if device.type == "cuda" else lambda x: x
+
+
+class Ahead(Generic[Batch]):
+    """Reads what comes next while what was read last is used.
+
+    Args:
+        read: ``read(step, part)``: these rows of a step's batch, in host memory. Always called in
+            the same thread, one call at a time.
+        parts: that follow one another in each step.
+    """
+
+    def __init__(self, read: Callable[[int, slice], Batch], parts: Sequence[slice]) -> None:
+        self.read = read
+        self.following = dict(pairwise((part.start, part.stop) for part in parts))
+        self.first = parts[0].start, parts[0].stop
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self.wanted: tuple[int, int, int] | None = None
+        self.reading: Future[Batch] | None = None
+
+    def __call__(self, step: int, part: slice) -> Batch:
+        """What ``read`` gives, or raises."""
+        wanted = (step, part.start, part.stop)
+        if wanted != self.wanted or self.reading is None:
+            if self.reading is not None:
+                self.reading.cancel()
+            self.reading = self._begin(wanted)
+        batch = self.reading.result()
+        after = self.following.get(wanted[1:])
+        self.wanted = (step, *after) if after else (step + 1, *self.first)
+        self.reading = self._begin(self.wanted)
+        return batch
+
+    def _begin(self, wanted: tuple[int, int, int]) -> Future[Batch]:
+        step, start, stop = wanted
+        return self.pool.submit(self.read, step, slice(start, stop))

@@ -92,8 +92,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         ValueError: a loss not finite, or far above what it was; too little memory; each named.
     """
     rank, world = rank_and_world()
-    part = own_part(config.batch_size)
-    parts = parts_of(part, config.micro_batch_size)
+    part, parts = own_part(config.batch_size), own_parts(config)
     state = State(guide, config)
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
@@ -149,6 +148,11 @@ def own_part(batch_size: int) -> slice:
         raise ValueError(f"batch_size {batch_size} is not a multiple of the {world} workers.")
     rows = batch_size // world
     return slice(rank * rows, (rank + 1) * rows)
+
+
+def own_parts(config: TrainConfig) -> list[slice]:
+    """This worker's rows in the parts in which they are computed; raises as :func:`own_part`."""
+    return parts_of(own_part(config.batch_size), config.micro_batch_size)
 
 
 def parts_of(rows: slice, size: int | None) -> list[slice]:

@@ -56,17 +56,17 @@ def test_text_states_and_moments_are_those_of_the_pipeline(
     assert set(cache.prompts) == {"", *(e.prompt for e in examples)}
     generator = torch.Generator().manual_seed(0)
     draws = cache.draws(torch.arange(3), generator)
-    latents = cache.latents(torch.arange(3), draws, slice(0, 3), torch.device("cpu"))
+    latents = cache.latents(torch.arange(3), draws, slice(0, 3))
     row = cache.prompts.index(examples[1].prompt)
-    assert torch.equal(latents.text[1], cache.text_N[row].float())
+    assert torch.equal(latents.text[1], cache.text_N[row])
 
 
 def test_a_row_of_latents_does_not_depend_on_the_part_asked_for(cache: TeacherCache) -> None:
-    indices, device = torch.arange(8), torch.device("cpu")
+    indices = torch.arange(8)
 
     def latents(part: slice) -> list[torch.Tensor]:
         draws = cache.draws(indices, torch.Generator().manual_seed(1))
-        latents = cache.latents(indices, draws, part, device)
+        latents = cache.latents(indices, draws, part)
         return [value for value in latents if value is not None]
 
     whole = latents(slice(0, 8))

@@ -1,14 +1,17 @@
 """Reading shards ahead: every row once, in the right place, and never much in memory."""
 
 import hashlib
+import queue
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
-from pnp_core.shards import Shard, ShardReader, epoch_order
+from pnp_core.shards import Ahead, Shard, ShardReader, epoch_order, map_shard
+from pnp_core.train import parts_of
 
 ROWS = (3, 4, 2, 5, 4)
 
@@ -84,3 +87,98 @@ def test_an_altered_shard_is_named_when_it_is_read(files: dict[str, bytes]) -> N
 
 def test_a_row_is_named_by_its_shard(files: dict[str, bytes]) -> None:
     assert reader(files).name_row(3 + 4 + 2 + 1) == "row 1 of shard pairs-3"
+
+
+def test_what_is_read_ahead_is_what_would_be_read_whatever_is_asked_for() -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def read(step: int, part: slice) -> torch.Tensor:
+        asked.append((step, part.start, part.stop))
+        return torch.arange(part.start, part.stop) + 100 * step
+
+    parts = parts_of(slice(4, 12), 3)
+    ahead = Ahead(read, parts)
+    jumps = [(step, part) for step in (0, 1, 7, 2, 2) for part in parts]
+    jumps += [(3, parts[2]), (3, slice(0, 16)), (0, parts[1])]
+    for step, part in jumps:
+        expected = torch.arange(part.start, part.stop) + 100 * step
+        assert torch.equal(ahead(step, part), expected)
+    ahead.reading.result()
+    assert asked[:6] == [(step, part.start, part.stop) for step in (0, 1) for part in parts]
+
+
+def test_the_next_batch_is_read_before_it_is_asked_for_and_no_further_one() -> None:
+    seen: queue.Queue[int] = queue.Queue()
+    ahead = Ahead(lambda step, part: seen.put(step), [slice(0, 4)])
+    ahead(0, slice(0, 4))
+    assert [seen.get(timeout=10) for _ in range(2)] == [0, 1]
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=0.2)
+
+
+def test_an_error_of_reading_ahead_is_told_when_its_batch_is_asked_for() -> None:
+    def read(step: int, part: slice) -> int:
+        if step == 1:
+            raise ValueError("pairs-00001 is not what was written")
+        return step
+
+    ahead = Ahead(read, [slice(0, 4)])
+    assert ahead(0, slice(0, 4)) == 0
+    with pytest.raises(ValueError, match="pairs-00001"):
+        ahead(1, slice(0, 4))
+    assert ahead(2, slice(0, 4)) == 2
+
+
+def text_shard(folder: Path) -> tuple[Shard, bytes]:
+    """A file of 64 MB, in the folder."""
+    content = save({"states": torch.zeros(1 << 25, dtype=torch.float16)})
+    (folder / "text.safetensors").write_bytes(content)
+    return Shard(name="text", sha256=hashlib.sha256(content).hexdigest(), num_rows=1), content
+
+
+def memory_bytes() -> int:
+    """What this process holds of its own and of files that it has mapped."""
+    return psutil.Process().memory_info().rss
+
+
+def test_a_mapped_shard_takes_the_memory_of_what_is_read_of_it(tmp_path: Path) -> None:
+    shard, content = text_shard(tmp_path)
+    size = len(content)
+    del content
+    before = memory_bytes()
+    tensors = map_shard(shard, {}.__getitem__, tmp_path / "text.safetensors", None)
+    tensors["states"][torch.tensor([5, 1 << 24])].float()
+    assert memory_bytes() - before < size / 4
+    held = load_file(tmp_path / "text.safetensors")["states"].clone()
+    assert memory_bytes() - before > 0.9 * size, "what a whole copy takes is noticed"
+    assert torch.equal(held, tensors["states"])
+
+
+def test_a_shard_that_lies_elsewhere_is_fetched_once_and_takes_its_predecessors_place(
+    tmp_path: Path,
+) -> None:
+    shard, content = text_shard(tmp_path)
+    kept = tmp_path / "texts"
+    kept.mkdir()
+    (kept / "earlier.safetensors").write_bytes(b"")
+    fetched: list[str] = []
+
+    def fetch(name: str) -> bytes:
+        fetched.append(name)
+        return content
+
+    for _ in range(2):
+        tensors = map_shard(shard, fetch, tmp_path / "not there", kept)
+        assert len(tensors["states"]) == 1 << 25
+    assert fetched == ["text.safetensors"]
+    assert [path.name for path in kept.glob("*.safetensors")] == [f"{shard.sha256}.safetensors"]
+
+
+@pytest.mark.parametrize("where", ["here", "kept"])
+def test_an_altered_shard_is_not_mapped(tmp_path: Path, where: str) -> None:
+    shard, content = text_shard(tmp_path)
+    altered = content[:-1] + b"x"
+    (tmp_path / "text.safetensors").write_bytes(altered)
+    path = tmp_path / ("text.safetensors" if where == "here" else "not there")
+    with pytest.raises(ValueError, match="shard text is not what was written"):
+        map_shard(shard, lambda name: altered, path, tmp_path / "kept")

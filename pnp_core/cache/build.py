@@ -55,6 +55,9 @@ class CacheBuilder:
         further_prompts: that no example has; if there are any, half of the trajectories follow
             them.
 
+    Attributes:
+        tell: hears how many pairs have been computed, while a shard is built.
+
     Raises:
         ValueError: no examples; companions, but no trajectories for them.
     """
@@ -77,6 +80,7 @@ class CacheBuilder:
             raise ValueError(
                 "There are companions, which teach along trajectories, but num_trajectory is 0."
             )
+        self.tell: Callable[[int], None] = lambda _: None
         self.pipe = pipe
         self.examples = examples
         self.config = config
@@ -242,9 +246,12 @@ class CacheBuilder:
             x.to(unet.device, unet.dtype)
             for x in (z_t.float(), self.text["states"][prompt_B], self.text["states"][negative_B])
         )
-        added = added_rows(self.text, prompt_B, negative_B, unet.device, unet.dtype)
+        added = added_rows(self.text, prompt_B, negative_B)
+        if added is not None:
+            added = added.to(unet.device, unet.dtype)
         conditions = Conditions.at_scale(1.0, c_BLD=c, n_BLD=n, added=added)
         eps_c, eps_n = teacher.pair(z, t_B.to(unet.device), conditions)
+        self.tell(len(z_t))
         return {
             "z_t": z_t,
             "timestep": t_B,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,17 @@ from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.identity import BaseIdentity
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CacheConfig
-from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, read_shard
+from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, map_shard
+
+
+def as_float(x: Tensor, device: torch.device) -> Tensor:
+    """Numbers in float32 on a device. From pinned memory the host does not wait for the copy."""
+    moved = x.to(device, non_blocking=True)
+    return moved.float() if moved.is_floating_point() else moved
 
 
 class Pairs(NamedTuple):
-    """A batch of teacher predictions on a device."""
+    """A batch of teacher predictions."""
 
     z_t: Tensor
     timestep: Tensor
@@ -33,9 +39,13 @@ class Pairs(NamedTuple):
         """Their prompts at these guidance scales."""
         return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Pairs":
+        """Each tensor changed."""
+        return Pairs(*map_tensors(self, change))
+
 
 class Latents(NamedTuple):
-    """A batch of latents of the data with noise to add, on a device."""
+    """A batch of latents of the data with noise to add."""
 
     x: Tensor
     noise: Tensor
@@ -46,6 +56,19 @@ class Latents(NamedTuple):
     def conditions(self, w_B: Tensor) -> Conditions:
         """Their prompts at these guidance scales."""
         return Conditions(c_BLD=self.text, n_BLD=self.negative_text, w_B=w_B, added=self.added)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Latents":
+        """Each tensor changed."""
+        return Latents(*map_tensors(self, change))
+
+
+def map_tensors(batch: Pairs | Latents, change: Callable[[Tensor], Tensor]) -> Iterator[Any]:
+    """The fields of a batch, each tensor changed."""
+    for value in batch:
+        if isinstance(value, AddedConditions):
+            yield AddedConditions(*map(change, value))
+        else:
+            yield None if value is None else change(value)
 
 
 class Draws(NamedTuple):
@@ -65,9 +88,13 @@ class Draws(NamedTuple):
 class TeacherCache:
     """A complete cache, open for training. Shards are read ahead of use, in the background.
 
+    Text states are memory-mapped; see :func:`pnp_core.shards.map_shard`.
+
     Args:
         index: what ``index.json`` holds.
         fetch: reads a file of the cache.
+        directory: where a file of text states may lie.
+        kept: a folder to put it into where it does not. None: they are held in memory.
 
     Attributes:
         base_hash: identity of the base whose predictions it holds.
@@ -77,7 +104,9 @@ class TeacherCache:
         num_latents: images.
     """
 
-    def __init__(self, index: dict[str, Any], fetch: Fetch) -> None:
+    def __init__(
+        self, index: dict[str, Any], fetch: Fetch, directory: Path, kept: Path | None
+    ) -> None:
         self.base_hash: str = index["base"]["base_hash"]
         self.companions: list[str] = index["companions"]
         self.prompts: list[str] = index["prompts"]
@@ -88,7 +117,7 @@ class TeacherCache:
             Shard(name=name, sha256=checksum, num_rows=index["num_rows"][name])
             for name, checksum in index["files"].items()
         )
-        self.text = read_shard(text, fetch)
+        self.text = map_shard(text, fetch, directory / f"{text.name}.safetensors", kept)
         self.text_N = self.text["states"]
         num_teachers = 1 + len(self.companions)
         # Of each teacher. What is held in memory does not grow with their number.
@@ -115,6 +144,7 @@ class TeacherCache:
         config: CacheConfig | None = None,
         scheduler: Any = None,
         fetch: Fetch | None = None,
+        kept: Path | None = None,
     ) -> "TeacherCache":
         """Open the cache whose index lies in ``directory``, if it is the right one.
 
@@ -125,6 +155,8 @@ class TeacherCache:
             config: refuse a cache made with other settings.
             scheduler: refuse a cache made with another noise schedule than this one's.
             fetch: where the shards are; default: ``directory``.
+            kept: a folder for text states that are not in ``directory``. None: they are held in
+                memory.
 
         Raises:
             ValueError: no complete cache there; one made with something else, which is named. A
@@ -146,7 +178,7 @@ class TeacherCache:
             raise ValueError(
                 f"The cache in {directory} was made {', '.join(different)}: build the cache again."
             )
-        return cls(index, fetch or fetch_from(directory))
+        return cls(index, fetch or fetch_from(directory), directory, kept)
 
     def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
         """Which pairs make a teacher's batch number ``step``; they are read in the background."""
@@ -159,15 +191,19 @@ class TeacherCache:
 
     def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
         """The teacher pairs at ``indices``, in float32; the base's come first."""
+        return self.stored_pairs(indices).map(lambda x: as_float(x, device))
+
+    def stored_pairs(self, indices: Tensor) -> Pairs:
+        """The same in host memory, in half precision as they are stored."""
         rows = self.pair_rows(indices)
         return Pairs(
-            z_t=rows["z_t"].float().to(device),
-            timestep=rows["timestep"].to(device),
-            eps_c=rows["eps_c"].float().to(device),
-            eps_n=rows["eps_n"].float().to(device),
-            text=self.text_N[rows["prompt"]].float().to(device),
-            negative_text=self.text_N[rows["negative"]].float().to(device),
-            added=added_rows(self.text, rows["prompt"], rows["negative"], device),
+            z_t=rows["z_t"],
+            timestep=rows["timestep"],
+            eps_c=rows["eps_c"],
+            eps_n=rows["eps_n"],
+            text=self.text_N[rows["prompt"]],
+            negative_text=self.text_N[rows["negative"]],
+            added=added_rows(self.text, rows["prompt"], rows["negative"]),
         )
 
     def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
@@ -201,36 +237,32 @@ class TeacherCache:
         other = torch.rand(num_rows, generator=generator) < self.negative_fraction
         return Draws(of_latent, noise, torch.where(other, others, 0))
 
-    def latents(self, indices: Tensor, draws: Draws, part: slice, device: torch.device) -> Latents:
-        """Latents drawn from the moments at ``indices[part]``, noise and negatives, in float32.
+    def latents(self, indices: Tensor, draws: Draws, part: slice) -> Latents:
+        """Latents drawn from the moments at ``indices[part]``, noise and negatives.
+
+        In host memory; latents and noise in float32, texts in half precision as they are stored.
 
         Args:
             indices: of a global batch.
             draws: for all of ``indices``, so that a row does not depend on ``part``.
             part: which of them.
-            device: where they are to be.
         """
         rows = self.moment_shards.rows(indices[part])
         draw, noise, negative = (x[part] for x in draws)
         return Latents(
-            x=(rows["mean"].float() + rows["std"].float() * draw).to(device),
-            noise=noise.to(device),
-            text=self.text_N[rows["prompt"]].float().to(device),
-            negative_text=self.text_N[negative].float().to(device),
-            added=added_rows(self.text, rows["prompt"], negative, device),
+            x=rows["mean"].float() + rows["std"].float() * draw,
+            noise=noise,
+            text=self.text_N[rows["prompt"]],
+            negative_text=self.text_N[negative],
+            added=added_rows(self.text, rows["prompt"], negative),
         )
 
 
 def added_rows(
-    text: Mapping[str, Tensor],
-    prompt_B: Tensor,
-    negative_B: Tensor,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
+    text: Mapping[str, Tensor], prompt_B: Tensor, negative_B: Tensor
 ) -> AddedConditions | None:
     """An SDXL base's added conditions at these rows of the text shard; None for other bases."""
     if "pooled" not in text:
         return None
     time_ids_B6 = text["time_ids"].expand(len(prompt_B), -1)
-    added = AddedConditions(text["pooled"][prompt_B], text["pooled"][negative_B], time_ids_B6)
-    return added.to(device, dtype)
+    return AddedConditions(text["pooled"][prompt_B], text["pooled"][negative_B], time_ids_B6)
