@@ -15,6 +15,7 @@ from benchmarks.cost import ARCHITECTURES, Forwards, unet_config
 from components.environment import quiet
 from pnp_core.cache import SampleBytes, sample_bytes
 from pnp_core.metrics import count_flops
+from pnp_core.models import pooled_width
 
 PAIRS = 1_000_000
 
@@ -23,7 +24,7 @@ def architecture_bytes(name: str) -> SampleBytes:
     """Bytes of a cache's rows for one architecture: 4 latent channels, 77 tokens."""
     config = unet_config(name)
     size = config["sample_size"]
-    pooled = 1280 if config.get("addition_embed_type") == "text_time" else 0
+    pooled = pooled_width(config) if config.get("addition_embed_type") == "text_time" else 0
     return sample_bytes(
         latent=(4, size, size), text=(77, config["cross_attention_dim"]), pooled=pooled
     )
@@ -32,7 +33,7 @@ def architecture_bytes(name: str) -> SampleBytes:
 def row(name: str, tflops: float) -> str:
     """The architecture's line of the table in docs/own-models.md."""
     size = architecture_bytes(name)
-    flops = count_flops(Forwards(name, "meta", torch.float32).cfg)
+    flops = count_flops(Forwards(unet_config(name), "meta", torch.float32).cfg)
     cells = [
         name,
         f"{size.pair:,}",

@@ -14,7 +14,7 @@ one JSON object; what was not run is null.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.metrics import count_flops, time_ratio
+from pnp_core.models import pooled_width
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.single_file import LAYOUTS
 
@@ -52,9 +53,9 @@ def bare_twin(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 class Forwards:
     """A plain and a CFG step of one architecture, on one device."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, config: Mapping[str, Any], device: str, dtype: torch.dtype) -> None:
         with torch.device(device):
-            self.unet = UNet2DConditionModel.from_config(unet_config(name)).to(dtype).eval()
+            self.unet = UNet2DConditionModel.from_config(config).to(dtype).eval()
         self.device, self.dtype = device, dtype
         self.schedule = NoiseSchedule.from_scheduler(DDIMScheduler())  # of a base that predicts eps
         self.bare = PlainDenoiser(self.unet, self.schedule)
@@ -70,7 +71,10 @@ class Forwards:
         z = normal(batch, config.in_channels, config.sample_size, config.sample_size)
         width, added = config.cross_attention_dim, None
         if config.addition_embed_type == "text_time":
-            added = AddedConditions(normal(batch, 1280), normal(batch, 1280), normal(batch, 6))
+            width_P = pooled_width(config)
+            added = AddedConditions(
+                normal(batch, width_P), normal(batch, width_P), normal(batch, 6)
+            )
         c, n = normal(batch, 77, width), normal(1, 77, width)
         conditions = Conditions.at_scale(4.0, c_BLD=c, n_BLD=n, added=added)
         return z, torch.full((batch,), 500, device=self.device), conditions
@@ -85,16 +89,26 @@ class Forwards:
         """A forward with no guide."""
         self.bare(*self.inputs[1])
 
+    def guided_by(self, kind: str, share: float) -> GuidedDenoiser:
+        """A twin of the UNet, of the same weights, with a guide in it.
+
+        Args:
+            kind: of the guide.
+            share: the most parameters of a tiny guide, over the UNet's.
+        """
+        config = GuideConfig(kind=kind, max_parameters_ratio=share)
+        with torch.device(self.device):
+            guide = Guide.from_unet(self.unet, config).to(self.dtype).eval()
+        return GuidedDenoiser(bare_twin(self.unet), guide, self.schedule)
+
 
 class Steps(Forwards):
     """A guided step besides."""
 
     def __init__(self, name: str, kind: str, device: str, dtype: torch.dtype) -> None:
-        super().__init__(name, device, dtype)
-        with torch.device(device):
-            guide_config = GuideConfig(kind=kind, max_parameters_ratio=TINY_SHARE[name])
-            self.guide = Guide.from_unet(self.unet, guide_config).to(dtype).eval()
-        self.student = GuidedDenoiser(bare_twin(self.unet), self.guide, self.schedule)
+        super().__init__(unet_config(name), device, dtype)
+        self.student = self.guided_by(kind, TINY_SHARE[name])
+        self.guide = self.student.guide
 
     @torch.no_grad()
     def guided(self) -> None:
@@ -108,7 +122,7 @@ class Steps(Forwards):
         self.student(*self.inputs[1])
 
 
-def peak_memory(step: Callable[[], None], device: str) -> int:
+def peak_memory(step: Callable[[], object], device: str) -> int:
     """Bytes held at the most during one call, weights included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@
 
 FLOPs are counted by PyTorch on meta tensors and divided by the speed that `--tflops` says one GPU
 sustains in bf16; the peak of a training step's memory is counted on meta tensors too
-(benchmarks/memory.py). With `--memory`, a preset that does not fit a GPU of so many GB is refused.
+(pnp_core/memory.py). With `--memory`, a preset that does not fit a GPU of so many GB is refused.
 A dry run takes one step of stage 1 at the true size with a batch of one on the GPU, or without one
 on the CPU, and reports the peak. With --json and no preset, the last line on stdout is one JSON
 object, with every preset's plan and:
@@ -19,20 +19,18 @@ object, with every preset's plan and:
 
 import argparse
 import json
-import math
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.cache_cost import architecture_bytes
 from benchmarks.cost import peak_memory, unet_config
-from benchmarks.memory import AsOnCuda, count, num_bytes
-from benchmarks.train_cost import cached_losses
 from components.dataset import read_records
 from components.device import load_base
 from components.environment import quiet
@@ -43,120 +41,35 @@ from pnp_core.cache import (
     CacheConfig,
     CachePlan,
     Example,
-    Pairs,
     TeacherCache,
     build_cache,
     plan_shards,
 )
-from pnp_core.calls import checkpointing
-from pnp_core.conditions import AddedConditions
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.distill import DistillConfig, distillation_objective
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.halve import halving_rounds
 from pnp_core.identity import BaseIdentity
+from pnp_core.memory import AsOnCuda, Step, check_fits, num_bytes
 from pnp_core.metrics import count_flops
-from pnp_core.precision import hold_in_bf16
-from pnp_core.schedule import NoiseSchedule
 from pnp_core.shards import SHARDS_SHUFFLED
-from pnp_core.soap import sides
 from pnp_core.train import State, TrainConfig, parts_of, train
 
 PRESETS = Path("presets")
 NAMES = ("sd15", "sdxl")
-TOKENS = 77
 IMAGES = 100_000  # as the presets' comments have them, each with a caption of its own
-RESERVED_GB = 2  # of a GPU: CUDA's context, workspaces of kernels, what the allocator can't use
 
 
-class Step:
-    """A training step of stage 1 on random weights and random samples."""
-
-    def __init__(self, name: str, params: Params, device: str) -> None:
-        self.config, self.device = unet_config(name), device
-        self.settings = train_config(params.distill)
-        with torch.device(device):
-            self.unet = UNet2DConditionModel.from_config(self.config).requires_grad_(False).eval()
-            guide_config = GuideConfig(**params.distill.guide.model_dump())
-            self.guide = Guide.from_unet(self.unet, guide_config)
-        self.mixed = self.settings.precision == "bf16"
-        self.student = GuidedDenoiser(
-            self.unet, self.guide, NoiseSchedule.from_scheduler(DDIMScheduler())
-        )
-        if self.mixed and guide_config.kind != "full" and device != "cpu":
-            hold_in_bf16(self.unet)
-
-    def losses(self, rows: int = 1) -> Tensor:
-        """The student's losses on as many cached pairs, `(rows,)`."""
-        config = self.config
-        size, width = config["sample_size"], config["cross_attention_dim"]
-        with torch.device(self.device):
-            latents = [torch.randn(rows, config["in_channels"], size, size) for _ in range(3)]
-            texts = [torch.randn(rows, TOKENS, width) for _ in range(2)]
-            added = None
-            if config.get("addition_embed_type") == "text_time":
-                added = AddedConditions(
-                    torch.randn(rows, 1280), torch.randn(rows, 1280), torch.ones(rows, 6)
-                )
-            timestep, w_B = torch.full((rows,), 500), torch.full((rows,), 4.0)
-        z_t, eps_c, eps_n = latents
-        pairs = Pairs(z_t, timestep, eps_c, eps_n, texts[0], texts[1], added)
-        return cached_losses(self.student, pairs, w_B)
-
-    def peak_gb(self, rows: int, *, checkpoints: bool) -> float:
-        """Of a GPU's memory where as many samples are computed at once, on the device `meta`.
-
-        Weights, optimizer and average; activations and gradients of the second of two such parts.
-        """
-
-        def both() -> None:
-            for _ in range(2):
-                self.losses(rows).sum().backward()
-            self.guide.zero_grad(set_to_none=True)
-
-        with checkpointing([self.unet], checkpoints):
-            activations = count(both, mixed=self.mixed).peak
-        return (self.held() + activations) / 1e9
-
-    def held(self) -> int:
-        """Bytes between two steps: weights; the guide's average, SOAP's mean, square and turns."""
-        # the moments along the guide's sides, and their bases
-        turned = sum(2 * side**2 for p in self.guide.parameters() for side in sides(p))
-        return num_bytes(self.unet) + 4 * num_bytes(self.guide) + 4 * turned
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        """The same without a graph for gradients."""
-        self.losses()
-
-    def train(self, precision: str) -> None:
-        """One step of the real training loop."""
-        config = TrainConfig(num_images=1, batch_size=1, precision=precision)
-        train(lambda *_: self.losses(), self.guide, config, run_hash="dry run")
+def step_of(config: Mapping[str, Any], params: Params, device: str) -> Step:
+    """A training step of a preset on a base with a UNet of this config."""
+    guide = GuideConfig(**params.distill.guide.model_dump())
+    return Step(config, guide, train_config(params.distill), device)
 
 
-def fitting(step: Step, memory: float, *, checkpoints: bool) -> int:
-    """How many samples at once fit a GPU of so many GB; 0: not even one."""
-    one, two = (step.peak_gb(rows, checkpoints=checkpoints) for rows in (1, 2))
-    return max(0, math.floor((memory - RESERVED_GB - one) / (two - one)) + 1)
-
-
-def check_fits(name: str, step: Step, peak_gb: float, memory: float) -> None:
-    """Raise ValueError, saying what would, if a preset's step does not fit a GPU's memory."""
-    if peak_gb <= memory - RESERVED_GB:
-        return
-    most = step.settings.batch_size
-    fit = {c: min(most, fitting(step, memory, checkpoints=c)) for c in (False, True)}
-    rows = [
-        f"micro_batch_size {fit[c]} with gradient_checkpointing {str(c).lower()}"
-        for c in fit
-        if fit[c]
-    ]
-    raise ValueError(
-        f"The preset {name} takes {peak_gb:.1f} GB at the peak of a training step, and a GPU of "
-        f"{memory:g} GB has {memory - RESERVED_GB:g} for it. "
-        + (f"What fits: {', or '.join(rows)}." if rows else "Not even one sample fits.")
-    )
+def take(step: Step, precision: str) -> None:
+    """One step of the real training loop."""
+    config = TrainConfig(num_images=1, batch_size=1, precision=precision)
+    train(lambda *_: step.losses(), step.guide, config, run_hash="dry run")
 
 
 def disk(name: str, params: Params, *, num_images: int, num_prompts: int) -> CachePlan:
@@ -170,7 +83,10 @@ def disk(name: str, params: Params, *, num_images: int, num_prompts: int) -> Cac
 
 
 def storage_gb(name: str, cache: CachePlan, shard_size: int) -> dict[str, float]:
-    """Disk of a cache by kind of shard, and host memory that a worker holds of it."""
+    """Disk of a cache by kind of shard, and host memory that a worker holds of it.
+
+    Text states are memory-mapped: the system keeps of them what it has room for.
+    """
     row = architecture_bytes(name)
     by_kind = {"pairs": 0, "moments": 0, "text": 0}
     for shard, size in cache.num_bytes.items():
@@ -184,7 +100,7 @@ def storage_gb(name: str, cache: CachePlan, shard_size: int) -> dict[str, float]
     return {
         **{f"{kind}_gb": size / 1e9 for kind, size in by_kind.items()},
         "cache_gb": sum(by_kind.values()) / 1e9,
-        "host_gb": (by_kind["text"] + max(shards.values())) / 1e9,
+        "host_gb": max(shards.values()) / 1e9,
     }
 
 
@@ -203,14 +119,15 @@ def plan(  # noqa: PLR0913, a preset, then by name what is known of machine and 
     Raises:
         ValueError: a training step does not fit a GPU of `memory` GB; says what does.
     """
-    step = Step(name, params, "meta")
+    step = step_of(unet_config(name), params, "meta")
     settings = step.settings
     rows = min(settings.micro_batch_size or settings.batch_size, -(-settings.batch_size // gpus))
     peak_gb = step.peak_gb(rows, checkpoints=settings.gradient_checkpointing)
     if memory is not None:
-        check_fits(name, step, peak_gb, memory)
+        check_fits(f"The preset {name}", step, peak_gb, memory)
     with AsOnCuda(mixed=step.mixed):
-        forward = count_flops(step.forward)
+        with torch.no_grad():
+            forward = count_flops(step.losses)
         trained = count_flops(lambda: step.losses().sum().backward())
     step.guide.zero_grad(set_to_none=True)
     again = forward if settings.gradient_checkpointing else 0
@@ -292,10 +209,10 @@ def accumulation_error(unet: UNet2DConditionModel, cache: TeacherCache) -> float
 def dry_run(name: str, params: Params) -> dict[str, Any]:
     """One training step at the true size."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    step = Step(name, params, device)
+    step = step_of(unet_config(name), params, device)
     before = {k: v.clone() for k, v in step.guide.state_dict().items() if k.endswith("up.weight")}
     precision = train_config(params.distill).precision
-    peak = peak_memory(lambda: step.train(precision), device)
+    peak = peak_memory(lambda: take(step, precision), device)
     moved = any(not torch.equal(step.guide.state_dict()[k], v) for k, v in before.items())
     if not moved:
         raise RuntimeError("the step changed nothing")

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +45,9 @@ from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.identity import BaseIdentity
+from pnp_core.memory import pair_losses
 from pnp_core.metrics import count_flops, synchronize
+from pnp_core.models import is_xl, pooled_width
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.soap import REFRESH_EVERY
@@ -65,13 +67,6 @@ def naive_losses(
     return distillation_loss(eps, target, eps_c - eps_n, w_B, power=1.0)
 
 
-def cached_losses(student: GuidedDenoiser, pairs: Pairs, w_B: Tensor) -> Tensor:
-    """Losses ``(B,)`` as :func:`pnp_core.distill.distillation_objective` has them."""
-    target = torch.lerp(pairs.eps_n, pairs.eps_c, w_B.reshape(-1, 1, 1, 1))
-    eps = student(pairs.z_t, pairs.timestep, pairs.conditions(w_B))
-    return distillation_loss(eps, target, pairs.eps_c - pairs.eps_n, w_B, power=1.0)
-
-
 def flops_ratio(
     unet: UNet2DConditionModel, schedule: NoiseSchedule, config: GuideConfig, *, length: int
 ) -> float:
@@ -86,7 +81,7 @@ def flops_ratio(
     z_t, eps_c, eps_n = latents
     pairs = Pairs(z_t, timestep, eps_c, eps_n, texts[0], texts[1], added=None)
     student, teacher = GuidedDenoiser(unet, guide, schedule), CFGDenoiser(unet, schedule)
-    ours = count_flops(lambda: cached_losses(student, pairs, w_B).sum().backward())
+    ours = count_flops(lambda: pair_losses(student, pairs, w_B).sum().backward())
     naive = count_flops(lambda: naive_losses(teacher, student, pairs, w_B).sum().backward())
     return ours / naive
 
@@ -122,10 +117,39 @@ def training_config(params: Params, *, num_images: int) -> DistillConfig:
     return DistillConfig(train=train_config, guide=GuideConfig(**section.guide.model_dump()))
 
 
-def seconds_per_image(run: Callable[[Report], object]) -> float:
-    """Wall time of training, once the optimizer no longer turns its bases in every step."""
+def caching_config(params: Params, num_pairs: int) -> CacheConfig:
+    """The shipped settings of the cache, for one of four shards, two of them along trajectories."""
+    section = params.cache
+    return CacheConfig(
+        num_forward=num_pairs // 2,
+        num_trajectory=num_pairs // 2,
+        trajectory_steps=num_pairs // 4 // section.batch_size,  # one full batch a shard
+        batch_size=section.batch_size,
+        shard_size=num_pairs // 4,
+        precision=section.precision,
+    )
+
+
+class Enough(Exception):  # noqa: N818, no error
+    """Ends a training whose time has been taken."""
+
+
+def seconds_per_image(run: Callable[[Report], object], *, at_most: float = math.inf) -> float:
+    """Wall time of training, once the optimizer no longer turns its bases in every step.
+
+    Args:
+        run: trains, and reports every step.
+        at_most: seconds to take it over; the training is ended then.
+    """
     seen: list[tuple[int, float]] = []
-    run(lambda num_images, _: seen.append((num_images, time.perf_counter())))
+
+    def report(num_images: int, _: object) -> None:
+        seen.append((num_images, time.perf_counter()))
+        if len(seen) > REFRESH_EVERY and seen[-1][1] - seen[REFRESH_EVERY - 1][1] > at_most:
+            raise Enough
+
+    with suppress(Enough):
+        run(report)
     (first, since), (last, until) = seen[REFRESH_EVERY - 1], seen[-1]
     return (until - since) / (last - first)
 
@@ -164,6 +188,10 @@ class Caching:
                     batch, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim
                 ),
             )
+            self.added: dict[str, Tensor] | None = None
+            if is_xl(pipe):
+                pooled = torch.randn(batch, pooled_width(unet.config))
+                self.added = {"text_embeds": pooled, "time_ids": torch.ones(batch, 6)}
         self.bare: list[float] = []  # seconds a teacher pair
         self.built: dict[str, list[float]] = {"text": [], "moments": [], "pairs": []}  # a row
 
@@ -188,7 +216,7 @@ class Caching:
             mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             for _ in range(num_pairs // self.config.batch_size):
-                self.pipe.unet(*self.inputs)
+                self.pipe.unet(*self.inputs, added_cond_kwargs=self.added)
 
     def efficiency(self) -> float:
         """Time of bare forwards over that of building pairs, the median of the rounds."""
@@ -297,15 +325,7 @@ def measure(  # noqa: PLR0913, a base and its data, then by name how much to mea
     guide = training_config(params, num_images=1).guide
     result = {"train_flops_ratio": flops_ratio(unet, schedule, guide, length=length)}
     print(f"training FLOPs, ours over naive: {result['train_flops_ratio']:.4f}", flush=True)
-    section = params.cache
-    config = CacheConfig(
-        num_forward=num_pairs // 2,
-        num_trajectory=num_pairs // 2,
-        trajectory_steps=num_pairs // 4 // section.batch_size,  # one full batch a shard
-        batch_size=section.batch_size,
-        shard_size=num_pairs // 4,
-        precision=section.precision,
-    )
+    section, config = params.cache, caching_config(params, num_pairs)
     some = examples[:: math.ceil(len(examples) / num_images)]
     caching = Caching(pipe, some, config)
     caching.forwards(section.batch_size)  # warms up

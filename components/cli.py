@@ -20,6 +20,7 @@ from components.paths import CACHE, DISTILLED, EVALUATED, PREPARED, REPORT, RUNS
 from pnp_core.files import recover_all
 
 MAY_PASS = os.EX_TEMPFAIL
+IN_BATCHES = ("cache", "evaluate")  # stages whose batch_size is what is computed at once
 # Where a stage that was killed may have left something half replaced or half written.
 WRITTEN_IN = (
     *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, REPORT.parent),
@@ -56,9 +57,25 @@ def main(run: Callable[[Params], None]) -> None:
         stop(error, exit_code=MAY_PASS)
     except (ValueError, OSError) as error:
         stop(error, exit_code=1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not loaded for this
+            raise
+        stop(out_of_memory(error), exit_code=1)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error: RuntimeError) -> RuntimeError:
+    """The same error, saying what to lower. Training says it by itself."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    stage = spec.name.rpartition(".")[2] if spec is not None else ""
+    lower = f"lower {stage}.batch_size in params.yaml, or " if stage in IN_BATCHES else ""
+    said = str(error).partition(".")[0]
+    told = RuntimeError(
+        f"the GPU's memory does not suffice ({said}): {lower}end what else computes on it"
+    )
+    return told.with_traceback(error.__traceback__)
 
 
 def leave(*_: Any) -> None:

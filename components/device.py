@@ -1,5 +1,6 @@
 """Where this process computes, and the base model there."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,39 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    """This process's GPU if it has one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """This process's GPU if it has one, else the CPU.
+
+    Raises ValueError where there is a GPU whose driver PyTorch can't use.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    check_driver()
+    return torch.device("cpu")
+
+
+def check_driver() -> None:
+    """Raises ValueError if it is its driver that keeps PyTorch from a GPU.
+
+    PyTorch only warns of it, and the work would be done on the CPU, for days.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return  # no GPU is wanted
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # no GPU, no driver, or a PyTorch without CUDA
+        if "too old" in str(error):
+            raise ValueError(
+                f"PyTorch can't use this machine's GPU: {error} Update the driver, or install a "
+                "PyTorch built for it; with CUDA_VISIBLE_DEVICES= (empty) the CPU computes"
+            ) from None
+
+
+def gpu_memory_gb() -> float | None:
+    """All the memory of this process's GPU; None without one."""
+    if device().type != "cuda":
+        return None
+    memory: int = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return memory / 1e9
 
 
 def load_base(path: str) -> "DiffusionPipeline":

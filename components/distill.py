@@ -4,13 +4,23 @@ Reads data/cache and the base's UNet. Writes guides/distilled. Interrupted, it g
 checkpoint in runs/distill.
 """
 
+from typing import TYPE_CHECKING
+
 from components.cli import main
 from components.cluster import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
-from components.training import checkpoint_folder, open_cache, train_config, train_stage
+from components.training import (
+    checkpoint_folder,
+    open_cache,
+    train_config,
+    train_stage,
+)
 from pnp_core.files import write_directory
-from pnp_core.settings import DistillConfig, GuideConfig
+from pnp_core.settings import DistillConfig, GuideConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def run(params: Params) -> None:
@@ -33,6 +43,7 @@ def train_guide(params: Params, report: Report) -> None:
     # A full guide starts from the base's weights, which are not to be rounded for it.
     in_bf16 = config.train.precision == "bf16" and config.guide.kind != "full"
     pipeline, companions = load_for_training(params.base, companion_paths(params), in_bf16=in_bf16)
+    check_memory(pipeline.unet, len(companions), config.guide, config.train)
     guide = distill(
         pipeline.unet,
         open_cache(params, pipeline.scheduler),
@@ -43,6 +54,30 @@ def train_guide(params: Params, report: Report) -> None:
     )
     if rank_and_world()[0] == 0:
         write_directory(DISTILLED, guide.save_pretrained)
+
+
+def check_memory(
+    unet: "UNet2DConditionModel", num_companions: int, guide: GuideConfig, settings: TrainConfig
+) -> None:
+    """Raises ValueError, saying what would fit, if a training step does not fit this GPU."""
+    from components.device import gpu_memory_gb
+    from pnp_core.memory import Step, check_fits, num_bytes
+    from pnp_core.train import own_parts, rank_and_world
+
+    memory = gpu_memory_gb()
+    if memory is None:
+        return
+    rows = max(part.stop - part.start for part in own_parts(settings))
+    step = Step(unet.config, guide, settings, "meta")
+    peak_gb = step.peak_gb(rows, checkpoints=settings.gradient_checkpointing)
+    others_gb = num_companions * num_bytes(unet) / 1e9
+    check_fits("distill", step, peak_gb, memory, others_gb)
+    if rank_and_world()[0] == 0:
+        print(
+            f"distill: a training step takes {peak_gb + others_gb:.1f} GB of the GPU's "
+            f"{memory:.1f} GB, by count",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +168,12 @@ def encode_prompts(
             if x is not None:
                 x[empty_N] = 0
     return result
+
+
+def pooled_width(config: Mapping[str, Any]) -> int:
+    """Width of the pooled text that an SDXL UNet of this config is told."""
+    width = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return int(width)
 
 
 def is_xl(pipe: DiffusionPipeline) -> bool:

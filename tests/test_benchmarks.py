@@ -18,6 +18,7 @@ from benchmarks import cache_cost, cost, demo, plan, plug, record, train_cost
 from benchmarks.cost import ARCHITECTURES, Steps, bare_twin
 from components.environment import quiet
 from components.params import load_params
+from pnp_core import memory
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import Example
 from pnp_core.guide import Guide, GuideConfig
@@ -133,7 +134,7 @@ def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> N
     assert one["params_ratio"] <= params.distill.guide.max_parameters_ratio
     num_base = one["guide_parameters"] / one["params_ratio"]
     assert one["companion_gb"] == pytest.approx(2 * num_base / 1e9, rel=0.01)  # bf16, norms fp32
-    assert one["peak_gb"] < 24 - plan.RESERVED_GB
+    assert one["peak_gb"] < 24 - memory.RESERVED_GB
 
 
 def test_a_dry_run_takes_a_real_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from benchmarks import memory, plan
+from benchmarks import plan
 from components.params import Params, load_params
+from pnp_core import memory
 
 BASE = Path(__file__).parent.parent / "zoo/models/base"
 
@@ -31,28 +32,28 @@ def small_unet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_does() -> None:
     params = small_params(micro_batch_size=512)
     peak = plan.plan("sd15", params, gpus=1, tflops=100)["peak_gb"]
-    memory_gb = plan.RESERVED_GB + peak / 2
+    memory_gb = memory.RESERVED_GB + peak / 2
     with pytest.raises(ValueError, match=r"micro_batch_size (\d+) with gradient_") as refused:
         plan.plan("sd15", params, gpus=1, tflops=100, memory=memory_gb)
     found = re.findall(
         r"micro_batch_size (\d+) with gradient_checkpointing (\w+)", str(refused.value)
     )
     for rows, checkpoints in found:
-        step = plan.Step("sd15", params, "meta")
+        step = plan.step_of(plan.unet_config("sd15"), params, "meta")
         peaks = [step.peak_gb(int(rows) + n, checkpoints=checkpoints == "true") for n in (0, 2)]
-        assert peaks[0] <= memory_gb - plan.RESERVED_GB
-        assert peaks[1] > memory_gb - plan.RESERVED_GB or rows == "512"
+        assert peaks[0] <= memory_gb - memory.RESERVED_GB
+        assert peaks[1] > memory_gb - memory.RESERVED_GB or rows == "512"
 
 
 @pytest.mark.usefixtures("small_unet")
 def test_a_way_in_which_not_one_sample_fits_is_not_proposed() -> None:
-    step = plan.Step("sd15", small_params(), "meta")
+    step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")
     plainly, checkpointed = (step.peak_gb(1, checkpoints=c) for c in (False, True))
-    between = plan.RESERVED_GB + (plainly + checkpointed) / 2
-    assert plan.fitting(step, between, checkpoints=False) == 0
-    assert plan.fitting(step, between, checkpoints=True) >= 1
+    between = memory.RESERVED_GB + (plainly + checkpointed) / 2
+    assert memory.fitting(step, between, checkpoints=False) == 0
+    assert memory.fitting(step, between, checkpoints=True) >= 1
     with pytest.raises(ValueError, match="Not even one sample fits"):
-        plan.check_fits("sd15", step, plainly, plan.RESERVED_GB + checkpointed / 2)
+        memory.check_fits("It", step, plainly, memory.RESERVED_GB + checkpointed / 2)
 
 
 def test_alive_tensors_are_added_up_and_forgotten() -> None:
@@ -81,7 +82,7 @@ def test_what_is_counted_on_meta_tensors_is_what_real_ones_take() -> None:
 
 @pytest.mark.usefixtures("small_unet")
 def test_checkpoints_take_less_and_more_samples_more() -> None:
-    step = plan.Step("sd15", small_params(), "meta")
+    step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")
     plainly, checkpointed = (step.peak_gb(8, checkpoints=c) for c in (False, True))
     assert step.held() / 1e9 < checkpointed < plainly < step.peak_gb(9, checkpoints=False)
 

@@ -1,7 +1,10 @@
 """Training in bounded memory: batches in parts, gradient checkpoints, and the same gradients."""
 
 import dataclasses
+import re
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -10,13 +13,26 @@ import torch.multiprocessing as mp
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from components import cli
+from components.device import device
+from components.distill import check_memory
 from pnp_core.cache import TeacherCache
 from pnp_core.calls import checkpointing, now
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.distill import distill, distillation_objective
+from pnp_core.distill import distill, distillation_objective, draw_guidance_scale, drawing
 from pnp_core.guide import Guide
 from pnp_core.halve import halve, halving_objective, rounds_of
-from pnp_core.train import State, TrainConfig, own_part, parts_of, rank_and_world, train
+from pnp_core.memory import RESERVED_GB, Step
+from pnp_core.train import (
+    State,
+    TrainConfig,
+    own_part,
+    parts_of,
+    rank_and_world,
+    step_generator,
+    train,
+)
+from tests import toy
 from tests.conftest import roused
 from tests.test_training import DISTILL, HALVE, TRAIN, Stop, interrupted
 
@@ -214,6 +230,25 @@ def test_two_workers_with_batches_in_parts_have_the_gradients_of_one_batch(
         assert relative_error(torch.load(tmp_path / f"gradient-{rank}.pt"), expected) <= 1e-5
 
 
+@pytest.mark.parametrize("order", [range(6), (4, 0, 5, 5, 1, 2)])
+def test_batches_read_ahead_are_those_of_the_cache_bit_for_bit(
+    order: range | tuple[int, ...], cache: TeacherCache
+) -> None:
+    config = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, micro_batch_size=3))
+    draw = drawing(1, cache, config, torch.device("cpu"))
+    for step in order:
+        indices = cache.pair_indices(batch_size=BATCH, seed=TRAIN.seed, step=step)
+        generator = step_generator(TRAIN.seed, step)
+        w_B = draw_guidance_scale(DISTILL.guidance_scale, BATCH, generator)
+        for part in parts_of(slice(0, BATCH), 3):
+            expected = cache.pairs(indices[part], torch.device("cpu"))
+            found = draw(step, part)
+            assert torch.equal(found.w_B, w_B[part])
+            for ours, theirs in zip(found.pairs, expected, strict=True):
+                assert ours is theirs is None or torch.equal(ours, theirs)
+                assert ours is None or ours.dtype == theirs.dtype
+
+
 def test_a_gpu_that_is_too_small_is_told_what_to_lower(pipe: StableDiffusionPipeline) -> None:
     guide = Guide.from_unet(pipe.unet, DISTILL.guide)
 
@@ -226,3 +261,96 @@ def test_a_gpu_that_is_too_small_is_told_what_to_lower(pipe: StableDiffusionPipe
     expected = r"step 3: .* 8 samples at once: set micro_batch_size to 4 or less or set gradient_"
     with pytest.raises(ValueError, match=expected):
         train(loss_fn, guide, config, run_hash="small")
+
+
+def test_memory_that_runs_out_in_the_middle_leaves_the_checkpoint_and_the_run_goes_on(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+
+    def runs_out(num_images: int, metrics: object) -> None:
+        if num_images == 64:
+            pipe.unet.conv_out.register_forward_pre_hook(no_memory)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(ValueError, match="does not suffice for .* checkpoint is untouched"):
+        distill(pipe.unet, cache, DISTILL, checkpoint=checkpoint, report=runs_out)
+    pipe.unet.conv_out._forward_pre_hooks.clear()
+    seen: list[int] = []
+    distill(
+        pipe.unet,
+        cache,
+        DISTILL,
+        checkpoint=checkpoint,
+        report=lambda num_images, metrics: seen.append(num_images),
+    )
+    assert seen == [80, 96]
+
+
+def test_settings_that_do_not_fit_the_gpu_are_refused_with_a_micro_batch_that_does(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step = Step(pipe.unet.config, DISTILL.guide, TRAIN, "meta")
+    one, all_rows = (step.peak_gb(rows, checkpoints=False) for rows in (1, BATCH))
+    memory_gb = RESERVED_GB + (one + all_rows) / 2
+    monkeypatch.setattr("components.device.gpu_memory_gb", lambda: memory_gb)
+    with pytest.raises(ValueError, match=r"What fits: micro_batch_size (\d+) ") as refused:
+        check_memory(pipe.unet, 0, DISTILL.guide, TRAIN)
+    rows = re.search(r"micro_batch_size (\d+)", str(refused.value))
+    assert rows is not None
+    smaller = dataclasses.replace(TRAIN, micro_batch_size=int(rows[1]))
+    check_memory(pipe.unet, 0, DISTILL.guide, smaller)
+    assert "by count" in capsys.readouterr().out
+
+
+def test_without_a_gpu_nothing_is_counted(
+    pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.device.gpu_memory_gb", lambda: None)
+    check_memory(pipe.unet, 0, DISTILL.guide, TRAIN)
+
+
+def test_a_gpu_whose_driver_is_too_old_is_told_and_not_left_aside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="driver on your system is too old .* Update the driver"):
+        device()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device().type == "cpu"
+
+
+def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_there() -> None:
+        raise RuntimeError("Found no NVIDIA driver on your system.")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", none_there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert device().type == "cpu"
+
+
+def test_a_stage_that_runs_out_of_memory_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    toy.write_params(tmp_path, toy.toy_params())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "check_files", lambda params: None)
+
+    def stage(params: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("components.cache", None))
+    with pytest.raises(SystemExit) as left:
+        cli.main(stage)
+    assert left.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the GPU's memory does not suffice (CUDA out of memory): lower ")
+    assert "cache.batch_size" in line
