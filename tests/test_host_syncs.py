@@ -70,6 +70,7 @@ def test_training_waits_only_where_it_reports(cache: TeacherCache) -> None:
     assert len(between) == 15 and not any(n for step, n in enumerate(between) if step % 10)
 
 
+@pytest.mark.gpu
 @NEEDS_CUDA
 def test_pytorch_finds_no_wait_in_a_plugged_step_on_a_gpu(pipe: StableDiffusionPipeline) -> None:
     pipe.to("cuda")
@@ -89,6 +90,7 @@ def test_pytorch_finds_no_wait_in_a_plugged_step_on_a_gpu(pipe: StableDiffusionP
     assert len(steps) == 3
 
 
+@pytest.mark.gpu
 @NEEDS_CUDA
 def test_cuda_graphs_give_the_same_image(pipe: StableDiffusionPipeline) -> None:
     pipe.to("cuda")

@@ -341,6 +341,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     assert torch.equal(toy_run(12, tmp_path / "killed.pt"), whole)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_graph_gives_every_batch_the_gradients_of_the_two_passes() -> None:
     model = nn.Sequential(nn.Linear(4, 16), nn.SiLU(), nn.Linear(16, 1)).cuda()
