@@ -55,22 +55,27 @@ def run(params: Params) -> None:
             if name in there - built:
                 write_bytes(builder.path(name), mirror.read(builder.path(name).name))
 
-    progress = Progress("cache", len(plan.num_rows), "shards")
-    done = len(plan.num_rows) - len(missing)
+    # Pairs take nearly all of the time.
+    progress = Progress("cache", plan.num_pairs, "pairs")
+    done = sum(plan.num_rows[name] for name in plan.phases[1] if name not in missing)
     progress(done)
 
-    def count(_: str) -> None:
+    def count(num_pairs: int) -> None:
         nonlocal done
-        done += 1
+        done += num_pairs
         progress(done)
+
+    def count_shard(name: str) -> None:
+        if name in plan.phases[1]:
+            count(plan.num_rows[name])
 
     phases = [[name for name in phase if name in missing] for phase in plan.phases]
     if params.cluster.num_workers:
-        run_tasks(shard_building, params, phases, count, name="cache")
+        run_tasks(shard_building, params, phases, count_shard, name="cache")
     else:
+        builder.tell = count
         for name in chain(*phases):
             build(name, builder, mirror)
-            count(name)
     index = CACHE / "index.json"
     if mirror and not missing and index.name in elsewhere:
         write_bytes(index, mirror.read(index.name))

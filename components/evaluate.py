@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from components.scores import RealImages
 
 # Raised when the same images get other numbers than before: evaluations are then not compared.
-MEASURED_BY = 1
+MEASURED_BY = 2
+FORWARDS_OF_DECODING = 3
+FVU_SHARE = 3  # one prompt for so many images, at most NUM_FVU_PROMPTS
 
 
 def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUATED) -> None:
@@ -179,13 +181,17 @@ def sample_missing(work: Work, model: str) -> None:
     print(f"evaluate {model}: {total:,} images, {done:,} are there", flush=True)
     progress = Progress(f"evaluate {model}", total, "images")
     sizes = {work.named(setting, tasks): (setting, len(tasks)) for setting, tasks in todo}
-    progress(done)
+    to_do = sum(forwards(setting) * num_images for setting, num_images in sizes.values())
+    made = 0
+    progress(done, share=0.0 if todo else 1.0)
 
     def count(name: str) -> None:
-        nonlocal done
+        nonlocal done, made
         setting, num_images = sizes[name]
         done += num_images
-        progress(done, label_of(setting.method, setting.num_steps, setting.solver))
+        made += forwards(setting) * num_images
+        label = label_of(setting.method, setting.num_steps, setting.solver)
+        progress(done, label, share=made / to_do)
 
     params = work.sampler.params
     if params.cluster.num_workers:
@@ -196,6 +202,11 @@ def sample_missing(work: Work, model: str) -> None:
         for setting, tasks in todo:
             work.make(setting, tasks)
             count(work.named(setting, tasks))
+
+
+def forwards(setting: Setting) -> int:
+    """About how long an image takes, in plain forwards, its decoding included."""
+    return setting.num_steps * (2 if setting.method == "cfg" else 1) + FORWARDS_OF_DECODING
 
 
 def sampling(params: Params, model: str, folder: Path) -> Callable[[str], None]:
@@ -218,6 +229,7 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         progress(done, what)
 
     heldout = [task for task in tasks if task.is_heldout] or tasks
+    heldout = heldout[: -(-len(tasks) // FVU_SHARE)]
     recipes = [work.recipes[work.cfg._replace(method=m)] for m in ("cfg", "guided")]
     of = {"recipes": recipes, "tasks": digest(heldout), "unhalved": sampler.unhalved()}
     work.measured.append({"what": "guidance_fvu", **of})

@@ -7,6 +7,7 @@ Letters of shapes: R replicates, N images, M real images, D features.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
@@ -129,6 +130,19 @@ class RealImages:
 
         return distances
 
+    def parts(self) -> list[np.ndarray]:
+        """The features, some at a time."""
+        starts = range(0, len(self.features_MD), REFERENCES_AT_A_TIME)
+        return [self.features_MD[start : start + REFERENCES_AT_A_TIME] for start in starts]
+
+    @cached_property
+    def kernel_mean(self) -> float:
+        """Mean of KID's kernel over ordered pairs of two different real images."""
+        y = self.features_MD
+        within = sum(float(kernel(part, y).sum()) for part in self.parts())
+        itself = float((((y**2).sum(axis=1) / y.shape[1] + 1) ** 3).sum())
+        return (within - itself) / (len(y) * (len(y) - 1))
+
     def kid(self, features_ND: np.ndarray) -> Statistic:
         """Kernel distance (Bińkowski et al. 2018, section 4) over all pairs.
 
@@ -136,12 +150,8 @@ class RealImages:
         expectation does not depend on the counts.
         """
         x, y = features_ND.astype(np.float64), self.features_MD
-        starts = range(0, len(y), REFERENCES_AT_A_TIME)
-        parts = [y[start : start + REFERENCES_AT_A_TIME] for start in starts]
-        across_N = sum(kernel(x, part).sum(axis=1) for part in parts) / len(y)
-        within = sum(float(kernel(part, y).sum()) for part in parts)
-        itself = float((((y**2).sum(axis=1) / y.shape[1] + 1) ** 3).sum())
-        theirs = (within - itself) / (len(y) * (len(y) - 1))
+        across_N = sum(kernel(x, part).sum(axis=1) for part in self.parts()) / len(y)
+        theirs = self.kernel_mean
         own_NN = kernel(x, x)
 
         def distances(counts_RN: np.ndarray) -> np.ndarray:

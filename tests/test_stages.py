@@ -749,6 +749,20 @@ def test_progress_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert (clock(75), clock(3722)) == ("1:15", "1:02:02")
 
 
+def test_how_long_it_will_take_is_told_as_soon_as_it_is_known_by_the_share_of_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("components.progress.time.monotonic", lambda: now[0])
+    progress = Progress("evaluate base", 100, "images")
+    progress(0, share=0.0)
+    for now[0], done, share in ((0.5, 5, 0.01), (4.0, 20, 0.1), (6.0, 40, 0.2), (15.0, 60, 0.3)):
+        progress(done, share=share)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("/")[0] for line in lines] == ["evaluate base: 20", "evaluate base: 60"]
+    assert "0:36 left" in lines[0] and "0:35 left" in lines[1]
+
+
 def test_user_errors_are_one_line(
     world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
