@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.record import as_line, record
+from benchmarks.record import as_line, precision_on, record
 from components.environment import quiet
 from components.evaluation import FILE, Evaluation
 from components.paths import EVALUATED
@@ -47,8 +47,12 @@ def run() -> dict[str, Any]:
         clone = Path(temporary, "pnp-guide")
         subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
         environment = {
-            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+            and not name.startswith(("DVC_", "MLFLOW_", "PREFECT_"))
         }
+        environment["PREFECT_HOME"] = str(clone / ".prefect")  # as `make demo` has it
         result: dict[str, Any] = {"install_s": timed(["make", "install"], clone, environment)}
         print(f"install: {result['install_s']:.0f} s", flush=True)
         python = [".venv/bin/python", "-m"]
@@ -66,7 +70,8 @@ def run() -> dict[str, Any]:
         )
         promotion = subprocess.run([*python, "flows", "promote"], cwd=clone, env=environment)
         result["promoted"] = promotion.returncode == 0
-    return {**result, "machine": machine(), "record": record(guide="demo", precision="bf16")}
+    made_by = record(guide="demo", precision=precision_on("cpu", "bf16"))
+    return {**result, "machine": machine(), "record": made_by}
 
 
 def timed(command: list[str], folder: Path, environment: dict[str, str]) -> float:
