@@ -49,7 +49,8 @@ from pnp_core.guide.guide import hold_offsets
 from pnp_core.identity import base_identity
 from pnp_core.model_files import weights_hash
 from pnp_core.schedule import NoiseSchedule, cfg_target
-from pnp_core.train import TrainConfig, step_generator, train
+from pnp_core.seeds import step_generator
+from pnp_core.train import TrainConfig, train
 
 RESULTS = Path("benchmarks/results/ablations.json")
 NUM_IMAGES = 12_000  # training samples of each variant

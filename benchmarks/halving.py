@@ -43,7 +43,8 @@ from pnp_core.halve import HalveConfig, halving_objective, rounds_of
 from pnp_core.identity import base_identity
 from pnp_core.model_files import weights_hash
 from pnp_core.sample import sample
-from pnp_core.train import step_generator, train
+from pnp_core.seeds import step_generator
+from pnp_core.train import train
 
 RESULTS = Path("benchmarks/results/halving.json")
 NUM_PROMPTS = 48

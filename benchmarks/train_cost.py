@@ -50,8 +50,9 @@ from pnp_core.metrics import count_flops, synchronize
 from pnp_core.models import is_xl, pooled_width
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.seeds import step_generator
 from pnp_core.soap import REFRESH_EVERY
-from pnp_core.train import Report, TrainConfig, step_generator, train
+from pnp_core.train import Report, TrainConfig, train
 
 
 def naive_losses(

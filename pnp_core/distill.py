@@ -22,9 +22,10 @@ from pnp_core.calls import checkpointing
 from pnp_core.denoiser import Denoiser, GuidedDenoiser
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
+from pnp_core.seeds import step_generator
 from pnp_core.settings import DistillConfig as DistillConfig
 from pnp_core.shards import Ahead, pinning
-from pnp_core.train import RECIPE, Report, config_hash, own_parts, step_generator, train
+from pnp_core.train import RECIPE, Report, config_hash, own_parts, train
 
 FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
 

@@ -25,6 +25,7 @@ from pnp_core.distill import draw_guidance_scale
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps, two_step_target
+from pnp_core.seeds import step_generator
 from pnp_core.settings import HalveConfig as HalveConfig
 from pnp_core.settings import halving_rounds as halving_rounds
 from pnp_core.shards import Ahead, pinning
@@ -34,7 +35,6 @@ from pnp_core.train import (
     config_hash,
     own_parts,
     rank_and_world,
-    step_generator,
     train,
 )
 

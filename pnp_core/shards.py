@@ -16,7 +16,7 @@ from safetensors.torch import load, load_file
 from torch import Tensor
 
 from pnp_core.files import alone_in, sha256_file, write_bytes
-from pnp_core.train import step_generator
+from pnp_core.seeds import step_generator
 
 Fetch = Callable[[str], bytes]
 """``fetch(file name)``: its content; FileNotFoundError if there is none."""

@@ -59,12 +59,6 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step."""
-    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
 def train(  # noqa: PLR0913, what to train, then by name how to follow and resume it
     loss_fn: Callable[[int, slice], Tensor],
     guide: Trained,

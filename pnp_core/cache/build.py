@@ -30,9 +30,9 @@ from pnp_core.identity import BaseIdentity
 from pnp_core.models import encode_prompts, time_ids_of
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
+from pnp_core.seeds import step_generator
 from pnp_core.settings import CacheConfig
 from pnp_core.shards import Fetch, shuffled
-from pnp_core.train import step_generator
 
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 
