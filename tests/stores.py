@@ -97,7 +97,7 @@ class Calls:
     def __init__(self) -> None:
         self.names: list[str] = []
         self.fails_at: int | None = None
-        self.error: Callable[[], Exception] = ERRORS["503"]
+        self.error: Callable[[], BaseException] = ERRORS["503"]
         self.is_done_first = False  # the answer is lost, not the question
 
     def around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -225,6 +225,30 @@ def test_a_journal_cut_off_in_a_line_is_gone_on_with(place: Path) -> None:
     assert points(run) == list(STEPS)
 
 
+@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_run_that_is_stopped_while_mlflow_begins_it_is_not_left_running(
+    place: Path, calls: Calls, is_training: bool, is_done_first: bool
+) -> None:
+    def begin(key: str) -> TrainingRun | Run:
+        if is_training:
+            return TrainingRun(TOY, "distill", key=key, params=PARAMS)
+        return Run(Store(TOY), TOY, "register", params=PARAMS)
+
+    calls.error, calls.is_done_first = KeyboardInterrupt, is_done_first
+    with begin("makes the experiment"):
+        pass
+    calls.reset()
+    with begin("healthy"):
+        number = len(calls.names)
+    for failing in range(number):
+        calls.reset(failing)
+        with pytest.raises(KeyboardInterrupt), begin(f"key-{failing}"):
+            pass
+        calls.reset()
+        assert "RUNNING" not in {run.info.status for run in runs()}, failing
+
+
 # A run has one owner
 
 

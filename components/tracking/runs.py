@@ -44,7 +44,11 @@ class TrainingRun:
         self._is_settled = False
 
     def __enter__(self) -> Self:
-        self._deliver()
+        try:
+            self._deliver()
+        except BaseException as error:  # stopped while MLflow made the run, which then is ended
+            self.__exit__(type(error))
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -130,6 +134,9 @@ class Run:
         self._delivery = Delivery(self._journal)
         try:
             self._delivery(store)
+            assert self._journal.run_id
+            self.id = self._journal.run_id
+            settle_or_warn(store, stage, self.experiment)
         except OSError:
             if self._delivery.was_asked:  # MLflow may have the run: the next one ends it
                 self._journal.finish("FAILED")
@@ -137,9 +144,9 @@ class Run:
             else:
                 self._journal.remove()
             raise
-        assert self._journal.run_id
-        self.id = self._journal.run_id
-        settle_or_warn(store, stage, self.experiment)
+        except BaseException as error:  # stopped, and MLflow answers
+            self.__exit__(type(error))
+            raise
 
     def __enter__(self) -> Self:
         return self
