@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from components import lineage, mlflow_place, snapshot
+from components import interrupt, lineage, mlflow_place, snapshot
 from components.environment import die_with_parent, quiet
 from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
@@ -62,7 +62,7 @@ def main(run: Callable[[Params], None]) -> None:
             raise
         stop(out_of_memory(error), exit_code=1)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(interrupt.SAID, file=sys.stderr)
         sys.exit(130)
 
 

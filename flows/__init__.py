@@ -1,1 +1,3 @@
 """Prefect flows: when things run, and who is told. What runs is defined in dvc.yaml."""
+
+import components as components  # of `python -m flows` too: Ctrl-C counts from here on

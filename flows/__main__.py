@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib import error as url_error
 from urllib.request import urlopen
 
+from components import interrupt
 from components.cli import MAY_PASS, leave, stop
 from components.environment import quiet
 from components.overrides import overridden
@@ -67,7 +68,7 @@ def main() -> None:
             exit_code=MAY_PASS,
         )
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(interrupt.SAID, file=sys.stderr)
         sys.exit(130)
 
 
