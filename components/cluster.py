@@ -2,27 +2,26 @@
 
 Ray runs on this machine unless RAY_ADDRESS names a cluster, whose nodes must see this folder under
 the same path. Each worker has one thread on a CPU, or one GPU where the cluster has any. What a
-cluster has no room for is waited for, in the log, and given up after `cluster.wait_minutes`.
+cluster has no room for is waited for, in the log, and given up after `cluster.wait_minutes`; a
+worker that has not answered for as long is replaced.
 """
 
-import json
 import math
 import os
 import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from components.following import Follower, Report, reports_here, telling_losses
+from components.liveness import PULSE, Head, Pulse
 from components.params import Params
 from components.progress import clock
-
-Report = Callable[[int, Mapping[str, float]], None]
 
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing of size goes through it
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -46,8 +45,9 @@ def run_training(
 
     `work` must resume from what an earlier attempt left: a group that loses a worker is started
     again, `max_failures` times. Rank 0's reports arrive at `report` in this process. `directory`
-    is for Ray's own files and the reports under way. Raises ValueError, with the worker's own
-    words, if the group fails, and where the cluster has no room for it for too long.
+    is for Ray's own files. Raises ValueError, with the worker's own
+    words, if the group fails, and where the cluster has no room for it for too long; MayPassError
+    if the cluster goes away.
     """
     if params.cluster.num_workers == 0:
         work(params, report)
@@ -59,12 +59,11 @@ def run_training(
 
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    reports = directory / "reports.jsonl"
-    reports.unlink(missing_ok=True)
-    arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": str(reports)}
     with _ray(params):
         room = _Room(params, name)
         room.wait()
+        head, reports = Head(name), reports_here()
+        arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": reports}
         trainer = TorchTrainer(
             _on_worker,
             train_loop_config=arguments,
@@ -77,13 +76,21 @@ def run_training(
                     max_failures=params.cluster.max_failures,
                     controller_failure_limit=math.ceil(room.limit_s / GROUP_START_S),
                 ),
+                callbacks=[telling_losses(name, room.limit_s, reports)],
             ),
         )
+
+        def look() -> None:
+            if head.answers():
+                room.tell_shortage()
+
         try:
-            with _Follower(reports, report, room.tell_shortage):
+            with Follower(reports, report, look):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+        except ray.exceptions.RayError as error:
+            raise head.gone(error) from error  # what steers the group is lost, and none of its own
         shutil.rmtree(directory / "ray")
 
 
@@ -100,7 +107,7 @@ def run_tasks(
     The tasks of a phase are shared out among the workers; the next phase waits for them all. A task
     must be one that can be done again: a worker that is lost is replaced, and what it was at given
     to the new one, `max_failures` times. `done` hears of each task in this process. Raises
-    ValueError, with the worker's own words, if a task fails.
+    ValueError, with the worker's own words, if a task fails, MayPassError if the cluster goes away.
     """
     most = max(map(len, phases))
     if most == 0:
@@ -113,7 +120,8 @@ def run_tasks(
     with _ray(params):
         room = _Room(params, name, most=most)
         room.wait()
-        worker = ray.remote(_TaskWorker).options(
+        head = Head(name)
+        worker = ray.remote(concurrency_groups={PULSE: 1})(_TaskWorker).options(
             num_cpus=1,
             num_gpus=int(room.has_gpu),
             max_restarts=params.cluster.max_failures,
@@ -121,6 +129,7 @@ def run_tasks(
         )
         workers = [worker.remote(make, params, str(Path.cwd())) for _ in range(room.num_workers)]
         pool = ActorPool(workers)
+        pulse = Pulse(workers, room.limit_s, name)
         try:
             for tasks in phases:
                 for task in tasks:
@@ -131,8 +140,14 @@ def run_tasks(
                     except RayError:
                         raise
                     except TimeoutError:  # nothing is done yet: is there still who could do it?
-                        room.tell_shortage(give_up=True)
+                        if not head.answers():
+                            continue
+                        if room.tell_shortage(give_up=True):
+                            pulse.forgive()
+                        pulse.look()
         except RayError as error:
+            if not head.answers():
+                raise head.gone(error) from error
             raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
 
 
@@ -165,11 +180,11 @@ class _Room:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
-    def tell_shortage(self, *, give_up: bool = False) -> None:
+    def tell_shortage(self, *, give_up: bool = False) -> bool:
         """Say so if nodes were lost that workers need. Raises ValueError after the limit."""
         import ray
 
-        self._short(ray.cluster_resources(), give_up=give_up)
+        return self._short(ray.cluster_resources(), give_up=give_up)
 
     def _short(self, there: Mapping[str, float], *, give_up: bool) -> bool:
         import ray
@@ -207,11 +222,17 @@ class _TaskWorker:
         self, make: Callable[[Params], Callable[[str], None]], params: Params, root: str
     ) -> None:
         _settle(root)
-        self._work = make(params)
+        self._make, self._params = make, params
+        self._work: Callable[[str], None] | None = None
 
     def do(self, task: str) -> str:
+        if self._work is None:  # not sooner: a worker that loads a model must answer too
+            self._work = self._make(self._params)
         self._work(task)
         return task
+
+    def ping(self) -> None:
+        """Answered beside the work."""
 
 
 @contextmanager
@@ -222,6 +243,7 @@ def _ray(params: Params) -> Iterator[None]:
     # Workers must find this code.
     environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
     environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_S)
+    environment["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(60 * params.cluster.wait_minutes)
     address = os.environ.get("RAY_ADDRESS")
     local: dict[str, Any] = {}
     if not address:
@@ -282,8 +304,7 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
 
     def report(num_images: int, metrics: Mapping[str, float]) -> None:
         if rank == 0:
-            with open(arguments["reports"], "a") as file:
-                file.write(json.dumps([num_images, dict(metrics)]) + "\n")
+            ray.get(arguments["reports"].add.remote((num_images, dict(metrics))))
 
     arguments["work"](arguments["params"], report)
 
@@ -298,39 +319,6 @@ def _settle(root: str) -> None:
     os.chdir(root)  # Ray starts workers in a folder of its own
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-
-
-class _Follower:
-    """Hands on the lines of a growing file while the block runs, and takes a `look` as often."""
-
-    def __init__(self, path: Path, report: Report, look: Callable[[], None]) -> None:
-        self._path, self._report, self._look = path, report, look
-        self._position = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._read()
-
-    def _follow(self) -> None:
-        while not self._stop.wait(SECONDS_BETWEEN_LOOKS):
-            self._read()
-            self._look()
-
-    def _read(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open() as file:
-            file.seek(self._position)
-            while (line := file.readline()).endswith("\n"):
-                self._position = file.tell()
-                num_images, metrics = json.loads(line)
-                self._report(num_images, metrics)
 
 
 def _cause(error: BaseException) -> str:

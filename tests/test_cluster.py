@@ -1,22 +1,28 @@
 """Waiting for Ray's workers is told, compared with what there is, and not for ever."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from components import cluster, prepare
-from components.cluster import run_tasks
+from components import cluster, liveness, prepare
+from components.cluster import Report, run_tasks, run_training
 from components.environment import quiet
+from components.errors import MayPassError
+from components.liveness import Head, Pulse
 from components.params import Params, load_params
 from tests import toy
+from tests.stores import free_port
 
 pytest_plugins = ["tests.toy"]
 quiet()
@@ -46,6 +52,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(liveness, "time", clock)
     return clock
 
 
@@ -134,12 +141,6 @@ def test_nodes_lost_meanwhile_are_told_and_their_return_is_noticed(
         room.tell_shortage(give_up=True)
 
 
-def free_port() -> int:
-    with socket.socket() as candidate:
-        candidate.bind(("127.0.0.1", 0))
-        return int(candidate.getsockname()[1])
-
-
 def test_a_cluster_that_is_not_there_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,9 +157,64 @@ def no_work(params: Params) -> Any:
     return lambda task: None
 
 
+class Worker:
+    """An actor that is asked by `ping`; the question itself is the answer."""
+
+    def __init__(self) -> None:
+        self.ping = self
+
+    def options(self, **_: str) -> "Worker":
+        return self
+
+    def remote(self) -> "Worker":
+        return self
+
+
+def test_a_worker_that_is_silent_for_too_long_is_replaced_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    hung, well = Worker(), Worker()
+    killed: list[Worker] = []
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([x for x in asked if x is well], []))
+    monkeypatch.setattr(ray, "kill", lambda worker, no_restart: killed.append(worker))
+    pulse = Pulse([well, hung], 60, "cache")
+    while clock.now < 50:
+        pulse.look()
+        clock.now += 5
+    pulse.forgive()  # nodes were lost, and it had no place to answer from
+    while clock.now < 105:
+        assert not killed
+        pulse.look()
+        clock.now += 5
+    clock.now += 5
+    pulse.look()
+    assert killed == [hung]
+    said = "cache: Ray worker 1 has not answered for 1:00: ended, and another takes its place\n"
+    assert capsys.readouterr().out == said
+
+
+def test_a_head_that_is_gone_may_come_back_for_ten_seconds(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    import ray
+
+    place = f"127.0.0.1:{free_port()}"
+    here = type("Context", (), {"gcs_address": place})
+    monkeypatch.setattr(ray, "get_runtime_context", here)
+    head = Head("cache")
+    assert not head.answers()
+    clock.now = 9
+    assert not head.answers()
+    clock.now = 10
+    with pytest.raises(MayPassError, match=f"cache: the head of the Ray cluster, {place}, went"):
+        head.answers()
+
+
 @pytest.fixture
-def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A Ray cluster of one node with one CPU, which is where RAY_ADDRESS points."""
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[bytes]"]:
+    """The head of a cluster of one node with one CPU, which is where RAY_ADDRESS points."""
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     options = ["--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
@@ -178,15 +234,17 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
         time.sleep(3)
-        yield f"127.0.0.1:{port}"
+        yield started
     finally:
-        os.killpg(started.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGTERM)
         started.wait(timeout=60)
+        shutil.rmtree(f"/tmp/ray-{port}", ignore_errors=True)
 
 
 @pytest.mark.services
 def test_a_real_cluster_with_one_cpu_runs_one_worker_and_refuses_two(
-    head: str, world: Path, capsys: pytest.CaptureFixture[str]
+    head: "subprocess.Popen[bytes]", world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare.run(params_with())
     done: list[str] = []
@@ -196,3 +254,86 @@ def test_a_real_cluster_with_one_cpu_runs_one_worker_and_refuses_two(
         params = params_with(num_workers=2, wait_minutes=0.15)
         run_tasks(no_work, params, [["a", "b"]], done.append, name="cache")
     assert "waiting, 0:05 of 0:09 at most" in capsys.readouterr().out
+
+
+def stopping_once(params: Params) -> Callable[[str], None]:
+    """Work whose task `b` stops its worker, as `kill -STOP` would, the first time."""
+
+    def work(task: str) -> None:
+        if task == "b" and not Path("stopped").exists():
+            Path("stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    return work
+
+
+@pytest.mark.services
+def test_a_worker_that_hangs_is_replaced_and_its_task_done(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+    params = params_with(num_workers=2, max_failures=1, wait_minutes=0.2)
+    run_tasks(stopping_once, params, [["a", "b", "c", "d"]], done.append, name="cache")
+    assert sorted(done) == ["a", "b", "c", "d"]
+    assert "has not answered for 0:12: ended, and another" in capsys.readouterr().out
+
+
+def train_and_stop_once(params: Params, report: Report) -> None:
+    """Training of which rank 1 stops once, in the second step; all then begin again."""
+    from pnp_core.train import rank_and_world
+
+    rank, _ = rank_and_world()
+    for step in range(4):
+        time.sleep(1)
+        report(step, {"loss": 0.0})
+        if rank == 1 and step == 1 and not Path("stopped").exists():
+            Path("stopped").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def train(params: Params, work: Callable[[Params, Report], None]) -> list[int]:
+    """The steps that are reported."""
+    steps: list[int] = []
+    run_training(
+        work, params, lambda step, _: steps.append(step), name="distill", directory=Path("runs")
+    )
+    return steps
+
+
+@pytest.mark.services
+def test_a_training_worker_that_hangs_is_told_and_the_group_begins_again(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = train(params_with(num_workers=2, wait_minutes=0.2), train_and_stop_once)
+    assert steps[-4:] == [0, 1, 2, 3] and len(steps) > 4
+    assert "distill: Ray worker 1 has not answered for 0:12" in capsys.readouterr().out
+
+
+@pytest.mark.services
+def test_a_training_worker_that_hangs_too_often_is_named(world: Path) -> None:
+    with pytest.raises(ValueError, match="distill: a Ray worker failed: .*answered for 0:12"):
+        train(params_with(num_workers=2, wait_minutes=0.2, max_failures=0), train_and_stop_once)
+
+
+def for_ever(params: Params) -> Callable[[str], None]:
+    return lambda task: time.sleep(600)
+
+
+def train_for_ever(params: Params, report: Report) -> None:
+    time.sleep(600)
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_head_that_is_killed_is_told_within_seconds(
+    head: "subprocess.Popen[bytes]", world: Path, is_training: bool
+) -> None:
+    prepare.run(params_with())
+    threading.Timer(20, os.killpg, [head.pid, signal.SIGKILL]).start()
+    began = time.monotonic()
+    with pytest.raises(MayPassError, match="the head of the Ray cluster, .*, went away"):
+        if is_training:
+            train(params_with(num_workers=1), train_for_ever)
+        else:
+            run_tasks(for_ever, params_with(num_workers=1), [["a"]], print, name="cache")
+    assert 20 <= time.monotonic() - began < 60

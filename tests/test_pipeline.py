@@ -32,8 +32,8 @@ STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 TRAINED = {"distill", "halve"}
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "errors", "interrupt", "mlflow_place", "params"}
-PLUMBING |= {"paths", "progress", "rules", "section", "snapshot"}
+PLUMBING = {"cli", "cluster", "environment", "errors", "following", "interrupt", "liveness"}
+PLUMBING |= {"mlflow_place", "params", "paths", "progress", "rules", "section", "snapshot"}
 # Nor a guide: what records its training, and what brings shards, whose checksums are compared.
 CHANGES_NO_GUIDE = {"components/storage.py", "components/tracking"}
 
