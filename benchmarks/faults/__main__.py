@@ -18,7 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import inputs, processes, servers, sharing, storage
+from benchmarks.faults import (
+    clusters,
+    deployments,
+    inputs,
+    processes,
+    servers,
+    sharing,
+    storage,
+)
 from benchmarks.faults.listing import FAULTS, Fault
 from benchmarks.faults.workspace import TRACEBACK, UnexpectedError, Workspace
 from components.environment import quiet
@@ -29,7 +37,8 @@ RESULTS = Path("benchmarks/results/faults.json")
 PLACE = re.compile(
     r"(?:(?<=:///)|(?<=file://)|(?<![\w.:/~}-]))/(?:[\w.+~@%-]+/)+(?P<name>[\w.+~@%-]*)"
 )
-MODULES = (inputs, processes, servers, sharing, storage)  # importing them lists their faults
+# Importing them lists their faults.
+MODULES = (clusters, deployments, inputs, processes, servers, sharing, storage)
 
 
 def main() -> None:

@@ -1,9 +1,8 @@
-"""Processes that are killed or interrupted, and disks that are full."""
+"""Processes of one machine that are killed or interrupted, and disks that are full."""
 
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.listing import fault
-from benchmarks.faults.proxy import free_port, server
 from benchmarks.faults.workspace import UnexpectedError, Workspace
 
 ONE = ("dvc", "repro", "--single-item")
@@ -27,6 +25,8 @@ def dies_in(workspace: Workspace, stage: str, how: signal.Signals, says: str) ->
 
 
 KILLED = r"exited with -9"
+NO_ROOM = r"error: .*(No space left|to write, but the disk|Could not write)"
+BLOCK = 4096  # bytes that tmpfs takes at a time
 STOPPED = r"^stopped; the same command goes on from here"
 
 
@@ -121,6 +121,29 @@ def ctrl_c_in_evaluate(workspace: Workspace) -> None:
     interrupted(workspace, "evaluate@base")
 
 
+@fault("kill", before="prepare")
+def ctrl_c_in_prepare(workspace: Workspace) -> None:
+    """Ctrl-C while prepare reads the data."""
+    interrupted(workspace, "prepare")
+
+
+@fault("kill", before="register")
+def ctrl_c_in_register(workspace: Workspace) -> None:
+    """Ctrl-C while register is at MLflow."""
+    interrupted(workspace, "register")
+
+
+@fault("kill", before="prepare")
+def ctrl_c_while_a_stage_imports(workspace: Workspace) -> None:
+    """Ctrl-C in the first second, while a stage imports its modules."""
+    running = workspace.start(*ONE, "prepare")
+    running.wait_for(lambda: running.has_loaded("components.prepare", "pydantic_core"), "imports")
+    running.signal(signal.SIGINT, group=True)
+    workspace.told(workspace.finish(running), "^interrupted; the same command goes on from here")
+    workspace.recovers(*ONE, "prepare")
+    workspace.stages = ("prepare",)
+
+
 @fault("kill", before="distill")
 def kill9_of_dvc(workspace: Workspace) -> None:
     """`kill -9` of DVC: the stage that it runs ends too, and a new run can start at once."""
@@ -178,8 +201,7 @@ def full_disk(workspace: Workspace, stage: str, folder: str, size: str) -> None:
     place = workspace.folder / folder
     shutil.rmtree(place, ignore_errors=True)
     with small_disk(place, size):
-        said = "error: .*(No space left|to write, but the disk|Could not write)"
-        workspace.told(workspace.run(*ONE, stage), said)
+        workspace.told(workspace.run(*ONE, stage), NO_ROOM)
     shutil.rmtree(place, ignore_errors=True)
     workspace.recovers(*ONE, stage)
     workspace.stages = (stage,)
@@ -209,87 +231,22 @@ def full_disk_in_evaluate(workspace: Workspace) -> None:
     full_disk(workspace, "evaluate@base", "results", "16k")
 
 
-# Ray
+@fault("full disk", before="halve")
+def full_disk_in_halve(workspace: Workspace) -> None:
+    """The disk of runs/halve, with the checkpoints, is full."""
+    full_disk(workspace, "halve", "runs/halve", "64k")
 
 
-@fault("cluster", before="distill")
-def no_cluster_at_the_address(workspace: Workspace) -> None:
-    """RAY_ADDRESS points at nothing."""
-    workspace.set_param("cluster.num_workers", 2)
-    address = f"127.0.0.1:{free_port()}"
-    done = workspace.run(*ONE, "distill", RAY_ADDRESS=address)
-    workspace.told(done, "error: no Ray cluster answers at RAY_ADDRESS")
-    workspace.set_param("cluster.num_workers", 0)
-    workspace.recovers(*ONE, "distill")
-    workspace.stages = ("distill",)
-
-
-@contextmanager
-def ray_head(workspace: Workspace, num_cpus: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """A Ray head on a free port, which the workspace's commands then use; ended with the block."""
-    port = free_port()
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
-    options = [f"--num-cpus={num_cpus}", f"--port={port}", "--include-dashboard=false"]
-    options += ["--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
-    options += [f"--temp-dir=/tmp/ray-{port}"]
-    # Ray has a token only where one lies at home.
-    settings = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_AUTH_MODE": "disabled"}
-    workspace.environment |= settings
-    try:
-        with server(workspace, port, *ray, *options) as head:
-            time.sleep(3)
-            yield head
-    finally:
-        for name in settings:
-            del workspace.environment[name]
-        shutil.rmtree(f"/tmp/ray-{port}", ignore_errors=True)
-
-
-@fault("cluster", before="distill")
-def more_workers_than_the_cluster_has(workspace: Workspace) -> None:
-    """Two Ray workers are asked for on a cluster with one CPU."""
-    workspace.set_param("cluster.num_workers", 2)
-    with ray_head(workspace, 1):
-        done = workspace.run(*ONE, "distill")
-        workspace.told(done, "error: distill: 2 Ray workers need 2 CPUs, the cluster has 1")
-        if not done.line("waiting, 0:.. of 0:12 at most"):
-            raise UnexpectedError("waits without a word")
-    workspace.set_param("cluster.num_workers", 0)
-    workspace.recovers(*ONE, "distill")
-    workspace.stages = ("distill",)
-
-
-@fault("cluster", before="cache")
-def kill9_of_a_cache_worker(workspace: Workspace) -> None:
-    """`kill -9` of one of two Ray workers that build the cache."""
-    workspace.set_param("cluster.num_workers", 2)
-    workspace.set_param("cluster.max_failures", 2)
-    running = workspace.start(*ONE, "cache")
-    workspace.in_the_middle(running, "cache")
-    ray_worker(running.pid, "_TaskWorker").kill()
-    if (done := workspace.finish(running)).exit_code != 0:
-        raise UnexpectedError(f"the loss of a worker is not survived: {done.output[-400:]}")
-    workspace.said = "another worker goes on"
-    workspace.stages = ("cache",)
-
-
-@fault("cluster", before="distill")
-def kill9_of_a_training_worker(workspace: Workspace) -> None:
-    """`kill -9` of one of two Ray workers that train: the group goes on from its checkpoint."""
-    workspace.set_param("cluster.num_workers", 2)
-    workspace.set_param("cluster.max_failures", 2)
-    running = workspace.start(*ONE, "distill")
-    workspace.in_the_middle(running, "distill")
-    ray_worker(running.pid, "RayTrainWorker").kill()
-    if (done := workspace.finish(running)).exit_code != 0:
-        raise UnexpectedError(f"the loss of a worker is not survived: {done.output[-400:]}")
-    workspace.said = "the group goes on from its checkpoint"
-    workspace.stages = ()  # gradients summed over two workers round otherwise
-
-
-def ray_worker(pid: int, name: str) -> psutil.Process:
-    """A Ray worker below `pid` by the name of its actor."""
-    for child in psutil.Process(pid).children(recursive=True):
-        if name in " ".join(child.cmdline()):
-            return child
-    raise UnexpectedError(f"no Ray worker {name}")
+@fault("full disk", before="register")
+def full_disk_in_register(workspace: Workspace) -> None:
+    """The disk of results/ has what the stages before have written, and no room for the report."""
+    place, aside = workspace.folder / "results", workspace.folder / "results.aside"
+    used = sum(BLOCK * (1 + path.lstat().st_size // BLOCK) for path in place.rglob("*"))
+    place.rename(aside)
+    with small_disk(place, str(used + 4 * BLOCK)):
+        shutil.copytree(aside, place, symlinks=True, dirs_exist_ok=True)
+        workspace.told(workspace.run(*ONE, "register"), NO_ROOM)
+    place.rmdir()
+    aside.rename(place)
+    workspace.recovers(*ONE, "register")
+    workspace.stages = ("register",)

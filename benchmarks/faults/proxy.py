@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import psutil
+
 from benchmarks.faults.workspace import PATIENCE_S, Workspace
 
 KEYS = {
@@ -58,6 +60,12 @@ def server(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def kill_all(process: "subprocess.Popen[bytes]") -> None:
+    """`kill -9` of a process and of all below it, at once."""
+    for part in (*psutil.Process(process.pid).children(recursive=True), process):
+        part.kill()
 
 
 @contextmanager

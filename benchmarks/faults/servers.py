@@ -1,4 +1,4 @@
-"""Prefect's and MLflow's servers: not there, killed, answering with errors."""
+"""MLflow's server, and Prefect's that is not there: killed, answering with errors."""
 
 import json
 import subprocess
@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import psutil
 
 from benchmarks.faults.listing import fault
 from benchmarks.faults.proxy import free_port, proxy_to, server
@@ -26,25 +24,6 @@ def prefect_server_not_there(workspace: Workspace) -> None:
     workspace.told(workspace.run(*FLOW, PREFECT_API_URL=url), said)
     workspace.recovers(*ONE, "distill")
     workspace.stages = ("distill",)
-
-
-@fault("server", before="evaluate@tuned")
-def kill9_of_the_prefect_server(workspace: Workspace) -> None:
-    """The Prefect server is killed while a flow runs; without it the same command goes on."""
-    port = free_port()
-    prefect = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-    url = f"http://127.0.0.1:{port}/api"
-    with server(workspace, port, *prefect, "--port", str(port)) as process:
-        running = workspace.start(*FLOW, PREFECT_API_URL=url)
-        workspace.in_the_middle(running, "evaluate@tuned")
-        for part in (*psutil.Process(process.pid).children(recursive=True), process):
-            part.kill()
-        done = workspace.finish(running)
-    if done.exit_code != 0:
-        workspace.told(done, "error: Prefect's server went away")
-    else:
-        workspace.said = "the flow runs to its end"
-    workspace.recovers(*FLOW)
 
 
 @contextmanager

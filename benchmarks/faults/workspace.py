@@ -98,6 +98,14 @@ class Running:
                 return child
         raise UnexpectedError(f"no process {' '.join(words)}")
 
+    def has_loaded(self, module: str, library: str) -> bool:
+        """Whether the process of a `python -m module` below this one has loaded that library."""
+        try:
+            maps = self.child(module).memory_maps()
+        except (UnexpectedError, psutil.Error):
+            return False
+        return any(library in place.path for place in maps)
+
     def signal(self, how: signal.Signals, *, group: bool = False) -> None:
         """Send a signal to the command, or to its process group."""
         (os.killpg if group else os.kill)(self.pid, how)
@@ -231,12 +239,12 @@ class Workspace:
         """Wait until a stage has something to lose; notes what it would lose now."""
         name = stage.partition("@")[0]
         durable = {
-            "prepare": lambda: f"components.{name}" in running.output,
+            "prepare": lambda: running.has_loaded("components.prepare", "arrow"),
             "cache": lambda: len(list((self.folder / "data/cache").glob("*.safetensors"))) >= 4,
             "distill": lambda: list((self.folder / "runs/distill").glob("*.pt")),
             "halve": lambda: list((self.folder / "runs/halve").glob("*.pt")),
             "evaluate": lambda: "images, 100%" in running.output,
-            "register": lambda: f"components.{name}" in running.output,
+            "register": lambda: running.has_loaded("components.register", "_sqlite3"),  # MLflow
         }[name]
         running.wait_for(durable, f"work of {stage}")
         if name in ("distill", "halve"):
