@@ -148,18 +148,28 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlflow server` on 127.0.0.1, which can be killed and started again."""
+    """`mlflow server` on 127.0.0.1, which can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of its log, and of what is kept where nothing else is said.
+        store: URI of its database.
+        artifacts: where its files go.
+    """
+
+    def __init__(
+        self, folder: Path, *, store: str | None = None, artifacts: str | None = None
+    ) -> None:
         self.folder, self.port = folder, free_port()
+        self._store = store or f"sqlite:///{folder}/mlflow.db"
+        self._artifacts = artifacts or str(folder / "artifacts")
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command += ["--backend-store-uri", self._store]
+        command += ["--artifacts-destination", self._artifacts]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | {
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+import s3fs
+from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
@@ -29,9 +31,10 @@ from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
+from tests.stores import Server, free_port
 from tests.toy import make_repository, toy_params, write_params
 
-pytest_plugins = ["tests.toy"]
+pytest_plugins = ["tests.postgres", "tests.toy"]
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate@base", "evaluate@tuned", "register")
@@ -499,12 +502,6 @@ def running(command: list[str], log: Path, environment: dict[str, str]) -> Itera
             pytest.fail(f"{command} does not stop")
 
 
-def free_port() -> int:
-    with socket.socket() as candidate:
-        candidate.bind(("127.0.0.1", 0))
-        return int(candidate.getsockname()[1])
-
-
 Call = Callable[..., str]
 
 
@@ -529,7 +526,28 @@ PREFECT = (sys.executable, "-m", "prefect")
 
 
 @pytest.fixture
-def servers(toy_repository: Path, tmp_path: Path) -> Iterator[Servers]:
+def team(postgres: str, s3: str, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What docs/deploying.md keeps state in: PostgreSQL, S3, and an MLflow server on both."""
+    pytest.importorskip("psycopg2", reason="MLflow reaches PostgreSQL by psycopg2-binary")
+    store = f"postgresql+psycopg2://{postgres}/mlflow"
+    mlflow = Server(tmp_path, store=store, artifacts=f"{s3}/mlflow")
+    mlflow.start()
+    database = f"postgresql+asyncpg://{postgres}/prefect"
+    yield {
+        "MLFLOW_TRACKING_URI": mlflow.uri,
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": database,
+    }
+    mlflow.kill()
+
+
+@pytest.fixture
+def settings(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Further variables of server and worker, by the fixture that a test names."""
+    return request.getfixturevalue(request.param) if hasattr(request, "param") else {}
+
+
+@pytest.fixture
+def servers(settings: dict[str, str], toy_repository: Path, tmp_path: Path) -> Iterator[Servers]:
     """docs/server.md, steps 1 to 3; when they are stopped, nothing that was started is left."""
     port = free_port()
     mark = uuid.uuid4().hex  # inherited by all that this test starts
@@ -542,6 +560,7 @@ def servers(toy_repository: Path, tmp_path: Path) -> Iterator[Servers]:
         "PNP_TEST": mark,
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
+        **settings,
     }
 
     def call(*command: str) -> str:
@@ -574,18 +593,29 @@ def experiments(call: Call) -> set[str]:
 
 @pytest.mark.services
 @pytest.mark.timeout(1500)  # some twenty processes, which a busy machine takes its time over
-def test_server_worker_and_command_line(servers: Servers) -> None:
+@pytest.mark.parametrize("settings", ["team"], indirect=True)
+def test_server_worker_and_command_line(
+    servers: Servers, settings: dict[str, str], s3: str, tmp_path: Path
+) -> None:
     """docs/server.md, step 4; the other door finds all done, and tells where things are."""
     call = servers.call
     call(*servers.run, "distill/local")
     assert "up to date" in dvc_status()
     call(*servers.run, "promote/local")
+    champion = MlflowClient(settings["MLFLOW_TRACKING_URI"]).get_model_version_by_alias(
+        "pnp-guide", "champion"
+    )
+    assert champion.version == "1"
+    assert s3fs.S3FileSystem(skip_instance_cache=True).find(f"{s3}/mlflow"), "files are on S3"
+    assert not list((tmp_path / "prefect").glob("*.db")), "runs are in PostgreSQL"
+    assert not Path("mlflow.db").exists()
 
-    del servers.environment["PREFECT_API_URL"]
+    for name in ("PREFECT_API_URL", "PREFECT_SERVER_DATABASE_CONNECTION_URL"):
+        del servers.environment[name]
     told = call(sys.executable, "-m", "flows", "distill")
     assert "Stage 'register' didn't change, skipping" in told
-    assert Path("results/report/table.md").read_text() in told
-    assert Path("results/report/grid.png").exists()
+    for page in ("results/report/index.html", "results/report/grid.png"):
+        assert page in told and Path(page).exists()
 
     # And what it tells works.
     make = [sys.executable, "-m", "components.generate", "--model", "models/tuned"]

@@ -12,15 +12,21 @@ from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
 from tests import test_promote
 from tests.stores import NAME, Server, make_checkout, proxy, register
 
-pytest_plugins = ["tests.stores"]
+pytest_plugins = ["tests.postgres", "tests.stores"]
 pytestmark = pytest.mark.services
 
 PARTS = ("registered-models/alias", "registered-models/get", "model-versions/search", "runs/create")
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    store = None
+    if request.param == "postgres":
+        pytest.importorskip("psycopg2", reason="MLflow reaches PostgreSQL by psycopg2-binary")
+        store = f"postgresql+psycopg2://{request.getfixturevalue('postgres')}/mlflow"
+    server = Server(tmp_path_factory.mktemp("server"), store=store)
     server.start()
     yield server
     server.kill()
@@ -74,7 +80,7 @@ def test_a_lost_answer_does_not_register_twice(
         assert register(0.5, tracking=behind) == "1"
     registry = Registry(on(server), name)
     assert registry.versions() == [1]
-    assert registry.summary("1")["models"]["base"]["guidance_fvu"] == 0.5
+    assert registry.summary("1")["models"]["base"]["guidance_fvu"]["value"] == 0.5
 
 
 def test_files_that_the_server_lost_are_said_to_be_lost(
