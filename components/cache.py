@@ -6,8 +6,9 @@ there, whoever built them, and data/cache keeps the index only; training reads t
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.cli import main
@@ -16,6 +17,7 @@ from components.dataset import read_records
 from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
+from components.shipping import pack
 from components.storage import Mirror
 from pnp_core.files import read_json, write_bytes
 
@@ -51,9 +53,7 @@ def run(params: Params) -> None:
     )
     check_room(sum(plan.num_bytes[name] for name in missing - built))
     if mirror and missing:
-        for name in plan.phases[0]:  # pairs are built from these
-            if name in there - built:
-                write_bytes(builder.path(name), mirror.read(builder.path(name).name))
+        fetch_missing([n for n in plan.phases[0] if n in there], builder, mirror)  # for pairs
 
     # Pairs take nearly all of the time.
     progress = Progress("cache", plan.num_pairs, "pairs")
@@ -71,7 +71,10 @@ def run(params: Params) -> None:
 
     phases = [[name for name in phase if name in missing] for phase in plan.phases]
     if params.cluster.num_workers:
-        run_tasks(shard_building, params, phases, count_shard, name="cache")
+        shipment = pack(
+            params, [PREPARED, Path(params.base), Path(params.companions)], stage="cache"
+        )
+        run_tasks(shard_building, params, phases, count_shard, name="cache", shipment=shipment)
     else:
         builder.tell = count
         for name in chain(*phases):
@@ -153,7 +156,20 @@ def shard_building(params: Params) -> Callable[[str], None]:
     """The work of each Ray worker: it loads the base once and then builds shards by name."""
     builder = cache_builder(params)
     mirror = cache_mirror(params, builder)
-    return lambda name: build(name, builder, mirror)
+
+    def work(name: str) -> None:
+        if mirror and name not in builder.plan.phases[0]:  # it is built from these
+            fetch_missing(builder.plan.phases[0], builder, mirror)
+        build(name, builder, mirror)
+
+    return work
+
+
+def fetch_missing(names: Iterable[str], builder: "CacheBuilder", mirror: Mirror) -> None:
+    """Have these shards here, which are where shards are kept."""
+    for name in names:
+        if not builder.is_built(name):
+            write_bytes(builder.path(name), mirror.read(builder.path(name).name))
 
 
 def megabytes(num_bytes: int) -> str:

@@ -1,36 +1,34 @@
 """Ray: work that outgrows a process. On a laptop `num_workers: 0` does it without.
 
-Ray runs on this machine unless RAY_ADDRESS names a cluster, whose nodes must see this folder under
-the same path. Each worker has one thread on a CPU, or one GPU where the cluster has any. What a
-cluster has no room for is waited for, in the log, and given up after `cluster.wait_minutes`; a
-worker that has not answered for as long is replaced.
+Ray runs on this machine unless `cluster.address` or RAY_ADDRESS names a cluster, whose nodes see
+this folder under the same path, or with `cluster.shared_folder: false` have what they need shipped.
+Each worker has one thread on a CPU, or one GPU where the cluster has any. What a cluster has no
+room for is waited for, in the log, and given up after `cluster.wait_minutes`; a worker that has not
+answered for as long is replaced.
 """
 
 import math
 import os
 import shutil
-import signal
-import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from components.following import Follower, Report, reports_here, telling_losses
+from components.joining import GROUP_START_S, cause_of, joined
 from components.liveness import PULSE, Head, Pulse
 from components.params import Params
+from components.paths import RUNS
 from components.progress import clock
+from components.shipping import Shipment
+from pnp_core.files import write_bytes
 
-OBJECT_STORE_BYTES = 150 * 2**20  # nothing of size goes through it
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_TO_ANSWER = 10.0
 # A cluster that has just started tells its resources after a moment; a wait is told after it.
 SECONDS_UNTOLD = 5.0
 SECONDS_BETWEEN_LINES = 30.0
-# What a wait for workers that were lost is made of.
-GROUP_START_S = 60
 
 
 def run_training(
@@ -39,15 +37,15 @@ def run_training(
     report: Report,
     *,
     name: str,
-    directory: Path,
+    shipment: Shipment | None = None,
 ) -> None:
     """Run `work(params, report)` on as many workers as `params.cluster` says.
 
     `work` must resume from what an earlier attempt left: a group that loses a worker is started
-    again, `max_failures` times. Rank 0's reports arrive at `report` in this process. `directory`
-    is for Ray's own files. Raises ValueError, with the worker's own
-    words, if the group fails, and where the cluster has no room for it for too long; MayPassError
-    if the cluster goes away.
+    again, `max_failures` times. Rank 0's reports arrive at `report` in this process. Ray's
+    own files go to `runs/<name>`. `shipment`: the workers do not see this folder. Raises
+    ValueError, with the worker's own words, if the group fails, and where the cluster has no room
+    for it for too long; MayPassError if the cluster goes away.
     """
     if params.cluster.num_workers == 0:
         work(params, report)
@@ -57,21 +55,25 @@ def run_training(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    directory = directory.absolute()
+    directory = (RUNS / name).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    with _ray(params):
+    storage_path, files = str(directory / "ray"), None
+    if shipment:
+        storage_path, files = shipment.mirror("ray").for_arrow()
+    with joined(params, sees_folder=shipment is None):
         room = _Room(params, name)
         room.wait()
         head, reports = Head(name), reports_here()
-        arguments = {"work": work, "params": params, "root": str(Path.cwd()), "reports": reports}
+        arguments = {"work": work, "params": params, "place": shipment or Path.cwd()}
         trainer = TorchTrainer(
             _on_worker,
-            train_loop_config=arguments,
+            train_loop_config={**arguments, "reports": reports},
             scaling_config=ScalingConfig(num_workers=room.num_workers, use_gpu=room.has_gpu),
             run_config=RunConfig(
                 # Ray would take a second run of the same name for the end of the first.
                 name=f"{name}-{time.time_ns():x}",
-                storage_path=str(directory / "ray"),
+                storage_path=storage_path,
+                storage_filesystem=files,
                 failure_config=FailureConfig(
                     max_failures=params.cluster.max_failures,
                     controller_failure_limit=math.ceil(room.limit_s / GROUP_START_S),
@@ -88,25 +90,32 @@ def run_training(
             with Follower(reports, report, look):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
-        except ray.exceptions.RayError as error:
-            raise head.gone(error) from error  # what steers the group is lost, and none of its own
+            raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
+        except ray.exceptions.RayError as error:  # what steers the group is lost
+            if not head.answers():
+                raise head.gone(error) from error
+            raise ValueError(f"{name}: training was lost: {cause_of(error)}") from error
+    if shipment:
+        shipment.bring()
+    else:
         shutil.rmtree(directory / "ray")
 
 
-def run_tasks(
+def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
     make: Callable[[Params], Callable[[str], None]],
     params: Params,
     phases: Sequence[Sequence[str]],
     done: Callable[[str], None],
     *,
     name: str,
+    shipment: Shipment | None = None,
 ) -> None:
     """Do tasks on `params.cluster.num_workers` workers, each with a `make(params)` of its own.
 
     The tasks of a phase are shared out among the workers; the next phase waits for them all. A task
     must be one that can be done again: a worker that is lost is replaced, and what it was at given
-    to the new one, `max_failures` times. `done` hears of each task in this process. Raises
+    to the new one, `max_failures` times. `done` hears of each task in this process. `shipment`: the
+    workers do not see this folder, and what they make in its folder `made` comes back. Raises
     ValueError, with the worker's own words, if a task fails, MayPassError if the cluster goes away.
     """
     most = max(map(len, phases))
@@ -117,7 +126,7 @@ def run_tasks(
     from ray.exceptions import RayError
     from ray.util import ActorPool
 
-    with _ray(params):
+    with joined(params, sees_folder=shipment is None):
         room = _Room(params, name, most=most)
         room.wait()
         head = Head(name)
@@ -127,7 +136,8 @@ def run_tasks(
             max_restarts=params.cluster.max_failures,
             max_task_retries=params.cluster.max_failures,
         )
-        workers = [worker.remote(make, params, str(Path.cwd())) for _ in range(room.num_workers)]
+        place = shipment or Path.cwd()
+        workers = [worker.remote(make, params, place) for _ in range(room.num_workers)]
         pool = ActorPool(workers)
         pulse = Pulse(workers, room.limit_s, name)
         try:
@@ -136,7 +146,10 @@ def run_tasks(
                     pool.submit(lambda actor, task: actor.do.remote(task), task)
                 while pool.has_next():
                     try:
-                        done(pool.get_next_unordered(timeout=SECONDS_BETWEEN_LOOKS))
+                        task, made = pool.get_next_unordered(timeout=SECONDS_BETWEEN_LOOKS)
+                        for path, content in made.items():
+                            write_bytes(path, content)
+                        done(task)
                     except RayError:
                         raise
                     except TimeoutError:  # nothing is done yet: is there still who could do it?
@@ -148,7 +161,7 @@ def run_tasks(
         except RayError as error:
             if not head.answers():
                 raise head.gone(error) from error
-            raise ValueError(f"{name}: a Ray worker failed: {_cause(error)}") from error
+            raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
 
 
 class _Room:
@@ -219,76 +232,31 @@ class _TaskWorker:
     """A Ray actor that does tasks one at a time."""
 
     def __init__(
-        self, make: Callable[[Params], Callable[[str], None]], params: Params, root: str
+        self,
+        make: Callable[[Params], Callable[[str], None]],
+        params: Params,
+        place: Path | Shipment,
     ) -> None:
-        _settle(root)
+        _settle(place)
+        self._returns = place.made if isinstance(place, Shipment) else None
         self._make, self._params = make, params
         self._work: Callable[[str], None] | None = None
 
-    def do(self, task: str) -> str:
+    def do(self, task: str) -> tuple[str, dict[Path, bytes]]:
         if self._work is None:  # not sooner: a worker that loads a model must answer too
             self._work = self._make(self._params)
+        before = self._made()
         self._work(task)
-        return task
+        made = [path for path, changed in self._made().items() if before.get(path) != changed]
+        return task, {path: path.read_bytes() for path in made}
+
+    def _made(self) -> dict[Path, int]:
+        """The files that are to come back, and when they were written."""
+        files = self._returns.rglob("[!.]*") if self._returns else ()
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
 
     def ping(self) -> None:
         """Answered beside the work."""
-
-
-@contextmanager
-def _ray(params: Params) -> Iterator[None]:
-    """Ray, for a while: here or at RAY_ADDRESS. Raises ValueError if nobody answers there."""
-    import ray
-
-    # Workers must find this code.
-    environment = {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
-    environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(GROUP_START_S)
-    environment["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(60 * params.cluster.wait_minutes)
-    address = os.environ.get("RAY_ADDRESS")
-    local: dict[str, Any] = {}
-    if not address:
-        local = {
-            "num_cpus": max(params.cluster.num_workers, os.cpu_count() or 1),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    at_sigterm = signal.getsignal(signal.SIGTERM)
-    if address:
-        _knock(address)
-    try:
-        ray.init(
-            log_to_driver=False,
-            logging_level="ERROR",
-            runtime_env={"env_vars": environment},
-            **local,
-        )
-    except ConnectionError as error:
-        raise ValueError(
-            f"the Ray cluster at RAY_ADDRESS={address} does not let us in: {_cause(error)}. If it "
-            "has a token, set RAY_AUTH_MODE=token, and the token as RAY_AUTH_TOKEN or in "
-            "~/.ray/auth_token; its version must be this one's"
-        ) from error
-    if at_sigterm is not None:
-        signal.signal(signal.SIGTERM, at_sigterm)  # Ray has put its own in place
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises ValueError if nobody listens at `host:port`; Ray would try for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return  # `auto`, which Ray knows
-    try:
-        place = host.strip("[]"), int(port)
-        socket.create_connection(place, timeout=SECONDS_TO_ANSWER).close()
-    except OSError as error:
-        raise ValueError(
-            f"no Ray cluster answers at RAY_ADDRESS={address}: {error}. Start it, or unset "
-            "RAY_ADDRESS to run Ray on this machine"
-        ) from error
 
 
 def _on_worker(arguments: Mapping[str, Any]) -> None:
@@ -297,7 +265,8 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
     import ray.train.torch
     import torch
 
-    _settle(arguments["root"])
+    place = arguments["place"]
+    _settle(place)
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
     rank = ray.train.get_context().get_world_rank()
@@ -306,22 +275,20 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
         if rank == 0:
             ray.get(arguments["reports"].add.remote((num_images, dict(metrics))))
 
-    arguments["work"](arguments["params"], report)
+    with place.sending() if isinstance(place, Shipment) and rank == 0 else nullcontext():
+        arguments["work"](arguments["params"], report)
 
 
-def _settle(root: str) -> None:
-    """What every worker does first."""
+def _settle(place: Path | Shipment) -> None:
+    """What every worker does first: go to the folder of the work, or make it here."""
     import torch
 
     from components.environment import quiet
 
     quiet()
-    os.chdir(root)  # Ray starts workers in a folder of its own
+    if isinstance(place, Shipment):
+        place.unpack()
+    else:
+        os.chdir(place)  # Ray starts workers in a folder of its own
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-
-
-def _cause(error: BaseException) -> str:
-    """The last line that says something of a Ray error, whose text is a traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

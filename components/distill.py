@@ -7,7 +7,7 @@ checkpoint in runs/distill.
 from typing import TYPE_CHECKING
 
 from components.cli import main
-from components.cluster import Report
+from components.following import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
 from components.training import (
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 def run(params: Params) -> None:
     """Write guides/distilled. Raises ValueError if the cache is not of this base."""
-    train_stage("distill", train_guide, params, num_images=params.distill.num_images)
+    num_images = params.distill.num_images
+    train_stage("distill", train_guide, params, num_images=num_images, makes=DISTILLED)
 
 
 def train_guide(params: Params, report: Report) -> None:

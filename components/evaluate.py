@@ -26,6 +26,7 @@ from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
+from components.shipping import pack
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -196,7 +197,11 @@ def sample_missing(work: Work, model: str) -> None:
     params = work.sampler.params
     if params.cluster.num_workers:
         make = partial(sampling, model=model, folder=work.folder)
-        run_tasks(make, params, [list(sizes)], count, name=f"evaluate {model}")
+        row = params.models[model]
+        needs = [Path(params.base), Path(row.path), work.folder, PREPARED]
+        shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
+        name = f"evaluate {model}"
+        run_tasks(make, params, [list(sizes)], count, name=name, shipment=shipment)
         work.kept.look_again()
     else:
         for setting, tasks in todo:

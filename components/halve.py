@@ -5,7 +5,7 @@ count. Interrupted, it goes on from the round's checkpoint in runs/halve.
 """
 
 from components.cli import main
-from components.cluster import Report
+from components.following import Report
 from components.params import Params
 from components.paths import BUNDLE, DISTILLED
 from components.training import checkpoint_folder, open_cache, train_config, train_stage
@@ -15,7 +15,8 @@ from pnp_core.settings import HalveConfig, halving_rounds
 def run(params: Params) -> None:
     """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
     rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
-    train_stage("halve", train_rounds, params, num_images=len(rounds) * params.halve.num_images)
+    num_images = len(rounds) * params.halve.num_images
+    train_stage("halve", train_rounds, params, num_images=num_images, makes=BUNDLE)
 
 
 def train_rounds(params: Params, report: Report) -> None:

@@ -180,8 +180,10 @@ class Cluster(Section, frozen=True):
     """The Ray workers that the cache and training are spread over."""
 
     num_workers: CountOrZero  # 0: in this process, without Ray
+    address: str | None = None  # host:port to join; None: RAY_ADDRESS, without it this machine
+    shared_folder: bool = True  # whether workers see this folder; else files go by `storage`
     max_failures: CountOrZero  # how many lost workers a training run survives
-    wait_minutes: Positive  # for workers that a cluster lacks, or a lock that another holds
+    wait_minutes: Positive  # for workers that lack or do not answer, or another's lock
 
 
 class Params(Section, frozen=True):
@@ -201,6 +203,15 @@ class Params(Section, frozen=True):
     promote: Promote
     tracking: Tracking
     cluster: Cluster
+
+    @model_validator(mode="after")
+    def _files_travel(self) -> Self:
+        if not (self.cluster.shared_folder or self.storage):
+            raise ValueError(
+                "cluster.shared_folder is false, and then `storage` must name the place by which "
+                "data, models and checkpoints travel"
+            )
+        return self
 
     @model_validator(mode="after")
     def _folders_apart(self) -> Self:

@@ -5,10 +5,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from components.errors import MayPassError
 from pnp_core.files import atomic_file
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 Result = TypeVar("Result")
 
@@ -83,12 +86,21 @@ class Mirror:
         )
         return content
 
+    def fetch(self, name: str, path: Path) -> None:
+        """One file, to `path`. FileNotFoundError if there is none."""
+        with atomic_file(path) as new:
+            there = f"{self._root}/{name}"
+            self._patiently("read", name, lambda: self._files.get_file(there, str(new)))
+
     def put(self, path: Path, folder: Path) -> None:
         """Send one file of `folder`."""
-        name = path.relative_to(folder).as_posix()
+        self.send(path, path.relative_to(folder).as_posix())
+
+    def send(self, path: Path, name: str) -> None:
+        """Send a file, to be called `name` there."""
         there = f"{self._root}/{name}"
 
-        def send() -> None:
+        def put() -> None:
             if self._is_local:  # of a bucket, S3 shows a file whole or not at all
                 self._files.info(self._place)
                 with atomic_file(Path(there)) as new:
@@ -96,7 +108,18 @@ class Mirror:
             else:
                 self._files.put_file(str(path), there)
 
-        self._patiently("write", name, send, is_place=True)
+        self._patiently("write", name, put, is_place=True)
+
+    def forget(self) -> None:
+        """Delete all that is there."""
+        if self.names():
+            self._patiently("delete", "", lambda: self._files.rm(self._root, recursive=True))
+
+    def for_arrow(self) -> "tuple[str, FileSystem]":
+        """Path and file system, as PyArrow and Ray have them."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return self._root, PyFileSystem(FSSpecHandler(self._files))
 
     def _names(self) -> set[str]:
         self._files.invalidate_cache()

@@ -5,10 +5,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.cluster import Report, run_training
+from components.cluster import run_training
+from components.following import Report
 from components.params import Params, Train, cache_config
-from components.paths import CACHE, PREPARED, RUNS
+from components.paths import CACHE, DISTILLED, PREPARED, RUNS
 from components.progress import Progress
+from components.shipping import pack
 from components.storage import Mirror
 from pnp_core.files import read_json
 from pnp_core.settings import MEMORY_ONLY, TrainConfig
@@ -19,9 +21,22 @@ if TYPE_CHECKING:
 
 
 def train_stage(
-    stage: str, work: Callable[[Params, Report], None], params: Params, *, num_images: int
+    stage: str,
+    work: Callable[[Params, Report], None],
+    params: Params,
+    *,
+    num_images: int,
+    makes: Path,
 ) -> None:
-    """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes."""
+    """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes.
+
+    Args:
+        stage: its name, and that of its section and its folder of checkpoints.
+        work: what each worker does.
+        params: all of them.
+        num_images: that it will report, over all rounds.
+        makes: the folder that the first worker writes.
+    """
     from components.tracking import TrainingRun, current_pipeline
     from pnp_core.train import RECIPE
 
@@ -31,6 +46,9 @@ def train_stage(
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     whole = current_pipeline(params)
+    needs = [Path(params.base), Path(params.companions), CACHE / "index.json"]
+    needs += [PREPARED / "manifest.json", *([DISTILLED] if makes != DISTILLED else [])]
+    shipment = pack(params, needs, stage=stage, kept=RUNS / stage, made=makes)
     with TrainingRun(params.tracking, stage, key=key, params=settings, pipeline=whole) as run:
 
         def report(done: int, metrics: Mapping[str, float]) -> None:
@@ -38,8 +56,7 @@ def train_stage(
             progress(done, f"{rounds}loss {metrics['loss']:.4f}")
             run.curve(*curves(stage, done, metrics, section.num_images))
 
-        directory = RUNS / stage
-        run_training(work, params, report, name=stage, directory=directory)
+        run_training(work, params, report, name=stage, shipment=shipment)
 
 
 def curves(

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from components import cluster, liveness, prepare
-from components.cluster import Report, run_tasks, run_training
+from components.cluster import run_tasks, run_training
 from components.environment import quiet
 from components.errors import MayPassError
+from components.following import Report
 from components.liveness import Head, Pulse
 from components.params import Params, load_params
 from tests import toy
@@ -294,9 +295,7 @@ def train_and_stop_once(params: Params, report: Report) -> None:
 def train(params: Params, work: Callable[[Params, Report], None]) -> list[int]:
     """The steps that are reported."""
     steps: list[int] = []
-    run_training(
-        work, params, lambda step, _: steps.append(step), name="distill", directory=Path("runs")
-    )
+    run_training(work, params, lambda step, _: steps.append(step), name="distill")
     return steps
 
 

@@ -18,8 +18,9 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from components import cache, distill, prepare
-from components.cluster import Report, run_training
+from components.cluster import run_training
 from components.environment import quiet
+from components.following import Report
 from components.params import Params, load_params
 from components.paths import DISTILLED
 from tests import toy
@@ -32,8 +33,9 @@ STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 TRAINED = {"distill", "halve"}
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "errors", "following", "interrupt", "liveness"}
-PLUMBING |= {"mlflow_place", "params", "paths", "progress", "rules", "section", "snapshot"}
+PLUMBING = {"cli", "cluster", "environment", "errors", "following", "interrupt", "joining"}
+PLUMBING |= {"liveness", "mlflow_place", "params", "paths", "progress", "rules", "section"}
+PLUMBING |= {"shipping", "snapshot"}
 # Nor a guide: what records its training, and what brings shards, whose checksums are compared.
 CHANGES_NO_GUIDE = {"components/storage.py", "components/tracking"}
 
@@ -193,7 +195,6 @@ def test_two_ray_workers_of_which_one_dies_train_the_same_guide(world: Path) -> 
             load_params(Path("params.yaml")),
             lambda num_images, metrics: reports.append((num_images, metrics)),
             name="distill",
-            directory=Path("runs/distill"),
         )
         return load_file(DISTILLED / "diffusion_pytorch_model.safetensors")
 

@@ -1,0 +1,197 @@
+"""Work on Ray nodes that do not see this folder: files travel by way of `storage`.
+
+What a stage reads lies there under its SHA-256, once for everybody. What it makes, and the folder
+that its checkpoints are in, lie under a name of this checkout's own until the stage ends.
+"""
+
+import fcntl
+import hashlib
+import socket
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from components.params import Params
+from components.storage import Mirror
+from pnp_core.files import sha256_file, write_directory
+
+FILES, WORK = "files", "work"  # below `storage`
+TAR = ".tar"
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipment:
+    """What a stage's workers find in their own folders, and what comes back.
+
+    Attributes:
+        storage: where it travels by.
+        inputs: the SHA-256 of files by their paths.
+        folders: that are there, and may be empty.
+        name: of this checkout and stage.
+        kept: the folder of checkpoints, which the workers go on from and send.
+        made: the folder that they make.
+    """
+
+    storage: str
+    inputs: dict[str, str]
+    folders: tuple[str, ...]
+    name: str
+    kept: Path | None
+    made: Path | None
+
+    def mirror(self, part: str) -> Mirror:
+        """A place of this stage's own."""
+        return Mirror(self.storage, f"{WORK}/{self.name}/{part}")
+
+    def unpack(self) -> None:
+        """On a worker: have the inputs and the last checkpoints below the working directory."""
+        with open(".unpacking", "w") as lock:  # workers of a node share the folder
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for folder in self.folders:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            files = Mirror(self.storage, FILES)
+            for name, sha256 in self.inputs.items():
+                path = Path(name)
+                if not (path.exists() and sha256_file(path) == sha256):
+                    files.fetch(sha256, path)
+                    if sha256_file(path) != sha256:
+                        raise ValueError(f"{files.url}/{sha256} is not what was sent as {name}")
+            if self.kept:  # nobody trains before all have it
+                pull(self.mirror("kept"), self.kept, is_there=True)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """On the worker that writes: checkpoints are sent as they come, and last what is made."""
+        assert self.kept and self.made
+        mirror, over = self.mirror("kept"), threading.Event()
+        sent: dict[str, int] = {}
+        folder = self.kept
+
+        def follow() -> None:
+            while not over.wait(SECONDS_BETWEEN_LOOKS):
+                push(folder, mirror, sent)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+        push(folder, mirror, sent)
+        send(self.made, self.mirror("made"))
+
+    def bring(self) -> None:
+        """Where the stage was started: fetch what was made and kept, and remove it there."""
+        assert self.kept and self.made
+        pull(self.mirror("kept"), self.kept)
+        pull(self.mirror("made"), self.made.parent)
+        self.mirror("").forget()
+
+
+def pack(
+    params: Params,
+    needs: Sequence[Path],
+    *,
+    stage: str,
+    kept: Path | None = None,
+    made: Path | None = None,
+) -> Shipment | None:
+    """Send to `storage` what workers need; None where they see this folder, or there are none.
+
+    Checkpoints that are here are sent where `storage` has none.
+
+    Raises:
+        ValueError: what they need lies outside of this folder.
+    """
+    if params.cluster.shared_folder or not params.cluster.num_workers:
+        return None
+    assert params.storage
+    files = Mirror(params.storage, FILES)
+    there, inputs = files.names(), {}
+    for need in needs:
+        for path in [need] if need.is_file() else sorted(need.rglob("*")):
+            if not path.is_file():
+                continue
+            name = _inside(path)
+            inputs[name] = sha256_file(path)
+            if inputs[name] not in there:
+                files.send(path, inputs[name])
+    place = f"{socket.gethostname()}:{Path.cwd()}"
+    shipment = Shipment(
+        storage=params.storage,
+        inputs=inputs,
+        folders=tuple(_inside(need) for need in needs if need.is_dir()),
+        name=f"{hashlib.sha256(place.encode()).hexdigest()[:16]}-{stage}",
+        kept=kept,
+        made=made,
+    )
+    if kept and kept.is_dir():
+        mirror = shipment.mirror("kept")
+        if not mirror.names():
+            push(kept, mirror, {})
+    return shipment
+
+
+def _inside(path: Path) -> str:
+    """`path` from here. Raises ValueError if it leads elsewhere."""
+    try:
+        return path.absolute().relative_to(Path.cwd()).as_posix()
+    except ValueError:
+        raise ValueError(
+            f"{path} lies outside of this folder, and with `cluster.shared_folder: false` workers "
+            "find files by their place in it: move or copy it here"
+        ) from None
+
+
+def push(folder: Path, mirror: Mirror, sent: dict[str, int]) -> None:
+    """Send what has changed of a folder since it was `sent`: files, and folders as a whole."""
+    there = {path.name: path for path in folder.glob("[!.]*") if path.name != "ray"}
+    for name, path in there.items():
+        changed = path.stat().st_mtime_ns
+        if sent.get(name) != changed:
+            send(path, mirror)
+            sent[name] = changed
+
+
+def send(path: Path, mirror: Mirror) -> None:
+    """Send a file, or a folder in one piece, so that no half of it is ever there."""
+    if path.is_file():
+        mirror.send(path, path.name)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        with tarfile.open(file.name, "w") as tar:
+            tar.add(path, ".")
+        mirror.send(Path(file.name), path.name + TAR)
+
+
+def pull(mirror: Mirror, folder: Path, *, is_there: bool = False) -> None:
+    """Fetch into a folder what was sent of one.
+
+    `is_there`: the folder is then the same: files that were not sent, of an earlier run, are
+    deleted. Folders in it are of one content, and not fetched twice.
+    """
+    names = mirror.names()
+    if is_there and folder.is_dir():
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in names:
+                path.unlink()
+    for name in sorted(names):
+        if not name.endswith(TAR):
+            mirror.fetch(name, folder / name)
+            continue
+        if is_there and (folder / name.removesuffix(TAR)).exists():
+            continue
+        with tempfile.TemporaryDirectory() as aside:
+            packed = Path(aside) / name
+            mirror.fetch(name, packed)
+            with tarfile.open(packed) as tar:
+                write_directory(
+                    folder / name.removesuffix(TAR),
+                    lambda new, tar=tar: tar.extractall(new, filter="data"),  # type: ignore[misc]
+                )

@@ -1,0 +1,206 @@
+"""Ray nodes that see nothing of the checkout: code comes by Ray, all else by way of S3."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import torch
+from safetensors.torch import load_file
+
+from components import cache, distill, halve, prepare
+from components.environment import quiet
+from components.joining import joined
+from components.params import Params, ParamsError, load_params
+from components.paths import BUNDLE, CACHE, DISTILLED, PREPARED, RUNS
+from components.shipping import Shipment, pack
+from tests import toy
+from tests.stores import free_port
+
+pytest_plugins = ["tests.toy"]
+quiet()
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def params_with(storage: str | None, **section: Any) -> Params:
+    values = toy.toy_params() | {"storage": storage}
+    values["cluster"] |= section
+    toy.write_params(Path(), values)
+    return load_params(Path("params.yaml"))
+
+
+def far(storage: str | None, **section: Any) -> Params:
+    return params_with(storage, shared_folder=False, **section)
+
+
+def test_without_a_shared_folder_storage_must_be_named(world: Path) -> None:
+    with pytest.raises(ParamsError, match="shared_folder is false, and then `storage` must name"):
+        far(None)
+
+
+def packed(params: Params) -> Shipment:
+    shipment = pack(
+        params,
+        [Path(params.base), Path("art/main.parquet")],
+        stage="distill",
+        kept=RUNS,
+        made=DISTILLED,
+    )
+    assert shipment
+    return shipment
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_worker_has_what_was_sent_and_the_driver_what_it_made(
+    world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(RUNS / "checkpoint.pt", "step 1")
+    shipment = packed(far(s3, num_workers=1))
+    sent = {path: Path(path).read_bytes() for path in shipment.inputs}
+    assert "models/base/unet/config.json" in sent and "art/main.parquet" in sent
+
+    node = tmp_path / "node"
+    node.mkdir()
+    monkeypatch.chdir(node)
+    write(RUNS / "of-another-run.pt", "older")
+    shipment.unpack()
+    assert {path: Path(path).read_bytes() for path in shipment.inputs} == sent
+    assert [path.name for path in RUNS.iterdir()] == ["checkpoint.pt"]
+    with shipment.sending():
+        write(RUNS / "checkpoint.pt", "step 2")
+        write(RUNS / "steps-16/guide", "16")
+        write(DISTILLED / "guide", "weights")
+
+    monkeypatch.chdir(world)
+    shipment.bring()
+    assert (RUNS / "checkpoint.pt").read_text() == "step 2"
+    assert (RUNS / "steps-16/guide").read_text() == "16"
+    assert (DISTILLED / "guide").read_text() == "weights"
+    assert not s3fs.S3FileSystem().find(f"{s3}/work"), "nothing of the run is left there"
+
+
+def test_a_worker_that_is_lost_costs_what_was_not_yet_sent(
+    world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipment = packed(far(s3, num_workers=1))
+    nodes = [tmp_path / name for name in ("first", "second")]
+    for node in nodes:
+        node.mkdir()
+    monkeypatch.chdir(nodes[0])
+    shipment.unpack()
+    with suppress(ConnectionError), shipment.sending():
+        write(RUNS / "checkpoint.pt", "step 1")
+        deadline = time.monotonic() + 20
+        while not shipment.mirror("kept").names():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        raise ConnectionError
+    monkeypatch.chdir(nodes[1])
+    shipment.unpack()
+    assert (RUNS / "checkpoint.pt").read_text() == "step 1"
+
+
+def test_a_file_is_sent_once_for_everybody(
+    world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed(far(s3, num_workers=1))
+    monkeypatch.setattr("components.storage.Mirror.send", lambda *_: pytest.fail("sent again"))
+    packed(far(s3, num_workers=1))
+
+
+def test_what_lies_outside_of_the_folder_is_refused_by_name(world: Path, s3: str) -> None:
+    shutil.copy("art/main.parquet", world.parent / "away.parquet")
+    with pytest.raises(ValueError, match=r"away.parquet lies outside of this folder"):
+        pack(far(s3, num_workers=1), [world.parent / "away.parquet"], stage="cache")
+
+
+def node(hidden: Path, folder: Path, *options: str) -> "subprocess.Popen[bytes]":
+    """A Ray node that finds `hidden` empty, started in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
+    ray += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    hide = 'mount -t tmpfs none "$0" && exec "$@"'
+    return subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", hide, str(hidden), *ray],
+        cwd=folder,
+        env=environment | {"RAY_AUTH_MODE": "disabled"},
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def cluster(world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A head without CPUs and a node with two, neither of which sees the world; its address."""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("only root can hide a folder from a node (unshare --mount)")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    elsewhere, port = tmp_path / "elsewhere", free_port()
+    elsewhere.mkdir()
+    address, temporary = f"127.0.0.1:{port}", f"/tmp/ray-{port}"
+    head = ["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"]
+    nodes = [node(world, elsewhere, *head, f"--temp-dir={temporary}")]
+    try:
+        time.sleep(10)
+        nodes.append(node(world, elsewhere, f"--address={address}", "--num-cpus=2"))
+        time.sleep(5)
+        yield address
+    finally:
+        for started in nodes:
+            os.killpg(started.pid, signal.SIGTERM)
+            started.wait(timeout=60)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def where_code_is() -> tuple[str, bool]:
+    import components
+
+    return str(components.__file__), Path("params.yaml").exists()
+
+
+@pytest.mark.services
+@pytest.mark.timeout(900)
+def test_nodes_that_see_nothing_make_the_same_cache_and_guides(
+    cluster: str, world: Path, s3: str
+) -> None:
+    def files(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    alone = params_with(None)
+    prepare.run(alone)
+    for stage in (cache, distill, halve):
+        stage.run(alone)
+    shards = {name: content for name, content in files(CACHE).items() if name != "index.json"}
+    guides = [DISTILLED, *sorted(path for path in BUNDLE.iterdir() if path.is_dir())]
+    weights = {path: load_file(path / WEIGHTS) for path in guides}
+    for folder in (CACHE, DISTILLED, BUNDLE, RUNS):
+        shutil.rmtree(folder)
+
+    there = far(s3, num_workers=2, address=cluster, wait_minutes=2)
+    cache.run(there)
+    bucket = s3fs.S3FileSystem(skip_instance_cache=True)
+    sent = {Path(x).name: bucket.cat_file(x) for x in bucket.glob(f"{s3}/cache/*/*.safetensors")}
+    assert sent == shards and files(CACHE).keys() == {"index.json"}
+    for stage in (distill, halve):
+        stage.run(there)
+    for path, tensors in weights.items():
+        for name, tensor in load_file(path / WEIGHTS).items():
+            torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=5e-3)
+    assert PREPARED.exists() and not bucket.find(f"{s3}/work")
+
+    import ray
+
+    with joined(there, sees_folder=False):
+        code, has_params = ray.get(ray.remote(where_code_is).remote())
+    assert "/runtime_resources/working_dir_files/" in code and not has_params
