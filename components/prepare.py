@@ -75,7 +75,8 @@ def run(params: Params) -> None:
             },
         }
         write_json(folder / "manifest.json", manifest)
-    print(f"prepare: {manifest['num_images']} images of {config.resolution} px")
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
+    print(f"prepare: images of {config.resolution} px: {counts}")
 
 
 def further_prompts(path: Path, *, known: Set[str]) -> list[str]:

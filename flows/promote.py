@@ -58,9 +58,9 @@ def promote_flow(  # noqa: PLR0913, the fields of the form in Prefect's UI
         dry_run: say what would be decided, and change nothing.
         force: promote whatever the rules say; needs a reason.
         reason: why; kept with the decision.
-        rollback: make the one champion that was it before.
+        rollback: go back to the champion before the present one.
         reevaluate: judge candidate and champion anew, by the present params.yaml.
-        allow_dirty: also what was made by code that is in no commit.
+        allow_dirty: take a guide too that was made by code which is in no commit.
     """
     log_without_tracebacks()
     flags = {
