@@ -131,6 +131,9 @@ def node(hidden: Path, folder: Path, *options: str) -> "subprocess.Popen[bytes]"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options]
     ray += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+    # Ports that two nodes of one machine would both have.
+    ray += ["--min-worker-port=0", "--max-worker-port=0"]
+    ray += [f"--dashboard-agent-listen-port={free_port()}"]
     hide = 'mount -t tmpfs none "$0" && exec "$@"'
     return subprocess.Popen(
         ["unshare", "--mount", "sh", "-c", hide, str(hidden), *ray],
@@ -161,12 +164,6 @@ def cluster(world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             os.killpg(started.pid, signal.SIGTERM)
             started.wait(timeout=60)
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def where_code_is() -> tuple[str, bool]:
-    import components
-
-    return str(components.__file__), Path("params.yaml").exists()
 
 
 @pytest.mark.services
@@ -200,6 +197,11 @@ def test_nodes_that_see_nothing_make_the_same_cache_and_guides(
     assert PREPARED.exists() and not bucket.find(f"{s3}/work")
 
     import ray
+
+    def where_code_is() -> tuple[str, bool]:  # in here, it travels by value: nodes have no tests
+        import components
+
+        return str(components.__file__), Path("params.yaml").exists()
 
     with joined(there, sees_folder=False):
         code, has_params = ray.get(ray.remote(where_code_is).remote())
