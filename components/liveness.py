@@ -69,31 +69,41 @@ class Pulse:
 
     def __init__(self, workers: Sequence[Any], limit_s: float, name: str) -> None:
         self._workers, self._limit_s, self._name = workers, limit_s, name
-        self._asked: dict[int, tuple[Any, float]] = {}
+        # The question, and since when it waits; None: of a worker that is still starting.
+        self._asked: dict[int, tuple[Any, float | None]] = {}
 
     def look(self) -> None:
-        """Ask each worker again that has answered, and end those that have not for too long."""
+        """Ask each worker again that has answered, and end those that have not for too long.
+
+        A worker that starts, or starts again, may take its time: only one that has answered once
+        counts as hanging.
+        """
         import ray
 
         now = time.monotonic()
         for number, worker in enumerate(self._workers):
-            question, since = self._asked.get(number, (None, now))
-            if question is None or ray.wait([question], timeout=0)[0]:
-                self._ask(number, worker)
-            elif now - since >= self._limit_s:
+            question, since = self._asked.get(number, (None, None))
+            if question is None:
+                self._ask(number, worker, None)
+            elif ray.wait([question], timeout=0)[0]:
+                self._ask(number, worker, now)
+            elif since is not None and now - since >= self._limit_s:
                 print(
                     f"{self._name}: Ray worker {number} has not answered for "
                     f"{clock(now - since)}: ended, and another takes its place",
                     flush=True,
                 )
                 ray.kill(worker, no_restart=False)
-                self._ask(number, worker)
+                self._ask(number, worker, None)
 
     def forgive(self) -> None:
         """Workers that have no place to run can't answer: count their silence from now on."""
         now = time.monotonic()
-        self._asked = {number: (question, now) for number, (question, _) in self._asked.items()}
+        self._asked = {
+            number: (question, None if since is None else now)
+            for number, (question, since) in self._asked.items()
+        }
 
-    def _ask(self, number: int, worker: Any) -> None:
+    def _ask(self, number: int, worker: Any, since: float | None) -> None:
         question = worker.ping.options(concurrency_group=PULSE).remote()
-        self._asked[number] = (question, time.monotonic())
+        self._asked[number] = (question, since)

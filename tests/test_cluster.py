@@ -183,11 +183,14 @@ def test_a_worker_that_is_silent_for_too_long_is_replaced_and_no_other(
 ) -> None:
     import ray
 
-    hung, well = Worker(), Worker()
-    killed: list[Worker] = []
-    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([x for x in asked if x is well], []))
+    hung, well, starting = Worker(), Worker(), Worker()
+    answer, killed = {well, hung}, list[Worker]()
+    monkeypatch.setattr(ray, "wait", lambda asked, timeout: ([x for x in asked if x in answer], []))
     monkeypatch.setattr(ray, "kill", lambda worker, no_restart: killed.append(worker))
-    pulse = Pulse([well, hung], 60, "cache")
+    pulse = Pulse([well, hung, starting], 60, "cache")
+    pulse.look()
+    pulse.look()
+    answer.remove(hung)
     while clock.now < 50:
         pulse.look()
         clock.now += 5
