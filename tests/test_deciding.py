@@ -289,6 +289,22 @@ def test_of_two_who_see_the_same_stale_lock_none_takes_the_others(two_versions: 
             slow.__enter__()
 
 
+def test_a_lock_that_was_taken_over_is_deleted_by_a_decision_a_day_later(
+    two_versions: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names() -> list[str]:
+        client = Registry(TOY, NAME).store.client
+        return [model.name for model in client.search_registered_models()]
+
+    left = held()
+    left.__enter__()
+    left._alive.end(is_over=False)
+    assert decide("2") == 0
+    assert len(names()) == 2, "whoever still thinks that it is there can't take another's"
+    monkeypatch.setattr(lock, "SECONDS_KEPT", -2 * lock.LEASE_S)
+    assert decide("3") == 3 and names() == [NAME]
+
+
 def test_a_lock_that_was_held_for_too_long_changes_nothing(
     two_versions: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from components.tracking.store import Store, TrackingError, is_absent
 
 LEASE_S = 600.0  # as long as a decision may take
 CLOCKS_DIFFER_S = 60.0  # of two machines, at most
+SECONDS_KEPT = 86_400.0  # of a lock that was taken away: longer than anyone thinks it is there
 SECONDS_BETWEEN_TRIES = 1.0
 TOKEN, PLACE, EXPIRES = "pnp.token", "pnp.place", "pnp.expires"
 
@@ -32,12 +33,14 @@ class DecisionLock:
 
     A lock that is left behind is taken over: at once, if its holder's process is known to be gone,
     else when it has expired. It is renamed to a name that only this one lock can get, so of two who
-    see the same stale lock one has it, and none takes the lock of the other.
+    see the same stale lock one has it, and none takes the lock of the other. What has such a name
+    is deleted by a later decision, a day after it expired.
     """
 
     def __init__(self, store: Store, model: str, *, wait_s: float) -> None:
         self._store, self._model, self._wait_s = store, model, wait_s
         self.name = f"{model}-decision-lock"
+        self._expired = f"{self.name}-expired-"
         self._token = uuid.uuid4().hex
         self._began = 0.0
         self._alive = _Alive(self._token)
@@ -59,6 +62,7 @@ class DecisionLock:
                 with self._store.asking(f"give back {self.name}", is_repeatable=False):
                     self._store.client.delete_registered_model(self.name)
                 is_over = True
+                self._remove_expired()
         except TrackingError as failed:
             # What was decided stands, and the lock is taken over by the next.
             print(f"warning: {' '.join(str(failed).split())}", file=sys.stderr, flush=True)
@@ -129,12 +133,22 @@ class DecisionLock:
         with self._store.asking(f"take over {self.name}"):
             try:
                 self._store.client.rename_registered_model(
-                    self.name, f"{self.name}-expired-{lock.get(TOKEN, 'unknown')[:12]}"
+                    self.name, f"{self._expired}{lock.get(TOKEN, 'unknown')[:12]}"
                 )
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS" and not is_absent(error):
                     raise
         _alive_file(lock.get(TOKEN, "unknown")).unlink(missing_ok=True)
+
+    def _remove_expired(self) -> None:
+        """Delete earlier locks that were taken away, once nobody can think that they are there."""
+        with self._store.asking(f"remove what is left of {self.name}"):
+            for found in self._store.client.search_registered_models(
+                f"name LIKE '{self._expired}%'"
+            ):
+                is_ours = found.name.startswith(self._expired) and EXPIRES in found.tags
+                if is_ours and time.time() > float(found.tags[EXPIRES]) + SECONDS_KEPT:
+                    self._store.client.delete_registered_model(found.name)
 
     def _read(self) -> Mapping[str, str] | None:
         """The lock's tags; None if the registry says that there is no lock."""
