@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -222,6 +223,17 @@ class Params(Section, frozen=True):
                 raise ValueError(f"models: {other} and {name} are one folder on some disks")
         return self
 
+    @model_validator(mode="after")
+    def _rules_of_steps_that_are_sampled(self) -> Self:
+        sampled = {*self.evaluate.num_steps, *self.evaluate.full.num_steps}
+        for num_steps in self.promote.at_steps:
+            if num_steps not in sampled:
+                raise ValueError(
+                    f"promote.at_steps: {num_steps} is neither in evaluate.num_steps nor in "
+                    "evaluate.full.num_steps"
+                )
+        return self
+
 
 def load_params(path: Path) -> Params:
     """Read `path`. Raises ParamsError, in one line that names the file and the key."""
@@ -355,6 +367,8 @@ def _keys(location: list[str | int]) -> list[str]:
         if isinstance(section, type) and issubclass(section, Section):
             fields = {f.alias or name: f.annotation for name, f in section.model_fields.items()}
             section = fields[str(part)]
-        else:  # a dict or a tuple of sections
+        else:  # a dict or a tuple of sections, or of what may be null
             section = get_args(section)[-1]
+            if NoneType in get_args(section):
+                section = get_args(section)[0]
     return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,12 +1,14 @@
 """The section `promote` of params.yaml: what a guide must be to become champion."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from components.section import Count, Positive, Section
 
 LossOrZero = Annotated[float, Field(ge=0)]
+# What every method's images are measured by.
+ScoreName = Literal["fid", "kid", "clip_score", "diversity"]
 
 
 class ScoreRule(Section, frozen=True):
@@ -33,8 +35,9 @@ class Promote(Section, frozen=True):
     min_images: Count  # of each method and setting
     guidance_fvu: NumberRule
     flops_ratio: NumberRule  # guided over CFG, of a step
-    scores: dict[str, ScoreRule]  # by their names in an evaluation
-    at_steps: dict[int, dict[str, ScoreRule]]  # in place of these at some number of steps
+    scores: dict[ScoreName, ScoreRule]  # by their names in an evaluation
+    # In place of these at some number of steps; None: no score decides there.
+    at_steps: dict[int, dict[ScoreName, ScoreRule] | None]
 
     @property
     def ruled_steps(self) -> list[int]:
@@ -42,9 +45,10 @@ class Promote(Section, frozen=True):
         return [
             num_steps
             for num_steps, rules in self.at_steps.items()
-            if any(value is not None for rule in rules.values() for _, value in rule)
+            if any(value is not None for rule in (rules or {}).values() for _, value in rule)
         ]
 
-    def at(self, num_steps: int) -> dict[str, ScoreRule]:
+    def at(self, num_steps: int) -> dict[ScoreName, ScoreRule]:
         """The rules for scores at a number of steps."""
-        return {**self.scores, **self.at_steps.get(num_steps, {})}
+        own = self.at_steps.get(num_steps, {})
+        return {} if own is None else {**self.scores, **own}

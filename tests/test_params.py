@@ -34,6 +34,7 @@ from tests import toy
 pytest_plugins = ["tests.toy"]
 
 ROOT = Path(__file__).parent.parent
+RULE = {"min_gain": 0.5, "ratio": None, "max_loss": None}
 
 
 def load(folder: Path, params: dict[str, Any]) -> Params:
@@ -83,6 +84,10 @@ def test_names_as_people_have_them(tmp_path: Path) -> None:
         ("distill.guide.knd", "tiny", "'distill.guide.knd', did you mean 'kind'?"),
         ("models.base.pth", "x", "unknown key 'models.base.pth', did you mean 'path'?"),
         ("cache.zzz", 1, "unknown key 'cache.zzz'"),
+        ("promote.scores", {"fdi": RULE}, "promote.scores.fdi: should be 'fid', 'kid',"),
+        ("promote.scores", {"fid": RULE | {"min_gian": 1}}, "min_gian', did you mean 'min_gain'?"),
+        ("promote.at_steps", {2: {"fid": RULE | {"ration": 1}}}, "did you mean 'ratio'?"),
+        ("promote.at_steps", {2: None, 3: None}, "at_steps: 3 is neither in evaluate.num_steps"),
         ("halve.num_images", "many", "halve.num_images: should be a valid integer"),
         ("halve.num_images", True, "halve.num_images: should be a valid integer"),
         ("halve.num_images", 3.5, "halve.num_images"),

@@ -268,6 +268,13 @@ def test_a_null_switches_a_rule_off() -> None:
     assert failed(evaluation(), rules=unruled) == {}, "2 steps need not be evaluated"
 
 
+def test_at_steps_without_rules_no_score_decides() -> None:
+    worse = evaluation(fid=9.0, clip_gain=0.1)
+    assert {check.num_steps for check in checks({"base": worse}, None, RULES)} == {None, 16, 8}
+    without = replaced(RULES, at_steps={8: None})
+    assert {check.num_steps for check in checks({"base": worse}, None, without)} == {None, 16}
+
+
 def test_a_rules_value_survives_the_file(tmp_path: Path) -> None:
     evaluation(**WORST).save(tmp_path)
     read = Evaluation.load(tmp_path)
