@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, review_promotion, review_report
+from benchmarks import record, review_evaluation, review_promotion, review_report
 from components.environment import quiet
 from components.lineage import git_commit
 from pnp_core.files import read_json, write_json
@@ -29,6 +29,8 @@ MEASURES: dict[str, Measure] = {
     "bad_promotions": review_promotion.bad_promotions,
     "races": review_promotion.races,
     "page": review_report.page,
+    "resume": review_evaluation.resume,
+    "ray": review_evaluation.ray,
 }
 
 

@@ -13,7 +13,7 @@ COLUMNS = ("method", "solver", "num_steps", "forwards", "guidance_scale")
 
 
 def headline(evaluation: Evaluation) -> dict[str, float]:
-    """For `dvc metrics`: how near the guide is to CFG, what it costs, at most and fewest steps.
+    """A dozen: how near the guide is to CFG, what it costs, at most and fewest steps.
 
     `fid_gain` and `clip_gain` are the share of what CFG gains over no guidance that the guide
     gains; they are left out where CFG gains nothing that is sure.
@@ -33,6 +33,22 @@ def headline(evaluation: Evaluation) -> dict[str, float]:
             gain = evaluation.gain(score, num_steps) if score in cell.scores else None
             if gain is not None:
                 found[f"{name}_at_{num_steps}"] = gain.value
+    return found
+
+
+def few(evaluation: Evaluation) -> dict[str, float]:
+    """For `dvc metrics`, whose table of them fits a terminal.
+
+    `guidance_fvu` and `flops_ratio`, and the guide's FID and CLIP score at most and fewest steps.
+    """
+    found = {"fvu": evaluation.guidance_fvu.value, "flops": evaluation.cost["flops_ratio"]}
+    counts = evaluation.num_steps
+    for name, score in (("fid", "fid"), ("clip", "clip_score")):
+        for num_steps in dict.fromkeys((counts[0], counts[-1])):
+            cell = evaluation.cell("guided", num_steps)
+            assert cell
+            if score in cell.scores:
+                found[f"{name}_{num_steps}"] = cell.scores[score].value
     return found
 
 

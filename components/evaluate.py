@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from components.cli import main
 from components.cluster import run_tasks
-from components.curves import headline, write_curves
+from components.curves import few, write_curves
 from components.dataset import reference_images
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, batches
@@ -51,12 +51,14 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
     judges = open_judges(params, model)
+    for line in lacking(params, reads_text=judges[0][0].reads_text):
+        print(f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True)
     work = Work.of(params, model, guide)
     sample_missing(work, model)
     evaluation = measure(work, model, judges)
     with atomic_folder(into / model) as folder:
         evaluation.save(folder)
-        write_json(folder / "metrics.json", headline(evaluation))
+        write_json(folder / "metrics.json", few(evaluation))
         write_curves(evaluation, folder)
         write_grid(work, model, folder)
         Gallery(model, work.tasks, work.recipes).save(folder)
@@ -172,6 +174,24 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
     judges = [Judge(folder, device()) for folder in params.evaluate.judges]
     images = reference_images(params.models[model].reference, params)
     return [(judge, RealImages(judge.features(images))) for judge in judges]
+
+
+def lacking(params: Params, *, reads_text: bool) -> list[str]:
+    """What `promote` will want of an evaluation that this one will not have, in words.
+
+    Args:
+        params: of the evaluation.
+        reads_text: whether the first judge gives a CLIP score.
+    """
+    extent, rules = params.evaluate.extent, params.promote
+    found = []
+    if extent.num_images < rules.min_images:
+        found.append(f"{extent.num_images} images, and promote.min_images is {rules.min_images}")
+    for steps in {*rules.ruled_steps} - {*extent.num_steps}:
+        found.append(f"promote.at_steps has a rule for {steps} steps, which are not sampled")
+    if not reads_text and any("clip_score" in rules.at(steps) for steps in extent.num_steps):
+        found.append("promote has a rule for clip_score, and the first judge reads no text")
+    return found
 
 
 def sample_missing(work: Work, model: str) -> None:

@@ -3,7 +3,6 @@
 import base64
 import contextvars
 import io
-import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,8 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from components.curves import headline
+from components.evaluation import Evaluation
 from components.mlflow_place import resolve
 from components.params import Params
 from components.paths import REPORT
@@ -115,7 +116,7 @@ def publish_report(params: Params, log: Callable[[str], None]) -> None:
 
 def publish_metrics(model: str, path: Path) -> None:
     """Show one model's metrics and pictures, which are in the folder `path`."""
-    metrics = flat(json.loads((path / "metrics.json").read_text()))
+    metrics = headline(Evaluation.load(path))
     rows = [{"metric": name, "value": str(value)} for name, value in metrics.items()]
     create_table_artifact(rows, key=_key("metrics", model), description=f"Results on {model}")
     publish_image(path / "grid.png", _key("images", model), f"Images of {model}")
@@ -149,17 +150,6 @@ def rows_of(table: str) -> list[dict[str, str]]:
     lines = [line for line in table.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=False)) for row in cells[2:]] if cells else []
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def _key(what: str, name: str) -> str:

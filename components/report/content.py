@@ -233,13 +233,24 @@ def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Entry]]
             m: estimate(e.guidance_fvu, as_share=True) for m, e in evaluations.items()
         }
     }
-    for name in dict.fromkeys(name for e in evaluations.values() for name in e.negative):
+    names = [name for e in evaluations.values() if e.negative for name in (*NEGATIVE, *e.negative)]
+    for name in dict.fromkeys(names):
         found[NEGATIVE.get(name, f"negative prompt: {name}")] = {
             model: estimate(e.negative[name], as_share=True)
-            for model, e in evaluations.items()
             if name in e.negative
+            else Entry(text="–", below=_why_no_share(e))
+            for model, e in evaluations.items()
         }
     return found
+
+
+def _why_no_share(evaluation: Evaluation) -> str:
+    """Why a share of what negative prompts do under CFG was not measured."""
+    if not evaluation.negative:
+        return "not measured"
+    first = evaluation.judges[0]
+    reads_text = any("clip_score" in c.scores for c in evaluation.cells if c.judge == first)
+    return "CFG’s own change is inside its interval" if reads_text else "the judge reads no text"
 
 
 def estimate(found: Estimate, *, as_share: bool = False) -> Entry:
