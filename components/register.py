@@ -290,9 +290,12 @@ def register_version(
     params: Params, registry: "Registry", tracked: "Run", key: str, results: Results
 ) -> str:
     """Register the bundle, with the summary that `promote` compares; returns the version."""
+    from components.tracking import TRAINING
+
     said = content.headlines(results.evaluations)
     where = [f"{each.text} {each.label}, {each.where}" for each in said]
-    address = f"#/experiments/{tracked.experiment}/runs/{tracked.id}/artifacts/report/{PAGE}"
+    run = f"#/experiments/{tracked.experiment}/runs/{tracked.id}"
+    address = f"{run}/artifacts/report/{PAGE}?{TRAINING}"
     where.append(f"[The report, with all numbers and pictures]({address})")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "guide"

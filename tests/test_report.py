@@ -15,7 +15,7 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import Report, number
+from components.report.content import NEGATIVE, Report, number, shares
 from components.verdict import Check
 from tests import chromium
 from tests.evaluations import evaluation
@@ -122,6 +122,26 @@ def test_the_model_on_which_the_guide_is_worst_is_named(evaluations: Any) -> Non
 def test_a_gain_inside_its_interval_gives_way_to_the_ratio_to_cfg() -> None:
     noisy = {"base": evaluation("base", fid=1.1, spread=0.3)}
     assert "1.10 × CFG" in page.render(report(noisy), [])
+
+
+def test_a_share_that_was_not_measured_says_why() -> None:
+    whole = evaluation()
+    picture = {"picture": whole.negative["picture"]}
+    blind = [dataclasses.replace(cell, scores={"fid": cell.scores["fid"]}) for cell in whole.cells]
+    found = shares(
+        {
+            "whole": whole,
+            "noise": dataclasses.replace(whole, negative=picture),
+            "blind": dataclasses.replace(whole, negative=picture, cells=tuple(blind)),
+            "none": dataclasses.replace(whole, negative={}),
+        }
+    )[NEGATIVE["avoided"]]
+    assert found["whole"].text == "70 %"
+    assert "inside its interval" in found["noise"].below
+    assert (found["blind"].below, found["none"].below) == (
+        "the judge reads no text",
+        "not measured",
+    )
 
 
 def test_curves_over_scales_are_drawn_where_there_are_scales(evaluations: Any) -> None:

@@ -462,7 +462,7 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     assert found.tags.items() >= summary["lineage"].items()
     assert found.tags["num_steps"] == "2, 4, 8" and found.tags["guidance_scale"] == "1 to 8"
     assert found.description.startswith("**Would be refused:**"), "it is of no commit"
-    assert f"/runs/{found.run_id}/artifacts/report/index.html)" in found.description
+    assert f"/runs/{found.run_id}/artifacts/report/index.html?workflowType=" in found.description
     assert len(found.description.splitlines()) <= 14
 
 

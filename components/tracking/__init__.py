@@ -8,7 +8,7 @@ it.
 
 from components.tracking.decisions import FORCED, PROMOTED, REFUSED, ROLLED_BACK, Decision
 from components.tracking.pipeline import Pipeline, current_pipeline, finish_pipeline
-from components.tracking.registry import CHAMPION, PREVIOUS, Registry
+from components.tracking.registry import CHAMPION, PREVIOUS, TRAINING, Registry
 from components.tracking.runs import Run, TrainingRun, flat
 from components.tracking.store import LostError, Store, TrackingError
 
@@ -19,6 +19,7 @@ __all__ = [
     "PROMOTED",
     "REFUSED",
     "ROLLED_BACK",
+    "TRAINING",
     "Decision",
     "LostError",
     "Pipeline",
