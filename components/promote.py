@@ -126,12 +126,15 @@ class Case:
             return self._roll_back(champion)
         if candidate == champion:
             return None
-        summary = self._registry.summary(candidate)
-        commit = str(summary.get("lineage", {}).get("git_commit", "unknown"))
-        self.checks = [
-            clean(commit, allow_dirty=self._options.allow_dirty),
-            *self._judge(candidate, summary, champion),
-        ]
+        commit, self.checks = "unknown", self._gone() if champion is None else []
+        try:
+            summary = self._registry.summary(candidate)
+        except tracking.UnjudgedError as error:
+            self.checks.append(unusable(f"version {candidate}", str(error)))
+        else:
+            commit = str(summary["lineage"].get("git_commit", "unknown"))
+            self.checks.append(clean(commit, allow_dirty=self._options.allow_dirty))
+            self.checks += self._judge(candidate, summary, champion)
         reasons = [str(check) for check in self.checks if not check.passed]
         is_forced = bool(reasons) and self._options.force
         refused_or_not = tracking.REFUSED if reasons else tracking.PROMOTED
@@ -163,6 +166,21 @@ class Case:
             verdict=ROLLED_BACK, candidate=previous, champion=champion, why=self._options.reason
         )
         return replace(decision, text=as_page(self._registry.name, decision, []))
+
+    def _gone(self) -> list[Check]:
+        """Where the registry has no champion and the log knows of one: with whom to compare?"""
+        from components import tracking
+
+        made = (tracking.PROMOTED, tracking.FORCED, tracking.ROLLED_BACK)
+        moves = [d for d in self._registry.decisions() if d.is_done and d.verdict in made]
+        if not moves:
+            return []
+        why = (
+            "by the log it is champion, and the registry has none: it was deleted, or its alias "
+            "was. --rollback goes to the champion before it; --force --reason TEXT compares with "
+            "nobody"
+        )
+        return [unusable(f"champion {moves[-1].candidate}", why)]
 
     def _judge(
         self, candidate: str, summary: Mapping[str, Any], champion: str | None

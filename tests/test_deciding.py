@@ -240,6 +240,38 @@ def test_a_champion_whose_files_are_lost_can_be_replaced_by_force_alone(
     assert "its files are lost" in Registry(TOY, NAME).decisions()[-1].reasons[0]
 
 
+def test_a_champion_that_was_deleted_is_not_taken_for_none(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("2") == 0
+    client = Registry(TOY, NAME).store.client
+    client.delete_model_version(NAME, "2")
+    assert decide("3") == 3 and aliases() == (None, "1")
+    assert "champion 2: usable: by the log it is champion" in capsys.readouterr().err
+    assert decide(rollback=True) == 0 and aliases() == ("1", "1")
+    client.delete_registered_model_alias(NAME, "champion")
+    assert decide("3", force=True, reason="a new beginning") == 0 and champion() == "3"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, "", "[]", '{"models": 1}', '{"models": {}, "lineage": 3}', '{"models": {"base": 1}}'],
+)
+def test_a_version_that_does_not_say_what_it_was_measured_to_be_is_refused_and_recorded(
+    two_versions: None, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = Registry(TOY, NAME).folder("2") / "summary.json"
+    summary.with_name("weights.safetensors").touch()
+    summary.unlink()
+    if content is not None:
+        summary.write_text(content)
+    assert decide("2") == 3 and champion() == "1"
+    assert "version 2: usable: " in capsys.readouterr().err
+    assert verdicts()[-1] == ("refused", "2", "1")
+    assert decide("2", force=True, reason="made elsewhere") == 0 and champion() == "2"
+    assert decide("3") == 3 and "champion 2: usable: " in capsys.readouterr().err
+
+
 # Alone
 
 

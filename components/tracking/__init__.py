@@ -10,7 +10,7 @@ from components.tracking.decisions import FORCED, PROMOTED, REFUSED, ROLLED_BACK
 from components.tracking.pipeline import Pipeline, current_pipeline, finish_pipeline
 from components.tracking.registry import CHAMPION, PREVIOUS, TRAINING, Registry
 from components.tracking.runs import Run, TrainingRun, flat
-from components.tracking.store import LostError, Store, TrackingError
+from components.tracking.store import LostError, Store, TrackingError, UnjudgedError
 
 __all__ = [
     "CHAMPION",
@@ -28,6 +28,7 @@ __all__ = [
     "Store",
     "TrackingError",
     "TrainingRun",
+    "UnjudgedError",
     "current_pipeline",
     "finish_pipeline",
     "flat",

@@ -27,6 +27,7 @@ from components.tracking.store import (
     LostError,
     Store,
     TrackingError,
+    UnjudgedError,
     database_of,
     is_absent,
 )
@@ -35,6 +36,7 @@ from components.tracking.store import (
 TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
+SUMMARY = "summary.json"
 
 
 class Registry:
@@ -123,16 +125,30 @@ class Registry:
         self._usable(version)
 
     def summary(self, version: str) -> dict[str, Any]:
-        """What the version was measured to be: its summary.json. Raises as `folder` does."""
-        uri = f"{self._usable(version)}/summary.json"
+        """What the version was measured to be: its summary.json, with `lineage` and `models`.
+
+        Raises as `folder` does, and UnjudgedError for a version that does not say.
+        """
+        uri = self._usable(version)
+        with self.store.asking(f"read {self.name} version {version}"):
+            there = {Path(f.path).name for f in mlflow.artifacts.list_artifacts(artifact_uri=uri)}
+        if SUMMARY not in there:
+            raise UnjudgedError(
+                f"{self.name} version {version} has no {SUMMARY}: it was not registered by the "
+                "stage register, and nothing says what it was measured to be"
+            )
         with tempfile.TemporaryDirectory() as temporary:
             with self.store.asking(f"read {self.name} version {version}"):
-                file = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
+                file = mlflow.artifacts.download_artifacts(
+                    artifact_uri=f"{uri}/{SUMMARY}", dst_path=temporary
+                )
             try:
-                return dict(json.loads(Path(file).read_text()))
-            except ValueError as error:
-                raise ValueError(
-                    f"{uri} can't be read: {error}: register the guide again"
+                found = json.loads(Path(file).read_text())
+                lineage, models = found.get("lineage", {}), found["models"]
+                return {**found, "lineage": dict(lineage), "models": dict(models)}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UnjudgedError(
+                    f"{uri}/{SUMMARY} can't be read ({error}): register the guide again"
                 ) from None
 
     def register(  # noqa: PLR0913, a decision's parts

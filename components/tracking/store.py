@@ -42,6 +42,10 @@ class LostError(TrackingError):
     """What is registered has no files any more, by the word of the place that had them."""
 
 
+class UnjudgedError(ValueError):
+    """What is registered does not say what it was measured to be."""
+
+
 class Store:
     """One MLflow store, open. Raises TrackingError, before anything is asked, if it can't work."""
 
@@ -83,8 +87,8 @@ class Store:
     def _say_waiting(self, what: str) -> None:
         retries, timeout_s = self._patience
         print(
-            f"waiting for MLflow at {self.name}: to {what}; tried {retries + 1} times, "
-            f"{timeout_s} seconds each without an answer",
+            f"waiting for MLflow at {self.name}: to {what}; a server is asked {retries + 1} times, "
+            f"{timeout_s} seconds at most each time",
             file=sys.stderr,
             flush=True,
         )
