@@ -118,12 +118,15 @@ fvu: guidance left unexplained. FLOPs, time: of the denoising, over CFG. Rules: 
 
 
 def description(checks: Sequence[Check], *, compared: str, where: Sequence[str]) -> str:
-    """A version's few lines, in Markdown: the verdict, what failed, where the guide is worst."""
+    """A version's few lines, in Markdown: the verdict, what failed, where the guide is worst.
+
+    The first line is plain: the list of versions shows it as it is written.
+    """
     failed = [check for check in checks if not check.passed]
     verdict = (
-        f"**Would be refused:** {len(failed)} of {len(checks)} checks fail."
+        f"Would be refused: {len(failed)} of {len(checks)} checks fail."
         if failed
-        else f"**Passes** all {len(checks)} checks."
+        else f"Passes all {len(checks)} checks."
     )
     lines = [f"{verdict} {compared}", ""]
     lines += [f"- {check}" for check in failed[:MAX_REASONS]]

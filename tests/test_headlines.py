@@ -53,9 +53,9 @@ def test_a_description_names_the_verdict_and_the_first_failures() -> None:
     failed = [dataclasses.replace(FAILED, note=f"no {n}") for n in range(9)]
     text = headlines.description([PASSED, *failed], compared="No champion.", where=["52 %"])
     lines = text.splitlines()
-    assert lines[0] == "**Would be refused:** 9 of 10 checks fail. No champion."
+    assert lines[0] == "Would be refused: 9 of 10 checks fail. No champion."
     assert lines[2] == "- base: complete: no 0" and lines[-2:] == ["- and 5 more", "- 52 %"]
-    assert headlines.description([PASSED], compared="", where=[]).startswith("**Passes** all 1")
+    assert headlines.description([PASSED], compared="", where=[]).startswith("Passes all 1")
 
 
 def test_what_stands_for_the_gain_is_told_from_it() -> None:

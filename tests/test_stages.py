@@ -459,9 +459,18 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     assert GuideBundle.load(folder).num_steps == (2, 4, 8)
     assert read_json(folder / "summary.json")["models"] == summary["models"]
     found = registry.store.client.get_model_version("pnp-guide", version)
-    assert found.tags.items() >= summary["lineage"].items()
+    assert found.tags.keys() == {
+        "git_commit",
+        "lock_hash",
+        "num_steps",
+        "guidance_scale",
+        "pnp.key",
+    }
+    assert found.tags.items() <= {**summary["lineage"], "pnp.key": found.tags["pnp.key"]}.items()
     assert found.tags["num_steps"] == "2, 4, 8" and found.tags["guidance_scale"] == "1 to 8"
-    assert found.description.startswith("**Would be refused:**"), "it is of no commit"
+    run = registry.store.client.get_run(found.run_id)
+    assert run.data.tags.items() >= summary["lineage"].items()
+    assert found.description.startswith("Would be refused:"), "it is of no commit"
     assert f"/runs/{found.run_id}/artifacts/report/index.html?workflowType=" in found.description
     assert len(found.description.splitlines()) <= 14
 

@@ -37,6 +37,9 @@ TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 SUMMARY = "summary.json"
+# Of what a version was made of: its run and its files say all of it, and the list of versions is
+# as high as these are many.
+TAGS_OF_VERSION = ("git_commit", "lock_hash", "num_steps", "guidance_scale", KEY)
 
 
 class Registry:
@@ -190,7 +193,7 @@ class Registry:
                     self.name,
                     source=f"models:/{model.model_id}",
                     run_id=run.id,
-                    tags=own,
+                    tags={name: own[name] for name in TAGS_OF_VERSION if name in own},
                     model_id=model.model_id,
                     description=description,
                 )
