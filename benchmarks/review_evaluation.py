@@ -179,9 +179,9 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 def images_of(path: Path) -> list[Image]:
     """What is in a file of images."""
-    columns = ("prompt", "negative_prompt", "seed")
-    rows = pq.read_table(path, columns=list(columns)).to_pylist()
-    return [(path.parent.name, *(row[name] for name in columns)) for row in rows]
+    columns = ["prompt", "negative_prompt", "seed"]
+    rows = pq.read_table(path, columns=columns).to_pylist()
+    return [(path.parent.name, r["prompt"], r["negative_prompt"], r["seed"]) for r in rows]
 
 
 def _setting(cell: Any) -> tuple[Any, ...]:
