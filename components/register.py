@@ -275,6 +275,8 @@ def log_results(tracked: "Run", results: Results) -> None:
     tracked.dataset("prepared", digest=data, path=PREPARED)
     tracked.table("results", results.rows)
     tracked.table("checks", [asdict(check) for check in results.checks])
+    for model in results.evaluations:  # where MLflow's slider stands at first
+        tracked.image(model, EVALUATED / model / "grid.png", step=0)
     with tempfile.TemporaryDirectory() as temporary:
         for one in results.pictures:
             sheet = Path(temporary) / "sheet.png"

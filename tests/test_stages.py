@@ -490,7 +490,7 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
     assert "version 1</span>" in page.read_text()
     names = {f.path for f in client.list_artifacts(run.info.run_id, "images")}
     for model in ("base", "tuned"):
-        for steps in (4, 2):
+        for steps in (0, 4, 2):  # 0: all of them, in one picture
             shown = [n for n in names if n.startswith(f"images/{model}+step+{steps}+")]
             assert len(shown) == 2, "a picture, and a small one of it"
     children = client.search_runs(
