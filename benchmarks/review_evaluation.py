@@ -29,9 +29,14 @@ from components.scores import Statistic, mean_of
 
 ROOT = Path(__file__).parent.parent
 MODEL = "base"
-FEW = {"num_images": 64, "num_steps": [4], "batch_size": 32}
+FEW: dict[str, Any] = {"num_images": 64, "num_steps": [4], "batch_size": 32}
 BATCHES_BEFORE_KILL = 4
-LONG = {"num_images": 64, "num_steps": [16], "batch_size": 16}  # a minute's sampling on a thread
+# a minute of sampling on a thread
+LONG: dict[str, Any] = {
+    "num_images": 64,
+    "num_steps": [16],
+    "batch_size": 16,
+}
 SECONDS_FOR_A_STAGE = 600.0
 
 Image = tuple[str, str, str, int]  # folder of its recipe, prompt, negative prompt, seed
@@ -50,7 +55,10 @@ def resume(scratch: Path) -> tuple[dict[str, float], dict[str, Any]]:
         made = Counter(image for path in batches() for image in images_of(path))
         again += sum(made.values()) - len(made)
         forwards, of_one, changed = measure_anew(load_params(Path("params.yaml")))
-    keys = {"resample_images_after_kill": again, "new_metric_forwards": forwards}
+    keys: dict[str, float] = {
+        "resample_images_after_kill": again,
+        "new_metric_forwards": forwards,
+    }
     seen = {
         "images at the kill": sum(number for _, number in before.values()),
         "images at the end": sum(made.values()),
