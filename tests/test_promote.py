@@ -240,5 +240,5 @@ def test_a_result_that_lacks_a_number_is_named(
     assert decide("2") == 3
     assert "version 2 was written by another version of this code" in capsys.readouterr().err
     summary.write_text("{")
-    with pytest.raises(ValueError, match="can't be read"):
-        promote.run(params(), "2")
+    assert decide("2") == 3
+    assert "can't be read" in capsys.readouterr().err
