@@ -44,7 +44,7 @@ from pnp_core.sample import SOLVERS
 
 RESULTS = Path("benchmarks/results/frontier.json")
 NUM_IMAGES = 576
-NUM_CHOOSING = 96
+NUM_CHOOSING = 192
 CHOOSING_SEED = 1_000_000
 NUM_CLOSE = 192  # PSNR is a mean over images: it needs fewer
 CLOSE_STEPS = 64
