@@ -6,7 +6,7 @@ there, whoever built them, and data/cache keeps the index only; training reads t
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,25 @@ def run(params: Params) -> None:
     check_room(sum(plan.num_bytes[name] for name in missing - built))
     if mirror and missing:
         fetch_missing([n for n in plan.phases[0] if n in there], builder, mirror)  # for pairs
+    build_missing(params, builder, mirror, missing)
+    index = CACHE / "index.json"
+    if mirror and not missing and index.name in elsewhere:
+        write_bytes(index, mirror.read(index.name))
+    else:
+        builder.finish(
+            storage=mirror.url if mirror else None, fetch=mirror.read if mirror else None
+        )
+    if mirror:
+        mirror.put(index, CACHE)
+        for path in CACHE.glob("*.safetensors"):
+            path.unlink()
 
+
+def build_missing(
+    params: Params, builder: "CacheBuilder", mirror: Mirror | None, missing: Set[str]
+) -> None:
+    """Make these shards, here or on Ray workers."""
+    plan = builder.plan
     # Pairs take nearly all of the time.
     progress = Progress("cache", plan.num_pairs, "pairs")
     done = sum(plan.num_rows[name] for name in plan.phases[1] if name not in missing)
@@ -79,17 +97,6 @@ def run(params: Params) -> None:
         builder.tell = count
         for name in chain(*phases):
             build(name, builder, mirror)
-    index = CACHE / "index.json"
-    if mirror and not missing and index.name in elsewhere:
-        write_bytes(index, mirror.read(index.name))
-    else:
-        builder.finish(
-            storage=mirror.url if mirror else None, fetch=mirror.read if mirror else None
-        )
-    if mirror:
-        mirror.put(index, CACHE)
-        for path in CACHE.glob("*.safetensors"):
-            path.unlink()
 
 
 def check_room(needed: int) -> None:

@@ -52,7 +52,7 @@ def run_training(
         return
 
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     directory = (RUNS / name).absolute()
@@ -74,10 +74,7 @@ def run_training(
                 name=f"{name}-{time.time_ns():x}",
                 storage_path=storage_path,
                 storage_filesystem=files,
-                failure_config=FailureConfig(
-                    max_failures=params.cluster.max_failures,
-                    controller_failure_limit=math.ceil(room.limit_s / GROUP_START_S),
-                ),
+                failure_config=_failures(params, room.limit_s),
                 callbacks=[telling_losses(name, room.limit_s, reports)],
             ),
         )
@@ -99,6 +96,16 @@ def run_training(
         shipment.bring()
     else:
         shutil.rmtree(directory / "ray")
+
+
+def _failures(params: Params, limit_s: float) -> Any:
+    """How often a group is started again, and how long its start may lack room."""
+    from ray.train import FailureConfig
+
+    return FailureConfig(
+        max_failures=params.cluster.max_failures,
+        controller_failure_limit=math.ceil(limit_s / GROUP_START_S),
+    )
 
 
 def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
@@ -145,23 +152,33 @@ def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
                 for task in tasks:
                     pool.submit(lambda actor, task: actor.do.remote(task), task)
                 while pool.has_next():
-                    try:
-                        task, made = pool.get_next_unordered(timeout=SECONDS_BETWEEN_LOOKS)
-                        for path, content in made.items():
-                            write_bytes(path, content)
-                        done(task)
-                    except RayError:
-                        raise
-                    except TimeoutError:  # nothing is done yet: is there still who could do it?
-                        if not head.answers():
-                            continue
-                        if room.tell_shortage(give_up=True):
-                            pulse.forgive()
-                        pulse.look()
+                    task, made = _next_of(pool, head, room, pulse)
+                    for path, content in made.items():
+                        write_bytes(path, content)
+                    done(task)
         except RayError as error:
             if not head.answers():
                 raise head.gone(error) from error
             raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
+
+
+def _next_of(pool: Any, head: Head, room: "_Room", pulse: Pulse) -> tuple[str, dict[Path, bytes]]:
+    """The next task that is done, and what it made. Looks meanwhile whether anybody is at work."""
+    from ray.exceptions import RayError
+
+    while True:
+        try:
+            done: tuple[str, dict[Path, bytes]]
+            done = pool.get_next_unordered(timeout=SECONDS_BETWEEN_LOOKS)
+            return done
+        except RayError:
+            raise
+        except TimeoutError:
+            if not head.answers():
+                continue
+            if room.tell_shortage(give_up=True):
+                pulse.forgive()
+            pulse.look()
 
 
 class _Room:

@@ -74,6 +74,7 @@ class Now(threading.local):
 
     calls: tuple[Call, ...] = ()  # the innermost is the last
     acting: Acting | None = None
+    features: "list[Tensor] | None" = None  # of an encoder that runs for its features alone
 
 
 now = Now()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo import reset_code  # type: ignore[attr-defined]
 
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
+from pnp_core.features import GatherHook, Reached, decoder_inputs
 from pnp_core.guide.kind import DecoderInput
 from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
 
@@ -48,6 +49,8 @@ class UNetHook:
 
     def reach(self, unet: UNet2DConditionModel) -> None:
         """Be in every place where a guide acts, also in parts that have been replaced."""
+        for part in (unet.conv_in, *unet.down_blocks):
+            place(part, GatherHook())
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
         modulated, self.layers = modulated_layers(unet), text_attentions(unet)
@@ -117,6 +120,8 @@ class UNetHook:
             self.follow_compiled()
             if effect.attends:
                 self.make_negatives(module, call.negatives, arguments)
+            if effect.compares:
+                effect.compare(decoder_inputs(module, effect.under_negative(arguments)))
             now.acting = Acting(effect, call.negatives)
         # as they came: who has wrapped the forward, as DeepCache does, may look for them there
         return tuple(arguments.pop(name) for name in names), arguments
@@ -163,6 +168,9 @@ class EnterHook:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before an up block: replaces its hidden states and skips by the guide's."""
+        if now.features is not None:
+            now.features.append(kwargs["hidden_states"])
+            raise Reached
         acting = now.acting
         if acting is None:
             return None
@@ -266,7 +274,7 @@ class AttendHook(NumberedHook):
 
 
 BEFORE = (EnterHook, NegativeHook, AttendHook)
-AFTER = (ModulateHook, QueryHook)
+AFTER = (ModulateHook, QueryHook, GatherHook)
 
 
 def place(module: nn.Module, hook: Any) -> None:

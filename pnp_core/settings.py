@@ -15,7 +15,7 @@ Precision = Literal["bf16", "fp32"]
 PRECISIONS = get_args(Precision)
 Spacing = Literal["leading", "linspace", "trailing"]
 SPACINGS = get_args(Spacing)
-KINDS = ("tiny", "full")
+KINDS = ("tiny", "encoder", "full")
 
 CFG = "ClassifierFreeGuidance"
 GUIDERS = (
@@ -258,8 +258,10 @@ class GuideConfig:
     Attributes:
         kind: ``tiny`` (acts on the text states, the cross-attentions, the layers' outputs and at
             the decoder's entrances, with at most ``max_parameters_ratio`` of the base's
-            parameters) or ``full`` (a trainable copy of the base's encoder).
-        max_parameters_ratio: parameters of a tiny guide over the base UNet's; its rank follows.
+            parameters), ``encoder`` (a tiny one that is told, besides, what the base's encoder
+            makes of the negative prompt) or ``full`` (a trainable copy of the base's encoder).
+        max_parameters_ratio: parameters of a guide that is not full over the base UNet's; its rank
+            follows.
 
     Raises:
         ValueError: an unknown kind, or a ratio outside (0, 1).

@@ -95,7 +95,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
     return adapted
 
 
-@pytest.fixture(params=["tiny", "full"])
+@pytest.fixture(params=["tiny", "encoder", "full"])
 def guide(request: pytest.FixtureRequest, pipe: StableDiffusionPipeline) -> Guide:
     """A fresh guide of each kind."""
     torch.manual_seed(1)

@@ -21,7 +21,7 @@ from tests.conftest import roused
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
 def test_a_plugged_step_after_the_first_waits_for_nothing(
     pipe: StableDiffusionPipeline, kind: str
 ) -> None:

@@ -133,7 +133,7 @@ def test_halving_trains_a_guide_of_an_sdxl_base(
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
 @pytest.mark.parametrize("negative_prompt", [None, "a dog"])
 def test_a_plugged_sdxl_pipeline_makes_what_our_own_sampler_makes(
     xl_pipe: StableDiffusionXLPipeline, kind: str, negative_prompt: str | None

@@ -106,7 +106,7 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_batch(
     assert relative_error(gradient(losses, guide, config), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
 @pytest.mark.parametrize("stage", ["distill", "halve"])
 def test_gradients_through_checkpoints_are_those_without(
     stage: str, kind: str, pipe: StableDiffusionPipeline, cache: TeacherCache

@@ -4,7 +4,7 @@
 of ``adapters``) and ``full`` are the kinds there are; ``guide`` makes, saves and opens them.
 """
 
-from pnp_core.guide.guide import FORMAT, Guide
+from pnp_core.guide.guide import FORMAT, FORMATS, Guide
 from pnp_core.settings import KINDS, GuideConfig
 
-__all__ = ["FORMAT", "KINDS", "Guide", "GuideConfig"]
+__all__ = ["FORMAT", "FORMATS", "KINDS", "Guide", "GuideConfig"]

@@ -108,16 +108,16 @@ class Gains(nn.Module):
 class AttentionAdapter(nn.Module):
     """How much more a cross-attention is to make of what the prompt says beyond the negative one.
 
-    Channel by channel, and by a projection of few directions that mixes channels.
+    Channel by channel, and by a projection of ``rank`` directions that mixes channels.
     """
 
-    def __init__(self, channels: int, embedding_dim: int) -> None:
+    def __init__(self, channels: int, embedding_dim: int, rank: int = PROJECTION_RANK) -> None:
         super().__init__()
         self.gains = Gains(channels, GAIN_RANK, embedding_dim)
-        self.down = nn.Linear(channels, PROJECTION_RANK, bias=False)
-        self.code = nn.Linear(embedding_dim, PROJECTION_RANK)
-        self.up = zero_module(nn.Linear(PROJECTION_RANK, channels, bias=False))
-        self.offset = nn.Parameter(torch.zeros(PROJECTION_RANK))
+        self.down = nn.Linear(channels, rank, bias=False)
+        self.code = nn.Linear(embedding_dim, rank)
+        self.up = zero_module(nn.Linear(rank, channels, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
 
 
 class Modulations(nn.Module):

@@ -4,10 +4,12 @@ import hashlib
 import os
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
 
 from pnp_core.conditions import Conditions
+from pnp_core.guide.encoder import EncoderGuide, differences
 from pnp_core.guide.full import FullGuide
 from pnp_core.guide.kind import Kind, Prepared
 from pnp_core.guide.tiny import TinyGuide, TinyShape, tiny_shape
@@ -16,7 +18,9 @@ from pnp_core.settings import GuideConfig
 
 # 2: nothing is done where prompt and negative prompt are the same or w is at most 1. Guides of
 # format 1 have the same parameters and are read as such.
-FORMAT = 2
+# 3: the kind `encoder`; guides of other kinds are as they were, and older versions open them.
+FORMATS = {"tiny": 2, "encoder": 3, "full": 2}
+FORMAT = max(FORMATS.values())
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -30,7 +34,7 @@ class Guide(ModelMixin, ConfigMixin):
         guidance_scale_range: the ``w`` it was trained for.
         num_steps: sampling steps it was halved to; None: any number (stage 1).
         timestep_spacing: of those steps.
-        format_version: of what is on disk, see ``FORMAT``.
+        format_version: of what is on disk, see ``FORMATS``.
     """
 
     config_name = "config.json"
@@ -58,10 +62,11 @@ class Guide(ModelMixin, ConfigMixin):
         super().__init__()
         entrances = [EntranceChannels(hidden, tuple(skips)) for hidden, *skips in channels]
         self.net: Kind
-        if kind == "tiny":
+        if kind in ("tiny", "encoder"):
             assert ranks is not None
             shape = TinyShape(ranks, text_rank, embedding_dim)
-            self.net = TinyGuide(entrances, shape, text_dim, attention_channels, modulated_channels)
+            net = TinyGuide if kind == "tiny" else EncoderGuide
+            self.net = net(entrances, shape, text_dim, attention_channels, modulated_channels)
         else:
             assert unet_config is not None
             self.net = FullGuide(unet_config, [len(e.skips) for e in entrances])
@@ -83,7 +88,8 @@ class Guide(ModelMixin, ConfigMixin):
         """
         config = config or GuideConfig()
         architecture = describe(unet)
-        entries = {"kind": config.kind, "format_version": FORMAT, **architecture, **trained_for}
+        made = {"kind": config.kind, "format_version": FORMATS[config.kind]}
+        entries = {**made, **architecture, **trained_for}
         if config.kind == "full":
             if unet.class_embedding is not None:
                 raise ValueError(
@@ -96,13 +102,20 @@ class Guide(ModelMixin, ConfigMixin):
             guide.net.load_encoder(unet)
             return hold_offsets(guide).to(unet.device)
         base_parameters = sum(p.numel() for p in unet.parameters())
+        entrances = decoder_entrances(unet)
+        embedding_dim = max(32, unet.time_embedding.linear_2.out_features // 16)
+        max_parameters = int(config.max_parameters_ratio * base_parameters)
+        if config.kind == "encoder":
+            with torch.device("meta"):
+                beside = differences(entrances, embedding_dim)
+            max_parameters -= sum(p.numel() for p in beside.parameters())
         shape = tiny_shape(
-            decoder_entrances(unet),
+            entrances,
             text_dim=architecture["text_dim"],
             attention_channels=architecture["attention_channels"],
             modulated_channels=architecture["modulated_channels"],
-            embedding_dim=max(32, unet.time_embedding.linear_2.out_features // 16),
-            max_parameters=int(config.max_parameters_ratio * base_parameters),
+            embedding_dim=embedding_dim,
+            max_parameters=max_parameters,
         )
         if shape is None:
             raise ValueError(
@@ -135,7 +148,8 @@ class Guide(ModelMixin, ConfigMixin):
             )
         # Saved again, it has the newest format, and the same bytes from whichever folder it came.
         config = {key: value for key, value in guide.config.items() if key != "_name_or_path"}
-        guide._internal_dict = FrozenDict({**config, "format_version": FORMAT})
+        newest = FORMATS[guide.config.kind]
+        guide._internal_dict = FrozenDict({**config, "format_version": newest})
         return guide
 
     def weights_digest(self) -> str:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,20 @@ class Effect:
     Attributes:
         attends: whether :meth:`attend` does anything.
         modulates: whether :meth:`modulate` does.
+        compares: whether it wants to be told by :meth:`compare`, which takes a second run of the
+            encoder.
     """
 
     attends = False
     modulates = False
+    compares = False
+
+    def under_negative(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The UNet's arguments for a run under the negative prompt; of an effect that compares."""
+        raise NotImplementedError
+
+    def compare(self, negative: Sequence["DecoderInput"]) -> None:
+        """Be told, before the forward, what would enter each up block under the negative prompt."""
 
     def steer(self, c_BLD: Tensor) -> Tensor:
         """The text states that the UNet is to read in place of the prompt's."""

@@ -13,7 +13,7 @@ are equally wide, M width of the conditioning vector, X all that is told by that
 import copy
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,7 @@ class PreparedTiny(Prepared):
         dtype = linear.weight.dtype
         c, n = conditions.c_BLD.to(dtype), conditions.n_BLD.to(dtype)
         difference_BLD = rms_normed(c) - rms_normed(n)
-        gain = Gain.of(conditions.w_B, difference_BLD, strength)
+        self.gain = gain = Gain.of(conditions.w_B, difference_BLD, strength)
         of_t, of_w = linear.weight.split(EMBEDDING_DIM, dim=1)
         self.of_t = of_t
         self.frequencies = frequencies(c.device)
@@ -164,28 +164,33 @@ class PreparedTiny(Prepared):
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "TinyEffect":
         """Compute all that this timestep decides: gains, directions, factors and shifts."""
-        net = self.net
-        # 1. the conditioning vector
+        return TinyEffect(**self.parts(sample, self.embedding(timestep_B)))
+
+    def embedding(self, timestep_B: Tensor) -> Tensor:
+        """The conditioning vector, ``(B, M)``."""
         t_BE = sinusoidal(timestep_B, self.frequencies).to(self.of_t.dtype)
         embedding_BM = F.silu(F.linear(t_BE, self.of_t) + self.of_w_BM)
-        embedding_BM = F.silu(net.embed[2](embedding_BM)) + self.prompt_BM
-        # 2. all that reads it
+        return F.silu(self.net.embed[2](embedding_BM)) + self.prompt_BM
+
+    def parts(self, sample: Tensor, embedding_BM: Tensor) -> dict[str, Any]:
+        """What :class:`TinyEffect` is made of, from the conditioning vector."""
+        # 1. all that reads it
         told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
             [sum(self.split_told), self.gains_BX.shape[1]], dim=1
         )
         parts = told_BX[..., None].split(self.split_told, dim=1)
         told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
         driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
-        # 3. what that drives
+        # 2. what that drives
         mixed = is_mixed(sample.device.type)
         dtype = told_BX.dtype if mixed else sample.dtype
-        return TinyEffect(
-            prepared=self,
-            told=told[1:],
-            text_residual_BLD=net.text(self.down_BLR, told[0]),
-            mixtures=self.mixtures(driven, dtype),
-            modulations=self.modulations(driven[2 * len(self.up) :], dtype),
-        )
+        return {
+            "prepared": self,
+            "told": told[1:],
+            "text_residual_BLD": self.net.text(self.down_BLR, told[0]),
+            "mixtures": self.mixtures(driven, dtype),
+            "modulations": self.modulations(driven[2 * len(self.up) :], dtype),
+        }
 
     def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list["Mixture"]:
         """What each cross-attention's adapter does, in the order of the forward."""

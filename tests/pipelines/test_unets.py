@@ -49,7 +49,7 @@ from tests.reference import CALL, SCALE, guide_for, guided, with_unet
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
 )
-@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
 def test_unets_of_other_layouts_work(parts: Parts, changes: dict[str, Any], kind: str) -> None:
     torch.manual_seed(0)
     unet = parts.unet(**changes)
