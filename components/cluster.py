@@ -52,14 +52,9 @@ def run_training(
         return
 
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    directory = (RUNS / name).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    storage_path, files = str(directory / "ray"), None
-    if shipment:
-        storage_path, files = shipment.mirror("ray").for_arrow()
     with joined(params, sees_folder=shipment is None):
         room = _Room(params, name)
         room.wait()
@@ -69,14 +64,7 @@ def run_training(
             _on_worker,
             train_loop_config={**arguments, "reports": reports},
             scaling_config=ScalingConfig(num_workers=room.num_workers, use_gpu=room.has_gpu),
-            run_config=RunConfig(
-                # Ray would take a second run of the same name for the end of the first.
-                name=f"{name}-{time.time_ns():x}",
-                storage_path=storage_path,
-                storage_filesystem=files,
-                failure_config=_failures(params, room.limit_s),
-                callbacks=[telling_losses(name, room.limit_s, reports)],
-            ),
+            run_config=_run_config(params, room, name, reports, shipment),
         )
 
         def look() -> None:
@@ -95,16 +83,30 @@ def run_training(
     if shipment:
         shipment.bring()
     else:
-        shutil.rmtree(directory / "ray")
+        shutil.rmtree(RUNS / name / "ray")
 
 
-def _failures(params: Params, limit_s: float) -> Any:
-    """How often a group is started again, and how long its start may lack room."""
-    from ray.train import FailureConfig
+def _run_config(
+    params: Params, room: "_Room", name: str, reports: Any, shipment: Shipment | None
+) -> Any:
+    """Where a group keeps Ray's own files, how often it is started again, whom it tells."""
+    from ray.train import FailureConfig, RunConfig
 
-    return FailureConfig(
-        max_failures=params.cluster.max_failures,
-        controller_failure_limit=math.ceil(limit_s / GROUP_START_S),
+    directory = (RUNS / name).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    storage_path, files = str(directory / "ray"), None
+    if shipment:
+        storage_path, files = shipment.mirror("ray").for_arrow()
+    return RunConfig(
+        # Ray would take a second run of the same name for the end of the first.
+        name=f"{name}-{time.time_ns():x}",
+        storage_path=storage_path,
+        storage_filesystem=files,
+        failure_config=FailureConfig(
+            max_failures=params.cluster.max_failures,
+            controller_failure_limit=math.ceil(room.limit_s / GROUP_START_S),
+        ),
+        callbacks=[telling_losses(name, room.limit_s, reports)],
     )
 
 
