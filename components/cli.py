@@ -6,9 +6,12 @@ only) refused, 75 something outside is away and the same command goes on when it
 """
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +59,7 @@ def main(run: Callable[[Params], None]) -> None:
     except MayPassError as error:
         stop(error, exit_code=MAY_PASS)
     except (ValueError, OSError) as error:
-        stop(error, exit_code=1)
+        stop(error if getattr(error, "errno", None) != ENOSPC else disk_full(error), exit_code=1)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not loaded for this
             raise
@@ -74,6 +77,17 @@ def out_of_memory(error: RuntimeError) -> RuntimeError:
     said = str(error).partition(".")[0]
     told = RuntimeError(
         f"the GPU's memory does not suffice ({said}): {lower}end what else computes on it"
+    )
+    return told.with_traceback(error.__traceback__)
+
+
+def disk_full(error: Exception) -> OSError:
+    """The same error, saying where there is no room: who writes often doesn't."""
+    places = [folder for folder in (*WRITTEN_IN, Path(tempfile.gettempdir())) if folder.exists()]
+    free, fullest = min((shutil.disk_usage(place).free, place) for place in places)
+    told = OSError(
+        f"a disk is full ({error}). {fullest} has {free / 1e6:,.0f} MB left, the least of where a "
+        "stage writes: make room there; the same command goes on from here"
     )
     return told.with_traceback(error.__traceback__)
 

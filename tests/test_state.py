@@ -1,5 +1,6 @@
 """What is recorded is what ran: a stage's snapshot of its inputs, and the lineage of a run."""
 
+import errno
 import os
 import shutil
 import signal
@@ -265,6 +266,27 @@ def test_a_tracking_store_that_cannot_be_is_told_before_the_work(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         "error: MLflow keeps nothing at 'file:runs-of-mlflow': give tracking.uri"
+    )
+
+
+def test_of_a_full_disk_it_is_told_which_and_what_to_do(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("results").mkdir(exist_ok=True)
+
+    def free_of(path: Any) -> Any:
+        return shutil._ntuple_diskusage(0, 0, 2_000_000 if Path(path) == Path("results") else 10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", free_of)
+
+    def fill(params: Params) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit):
+        main(fill)
+    assert capsys.readouterr().err == (
+        "error: a disk is full ([Errno 28] No space left on device). results has 2 MB left, the "
+        "least of where a stage writes: make room there; the same command goes on from here\n"
     )
 
 
