@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +23,7 @@ from components.environment import quiet
 from components.joining import joined
 from components.params import Params, ParamsError, load_params
 from components.paths import BUNDLE, CACHE, DISTILLED, PREPARED, RUNS
-from components.shipping import Shipment, pack
+from components.shipping import Shipment, pack, unpack
 from tests import toy
 from tests.stores import free_port
 
@@ -213,3 +214,15 @@ def test_nodes_that_see_nothing_make_the_same_cache_and_guides(
     with joined(there, sees_folder=False):
         code, has_params = ray.get(ray.remote(where_code_is).remote())
     assert "/runtime_resources/working_dir_files/" in code and not has_params
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "in/../../outside"])
+def test_what_was_sent_is_not_unpacked_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    packed, folder = tmp_path / "packed.tar", tmp_path / "folder"
+    with tarfile.open(packed, "w") as tar:
+        tar.addfile(tarfile.TarInfo("good"))
+        tar.addfile(tarfile.TarInfo(name))
+    folder.mkdir()
+    with tarfile.open(packed) as tar, pytest.raises(ValueError, match="outside is not a file"):
+        unpack(tar, folder)
+    assert not list(folder.iterdir())

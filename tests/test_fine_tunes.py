@@ -276,7 +276,12 @@ def test_generate_uses_a_model_as_params_yaml_says(
         chosen = {"steps": 2, "guidance_scale": None, "strength": None, "negative": None}
         chosen |= {"compare": False, **named}
         arguments = argparse.Namespace(
-            prompt=prompt, guide=Path("guides/bundle"), model=model, seed=0, out="out.png", **chosen
+            prompt=prompt,
+            guide=Path("guides/bundle"),
+            model=model,
+            seed=0,
+            out=Path("out.png"),
+            **chosen,
         )
         generate.run(params, arguments)
         return np.asarray(Image.open("out.png"))

@@ -108,9 +108,15 @@ class ExactCache:
         positions = torch.arange(step * batch_size, (step + 1) * batch_size)
         return shuffled(positions, (self.num_pairs,), num_shuffled=1, seed=seed)
 
-    def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
+    def pair_rows(self, indices: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("eps_c", "eps_n"), (x[indices] for x in self.states[3:]), strict=True))
+
+    def stored_pairs(self, indices: Tensor) -> Pairs:
         z, t, text, eps_c, eps_n = (x[indices] for x in self.states)
         return Pairs(z, t, eps_c, eps_n, text, torch.zeros_like(text), added=None)
+
+    def pairs(self, indices: Tensor, device: torch.device) -> Pairs:
+        return self.stored_pairs(indices)
 
 
 @pytest.fixture(scope="module")

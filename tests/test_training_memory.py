@@ -23,13 +23,13 @@ from pnp_core.distill import distill, distillation_objective, draw_guidance_scal
 from pnp_core.guide import Guide
 from pnp_core.halve import halve, halving_objective, rounds_of
 from pnp_core.memory import RESERVED_GB, Step
+from pnp_core.seeds import step_generator
 from pnp_core.train import (
     State,
     TrainConfig,
     own_part,
     parts_of,
     rank_and_world,
-    step_generator,
     train,
 )
 from tests import toy

@@ -85,8 +85,9 @@ def card_lines(card: Results, scale: Scale) -> Iterator[str]:
         yield f"{as_line(made_by)} torch {made_by['torch']}, driver {made_by['driver']}."
     yield from ("", "Milliseconds of a step, and GB that it takes beside the weights; weights are")
     yield "random and in bf16, steps taken in turns, the median counts. A step is the UNet's."
-    yield from ("", "| base | batch | | plain | CFG | tiny | over plain | over CFG | full |")
-    yield "|---|---|---|---|---|---|---|---|---|"
+    head = ("plain", "CFG", "tiny", "over plain", "over CFG", "encoder", "full")
+    yield from ("", f"| base | batch | | {' | '.join(head)} |")
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for base in scale.bases:
         for batch in BATCHES:
             for how in HOWS:
@@ -118,10 +119,10 @@ def step_line(rows: Mapping[str, Row], base: str, how: str, batch: int) -> str:
     ms, memory = row.get("ms", {}), row.get("memory_gb", {})
     cells = [
         f"{ms[way]:.2f} ({memory[way]:.2f} GB)" if way in ms else "" if ms else "not measured"
-        for way in ("plain", "cfg", "tiny", "full")
+        for way in ("plain", "cfg", "tiny", "encoder", "full")
     ]
     ratios = [number(over(rows, base, how, batch, way), 3) for way in ("plain", "cfg")]
-    return table_row(base, str(batch), how, *cells[:3], *ratios, cells[3])
+    return table_row(base, str(batch), how, *cells[:3], *ratios, *cells[3:])
 
 
 def train_line(rows: Mapping[str, Row], base: str, how: str) -> str:
