@@ -386,6 +386,32 @@ def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:
     assert f"no Prefect server answers at PREFECT_API_URL={url}" in line
 
 
+AWAY = """
+import atexit, sys
+import httpx
+from flows import __main__ as flows
+
+def start(arguments, params):
+    atexit.register(print, "Prefect tries again")  # as its log does, for minutes
+    raise httpx.ConnectError("refused")
+
+flows.start = start
+flows.check_server = lambda: None
+sys.argv = ["flows", "distill"]
+flows.main()
+"""
+
+
+def test_a_server_that_went_away_is_told_in_one_line_and_not_waited_for_again(world: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", AWAY], capture_output=True, text=True, env=environment
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Prefect's server went away while this ran (refused)")
+    assert (done.returncode, done.stdout) == (os.EX_TEMPFAIL, "")
+
+
 def test_a_failed_stage_stops_the_flow_in_its_own_words(
     pipeline: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
