@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
+from httpx import HTTPError
 
 from components.cli import MAY_PASS
 from components.environment import die_with_parent
@@ -263,6 +264,9 @@ def log_without_tracebacks() -> None:
 
 def _drop_traceback(record: logging.LogRecord) -> bool:
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, StageFailed | ParamsError) and os.environ.get("PNP_TRACEBACK") != "1":
+    if (
+        isinstance(error, StageFailed | ParamsError | HTTPError)
+        and os.environ.get("PNP_TRACEBACK") != "1"
+    ):
         record.exc_info = None
     return True

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.faults.listing import fault
-from benchmarks.faults.proxy import free_port, proxy_to, server
+from benchmarks.faults.proxy import free_port, kill_all, proxy_to, server
 from benchmarks.faults.workspace import UnexpectedError, Workspace
 
 ONE = ("dvc", "repro", "--single-item")
@@ -64,7 +64,7 @@ def kill9_of_the_mlflow_server(workspace: Workspace) -> None:
         running = workspace.start(*ONE, "distill")
         workspace.in_the_middle(running, "distill")
         workspace.lost_work_s = 0.0
-        process.kill()
+        kill_all(process)
         done = workspace.finish(running)
     if done.exit_code != 0:
         raise UnexpectedError(f"training ends with it: {done.output[-300:]}")
