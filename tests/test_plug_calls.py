@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_what_encodes_a_prompt_in_a_callback_changes_nothing(
     assert np.array_equal(made, expected)
 
 
+def handed_over(pipe: Any, predict: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
+    """The latents of a run of four steps whose last two are taken here, by `predict`."""
+    kept: list[torch.Tensor] = []
+
+    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        kept.append(given["latents"])
+        return given
+
+    generate(pipe, callback_on_step_end=keep, **options)
+    pipe.scheduler.set_timesteps(4)
+    latents = kept[1]
+    with torch.no_grad():
+        for t in pipe.scheduler.timesteps[2:]:
+            latents = pipe.scheduler.step(predict(latents, t), t, latents).prev_sample
+    return latents
+
+
 @pytest.mark.parametrize("how", ["both", "positive", "in place"])
 def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
     pipe: StableDiffusionPipeline, tiny: Guide, how: str
@@ -145,23 +163,12 @@ def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
         pipe, negative_prompt="a dog", output_type="latent", callback_on_step_end=switch,
         callback_on_step_end_tensor_inputs=["prompt_embeds"],
     )  # fmt: skip
-    kept: list[torch.Tensor] = []
-
-    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        kept.append(given["latents"])
-        return given
-
-    generate(pipe, negative_prompt="a dog", callback_on_step_end=keep)
-    pipe.scheduler.set_timesteps(4)
-    latents = kept[1]
-
     schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
     denoiser = GuidedDenoiser(pipe.unet, tiny, schedule)
     conditions = Conditions.at_scale(4.0, c_BLD=new, n_BLD=negative)
-    with torch.no_grad():
-        for t in pipe.scheduler.timesteps[2:]:
-            eps = denoiser(latents, t[None], conditions)
-            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    latents = handed_over(
+        pipe, lambda z, t: denoiser(z, t[None], conditions), negative_prompt="a dog"
+    )
     np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
 
 
@@ -170,20 +177,9 @@ def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
 ) -> None:
     plug(pipe, tiny)
     cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
-    kept: list[torch.Tensor] = []
-
-    def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        kept.append(given["latents"])
-        return given
-
     made = generate(pipe, output_type="latent", callback_on_step_end=cut)
-    generate(pipe, callback_on_step_end=keep)
-    latents, text = kept[1], encode_prompts(pipe, ["a cat"]).states_NLD
-    pipe.scheduler.set_timesteps(4)
-    with torch.no_grad():
-        for t in pipe.scheduler.timesteps[2:]:
-            eps = pipe.unet(latents, t, text).sample
-            latents = pipe.scheduler.step(eps, t, latents).prev_sample
+    text = encode_prompts(pipe, ["a cat"]).states_NLD
+    latents = handed_over(pipe, lambda z, t: pipe.unet(z, t, text).sample)
     np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
 
 

@@ -66,13 +66,7 @@ def more_workers_than_the_cluster_has(workspace: Workspace) -> None:
 @fault("cluster", before="cache")
 def kill9_of_a_cache_worker(workspace: Workspace) -> None:
     """`kill -9` of one of two Ray workers that build the cache."""
-    workspace.set_param("cluster.num_workers", 2)
-    workspace.set_param("cluster.max_failures", 2)
-    running = workspace.start(*ONE, "cache")
-    workspace.in_the_middle(running, "cache")
-    ray_worker(running.pid, "_TaskWorker").kill()
-    if (done := workspace.finish(running)).exit_code != 0:
-        raise UnexpectedError(f"the loss of a worker is not survived: {done.output[-400:]}")
+    outlives_a_worker(workspace, "cache", "_TaskWorker")
     workspace.said = "another worker goes on"
     workspace.stages = ("cache",)
 
@@ -80,15 +74,20 @@ def kill9_of_a_cache_worker(workspace: Workspace) -> None:
 @fault("cluster", before="distill")
 def kill9_of_a_training_worker(workspace: Workspace) -> None:
     """`kill -9` of one of two Ray workers that train: the group goes on from its checkpoint."""
-    workspace.set_param("cluster.num_workers", 2)
-    workspace.set_param("cluster.max_failures", 2)
-    running = workspace.start(*ONE, "distill")
-    workspace.in_the_middle(running, "distill")
-    ray_worker(running.pid, "RayTrainWorker").kill()
-    if (done := workspace.finish(running)).exit_code != 0:
-        raise UnexpectedError(f"the loss of a worker is not survived: {done.output[-400:]}")
+    outlives_a_worker(workspace, "distill", "RayTrainWorker")
     workspace.said = "the group goes on from its checkpoint"
     workspace.stages = ()  # gradients summed over two workers round otherwise
+
+
+def outlives_a_worker(workspace: Workspace, stage: str, actor: str) -> None:
+    """One of two Ray workers of a stage is killed, and the stage goes on to its end."""
+    workspace.set_param("cluster.num_workers", 2)
+    workspace.set_param("cluster.max_failures", 2)
+    running = workspace.start(*ONE, stage)
+    workspace.in_the_middle(running, stage)
+    ray_worker(running.pid, actor).kill()
+    if (done := workspace.finish(running)).exit_code != 0:
+        raise UnexpectedError(f"the loss of a worker is not survived: {done.output[-400:]}")
 
 
 def ray_worker(pid: int, name: str) -> psutil.Process:

@@ -27,15 +27,8 @@ RANK = 4  # of what is mixed from a feature's channels
 class EncoderGuide(TinyGuide):
     """A tiny guide with an adapter for each feature that the decoder gets from the encoder."""
 
-    def __init__(
-        self,
-        entrances: Sequence[EntranceChannels],
-        shape: TinyShape,
-        text_dim: int,
-        attention_channels: Sequence[int],
-        modulated_channels: Sequence[int],
-    ) -> None:
-        super().__init__(entrances, shape, text_dim, attention_channels, modulated_channels)
+    def __init__(self, entrances: Sequence[EntranceChannels], shape: TinyShape, *rest: Any) -> None:
+        super().__init__(entrances, shape, *rest)
         self.differences = differences(entrances, shape.embedding_dim)
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedEncoder":
