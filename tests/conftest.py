@@ -3,9 +3,11 @@
 import copy
 import io
 import os
+import sqlite3
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve a busy machine
 
@@ -20,13 +22,50 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
+from sqlalchemy import Engine, event
 
 from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.identity import BaseIdentity
 from tests.toy import make_pipeline, make_xl_pipeline
 
 torch.set_num_threads(1)  # the tests' models are too small for more
+os.fsync = lambda descriptor: None  # no test cuts the power, and a disk takes 16 ms for each
+
+
+# Files whose tests are to be run by one worker, as they share what takes long to make: a Prefect
+# server, a trained world.
+WITH = {"tests/test_promote_flow.py": "tests/test_flows.py"}
+WITH |= {"tests/test_pipeline.py": "tests/test_stages.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker for each file, or for the files that go together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return WITH.get(file, file)
+
+    return Together(config, log)
+
+
+@pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server of this process's own."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=60):
+        yield
+
+
+@event.listens_for(Engine, "connect")
+def do_not_wait_for_the_disk(connection: object, _: object) -> None:
+    """Of MLflow's databases, for the same reason."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF")
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +134,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> UNet2DConditionModel:
     return adapted
 
 
-@pytest.fixture(params=["tiny", "encoder", "full"])
+@pytest.fixture(params=KINDS)
 def guide(request: pytest.FixtureRequest, pipe: StableDiffusionPipeline) -> Guide:
     """A fresh guide of each kind."""
     torch.manual_seed(1)

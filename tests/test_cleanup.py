@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,15 @@ from components import cleanup
 from components.params import load_params
 from components.tracking import Registry, Run, Store, garbage
 from tests import stores, toy
+from tests.commands import dvc
 from tests.stores import NAME, TOY
 
 pytest_plugins = ["tests.toy", "tests.stores"]
 
-DVC = (sys.executable, "-m", "dvc")
 
-
-def call(*command: str) -> None:
+def git(*arguments: str) -> None:
     identity = ("-c", "user.name=a", "-c", "user.email=a@localhost")
-    words = ["git", *identity, *command[1:]] if command[0] == "git" else command
-    subprocess.run(words, check=True, capture_output=True)
+    subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -35,8 +32,8 @@ def checkout(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with open("dvc.yaml", "w") as file:
         YAML().dump({"stages": {"distill": stage}}, file)
     Path(".gitignore").write_text("/guides\n/mlflow.db\n/mlartifacts\n/guide-*\n/runs\n")
-    call("git", "init", "--quiet")
-    call(*DVC, "init", "--quiet")
+    git("init", "--quiet")
+    dvc("init", "--quiet")
     return place
 
 
@@ -44,7 +41,7 @@ def make(seed: int) -> None:
     params = toy.toy_params()
     params["distill"]["seed"] = seed
     toy.write_params(Path(), params)
-    call(*DVC, "repro")
+    dvc("repro")
 
 
 def clean(*, remove: bool = False) -> None:
@@ -65,8 +62,8 @@ def test_of_dvcs_cache_what_neither_a_commit_nor_the_lock_has_can_go(
     for seed in (1, 2, 3):
         make(seed)
         if seed == 1:
-            call("git", "add", ".")
-            call("git", "commit", "--quiet", "--message", "one")
+            git("add", ".")
+            git("commit", "--quiet", "--message", "one")
     capsys.readouterr()
     clean()
     assert "could go: python -m components.cleanup --remove" in capsys.readouterr().out
@@ -97,7 +94,7 @@ def _lock() -> str:
 def test_a_cache_that_others_share_is_left_alone(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call(*DVC, "cache", "dir", "--local", str(tmp_path / "shared"))
+    dvc("cache", "dir", "--local", str(tmp_path / "shared"))
     for seed in (1, 2):
         make(seed)
     before = sorted((tmp_path / "shared").rglob("*"))

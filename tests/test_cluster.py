@@ -57,7 +57,9 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """In an empty folder."""
+    monkeypatch.chdir(tmp_path)
     clock = Clock()
     monkeypatch.setattr(cluster, "time", clock)
     monkeypatch.setattr(liveness, "time", clock)
@@ -78,12 +80,8 @@ def cluster_of(
 
 
 def test_more_workers_than_there_is_room_for_are_given_up_after_the_limit(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    clock: Clock,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
     room = cluster._Room(params_with(num_workers=8, wait_minutes=2), "distill")
     with pytest.raises(ValueError) as failed:
@@ -95,10 +93,7 @@ def test_more_workers_than_there_is_room_for_are_given_up_after_the_limit(
     assert len(lines) == 4, "one each half minute"
 
 
-def test_nodes_that_come_late_are_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     cluster_of(monkeypatch, clock, (0, {"CPU": 1.0}), (90, {"CPU": 2.0}))
     room = cluster._Room(params_with(num_workers=2, wait_minutes=2), "cache")
     room.wait()
@@ -106,10 +101,9 @@ def test_nodes_that_come_late_are_waited_for(
 
 
 def test_whether_there_are_gpus_is_asked_of_the_cluster(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
     """The driver, here without one, may be another machine."""
-    monkeypatch.chdir(tmp_path)
     cluster_of(monkeypatch, clock, (0, {"CPU": 64.0, "GPU": 4.0}))
     room = cluster._Room(params_with(num_workers=4), "distill")
     room.wait()
@@ -119,9 +113,8 @@ def test_whether_there_are_gpus_is_asked_of_the_cluster(
 
 
 def test_workers_without_tasks_are_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
     room = cluster._Room(params_with(num_workers=8), "cache", most=3)
     room.wait()
@@ -129,12 +122,8 @@ def test_workers_without_tasks_are_not_waited_for(
 
 
 def test_nodes_lost_meanwhile_are_told_and_their_return_is_noticed(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    clock: Clock,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     both, one = {"CPU": 2.0}, {"CPU": 1.0}
     cluster_of(monkeypatch, clock, (0, both), (10, one), (40, both), (100, one))
     room = cluster._Room(params_with(num_workers=2, wait_minutes=1), "cache")

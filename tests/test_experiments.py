@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ from flows.experiment import bring, experiment
 from flows.process import StageFailed, repro
 from pnp_core.files import write_text
 from tests import toy
+from tests.commands import dvc
 
 pytest_plugins = ["tests.toy"]
 
-DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
 
 
@@ -89,7 +88,7 @@ def repository(world: Path) -> Path:
     # The base is neither in git nor in DVC, as where it was downloaded.
     (world / ".gitignore").write_text("/models\n/guides\n/ran\n/fails\n/mlflow.db\n")
     call("git", "init", "--quiet")
-    call(*DVC, "init", "--quiet")
+    dvc("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message", "toy")
     return world
@@ -112,13 +111,13 @@ def test_an_experiment_leaves_the_checkout_as_it_was_and_is_saved_under_the_runs
     assert {p: p.read_bytes() for p in before} == before
     assert git("rev-parse", "HEAD") == head and not git("status", "--porcelain").strip()
     assert len(git("worktree", "list").splitlines()) == 1
-    assert "funny-name" in call(*DVC, "exp", "list")
+    assert "funny-name" in dvc("exp", "list")
     ran = git("show", "refs/pnp-guide/funny-name:params.yaml")
     assert YAML(typ="safe").load(ran)["distill"]["seed"] == 7, "what a lineage names is kept"
 
     run("distill.seed=8")
-    assert "funny-name-2" in call(*DVC, "exp", "list"), "nothing is overwritten"
-    call(*DVC, "exp", "apply", "funny-name")
+    assert "funny-name-2" in dvc("exp", "list"), "nothing is overwritten"
+    dvc("exp", "apply", "funny-name")
     assert YAML(typ="safe").load(Path("guides/distilled"))["distill"]["seed"] == 7
 
 
@@ -190,7 +189,7 @@ def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_in_its_pa
     world.rename(larger / "the guide")
     monkeypatch.chdir(larger / "the guide")
     call("git", "init", "--quiet", "..")
-    call(*DVC, "init", "--quiet", "--subdir")
+    dvc("init", "--quiet", "--subdir")
     git("add", "params.yaml", "dvc.yaml", ".dvc")
     git("commit", "--quiet", "--message", "toy")
     with experiment(["distill.seed=7"], "a", print):
@@ -198,7 +197,7 @@ def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_in_its_pa
         assert load_params(Path("params.yaml")).distill.seed == 7
         assert Path("models/base").is_dir() and Path("art/main.parquet").exists()
         Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
-    assert "a" in call(*DVC, "exp", "list")
+    assert "a" in dvc("exp", "list")
 
 
 def test_outside_git_it_is_one_line_that_says_so(world: Path) -> None:

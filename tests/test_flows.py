@@ -22,7 +22,6 @@ import pytest
 import s3fs
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
@@ -31,6 +30,7 @@ from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
+from tests.commands import dvc
 from tests.stores import Server, free_port
 from tests.toy import make_repository, toy_params, write_params
 
@@ -46,17 +46,7 @@ def git(*arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], check=True, capture_output=True)
 
 
-def dvc_status() -> str:
-    return subprocess.run([*DVC, "status"], check=True, capture_output=True, text=True).stdout
-
-
 # In-process, on stages that only note their names
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=60):
-        yield
 
 
 @pytest.fixture
@@ -72,7 +62,7 @@ def pipeline(
     monkeypatch.setattr(distill, "begin", lambda: nullcontext(params))
     monkeypatch.setattr(distill, "check_files", lambda params: None)
     git("init", "--quiet")
-    subprocess.run([*DVC, "init", "--quiet"], check=True)
+    dvc("init", "--quiet")
 
     def note(name: str, *, after: str | None, out: str) -> dict[str, Any]:
         write = f"mkdir -p {out} && echo {name} | tee {out}/table.md"
@@ -106,34 +96,33 @@ def ran() -> list[str]:
 def test_the_flow_and_dvc_lead_to_the_same_result(pipeline: dict[str, Any]) -> None:
     distill.distill_flow()
     assert ran() == list(STAGES)
-    assert "up to date" in dvc_status()
+    assert "up to date" in dvc("status")
 
     distill.distill_flow()
-    subprocess.run([*DVC, "repro"], check=True)
+    dvc("repro")
     assert ran() == list(STAGES), "nothing changed, so nothing runs again"
 
 
 def test_a_git_worktree_that_shares_dvcs_cache_takes_over_what_was_made(
     pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distill.distill_flow()
+    dvc("repro")
     git("add", ".")
     git("rm", "--cached", "--quiet", "ran")
     git("commit", "--quiet", "--message", "result")
     other = tmp_path.with_name("another, with a space")
     git("worktree", "add", "--quiet", "--detach", str(other))
     monkeypatch.chdir(other)
-    cache = [*DVC, "cache", "dir", "--local", str(tmp_path / ".dvc/cache")]
-    subprocess.run(cache, check=True)
+    dvc("cache", "dir", "--local", str(tmp_path / ".dvc/cache"))
     distill.distill_flow()
-    assert "up to date" in dvc_status() and Path("results/report/table.md").exists()
+    assert "up to date" in dvc("status") and Path("results/report/table.md").exists()
     assert not Path("ran").exists(), "no stage ran"
 
 
 def test_what_is_changed_runs_with_what_depends_on_it_and_nothing_before(
     pipeline: dict[str, Any],
 ) -> None:
-    distill.distill_flow()
+    dvc("repro")
     Path("ran").unlink()
     pipeline["halve"]["cmd"] += " && echo other > h/table.md"
     write_stages(pipeline)
@@ -161,7 +150,8 @@ def test_models_are_measured_side_by_side_on_a_gpu_each_and_a_failure_is_told(
         },
     }
     write_stages(pipeline)
-    distill.distill_flow()
+    dvc("repro", "halve")
+    distill.distill_flow("evaluate")
     used = {Path(f"e-{name}/gpu").read_text().strip() for name in others}
     assert used == {"3", "7"}
 
@@ -191,7 +181,7 @@ def test_on_a_server_the_flow_makes_the_limit_that_guards_the_gpus(
 def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
     pipeline: dict[str, Any],
 ) -> None:
-    subprocess.run([*DVC, "repro"], check=True)
+    dvc("repro")
     pipeline["prepare"]["cmd"] += " && true"
     pipeline["evaluate"]["do"]["cmd"] += " && true"
     write_stages(pipeline)
@@ -207,7 +197,7 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     monkeypatch.setattr(stages, "CACHE", Path("c"))
     only = ({"changed deps": {"c": "deleted"}}, {"changed outs": {"c": "deleted"}})
     monkeypatch.setattr(stages, "ONLY_THE_CACHE", only)
-    subprocess.run([*DVC, "repro"], check=True)
+    dvc("repro")
     shutil.rmtree("c")
     pipeline["evaluate"]["do"]["cmd"] += " && true"
     write_stages(pipeline)
@@ -225,14 +215,15 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
 def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
     pipeline: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    distill.distill_flow()
+    dvc("repro")
+    distill.distill_flow("register")
     assert "git add dvc.lock && git commit" in caplog.text
     assert "dvc remote add" in caplog.text
     git("add", ".")
     git("commit", "--quiet", "--message", "result")
     caplog.clear()
     remote = tmp_path.with_name("remote")
-    subprocess.run([*DVC, "remote", "add", "--default", "team", str(remote)], check=True)
+    dvc("remote", "add", "--default", "team", str(remote))
     distill.distill_flow("register")
     assert list(remote.iterdir())
     assert "git commit" not in caplog.text, "nothing has changed"
@@ -626,7 +617,7 @@ def test_server_worker_and_command_line(
     """docs/server.md, step 4; the other door finds all done, and tells where things are."""
     call = servers.call
     call(*servers.run, "distill/local")
-    assert "up to date" in dvc_status()
+    assert "up to date" in dvc("status")
     call(*servers.run, "promote/local")
     champion = MlflowClient(settings["MLFLOW_TRACKING_URI"]).get_model_version_by_alias(
         "pnp-guide", "champion"
@@ -693,7 +684,7 @@ def test_one_more_fine_tune_and_the_champion_are_measured_without_an_edit(
     assert "another:" in call("git", "show", f"refs/pnp-guide/{name}:params.yaml")
     assert not Path("results/evaluate/another").exists()
     call(*servers.run, "reevaluate/local")
-    assert "up to date" in dvc_status() and not git_status(), "the checkout is as it was"
+    assert "up to date" in dvc("status") and not git_status(), "the checkout is as it was"
 
 
 def wait_for(url: str, *, seconds: float = 90.0) -> None:

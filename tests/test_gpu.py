@@ -17,6 +17,22 @@ from benchmarks.gpu.scale import Scale, toy_scale, true_scale
 from pnp_core.files import read_json
 
 CARD = "CPU, toy sizes"
+FEW = """
+import pytest
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [1, 2])
+def test_good(number): pass
+
+@pytest.mark.gpu
+def test_bad(): assert 0
+
+@pytest.mark.gpu
+@pytest.mark.skip
+def test_skipped(): pass
+
+def test_that_needs_no_gpu(): assert 0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +66,11 @@ def test_every_row_is_made_on_toys(
     base: str, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scale = replace(scale, bases={base: scale.bases[base]})
-    monkeypatch.setattr(rows, "TESTS", ("tests/test_host_syncs.py",))
+    few = tmp_path / "test_few.py"
+    few.write_text(FEW)
+    monkeypatch.setattr(rows, "TESTS", (str(few),))
+    for module in (rows, table):
+        monkeypatch.setattr(module, "BATCHES", (1,))
     path = tmp_path / "gpu.json"
     results.run(scale, path, minutes=8, done=lambda: None)
     found = read_json(path)
@@ -64,7 +84,8 @@ def test_every_row_is_made_on_toys(
             assert min(row["ms"].values()) > 0
     assert made[f"{base} train eager"]["samples_per_second"] > 0
     assert made[f"{base} cache"]["pairs_per_second"] > 0
-    assert made["tests"]["not_passed"] == [] and made["tests"]["skipped"] >= 2
+    found_tests = {key: made["tests"][key] for key in ("passed", "skipped", "not_passed")}
+    assert found_tests == {"passed": 2, "skipped": 1, "not_passed": ["test_bad"]}
     summary = table.summary(found, scale, results.code_digest())
     assert summary["missing"] == summary["failed"] == summary["of_other_code"] == []
     assert "not measured" not in table.as_markdown(found, scale, {})

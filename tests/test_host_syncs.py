@@ -10,7 +10,7 @@ from benchmarks.plug import Operations, counted_forwards, waits
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.models import encode_prompts
 from pnp_core.plug import plug
 from pnp_core.sample import initial_noise, sample
@@ -21,7 +21,7 @@ from tests.conftest import roused
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_plugged_step_after_the_first_waits_for_nothing(
     pipe: StableDiffusionPipeline, kind: str
 ) -> None:

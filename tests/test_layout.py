@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -74,32 +75,47 @@ def test_every_deployment_names_a_flow() -> None:
 # Lean imports
 
 
-def test_the_method_imports_without_the_pipelines_tools() -> None:
+IMPORTED = """
+import importlib, json, sys
+for tool in ("prefect", "ray", "mlflow", "dvc"):
+    sys.modules[tool] = None  # importing it now raises ImportError
+import pnp_core, pnp_core.files
+heavy = sorted({"torch", "diffusers", "transformers"} & set(sys.modules))
+import pnp_core.plug  # the module has the name of a function
+from pnp_core import *
+hidden = [name for name in pnp_core.__all__ if not callable(globals()[name])]
+found = {"heavy": heavy, "hidden": hidden}
+found["plug"] = pnp_core.plug is sys.modules["pnp_core.plug"].plug
+found["failed"] = []
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        found["failed"].append(f"{module}: {error}")
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """What a process without the pipeline's tools finds as it imports the library."""
     paths = [path.relative_to(ROOT) for path in (ROOT / "pnp_core").rglob("[!_]*.py")]
     modules = [".".join(path.with_suffix("").parts) for path in paths]
     assert "pnp_core.cache.build" in modules
-    code = f"""
-import importlib, sys
-for tool in ("prefect", "ray", "mlflow", "dvc"):
-    sys.modules[tool] = None  # importing it now raises ImportError
-import pnp_core
-for module in {modules!r}:
-    importlib.import_module(module)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    command = [sys.executable, "-c", IMPORTED, *modules]
+    return json.loads(subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
 
 
-def test_the_library_loads_torch_with_the_first_name_that_needs_it() -> None:
-    code = """
-import sys
-import pnp_core, pnp_core.files
-assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
-import pnp_core.plug  # the module has the name of a function
-from pnp_core import *
-assert all(callable(globals()[name]) for name in pnp_core.__all__), "a module hides a function"
-assert pnp_core.plug is sys.modules["pnp_core.plug"].plug
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_the_method_imports_without_the_pipelines_tools(imported: dict[str, Any]) -> None:
+    assert imported["failed"] == []
+
+
+def test_the_library_loads_torch_with_the_first_name_that_needs_it(
+    imported: dict[str, Any],
+) -> None:
+    assert imported["heavy"] == []
+    assert imported["hidden"] == [], "a module hides a function"
+    assert imported["plug"], "the module hides the function"
 
 
 # What is installed

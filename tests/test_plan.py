@@ -1,7 +1,6 @@
 """What a preset will take, counted: memory of a training step, disk of a cache."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,23 +11,24 @@ from torch import nn
 from benchmarks import plan
 from components.params import Params, load_params
 from pnp_core import memory
-
-BASE = Path(__file__).parent.parent / "zoo/models/base"
+from tests.toy import small_unet
 
 
 def small_params(**distill: Any) -> Params:
-    """The preset of Stable Diffusion 1.5 with other settings of `distill`."""
+    """The preset of Stable Diffusion 1.5 with other settings of `distill`, for a small UNet."""
     params = load_params(plan.PRESETS / "sd15.yaml")
-    return params.model_copy(update={"distill": params.distill.model_copy(update=distill)})
+    guide = params.distill.guide.model_copy(update={"max_parameters_ratio": 0.2})
+    section = params.distill.model_copy(update={"guide": guide, **distill})
+    return params.model_copy(update={"distill": section})
 
 
 @pytest.fixture
-def small_unet(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = dict(UNet2DConditionModel.load_config(BASE / "unet"))
+def for_a_small_unet(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = dict(small_unet(UNet2DConditionModel).config)
     monkeypatch.setattr(plan, "unet_config", lambda name: small)
 
 
-@pytest.mark.usefixtures("small_unet")
+@pytest.mark.usefixtures("for_a_small_unet")
 def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_does() -> None:
     params = small_params(micro_batch_size=512)
     peak = plan.plan("sd15", params, gpus=1, tflops=100)["peak_gb"]
@@ -45,7 +45,7 @@ def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_doe
         assert peaks[1] > memory_gb - memory.RESERVED_GB or rows == "512"
 
 
-@pytest.mark.usefixtures("small_unet")
+@pytest.mark.usefixtures("for_a_small_unet")
 def test_a_way_in_which_not_one_sample_fits_is_not_proposed() -> None:
     step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")
     plainly, checkpointed = (step.peak_gb(1, checkpoints=c) for c in (False, True))
@@ -80,7 +80,7 @@ def test_what_is_counted_on_meta_tensors_is_what_real_ones_take() -> None:
     assert memory.count(lambda: step("meta"), mixed=False).peak == real.peak > 0
 
 
-@pytest.mark.usefixtures("small_unet")
+@pytest.mark.usefixtures("for_a_small_unet")
 def test_checkpoints_take_less_and_more_samples_more() -> None:
     step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")
     plainly, checkpointed = (step.peak_gb(8, checkpoints=c) for c in (False, True))

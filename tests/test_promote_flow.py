@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 import flows.promote
 from components import promote
@@ -21,12 +20,6 @@ from tests.stores import NAME, TOY, register
 from tests.toy import ROOT
 
 pytest_plugins = ["tests.toy"]
-
-
-@pytest.fixture(scope="module")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=60):
-        yield
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill
 from pnp_core.files import read_json
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.halve import HalveConfig, halve
 from pnp_core.models import added_conditions, encode_prompts, load_pipeline
 from pnp_core.plug import plug, unplug
@@ -133,7 +133,7 @@ def test_halving_trains_a_guide_of_an_sdxl_base(
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
-@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("negative_prompt", [None, "a dog"])
 def test_a_plugged_sdxl_pipeline_makes_what_our_own_sampler_makes(
     xl_pipe: StableDiffusionXLPipeline, kind: str, negative_prompt: str | None

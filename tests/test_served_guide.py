@@ -30,11 +30,14 @@ import json, sys
 import mlflow
 asked = json.loads(sys.argv[1])
 model = mlflow.pyfunc.load_model(asked["version"])
-try:
-    answers = [model.predict(asked["prompts"], params=p) for p in asked["params"]]
-except Exception as error:
-    answers = str(error)
-print(json.dumps(answers))
+
+def answer(params):
+    try:
+        return model.predict(asked["prompts"], params=params)
+    except Exception as error:
+        return str(error)
+
+print(json.dumps([answer(params) for params in asked["params"]]))
 """
 
 
@@ -51,14 +54,33 @@ def version(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def ask(version: Path, elsewhere: Path, *params: dict[str, Any]) -> Any:
-    """The answers of a fresh process in another folder, which knows nothing of the checkout."""
-    asked = {"version": str(version), "prompts": ["a cat", "a dog"], "params": params}
+@pytest.fixture(scope="module")
+def answers(version: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Those of a fresh process in another folder, which knows nothing of the checkout."""
+    usual = {"num_steps": 2, "guidance_scale": 4.0, "seed": 7}
+    params = {
+        "base": usual,
+        "fine_tune": {**usual, "model": str(version.parent / "tuned")},
+        "negative": {**usual, "negative_prompt": "a car"},
+        "weakest": {**usual, "strength": 0.0},
+        "unguided": {**usual, "guidance_scale": 0.0},
+        "missing": {"base": "nowhere/base"},
+    }
+    asked = {
+        "version": str(version),
+        "prompts": ["a cat", "a dog"],
+        "params": list(params.values()),
+    }
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PNP_GUIDE_BASE")}
-    command = [sys.executable, "-P", "-c", ASK, json.dumps(asked)]
-    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ASK, json.dumps(asked)],
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(params, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
 def pixels(image: str) -> np.ndarray:
@@ -77,31 +99,21 @@ def plugged(version: Path, base: Path, **asked: Any) -> np.ndarray:
 
 
 def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
-    version: Path, toy_folder: Path, tmp_path: Path
+    answers: dict[str, Any], version: Path, toy_folder: Path
 ) -> None:
-    tuned = str(version.parent / "tuned")
-    asked = {"num_steps": 2, "guidance_scale": 4.0, "seed": 7}
-    base, fine_tune, negative, weakest, unguided = ask(
-        version,
-        tmp_path,
-        asked,
-        {**asked, "model": tuned},
-        {**asked, "negative_prompt": "a car"},
-        {**asked, "strength": 0.0},
-        {**asked, "guidance_scale": 0.0},
-    )
-    assert np.array_equal(pixels(base[1]), plugged(version, toy_folder, guidance_scale=4.0))
-    assert np.array_equal(
-        pixels(negative[1]),
-        plugged(version, toy_folder, guidance_scale=4.0, negative_prompt="a car"),
-    )
-    assert not np.array_equal(pixels(base[1]), pixels(fine_tune[1]))
-    assert np.array_equal(pixels(unguided[1]), plugged(version, toy_folder, guidance_scale=0.0))
-    assert np.array_equal(pixels(weakest[1]), pixels(unguided[1]))
+    made = {name: pixels(images[1]) for name, images in answers.items() if name != "missing"}
+    for name, call in {
+        "base": {"guidance_scale": 4.0},
+        "negative": {"guidance_scale": 4.0, "negative_prompt": "a car"},
+        "unguided": {"guidance_scale": 0.0},
+    }.items():
+        assert np.array_equal(made[name], plugged(version, toy_folder, **call)), name
+    assert not np.array_equal(made["base"], made["fine_tune"])
+    assert np.array_equal(made["weakest"], made["unguided"])
 
 
-def test_a_base_that_is_not_there_is_asked_for(version: Path, tmp_path: Path) -> None:
-    said = ask(version, tmp_path, {"base": "nowhere/base"})
+def test_a_base_that_is_not_there_is_asked_for(answers: dict[str, Any]) -> None:
+    said = answers["missing"]
     assert "nowhere/base can't be opened here" in said and "PNP_GUIDE_BASE" in said
 
 

@@ -319,27 +319,17 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world in which everything up to register has run."""
-    folder = tmp_path_factory.mktemp("trained") / "world"
-    shutil.copytree(untouched_world, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        params = params_with()
-        for stage in (prepare, cache, distill, halve):
-            stage.run(params)
-        for model in params.models:
-            evaluate.run(params, model)
-        register.run(params)
-    return folder
+def our_world(trained_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained world of these tests' own."""
+    folder = tmp_path_factory.mktemp("stages") / "world"
+    return Path(shutil.copytree(trained_world, folder))
 
 
 @pytest.fixture
-def inside(trained_world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(trained_world)
+def inside(our_world: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(our_world)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    yield trained_world
+    yield our_world
     params_with()
 
 
@@ -701,6 +691,7 @@ def test_storage_that_stays_away_ends_in_a_message_that_names_it(
     import s3fs
 
     monkeypatch.setattr("components.storage.WAITS", (7,))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore's own tries take six seconds
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")

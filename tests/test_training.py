@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import StableDiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
@@ -30,6 +29,7 @@ from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, train
 from tests.conftest import BASE, CACHE_CONFIG, changed, roused
+from tests.workers import run_workers
 
 TRAIN = TrainConfig(
     num_images=96,
@@ -60,7 +60,7 @@ def test_distillation_moves_the_guide_only_and_lowers_the_loss(
     monkeypatch.setattr("pnp_core.precision.has_bf16", lambda device_type: True)
     before = copy.deepcopy(pipe.unet.state_dict())
     losses: list[float] = []
-    training = dataclasses.replace(TRAIN, num_images=1600, precision=precision)
+    training = dataclasses.replace(TRAIN, num_images=800, precision=precision)
     config = dataclasses.replace(DISTILL, train=training)
     guide = distill(
         pipe.unet, cache, config, report=lambda done, metrics: losses.append(metrics["loss"])
@@ -116,7 +116,7 @@ def test_companions_bring_a_guide_closer_to_their_own_guidance(
     )
     build_cache(builder)
     cache = TeacherCache.open(tmp_path)
-    training = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=1600))
+    training = dataclasses.replace(DISTILL, train=dataclasses.replace(TRAIN, num_images=800))
     taught = distill(pipe.unet, cache, training, companions={"other": other})
     cache.companions = []  # as if there were the base's pairs alone
     untaught = distill(pipe.unet, cache, training)
@@ -230,9 +230,8 @@ def train_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache
 def test_two_workers_train_the_guides_that_one_does(
     pipe: StableDiffusionPipeline, toy_folder: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
-    for world in (1, 2):
-        arguments = (world, tmp_path, toy_folder, cache_folder)
-        mp.spawn(train_on_worker, args=arguments, nprocs=world)
+    train_on_worker(0, 1, tmp_path, toy_folder, cache_folder)
+    run_workers(train_on_worker, 2, tmp_path, toy_folder, cache_folder)
     cache = TeacherCache.open(cache_folder)
     pairs = cache.pairs(torch.arange(32), torch.device("cpu"))
     w = torch.full((32,), 6.0)
@@ -364,7 +363,7 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
     teacher_guide = roused(
         Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)), scale=0.05
     )
-    training = dataclasses.replace(HALVE_TRAIN, num_images=1600, precision=precision)
+    training = dataclasses.replace(HALVE_TRAIN, num_images=800, precision=precision)
     config = dataclasses.replace(HALVE, end_steps=4, train=training)
     losses: list[float] = []
     halve(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from pnp_core.cache import TeacherCache
 from pnp_core.calls import checkpointing, now
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.distill import distill, distillation_objective, draw_guidance_scale, drawing
-from pnp_core.guide import Guide
+from pnp_core.guide import KINDS, Guide
 from pnp_core.halve import halve, halving_objective, rounds_of
 from pnp_core.memory import RESERVED_GB, Step
 from pnp_core.seeds import step_generator
@@ -35,6 +34,7 @@ from pnp_core.train import (
 from tests import toy
 from tests.conftest import roused
 from tests.test_training import DISTILL, HALVE, TRAIN, Stop, interrupted
+from tests.workers import run_workers
 
 Objective = Callable[[int, slice], Tensor]
 BATCH = DISTILL.train.batch_size
@@ -106,7 +106,7 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_batch(
     assert relative_error(gradient(losses, guide, config), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["distill", "halve"])
 def test_gradients_through_checkpoints_are_those_without(
     stage: str, kind: str, pipe: StableDiffusionPipeline, cache: TeacherCache
@@ -225,7 +225,7 @@ def test_two_workers_with_batches_in_parts_have_the_gradients_of_one_batch(
     guide = seeded_guide(pipe)
     losses = objective("distill", pipe, guide, TeacherCache.open(cache_folder))
     expected = gradient(losses, guide, TRAIN)
-    mp.spawn(gradient_on_worker, args=(2, tmp_path, toy_folder, cache_folder), nprocs=2)
+    run_workers(gradient_on_worker, 2, tmp_path, toy_folder, cache_folder)
     for rank in range(2):
         assert relative_error(torch.load(tmp_path / f"gradient-{rank}.pt"), expected) <= 1e-5
 

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache
 from pnp_core.conditions import Conditions
-from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.distill import distill
 from pnp_core.guide import Guide
 from pnp_core.halve import halve, truncated_snr_loss
-from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule, two_step_target
 from tests.conftest import BASE, CACHE_CONFIG
 from tests.test_gaussian_mixture import (
@@ -26,6 +25,7 @@ from tests.test_gaussian_mixture import (
     ExactCache,
     ExactUNet,
     States,
+    distances,
     distilled,
 )
 from tests.test_training import DISTILL, HALVE
@@ -148,30 +148,11 @@ def test_a_guide_distilled_in_v_guides_also_where_there_is_no_signal(
     assert (guided - exact).square().sum() < 0.5 * (v_c - exact).square().sum()
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
 def test_guided_samples_from_pure_noise_land_where_exact_guidance_takes_them(
     base: ExactV, guide: Guide, solver: str
 ) -> None:
-    text = TEXT_K2D.repeat(16, 1, 1)
-    null = torch.zeros_like(text[:1])
-    conditions = Conditions.at_scale(MAX_GUIDANCE_SCALE, c_BLD=text, n_BLD=null)
-    made = {
-        name: sample(
-            denoiser,
-            SCHEDULER,
-            z_T=latents(0, len(text)),
-            conditions=conditions,
-            num_steps=10,
-            solver=solver,
-        )
-        for name, denoiser in {
-            "exact": CFGDenoiser(base, SCHEDULE),
-            "guided": GuidedDenoiser(base, guide, SCHEDULE),
-            "unguided": PlainDenoiser(base, SCHEDULE),
-        }.items()
-    }
-    off = {name: (made[name] - made["exact"]).square().mean() for name in ("guided", "unguided")}
+    off = distances(base, guide, SCHEDULE, SCHEDULER, solver=solver)
     assert off["guided"] < 0.5 * off["unguided"]
 
 

@@ -103,6 +103,26 @@ def world(untouched_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy world in which every stage up to register has run, each in this process."""
+    from components import cache, distill, evaluate, halve, prepare, register
+    from components.params import load_params
+
+    folder = tmp_path_factory.mktemp("trained") / "world"
+    shutil.copytree(untouched_world, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        params = load_params(Path("params.yaml"))
+        for stage in (prepare, cache, distill, halve):
+            stage.run(params)
+        for model in params.models:
+            evaluate.run(params, model)
+        register.run(params)
+    return folder
+
+
 def small_unet(cls: type[AnyUNet]) -> AnyUNet:
     """Random, of two channels, 4 x 4 pixels and texts 16 wide."""
     torch.manual_seed(0)

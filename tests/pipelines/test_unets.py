@@ -17,7 +17,7 @@ from torch import nn
 
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.guide import Guide, GuideConfig
+from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.plug import plug
 from pnp_core.schedule import NoiseSchedule
 from tests.pipeline_zoo import PHOTO, SIZE, Parts
@@ -49,7 +49,7 @@ from tests.reference import CALL, SCALE, guide_for, guided, with_unet
     ],
     ids=lambda changes: ", ".join(map(str, changes.values())),
 )
-@pytest.mark.parametrize("kind", ["tiny", "encoder", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_unets_of_other_layouts_work(parts: Parts, changes: dict[str, Any], kind: str) -> None:
     torch.manual_seed(0)
     unet = parts.unet(**changes)
