@@ -14,8 +14,6 @@ after a change of training. Rows of another base are dropped.
 
 import argparse
 import copy
-import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +24,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.command import run_command
 from benchmarks.guides import InDecoder, shaped_guide
 from benchmarks.peers import Ours
 from benchmarks.quality import Methods, models_of, results_so_far
 from benchmarks.record import header, note, precision_on, record
 from benchmarks.variants import VARIANTS, Variant, Weights
 from components.device import device, load_base, load_companions
-from components.environment import quiet
-from components.params import Params, companion_paths, load_params
+from components.params import Params, companion_paths
 from components.paths import CACHE
 from components.progress import Progress
 from components.rows import load_row
@@ -319,18 +317,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Print the results, with `--run` after making those that are missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="store_true", help="make the results that are missing")
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    arguments = parser.parse_args()
-    quiet()
-    if arguments.run:
-        run(load_params(Path("params.yaml")))
-    if not RESULTS.exists():
-        sys.exit(f"error: there is no {RESULTS} yet: --run makes it")
-    results = read_json(RESULTS)
-    print(as_markdown(results))
-    if arguments.json:
-        print(json.dumps({**summary(results), "records": results.get("records")}))
+    run_command(parser, RESULTS, lambda params, _: run(params), table=as_markdown, figures=summary)
 
 
 if __name__ == "__main__":

@@ -20,21 +20,9 @@ from pnp_core.calls import entered
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import DenoiserCall, GuidedDenoiser
 from pnp_core.guide import Guide
-from pnp_core.guide.kind import (
-    EMBEDDING_DIM,
-    W_SCALE,
-    DecoderInput,
-    Effect,
-    Gain,
-    KeyValue,
-    Kind,
-    Prepared,
-    add_all,
-    frequencies,
-    rms_normed,
-    sinusoidal,
-    zero_module,
-)
+from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
+from pnp_core.guide.kind import DecoderInput, Effect, KeyValue, Kind, Prepared
+from pnp_core.guide.maths import Gain, add_all, rms_normed, zero_module
 from pnp_core.guide.tiny import PROMPT_RANK, TinyGuide, TinyShape
 from pnp_core.guide.unet import decoder_entrances, describe, modulated_layers, text_attentions
 from pnp_core.schedule import NoiseSchedule

@@ -12,8 +12,6 @@ the final latents to CFG's with the largest step count, over held-out prompts.
 
 import argparse
 import copy
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.command import run_command
 from benchmarks.quality import methods_on, models_of
 from benchmarks.record import digest, header, note, precision_on, record
 from components.device import device, load_base
-from components.environment import quiet
-from components.params import Params, load_params
+from components.params import Params
 from components.paths import BUNDLE, CACHE
 from components.progress import Progress
 from components.sampling import Sampler, choose_tasks
@@ -35,9 +33,10 @@ from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
-from pnp_core.files import read_json, write_json, write_text
+from pnp_core.files import write_json, write_text
 from pnp_core.guide import Guide
-from pnp_core.guide.kind import EMBEDDING_DIM, Kind, Prepared, frequencies, sinusoidal
+from pnp_core.guide.embeddings import EMBEDDING_DIM, frequencies, sinusoidal
+from pnp_core.guide.kind import Kind, Prepared
 from pnp_core.guide.tiny import PreparedTiny, TinyGuide
 from pnp_core.halve import HalveConfig, halving_objective, rounds_of
 from pnp_core.identity import base_identity
@@ -256,19 +255,13 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="store_true", help="make the results")
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    arguments = parser.parse_args()
-    quiet()
-    if arguments.run:
-        run(load_params(Path("params.yaml")))
-    if not RESULTS.exists():
-        sys.exit(f"error: there is no {RESULTS} yet: run `dvc repro`, then this with --run")
-    results = read_json(RESULTS)
-    print(as_markdown(results))
-    if arguments.json:
-        print(json.dumps({**results["models"], "records": results.get("records")}))
+    run_command(
+        argparse.ArgumentParser(description=__doc__.splitlines()[0]),
+        RESULTS,
+        lambda params, _: run(params),
+        table=as_markdown,
+        figures=lambda results: dict(results["models"]),
+    )
 
 
 if __name__ == "__main__":

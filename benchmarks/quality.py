@@ -26,7 +26,6 @@ its `guidance_fvu` that of the guide before halving, without; the peers have nei
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,15 +34,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import run_command
 from benchmarks.peers import PEERS, Ours, Peer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
 from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
 from components.device import device, load_base, load_companions
-from components.environment import quiet
 from components.images import Task, batches
 from components.judging import Judge
-from components.params import Model, Params, companion_paths, load_params, teacher_guider
+from components.params import Model, Params, companion_paths, teacher_guider
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
 from components.rows import load_row
@@ -321,19 +320,14 @@ def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="store_true", help="make the results")
     parser.add_argument("--anew", choices=LABELS, help="with --run: this method's rows alone, anew")
-    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    arguments = parser.parse_args()
-    quiet()
-    if arguments.run:
-        run(load_params(Path("params.yaml")), arguments.anew)
-    if not RESULTS.exists():
-        sys.exit(f"error: there is no {RESULTS} yet: run `dvc repro`, then this with --run")
-    results = read_json(RESULTS)
-    print(as_markdown(results))
-    if arguments.json:
-        print(json.dumps({**summary(results), "records": results.get("records")}))
+    run_command(
+        parser,
+        RESULTS,
+        lambda params, arguments: run(params, arguments.anew),
+        table=as_markdown,
+        figures=summary,
+    )
 
 
 if __name__ == "__main__":

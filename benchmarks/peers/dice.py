@@ -15,7 +15,7 @@ from benchmarks.peers.peer import Peer
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser, PlainDenoiser
 from pnp_core.distill import Drawn
-from pnp_core.guide.kind import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
+from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.schedule import NoiseSchedule
 
 NUM_HEADS = 8

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from benchmarks.peers.peer import Peer
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import Denoiser
-from pnp_core.guide.kind import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal, zero_module
+from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
+from pnp_core.guide.maths import zero_module
 from pnp_core.schedule import NoiseSchedule
 
 TINY_SHARE = 0.01

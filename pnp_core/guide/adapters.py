@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pnp_core.guide.kind import KeyValue, zero_module
+from pnp_core.guide.kind import KeyValue
+from pnp_core.guide.maths import zero_module
 from pnp_core.guide.unet import EntranceChannels
 
 GAIN_RANK = 4  # of the gains on one cross-attention

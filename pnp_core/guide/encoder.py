@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from pnp_core.conditions import Conditions
 from pnp_core.guide.adapters import GAIN_RANK, AttentionAdapter
-from pnp_core.guide.kind import DecoderInput, add_all
+from pnp_core.guide.kind import DecoderInput
+from pnp_core.guide.maths import add_all
 from pnp_core.guide.tiny import PreparedTiny, TinyEffect, TinyGuide, TinyShape
 from pnp_core.guide.unet import EntranceChannels
 

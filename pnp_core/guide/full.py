@@ -12,20 +12,9 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from pnp_core.conditions import Conditions
-from pnp_core.guide.kind import (
-    EMBEDDING_DIM,
-    W_SCALE,
-    DecoderInput,
-    Effect,
-    Gain,
-    Kind,
-    Prepared,
-    add_all,
-    frequencies,
-    rms_normed,
-    sinusoidal,
-    zero_module,
-)
+from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
+from pnp_core.guide.kind import DecoderInput, Effect, Kind, Prepared
+from pnp_core.guide.maths import Gain, add_all, rms_normed, zero_module
 from pnp_core.guide.unet import decoder_entrances
 
 

@@ -1,21 +1,12 @@
 """What every kind of guide does: read a run's conditions, then each step's timestep, then act."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from pnp_core.conditions import Conditions
-
-EMBEDDING_DIM = 64  # sinusoidal embedding of t and of w
-W_SCALE = 30  # w from 1 to 30 covers about the range of phases that t from 0 to 1000 does
-SAME_PROMPT = 0.1  # root mean square of a difference between two prompts below which it fades out
-
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class DecoderInput(NamedTuple):
@@ -141,72 +132,3 @@ class Kind(nn.Module, ABC):
             conditions: prompts, negative prompts and guidance scales of the batch.
             strength: multiplies all that the guide does.
         """
-
-
-class Gain(NamedTuple):
-    """How much a guide is to do, one row a sample: ``scale + offset * learnt offset``.
-
-    Both are zero where there is nothing to guide.
-    """
-
-    scale_B1: Tensor  # strength * (w - 1)
-    offset_B1: Tensor  # strength, from 0 at w = 1 to 1 at w = 2
-
-    @classmethod
-    def of(cls, w_B: Tensor, difference_BLD: Tensor, strength: float) -> "Gain":
-        """The gain at these guidance scales.
-
-        Args:
-            w_B: guidance scales; below 1 counts as 1.
-            difference_BLD: of the text states of prompt and negative prompt, :func:`rms_normed`.
-            strength: multiplies both gains.
-        """
-        above_B = (w_B.float() - 1).clamp(min=0)
-        ramp_B = above_B.clamp(max=1)
-        distance_B = difference_BLD.float().square().mean(dim=(1, 2)) / SAME_PROMPT**2
-        distance_B = distance_B.clamp(max=1)
-        share_B = strength * distance_B * (2 - distance_B)  # smooth at both ends
-        ramp_B = ramp_B.square() * (3 - 2 * ramp_B)
-        return cls((share_B * above_B)[:, None], (share_B * ramp_B)[:, None])
-
-    def with_offset(self, offset_R: Tensor) -> Tensor:
-        """The gains of R directions, ``(B, R)``, in the dtype of ``offset_R``."""
-        gain_BR = torch.addcmul(self.scale_B1, self.offset_B1, offset_R.float())
-        return gain_BR.to(offset_R.dtype)
-
-
-def rms_normed(x: Tensor) -> Tensor:
-    """Rows of the last dimension at a root mean square of 1."""
-    return nn.functional.rms_norm(x, x.shape[-1:])
-
-
-def frequencies(device: torch.device) -> Tensor:
-    """Of the sinusoidal embedding of a timestep (Vaswani et al. 2017), as diffusers has them."""
-    half = EMBEDDING_DIM // 2
-    steps = torch.arange(half, dtype=torch.float32, device=device)
-    return torch.exp(-math.log(10_000) * steps / (half - 1))
-
-
-def sinusoidal(value_B: Tensor, frequencies_E: Tensor) -> Tensor:
-    """Sinusoidal embedding, ``(B, EMBEDDING_DIM)``, float32."""
-    phase_BE = value_B.float()[:, None] * frequencies_E
-    return torch.cat([phase_BE.sin(), phase_BE.cos()], dim=1)
-
-
-def zero_module(module: Layer) -> Layer:
-    """The module with all its parameters at zero."""
-    for parameter in module.parameters():
-        nn.init.zeros_(parameter)
-    return module
-
-
-def add_all(features: Sequence[Tensor], residuals: Sequence[Tensor]) -> list[Tensor]:
-    """Sums, each in the dtype of the feature; in one operation.
-
-    Without gradients they take the memory of the residuals, which are nobody else's.
-    """
-    residuals = [r.to(x.dtype) for x, r in zip(features, residuals, strict=True)]
-    if torch.is_grad_enabled():
-        return list(torch._foreach_add(list(features), residuals))
-    torch._foreach_add_(residuals, list(features))
-    return residuals

@@ -31,21 +31,9 @@ from pnp_core.guide.adapters import (
     groups_of,
     read_negative,
 )
-from pnp_core.guide.kind import (
-    EMBEDDING_DIM,
-    W_SCALE,
-    DecoderInput,
-    Effect,
-    Gain,
-    KeyValue,
-    Kind,
-    Prepared,
-    add_all,
-    frequencies,
-    rms_normed,
-    sinusoidal,
-    zero_module,
-)
+from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
+from pnp_core.guide.kind import DecoderInput, Effect, KeyValue, Kind, Prepared
+from pnp_core.guide.maths import Gain, add_all, rms_normed, zero_module
 from pnp_core.guide.unet import EntranceChannels
 from pnp_core.precision import is_mixed
 
