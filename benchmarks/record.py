@@ -1,7 +1,8 @@
 """Where results come from: the guide, the precision, the commit and the command.
 
 Rows of one file may be made by several runs, so a file holds the records of each of its methods or
-variants, ``results["records"][name]``. Results that were made before there were records have none.
+variants, ``results["records"][name]``. Rows older than the records have what git and the log know:
+``first in`` names the commits that have them first, and the guides of single rows were not kept.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from pnp_core.bundle import GuideBundle
 from pnp_core.precision import has_bf16
 
 UNTRAINED = "untrained"
-NOT_RECORDED = "Guide, precision, commit and command: not recorded."
 
 Record = dict[str, str]
 
@@ -71,10 +71,9 @@ def as_line(made_by: Record) -> str:
 
 def header(results: Mapping[str, Any], names: Iterable[str]) -> str:
     """The records of a table with rows of these names: a line, or one for each that differs."""
-    records = results.get("records", {})
     by_line: dict[str, list[str]] = {}
     for name in names:
-        line = " ".join(map(as_line, records.get(name, []))) or NOT_RECORDED
+        line = " ".join(map(as_line, results["records"][name]))
         by_line.setdefault(line, []).append(name)
     if len(by_line) == 1:
         return next(iter(by_line))
