@@ -23,7 +23,8 @@ from pathlib import Path
 from components.cli import main
 from components.lineage import hash_of
 from components.params import Params
-from components.paths import CACHE, EVALUATED, RUNS, SAMPLED
+from components.paths import CACHE, EVALUATED, JUDGED, RUNS, SAMPLED
+from components.references import files_hash, judge_hash, kept_at
 
 DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
@@ -61,6 +62,7 @@ def run(params: Params, *, remove: bool = False) -> None:
         checkpoints(),
         Pile(f"results, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
         images(params),
+        features(params),
         workspaces(),
         mlflow(params),
         dvc_cache(params),
@@ -105,6 +107,26 @@ def images(params: Params) -> Pile:
         size(SAMPLED),
         sum(map(size, others)),
         "of models that params.yaml does not name",
+        partial(delete, others),
+    )
+
+
+def features(params: Params) -> Pile:
+    """What judges saw in real images; each is kept for every model and run."""
+    references = {Path(model.reference) for model in params.models.values()}
+    judges = {Path(judge) for judge in params.evaluate.judges}
+    others: list[Path] = []
+    absent = [str(path) for path in sorted(references | judges) if not path.exists()]
+    note = f"there is no {absent[0]}: left alone" if absent else "of no judge and reference here"
+    if not absent:
+        seen = {files_hash(reference) for reference in references}
+        needed = {kept_at(judge_hash(str(judge)), hash_) for judge in judges for hash_ in seen}
+        others = sorted({*JUDGED.glob("*.safetensors")} - needed)
+    return Pile(
+        f"judged references, {JUDGED}",
+        size(JUDGED),
+        sum(map(size, others)),
+        note,
         partial(delete, others),
     )
 

@@ -19,14 +19,14 @@ from components import interrupt, lineage, mlflow_place, snapshot
 from components.environment import die_with_parent, quiet
 from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
-from components.paths import CACHE, DISTILLED, EVALUATED, PREPARED, REPORT, RUNS
+from components.paths import CACHE, DISTILLED, EVALUATED, JUDGED, PREPARED, REPORT, RUNS
 from pnp_core.files import recover_all
 
 MAY_PASS = os.EX_TEMPFAIL
 IN_BATCHES = ("cache", "evaluate")  # stages whose batch_size is what is computed at once
 # Where a stage that was killed may have left something half replaced or half written.
 WRITTEN_IN = (
-    *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, REPORT.parent),
+    *(PREPARED.parent, CACHE, DISTILLED.parent, EVALUATED, JUDGED, REPORT.parent),
     *(RUNS, RUNS / "distill", RUNS / "halve"),
 )
 

@@ -8,26 +8,25 @@ images.json, which tells where the pictures are.
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components.cli import main
 from components.cluster import run_tasks
 from components.curves import few, write_curves
-from components.dataset import reference_images
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, batches
 from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
+from components.references import References, digest, files_hash, judge_hash
 from components.shipping import pack
-from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
+from pnp_core.files import atomic_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from components.judging import Judge
@@ -172,8 +171,8 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
     from components.scores import RealImages
 
     judges = [Judge(folder, device()) for folder in params.evaluate.judges]
-    images = reference_images(params.models[model].reference, params)
-    return [(judge, RealImages(judge.features(images))) for judge in judges]
+    references = References(params.models[model].reference, params)
+    return [(judge, RealImages(references.seen_by(judge))) for judge in judges]
 
 
 def lacking(params: Params, *, reads_text: bool) -> list[str]:
@@ -286,7 +285,6 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
 
 def identity_of(work: Work) -> Mapping[str, str | int | float]:
     """What two evaluations must have in common to be compared."""
-    from components.judging import judge_hash
     from components.sampling import teacher_name
     from pnp_core.model_files import weights_hash
 
@@ -306,19 +304,6 @@ def identity_of(work: Work) -> Mapping[str, str | int | float]:
         "teacher": teacher_name(params),
         "measured_by": MEASURED_BY,
     }
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def files_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the data files in a folder with their names."""
-    if path.is_file():
-        return sha256_file(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return digest([(file.relative_to(path).as_posix(), sha256_file(file)) for file in files])
 
 
 def write_grid(work: Work, model: str, folder: Path) -> None:

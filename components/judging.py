@@ -4,7 +4,6 @@ A CLIP model gives the CLIP score besides. A score depends on the network behind
 `Judge.name` stands beside every number.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,10 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
-from pnp_core.files import sha256_file
-
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
-CONTENT = (".safetensors", ".json", ".txt", ".pt")
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
 OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 
@@ -33,11 +29,13 @@ class Judge:
     Raises ValueError if the folder holds nothing of the kind, or the features are no vectors.
 
     Attributes:
+        folder: where it is.
         name: what stands beside its numbers.
         reads_text: whether it has a CLIP score.
     """
 
     def __init__(self, folder: str, device: torch.device, *, batch_size: int = 256) -> None:
+        self.folder = folder
         self._device, self._batch_size = device, batch_size
         self._clip, self._model, self._inception = None, None, None
         where = Path(folder).as_posix()
@@ -67,6 +65,11 @@ class Judge:
         self.name = f"{where} ({kind}, {num_features} features)"
         if self._inception:
             self.name = f"{where} (Inception V3{'; CLIP score by CLIP' * self.reads_text})"
+
+    @property
+    def device(self) -> str:
+        """The kind that it computes on, such as `cpu`."""
+        return self._device.type
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """What FID and KID compare: uint8 images (N, height, width, 3) to features (N, D)."""
@@ -161,12 +164,3 @@ def is_clip(folder: str) -> bool:
     """Whether a folder's config.json says that a CLIP model is in it."""
     config = Path(folder, "config.json")
     return config.exists() and json.loads(config.read_text()).get("model_type") == "clip"
-
-
-def judge_hash(folder: str) -> str:
-    """SHA-256 of a judge's weights and settings."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(folder).iterdir()):
-        if file.suffix in CONTENT:
-            digest.update(f"\0{file.name}\0{sha256_file(file)}".encode())
-    return digest.hexdigest()

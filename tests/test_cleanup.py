@@ -10,7 +10,9 @@ from ruamel.yaml import YAML
 
 from components import cleanup
 from components.params import load_params
+from components.references import files_hash, judge_hash, kept_at
 from components.tracking import Registry, Run, Store, garbage
+from pnp_core.files import write_text
 from tests import stores, toy
 from tests.commands import dvc
 from tests.stores import NAME, TOY
@@ -119,6 +121,34 @@ def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) 
     assert not any(gone.id in path.parts for path in Path("mlartifacts").rglob("*"))
     assert any(alive.id in path.parts for path in Path("mlartifacts").rglob("params.yaml"))
     assert (Registry(TOY, NAME).folder(kept) / "summary.json").exists()
+
+
+def test_what_judges_saw_goes_unless_params_yaml_names_judge_and_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    toy.write_params(Path(), toy.toy_params())
+    params = load_params(Path("params.yaml"))
+    for name in ("models/judge/config.json", "data/prepared/train.parquet", "art/tuned.parquet"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_text(name)
+    judge = judge_hash("models/judge")
+    paths = {
+        of: kept_at(judge, files_hash(Path(of))) for of in ("data/prepared", "art/tuned.parquet")
+    }
+    paths["another judge"] = kept_at("another", files_hash(Path("data/prepared")))
+    paths["other pictures"] = kept_at(judge, "other")
+    for path in paths.values():
+        write_text(path, "features")
+    Path("art/tuned.parquet").rename("away")
+    pile = cleanup.features(params)
+    assert pile.unneeded == 0 and "no art/tuned.parquet: left alone" in pile.note
+    Path("away").rename("art/tuned.parquet")
+    pile = cleanup.features(params)
+    assert (pile.num_bytes, pile.unneeded) == (32, 16)
+    pile.remove()
+    there = {of for of, path in paths.items() if path.exists()}
+    assert there == {"data/prepared", "art/tuned.parquet"}
 
 
 def test_what_is_young_may_be_a_registration_under_way(

@@ -15,14 +15,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from components import evaluate, prepare
+from components import dataset, evaluate, judging, prepare, references
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
+from components.judging import Judge
 from components.measuring import Sampled, measure_negatives
 from components.params import Params, load_params
 from components.pictures import grid
+from components.references import References
 from components.sampling import Sampler
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json
@@ -150,6 +154,114 @@ def test_another_judge_and_another_version_of_the_scores_take_no_forward(
     assert [cell for cell in after.cells if cell.judge == before.judges[0]] == list(before.cells)
     assert after.guidance_fvu == before.guidance_fvu and after.cost == before.cost
     assert after.identity["measured_by"] == 99
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images judges see, a number for each look."""
+    found: list[int] = []
+    embed = Judge._embed
+
+    def counting(self: Judge, images: np.ndarray) -> torch.Tensor:
+        found.append(len(images))
+        return embed(self, images)
+
+    monkeypatch.setattr(Judge, "_embed", counting)
+    return found
+
+
+def seen_in(model: str, looks: list[int], **changes: Any) -> tuple[np.ndarray, int]:
+    """What the judge sees in a model's references, and at how many of them it looked for that."""
+    params = params_with(**changes)
+    judge = Judge(params.evaluate.judges[0], torch.device("cpu"))
+    looks.clear()  # it was tried out
+    features = References(params.models[model].reference, params).seen_by(judge)
+    return features, sum(looks)
+
+
+def features_of(path: Path) -> np.ndarray:
+    with safe_open(path, framework="numpy") as file:
+        found: np.ndarray = file.get_tensor("features")
+    return found
+
+
+def test_a_judge_looks_at_real_images_once_for_all_runs(
+    inside: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept,) = Path("results/judged").iterdir()
+    kept.unlink()
+    before, (features, first) = result(), seen_in("base", looks)
+    assert (len(features), first) == (len(toy.PROMPTS), len(toy.PROMPTS))
+    monkeypatch.delattr(dataset, "reference_images")  # they are not even read
+    evaluate.run(params_with(), "base")
+    again, second = seen_in("base", looks)
+    assert second == 0 and result().cells == before.cells
+    np.testing.assert_array_equal(again, features)
+
+
+def test_models_with_the_same_references_share_what_a_judge_sees(
+    inside: Path, looks: list[int]
+) -> None:
+    shutil.copy("art/main.parquet", "art/tuned.parquet")
+    first, number = seen_in("tuned", looks)
+    shutil.copytree("models/judge", "models/copy")
+    second, again = seen_in("tuned", looks, judges=["models/copy"])
+    assert (number, again) == (len(toy.PROMPTS), 0)
+    np.testing.assert_array_equal(first, second)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut off":
+        del content[-100:]
+    elif how == "no header":
+        content[:8] = b"\xff" * 8
+    else:
+        content[-5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut off", "no header", "a bit that flipped"])
+def test_damaged_features_are_computed_anew_and_the_file_is_named(
+    inside: Path, looks: list[int], capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    (kept,) = Path("results/judged").iterdir()
+    whole, features = kept.read_bytes(), features_of(kept)
+    damage(kept, how)
+    found, number = seen_in("base", looks)
+    np.testing.assert_array_equal(found, features)
+    assert number == len(toy.PROMPTS) and kept.read_bytes() == whole
+    assert f"{kept} is not whole (" in capsys.readouterr().out
+
+
+def change_the_judge() -> None:
+    path = Path("models/judge/model.safetensors")
+    weights = load_file(path)
+    weights["visual_projection.weight"] *= 2
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("what", ["judge", "picture", "resolution", "code", "package", "device"])
+def test_features_of_something_else_are_not_taken_for_these(
+    inside: Path, looks: list[int], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    seen_in("tuned", looks)
+    assert seen_in("tuned", looks)[1] == 0
+    match what:
+        case "judge":
+            change_the_judge()
+        case "picture":
+            toy.make_art(Path("art/tuned.parquet"), brightness=0.4)
+        case "resolution":
+            monkeypatch.setattr(references, "read_json", lambda _: {"resolution": 16})
+        case "code":
+            monkeypatch.setattr(judging, "__file__", "params.yaml")
+        case "package":
+            monkeypatch.setattr(references, "version", lambda _: "0")
+        case "device":
+            monkeypatch.setattr(Judge, "device", "cuda")
+    assert seen_in("tuned", looks)[1] == len(toy.PROMPTS)
+    assert seen_in("tuned", looks)[1] == 0
 
 
 def test_more_images_sample_only_those_that_are_not_there(inside: Path, made: Made) -> None:

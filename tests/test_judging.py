@@ -21,7 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from components.judging import Judge, judge_hash
+from components.judging import Judge
+from components.references import judge_hash
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 255, (5, 40, 40, 3), dtype=np.uint8)
