@@ -27,6 +27,7 @@ Measure = Callable[[Path], tuple[Mapping[str, float], Any]]
 
 MEASURES: dict[str, Measure] = {
     "bad_promotions": review_promotion.bad_promotions,
+    "rightful_promotions": review_promotion.rightful_promotions,
     "races": review_promotion.races,
     "page": review_report.page,
     "resume": review_evaluation.resume,

@@ -55,7 +55,7 @@ def ask(registry: "Registry", own: str | None, mine: Mapping[str, Evaluation]) -
         models = registry.summary(version)["models"]
         where = f"summary.json of version {version}"
         theirs = {name: Evaluation.from_json(e, where=where) for name, e in models.items()}
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         why = " ".join(str(error).split())
         said = f"The champion, version {version}, can’t be compared with: {why}."
         return Champion(said=said, version=version, no_pictures="Its pictures are left out.")

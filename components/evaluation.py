@@ -7,10 +7,12 @@ it in metrics.json.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from pnp_core.files import read_json, write_json
 
@@ -169,20 +171,23 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, where: str) -> Self:
-        """From what `save` wrote. Raises ValueError, which names `where`, for another format."""
+        """From what `save` wrote. Raises ValueError, which names `where`, for anything else."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{where} is not what `evaluate` wrote: evaluate again")
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"{where} was written by another version of this code (format "
                 f"{values.get('format', 1)}, this code's is {FORMAT}): evaluate again"
             )
-        own = {name: value for name, value in values.items() if name != "format"}
-        own["cells"] = tuple(
-            Cell(**{**cell, "scores": _estimates(cell["scores"])}) for cell in own["cells"]
-        )
-        own["guidance_fvu"] = _estimate(own["guidance_fvu"])
-        own["negative"] = _estimates(own["negative"])
-        own["fvu_intervals"] = {t: tuple(x) for t, x in own.get("fvu_intervals", {}).items()}
-        return cls(**own)
+        try:
+            found: Self = _as_written().validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            raise ValueError(
+                f"{where} is not what `evaluate` wrote ({name}: {first['msg']}): evaluate again"
+            ) from None
+        return found
 
     def _score(self, method: str, score: str, num_steps: int, judge: str | None) -> Estimate:
         cell = self.cell(method, num_steps, judge=judge)
@@ -199,9 +204,7 @@ class Evaluation:
         }
 
 
-def _estimate(values: Mapping[str, Any]) -> Estimate:
-    return Estimate(value=values["value"], replicates=tuple(values["replicates"]))
-
-
-def _estimates(values: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {name: _estimate(estimate) for name, estimate in values.items()}
+@cache
+def _as_written() -> TypeAdapter[Any]:
+    """What reads an evaluation from JSON's values, and refuses what has not its form."""
+    return TypeAdapter(Evaluation)

@@ -20,6 +20,8 @@ from pnp_core.files import atomic_file, read_json, recover_all, remove, write_js
 if TYPE_CHECKING:
     import numpy as np
 
+    from pnp_core.guide import Guide
+
 INDEX = "images.json"
 
 Recipe = Mapping[str, Any]
@@ -54,6 +56,13 @@ def key_of(recipe: Recipe) -> str:
     """Names a recipe's folder."""
     text = json.dumps(recipe, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def guide_identity(guide: "Guide") -> str:
+    """SHA-256 over a guide's weights and what its config says."""
+    config = {key: value for key, value in guide.config.items() if not key.startswith("_")}
+    text = guide.weights_digest() + json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class KeptImages:
@@ -169,6 +178,11 @@ class Gallery:
         values = read_json(EVALUATED / model / INDEX)
         recipes = {Setting(**x["setting"]): x["recipe"] for x in values["settings"]}
         return cls(model, [Task(**x) for x in values["tasks"]], recipes)
+
+    @property
+    def guides(self) -> dict[int, str]:
+        """The identity of the guide that made the pictures, by number of steps."""
+        return {s.num_steps: r["guide"] for s, r in self._recipes.items() if s.method == "guided"}
 
     def save(self, folder: Path) -> None:
         """Write the list of what there is; the pictures stay where they are."""

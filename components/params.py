@@ -6,6 +6,7 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
@@ -148,7 +149,10 @@ class Evaluate(Extent, frozen=True):
     seed: Seed
 
     @model_validator(mode="after")
-    def _enough_images(self) -> Self:
+    def _measurable(self) -> Self:
+        seen = Counter(Path(judge).as_posix() for judge in self.judges)
+        for judge in (judge for judge, number in seen.items() if number > 1):
+            raise ValueError(f"judges: {judge} is named twice")
         extents = {"num_images": self.num_images, "full.num_images": self.full.num_images}
         for name, num_images in extents.items():
             for metric, least in LEAST_IMAGES.items():

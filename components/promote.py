@@ -217,13 +217,10 @@ class Case:
         if version in self._anew:
             return self._anew[version].evaluations
         where = f"summary.json of {self._registry.name} version {version}"
-        try:
-            return {
-                model: Evaluation.from_json(found, where=where)
-                for model, found in summary["models"].items()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where} lacks {error}: evaluate and register again") from None
+        return {
+            model: Evaluation.from_json(found, where=f"{model} in {where}")
+            for model, found in summary["models"].items()
+        }
 
 
 def conclude(name: str, decision: "Decision", dry: Sequence[Check] | None) -> None:

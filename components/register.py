@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from components.champion import Champion
 from components.cli import main
 from components.environment import FLOW_RUN_URL
 from components.evaluation import FILE, Evaluation
+from components.images import Gallery, guide_identity
 from components.lineage import lock_hash, run_commit
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
@@ -36,6 +37,7 @@ from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
     from components.tracking import Pipeline, Registry, Run
+    from pnp_core.bundle import GuideBundle
 
 COMMIT = ("git_commit", "lock_hash")  # of a lineage: where the code stood
 PAGE = "index.html"
@@ -90,13 +92,16 @@ class Results:
 def run(params: Params) -> None:
     """Write results/report and register the guide, if it is not registered already.
 
-    Raises ValueError if git is missing, TrackingError if MLflow fails; the report is written
-    then, and the same command registers it.
+    Raises ValueError if git is missing or results are of another guide, TrackingError if MLflow
+    fails; the report is written then, and the same command registers it.
     """
     from components.tracking import Registry, TrackingError
+    from pnp_core.bundle import GuideBundle
 
     evaluations = {name: Evaluation.load(EVALUATED / name) for name in params.models}
-    lineage = lineage_of(params, evaluations)
+    bundle = GuideBundle.load(BUNDLE)
+    check_guide(bundle, evaluations)
+    lineage = lineage_of(params, evaluations, bundle)
     key = version_key({"lineage": lineage, "models": as_written(evaluations)})
     try:
         registry = Registry(params.tracking, params.register_.name)
@@ -119,9 +124,21 @@ def run(params: Params) -> None:
     print(f"report: {REPORT / PAGE}")
 
 
-def lineage_of(params: Params, evaluations: Mapping[str, Evaluation]) -> dict[str, str]:
+def check_guide(bundle: "GuideBundle", models: Iterable[str]) -> None:
+    """Raise ValueError if the results of a model are of another guide than the bundle's."""
+    for model in models:
+        for num_steps, identity in Gallery.open(model).guides.items():
+            if identity != guide_identity(bundle.for_steps(num_steps)):
+                raise ValueError(
+                    f"{EVALUATED / model} is of another guide for {num_steps} steps than the one "
+                    f"in {BUNDLE}: dvc repro evaluates again what that needs, and registers"
+                )
+
+
+def lineage_of(
+    params: Params, evaluations: Mapping[str, Evaluation], bundle: "GuideBundle"
+) -> dict[str, str]:
     """What the guide in guides/bundle was made of. Raises ValueError if git is missing."""
-    from pnp_core.bundle import GuideBundle
     from pnp_core.model_files import weights_hash
 
     return {
@@ -131,7 +148,7 @@ def lineage_of(params: Params, evaluations: Mapping[str, Evaluation]) -> dict[st
         "base": params.base,
         "base_hash": weights_hash(params.base),
         "companions": ", ".join(path.stem for path in companion_paths(params)) or "none",
-        "num_steps": ", ".join(map(str, GuideBundle.load(BUNDLE).num_steps)),
+        "num_steps": ", ".join(map(str, bundle.num_steps)),
         "guidance_scale": "{:g} to {:g}".format(*params.distill.guidance_scale),
         "judge": next(iter(evaluations.values())).judges[0],
     }

@@ -1,7 +1,5 @@
 """Sampling a model by each of the methods that are compared, always from the same seeds."""
 
-import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from functools import partial
@@ -12,14 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from components.dataset import own_prompts, read_records
-from components.images import Recipe, Setting, Task, batches
+from components.images import Recipe, Setting, Task, batches, guide_identity
 from components.methods import METHODS
 from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
 from pnp_core.metrics import (
     count_flops,
@@ -316,10 +313,3 @@ class Sampler:
 def teacher_name(params: Params) -> str:
     """The teacher's rule with its arguments, as results name it."""
     return f"{params.teacher.guider} {dict(sorted(params.teacher.arguments.items()))}"
-
-
-def guide_identity(guide: Guide) -> str:
-    """SHA-256 over a guide's weights and what its config says."""
-    config = {key: value for key, value in guide.config.items() if not key.startswith("_")}
-    text = guide.weights_digest() + json.dumps(config, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,32 +4,16 @@ Values in, values out: no store and no files, so that the gate and the report sa
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from components.evaluation import Estimate, Evaluation
+from components.likeness import differences, has, missing, oddities, unlike
 from components.methods import METHODS
 from components.rules import NumberRule, Promote, Rule
 
 LOWER_IS_BETTER = ("fid", "kid")
-# What an evaluation's identity is called in a sentence; a name that is not here stands for itself.
-NAMES = {
-    "base_hash": "the base",
-    "model_hash": "the model's weights",
-    "reference_hash": "the reference images",
-    "data_hash": "the data",
-    "tasks_hash": "prompts and seeds",
-    "judges_hash": "the judges",
-    "judge": "the judge",
-    "num_images": "the number of images",
-    "images": "the number of images",
-    "guidance_scale": "the guidance scale",
-    "scale": "the guidance scale",
-    "timestep_spacing": "the timestep spacing",
-    "precision": "the precision",
-    "teacher": "the teacher's rule",
-    "measured_by": "the version of the measuring code",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +108,16 @@ def checks(
             found += _of_model(model, candidate[model], theirs.get(model), rules, num_steps)
         else:
             found.append(_about("complete", model, ["it was not evaluated on this model"]))
+    if apart := unlike(candidate):
+        found.append(_about("comparable", "all", apart))
     return found or [_about("complete", "no model", ["it was evaluated on no model"])]
 
 
 def clean(commit: str, *, allow_dirty: bool) -> Check:
     """Whether what made the guide is in a commit, so that it can be made again."""
-    is_known = commit not in ("none", "unknown") and not commit.endswith("-dirty")
-    note = f"made by {commit}, which is no commit: commit, make it again, or --allow-dirty"
+    is_known = re.fullmatch(r"[0-9a-f]{6,64}", commit) is not None
+    note = f"made by {commit or 'nothing'}, which is no commit: commit, make it again, or "
+    note += "--allow-dirty"
     passed = is_known or allow_dirty
     return Check(rule="clean commit", model="all", passed=passed, note="" if is_known else note)
 
@@ -138,53 +125,6 @@ def clean(commit: str, *, allow_dirty: bool) -> Check:
 def unusable(what: str, why: str) -> Check:
     """The check that fails where the results of a version can't be used."""
     return Check(rule="usable", model=what, passed=False, note=why)
-
-
-def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = ()) -> list[str]:
-    """What an evaluation lacks for the rules to be held against it, in words; empty: nothing.
-
-    Args:
-        evaluation: of one model.
-        rules: of params.yaml.
-        num_steps: at which it must have been evaluated, beside those that the rules name.
-    """
-    found = []
-    if evaluation.num_images < rules.min_images:
-        found.append(
-            f"{evaluation.num_images} images are too few to decide on, promote.min_images is "
-            f"{rules.min_images}"
-        )
-    if "flops_ratio" not in evaluation.cost:
-        found.append("flops_ratio was not measured, and promote has a rule for it")
-    at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
-    at |= {*num_steps, *rules.ruled_steps}
-    if not at:
-        found.append("no image of the guide was judged")
-    for steps in sorted(at, reverse=True):
-        if steps not in evaluation.num_steps:
-            labels = ", ".join(METHODS.values())
-            found.append(f"it was not evaluated at {steps} steps by all of {labels}")
-            continue
-        for score in rules.at(steps):
-            if not _has(evaluation, score, steps):
-                found.append(
-                    f"{score} was not measured at {steps} steps with an interval, and promote has "
-                    "a rule for it"
-                )
-    return found
-
-
-def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
-    """In what two evaluations of a model differ that must be the same, in words; empty: nothing."""
-    own, other = _identity(mine), _identity(theirs)
-    found = []
-    for name in dict.fromkeys([*other, *own]):
-        a, b = own.get(name), other.get(name)
-        if a is not None and a == b:
-            continue
-        values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
-        found.append(f"{NAMES.get(name, name)} differs{values}")
-    return list(dict.fromkeys(found))
 
 
 def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
@@ -232,10 +172,12 @@ def _of_model(
     if mine.model != model:
         lacks.append(f"its results are those of {mine.model}")
     yield _about("complete", model, lacks)
+    if odd := oddities(mine):
+        yield _about("usable", model, odd)
     if theirs is not None:
-        unlike = differences(mine, theirs)
-        yield _about("comparable", model, unlike)
-        theirs = None if unlike else theirs  # what is unlike is compared in nothing
+        apart = differences(mine, theirs)
+        yield _about("comparable", model, apart)
+        theirs = None if apart else theirs  # what is unlike is compared in nothing
     numbers: dict[str, Rule] = {
         "guidance_fvu": rules.guidance_fvu,
         "flops_ratio": rules.flops_ratio,
@@ -327,16 +269,6 @@ def _about(rule: str, model: str, objections: Sequence[str]) -> Check:
     return Check(rule=rule, model=model, passed=not objections, note="; ".join(objections))
 
 
-def _identity(evaluation: Evaluation) -> dict[str, str | int | float]:
-    """What it says that it is of, and what it is of: neither may differ."""
-    return {
-        **evaluation.identity,
-        "judge": ", ".join(evaluation.judges[:1]),
-        "images": evaluation.num_images,
-        "scale": evaluation.guidance_scale,
-    }
-
-
 def _number(evaluation: Evaluation | None, name: str) -> Measured | None:
     """A number that is no matter of steps; None if it was not measured."""
     if evaluation is None or (name == "flops_ratio" and name not in evaluation.cost):
@@ -348,15 +280,9 @@ def _number(evaluation: Evaluation | None, name: str) -> Measured | None:
 
 def _score(evaluation: Evaluation | None, score: str, num_steps: int) -> Measured | None:
     """What the rules for a score are held against; None if it was not measured."""
-    if evaluation is None or not _has(evaluation, score, num_steps):
+    if evaluation is None or not has(evaluation, score, num_steps):
         return None
     return measured(evaluation, score, num_steps)
-
-
-def _has(evaluation: Evaluation, score: str, num_steps: int) -> bool:
-    """Whether a score was measured, with replicates, by every method."""
-    cells = [evaluation.cell(method, num_steps) for method in METHODS]
-    return all(cell and score in cell.scores and cell.scores[score].replicates for cell in cells)
 
 
 def _estimate(evaluation: Evaluation, method: str, score: str, num_steps: int) -> Estimate:

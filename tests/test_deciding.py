@@ -255,7 +255,10 @@ def test_a_champion_that_was_deleted_is_not_taken_for_none(
 
 @pytest.mark.parametrize(
     "content",
-    [None, "", "[]", '{"models": 1}', '{"models": {}, "lineage": 3}', '{"models": {"base": 1}}'],
+    [
+        *(None, "", "[]", '{"models": 1}', '{"models": {}, "lineage": 3}'),
+        *('{"models": {"base": 1}}', '{"models": {"base": {"format": 2, "cells": [1]}}}'),
+    ],
 )
 def test_a_version_that_does_not_say_what_it_was_measured_to_be_is_refused_and_recorded(
     two_versions: None, content: str | None, capsys: pytest.CaptureFixture[str]
@@ -270,6 +273,40 @@ def test_a_version_that_does_not_say_what_it_was_measured_to_be_is_refused_and_r
     assert verdicts()[-1] == ("refused", "2", "1")
     assert decide("2", force=True, reason="made elsewhere") == 0 and champion() == "2"
     assert decide("3") == 3 and "champion 2: usable: " in capsys.readouterr().err
+
+
+def test_previous_stays_who_it_was_if_the_candidate_is_deleted_before_it_is_crowned(
+    two_versions: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decide("2") == 0
+    register(0.3)
+    client = Registry(TOY, NAME).store.client
+    decide_on = Registry.decide
+
+    def after_a_deletion(self: Registry, *given: Any, **named: Any) -> None:
+        client.delete_model_version(NAME, "4")
+        decide_on(self, *given, **named)
+
+    monkeypatch.setattr(Registry, "decide", after_a_deletion)
+    assert decide("4") == 1 and aliases() == ("2", "1")
+    assert "no usable version 4" in capsys.readouterr().err
+    assert not Registry(TOY, NAME).decisions()[-1].is_done
+
+
+def test_a_record_whose_tags_were_edited_hides_none_of_the_others(
+    two_versions: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for version in ("2", "3"):
+        decide(version)
+    registry = Registry(TOY, NAME)
+    experiment = registry.store.client.get_experiment_by_name(f"{NAME}-decisions")
+    assert experiment
+    (oldest,) = registry.store.client.search_runs([experiment.experiment_id])[-1:]
+    for tag in ("candidate", "champion", "commit"):
+        registry.store.client.delete_tag(oldest.info.run_id, tag)
+    promote.print_log(params())
+    assert "version unknown promoted" in capsys.readouterr().out
+    assert [d.candidate for d in registry.decisions()][1:] == ["2", "3"]
 
 
 # Alone
@@ -335,6 +372,22 @@ def test_a_lock_that_was_taken_over_is_deleted_by_a_decision_a_day_later(
     assert len(names()) == 2, "whoever still thinks that it is there can't take another's"
     monkeypatch.setattr(lock, "SECONDS_KEPT", -2 * lock.LEASE_S)
     assert decide("3") == 3 and names() == [NAME]
+
+
+@pytest.mark.parametrize("expires", ["soon", "", "9e99"])
+def test_a_lock_whose_expiry_was_edited_expires_as_any_other(
+    two_versions: None, expires: str
+) -> None:
+    left = held()
+    left.__enter__()
+    left._alive.end(is_over=True)
+    registry = Registry(TOY, NAME)
+    registry.store.client.set_registered_model_tag(left.name, lock.EXPIRES, expires)
+    found = registry.store.client.get_registered_model(left.name)
+    made = found.creation_timestamp / 1000
+    assert 0 <= lock._expires(found) - made - lock.LEASE_S <= lock.CLOCKS_DIFFER_S
+    with pytest.raises(TrackingError, match="someone else is deciding"):
+        held().__enter__()
 
 
 def test_a_lock_that_was_held_for_too_long_changes_nothing(

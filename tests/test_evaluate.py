@@ -518,9 +518,10 @@ def test_two_ray_workers_of_which_one_dies_make_the_images_that_one_process_does
         ({"num_images": 63}, "num_images is 63, and FID needs 64 at least"),
         ({"full": {"num_images": 12, "num_steps": [2], "guidance_scales": []}}, "full.num_images"),
         ({"judges": []}, "evaluate.judges"),
+        ({"judges": ["models/judge", "models/judge/"]}, "judges: models/judge is named twice"),
         ({"grid_prompts": []}, "evaluate.grid_prompts"),
     ],
-    ids=["too few", "too few in full", "no judge", "no prompts"],
+    ids=["too few", "too few in full", "no judge", "a judge twice", "no prompts"],
 )
 def test_what_can_not_be_measured_is_refused_by_name(
     world: Path, change: Mapping[str, Any], message: str

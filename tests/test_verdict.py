@@ -1,5 +1,6 @@
 """The gate's rules, on evaluations with made-up numbers: what passes, what does not, and why."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from components.evaluation import Cell, Estimate, Evaluation
 from components.params import load_params
 from components.rules import NumberRule, Promote, ScoreRule
-from components.verdict import Check, checks, measured
+from components.verdict import Check, checks, clean, measured
 from tests.evaluations import estimate, evaluation
+from tests.stores import results
 from tests.toy import ROOT
 
 RULES = load_params(ROOT / "params.yaml").promote
@@ -212,6 +214,140 @@ def test_what_an_evaluation_is_of_counts_beside_what_it_says(
         at = tuple(replace(cell, guidance_scale=value) for cell in other.cells)
         other = replace(other, cells=at)
     assert says in failed(other, evaluation())["comparable"].note
+
+
+def shifted(given: Evaluation, method: str, score: str, by: float) -> Evaluation:
+    """The evaluation with a method's score moved at every number of steps."""
+
+    def moved(cell: Cell) -> Cell:
+        if cell.method != method:
+            return cell
+        old = cell.scores[score]
+        new = Estimate(value=old.value + by, replicates=tuple(x + by for x in old.replicates))
+        return replace(cell, scores={**cell.scores, score: new})
+
+    return replace(given, cells=tuple(map(moved, given.cells)))
+
+
+@pytest.mark.parametrize(
+    ("method", "score", "by", "says"),
+    [
+        ("unguided", "clip_score", -30.0, "clip_score of unguided at 16 steps is 10, and 40 for"),
+        ("unguided", "fid", 60.0, "fid of unguided at 16 steps is 70, and 10 for the champion"),
+        ("cfg", "fid", 2.0, "fid of CFG at 8 steps is 7, and 5 for the champion"),
+    ],
+)
+def test_a_gain_over_other_images_of_no_guidance_or_of_cfg_is_none(
+    method: str, score: str, by: float, says: str
+) -> None:
+    found = failed(shifted(evaluation(fid=0.9), method, score, by), evaluation())
+    assert found.keys() == {"comparable"} and says in found["comparable"].note
+    assert failed(shifted(evaluation(), method, score, by / 1e4), evaluation()) == {}, "rounding"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("base_hash", "the base of tuned is not that of base"),
+        ("judges_hash", "the judges of tuned is not that of base"),
+        ("precision", "the precision of tuned is not that of base"),
+    ],
+)
+def test_models_that_were_not_measured_alike_are_no_evaluation_of_one_guide(
+    name: str, says: str
+) -> None:
+    rows = {"base": evaluation(), "tuned": evaluation("tuned", model_hash="tuned")}
+    assert failed(rows) == {}
+    found = failed({**rows, "tuned": evaluation("tuned", **{name: "other"})})
+    assert found.keys() == {"comparable"} and found["comparable"].note == says
+
+
+def exactly(value: float) -> Estimate:
+    """With fifty resamples that all say the same."""
+    return Estimate(value=value, replicates=(value,) * 50)
+
+
+@pytest.mark.parametrize("replicates", [1, 39, 50], ids=["one", "a few", "all the same"])
+def test_an_interval_that_is_of_few_resamples_is_none(replicates: int) -> None:
+    whole = evaluation(fid=1.5)
+
+    def cut(found: Estimate) -> Estimate:
+        return (
+            exactly(found.value)
+            if replicates == 50
+            else replace(found, replicates=found.replicates[:replicates])
+        )
+
+    cells = [
+        replace(cell, scores={name: cut(score) for name, score in cell.scores.items()})
+        for cell in whole.cells
+    ]
+    note = failed(replace(whole, cells=tuple(cells)))["complete"].note
+    assert "fid was not measured at 16 steps with an interval" in note
+    fvu = failed(replace(whole, guidance_fvu=cut(whole.guidance_fvu)))["complete"].note
+    assert fvu == "guidance_fvu was not measured with an interval"
+    guided = with_scores(whole, {("guided", "fid"): cut(estimate(5.0))})
+    assert "fid was not measured at 8 steps" in failed(guided)["complete"].note
+
+
+def test_numbers_that_can_not_be_are_refused_by_name() -> None:
+    good = evaluation()
+    for ratio in (-1.0, 0.0):
+        cost = replace(good, cost={**good.cost, "flops_ratio": ratio})
+        assert f"flops_ratio is {ratio:g}, which it can't be" in failed(cost)["usable"].note
+    fvu = replace(good, guidance_fvu=estimate(-0.5))
+    assert failed(fvu)["usable"].note == "guidance_fvu is -0.5, which it can't be"
+    for name, value in (("fid", -5.0), ("clip_score", 300.0), ("diversity", -0.1)):
+        found = failed(with_scores(good, {("guided", name): estimate(value)}))["usable"].note
+        assert f"{name} of guided at 16 steps is {value:g}, which it can't be" in found
+
+
+def test_an_evaluation_that_does_not_say_what_it_is_of_is_refused() -> None:
+    silent = replace(evaluation(), identity={"base_hash": "base"})
+    found = failed(silent, silent)
+    assert found.keys() == {"usable"} and "it does not say the judges" in found["usable"].note
+
+
+def test_of_two_results_of_one_setting_none_counts() -> None:
+    good = evaluation()
+    flattering = with_scores(good, {("guided", "fid"): estimate(4.0)})
+    twice = replace(good, cells=(*flattering.cells, *good.cells))
+    assert "two results of guided at 16 steps" in failed(twice)["usable"].note
+
+
+@pytest.mark.parametrize("commit", ["", "None", "HEAD", "none", "unknown", "c0ffee-dirty"])
+def test_what_is_no_commits_name_is_no_clean_commit(commit: str) -> None:
+    assert not clean(commit, allow_dirty=False).passed and clean(commit, allow_dirty=True).passed
+    assert clean("c0ffee" * 6 + "c0ff", allow_dirty=False).passed
+
+
+def broken(*path: Any, value: Any) -> Any:
+    """What `save` writes of an evaluation, with one value of it another."""
+    written = json.loads(json.dumps(results(evaluation())["base"]))
+    inside = written
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return written
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("guidance_fvu", "value"), None, "guidance_fvu.value: Input should be a valid number"),
+        (("cells", 3, "num_steps"), "eight", "cells.3.num_steps: Input should be a valid integer"),
+        (("cells", 0, "scores", "fid", "replicates"), 1, "cells.0.scores.fid.replicates"),
+        (("identity",), None, "identity: Input should be a valid"),
+        (("num_images",), "many", "num_images: "),
+        (("cost", "flops_ratio"), "half", "cost.flops_ratio: "),
+    ],
+)
+def test_a_file_that_is_no_evaluation_is_refused_with_the_place(
+    path: tuple[Any, ...], value: Any, says: str
+) -> None:
+    with pytest.raises(ValueError, match="summary.json is not what `evaluate` wrote") as told:
+        Evaluation.from_json(broken(*path, value=value), where="summary.json")
+    assert says in str(told.value)
 
 
 def test_a_candidate_lacks_none_of_the_champions_models_and_step_counts() -> None:

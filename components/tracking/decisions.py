@@ -17,7 +17,7 @@ from components.tracking.runs import Run
 from components.tracking.store import Store
 
 PROMOTED, REFUSED, FORCED, ROLLED_BACK = "promoted", "refused", "forced", "rolled back"
-NOBODY = "none"  # how a log says that there was no champion
+NOBODY, UNKNOWN = "none", "unknown"  # how a log says that there was no champion, and what it lost
 PAGE = 1000  # decisions read in a call
 MAX_TAG = 5000  # characters that MLflow's databases have room for
 
@@ -51,7 +51,7 @@ class Decision:
     values: Mapping[str, float] = field(default_factory=dict)
     table: Sequence[Mapping[str, Any]] = ()
     text: str = ""
-    commit: str = "unknown"
+    commit: str = UNKNOWN
     who: str = ""
     when: datetime = datetime.min.replace(tzinfo=UTC)
     is_done: bool = True
@@ -120,14 +120,15 @@ def _decision(run: Any) -> Decision:
     tags, params, metrics = run.data.tags, run.data.params, run.data.metrics
     return Decision(
         verdict=tags["verdict"],
-        candidate=tags["candidate"],
-        champion=None if tags["champion"] == NOBODY else tags["champion"],
+        # tags can be edited by hand, and one that is gone hides no other decision
+        candidate=tags.get("candidate", UNKNOWN),
+        champion=None if (before := tags.get("champion", UNKNOWN)) == NOBODY else before,
         why=tags.get("why", ""),
         reasons=[tags[name] for name in sorted(tags) if name.startswith("reason.")],
         rules={name.removeprefix("rule."): float(value) for name, value in params.items()},
         values=dict(metrics),
         text=tags.get("mlflow.note.content", ""),
-        commit=tags["commit"],
+        commit=tags.get("commit", UNKNOWN),
         who=tags.get("pnp.place", ""),
         when=datetime.fromtimestamp(run.info.start_time / 1000, UTC),
         is_done=run.info.status == "FINISHED",

@@ -147,7 +147,7 @@ class DecisionLock:
                 f"name LIKE '{self._expired}%'"
             ):
                 is_ours = found.name.startswith(self._expired) and EXPIRES in found.tags
-                if is_ours and time.time() > float(found.tags[EXPIRES]) + SECONDS_KEPT:
+                if is_ours and time.time() > _expires(found) + SECONDS_KEPT:
                     self._store.client.delete_registered_model(found.name)
 
     def _read(self) -> Mapping[str, str] | None:
@@ -161,8 +161,7 @@ class DecisionLock:
                 return None
             if found.name != self.name:
                 raise ValueError(f"it answers with {found.name!r}")
-        made = found.creation_timestamp / 1000
-        return {EXPIRES: str(made + LEASE_S), **found.tags}
+        return {**found.tags, EXPIRES: str(_expires(found))}
 
     def _is_mine(self, lock: Mapping[str, str] | None) -> bool:
         return lock is not None and lock.get(TOKEN) == self._token
@@ -194,6 +193,14 @@ class _Alive:
 
 def _alive_file(token: str) -> Path:
     return journals() / f"deciding-{token}"
+
+
+def _expires(found: Any) -> float:
+    """When a lock does, in seconds since 1970: as it says, or as any does that says nothing so."""
+    longest = found.creation_timestamp / 1000 + LEASE_S
+    with suppress(KeyError, ValueError):
+        return min(longest + CLOCKS_DIFFER_S, float(found.tags[EXPIRES]))
+    return float(longest)
 
 
 def _is_stale(lock: Mapping[str, str]) -> bool:

@@ -263,6 +263,7 @@ class Registry:
                 f"was compared with {before or NOBODY}. Nothing was changed: run the same "
                 "command again"
             )
+        self.check_files(version)  # else `previous` would move for a version that is gone
         moves = [(PREVIOUS, before), (CHAMPION, version)]
         if decision.verdict == ROLLED_BACK:
             moves.reverse()  # so that the one that is gone back to has an alias all the time

@@ -1,0 +1,168 @@
+"""Whether evaluations are such that rules can be held against them, and like against like."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+
+from components.evaluation import Estimate, Evaluation
+from components.methods import METHODS
+from components.rules import Promote
+
+# An interval of fewer resamples says nothing of its ends.
+LEAST_RESAMPLES = 40
+# What a number can be at all: a step takes some arithmetic, a CLIP score is 100 times a cosine.
+POSSIBLE = {
+    "guidance_fvu": (0.0, math.inf),
+    "flops_ratio": (1e-3, math.inf),
+    "fid": (0.0, math.inf),
+    "clip_score": (0.0, 100.0),
+    "diversity": (0.0, 2.0),
+}
+# What an evaluation says that it is of, and what that is called in a sentence.
+NAMES = {
+    "base_hash": "the base",
+    "model_hash": "the model's weights",
+    "reference_hash": "the reference images",
+    "data_hash": "the data",
+    "tasks_hash": "prompts and seeds",
+    "judges_hash": "the judges",
+    "num_images": "the number of images",
+    "guidance_scale": "the guidance scale",
+    "timestep_spacing": "the timestep spacing",
+    "precision": "the precision",
+    "teacher": "the teacher's rule",
+    "measured_by": "the version of the measuring code",
+}
+# What it is of, whatever it says.
+SEEN = {
+    "judge": "the judge",
+    "images": "the number of images",
+    "scale": "the guidance scale",
+}
+# All models of a guide's evaluation have the same of these.
+OF_ALL_MODELS = (
+    *("base_hash", "data_hash", "judges_hash", "timestep_spacing", "precision", "teacher"),
+    "measured_by",
+)
+
+
+def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = ()) -> list[str]:
+    """What an evaluation lacks for the rules to be held against it, in words; empty: nothing.
+
+    Args:
+        evaluation: of one model.
+        rules: of params.yaml.
+        num_steps: at which it must have been evaluated, beside those that the rules name.
+    """
+    found = []
+    if evaluation.num_images < rules.min_images:
+        found.append(
+            f"{evaluation.num_images} images are too few to decide on, promote.min_images is "
+            f"{rules.min_images}"
+        )
+    if "flops_ratio" not in evaluation.cost:
+        found.append("flops_ratio was not measured, and promote has a rule for it")
+    if _resamples(evaluation.guidance_fvu) < LEAST_RESAMPLES:
+        found.append("guidance_fvu was not measured with an interval")
+    at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
+    at |= {*num_steps, *rules.ruled_steps}
+    if not at:
+        found.append("no image of the guide was judged")
+    for steps in sorted(at, reverse=True):
+        if steps not in evaluation.num_steps:
+            labels = ", ".join(METHODS.values())
+            found.append(f"it was not evaluated at {steps} steps by all of {labels}")
+            continue
+        for score in rules.at(steps):
+            if not has(evaluation, score, steps):
+                found.append(
+                    f"{score} was not measured at {steps} steps with an interval, and promote has "
+                    "a rule for it"
+                )
+    return found
+
+
+def oddities(evaluation: Evaluation) -> list[str]:
+    """What no evaluation is, in words: it was edited, or measured wrongly; empty: nothing."""
+    said = evaluation.identity
+    found = [f"it does not say {words}" for name, words in NAMES.items() if name not in said]
+    numbers = {"guidance_fvu": evaluation.guidance_fvu.value, **evaluation.cost}
+    settings: Counter[tuple[object, ...]] = Counter()
+    for cell in evaluation.cells:
+        where = f" of {METHODS.get(cell.method, cell.method)} at {cell.num_steps} steps"
+        numbers |= {f"{name}{where}": score.value for name, score in cell.scores.items()}
+        settings[where, cell.solver, cell.guidance_scale, cell.judge] += 1
+    for name, value in numbers.items():
+        low, high = POSSIBLE.get(name.split()[0], (-math.inf, math.inf))
+        if value < low or value > high:
+            found.append(f"{name} is {value:g}, which it can't be")
+    twice = [where for (where, *_), number in settings.items() if number > 1]
+    return found + [f"there are two results{where}" for where in twice]
+
+
+def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
+    """In what two evaluations of a model differ that must be the same, in words; empty: nothing."""
+    own, other = _identity(mine), _identity(theirs)
+    found = []
+    for name in dict.fromkeys([*other, *own]):
+        a, b = own.get(name), other.get(name)
+        if a is not None and a == b:
+            continue
+        values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
+        found.append(f"{(NAMES | SEEN).get(name, name)} differs{values}")
+    return list(dict.fromkeys(found)) or list(_other_baselines(mine, theirs))
+
+
+def unlike(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """In what the models of one guide's evaluation differ that must not, in words."""
+    found = []
+    for first, model in pairwise(evaluations):
+        one, other = (evaluations[name].identity for name in (first, model))
+        apart = [NAMES[name] for name in OF_ALL_MODELS if one.get(name) != other.get(name)]
+        found += [f"{words} of {model} is not that of {first}" for words in apart]
+    return found
+
+
+def has(evaluation: Evaluation, score: str, num_steps: int) -> bool:
+    """Whether a score was measured, with an interval of the same resamples, by every method."""
+    cells = [evaluation.cell(method, num_steps) for method in METHODS]
+    found = [cell.scores[score] for cell in cells if cell and score in cell.scores]
+    if len(found) < len(cells) or len({len(each.replicates) for each in found}) > 1:
+        return False
+    return min(map(_resamples, found)) >= LEAST_RESAMPLES
+
+
+def _other_baselines(mine: Evaluation, theirs: Evaluation) -> Iterator[str]:
+    """Where CFG or no guidance came out otherwise than beside the champion, beyond its noise.
+
+    They are the same images by the same judge, so that rounding alone tells them apart.
+    """
+    for num_steps in mine.num_steps:
+        for method in ("unguided", "cfg"):
+            own, other = (each.cell(method, num_steps) for each in (mine, theirs))
+            if own is None or other is None:
+                continue
+            for score in sorted(own.scores.keys() & other.scores.keys()):
+                value, known = own.scores[score].value, other.scores[score]
+                low, high = known.interval
+                if value < low or value > high:
+                    yield (
+                        f"{score} of {METHODS[method]} at {num_steps} steps is {value:.3g}, and "
+                        f"{known.value:.3g} for the champion, of what should be the same images"
+                    )
+
+
+def _identity(evaluation: Evaluation) -> dict[str, str | int | float]:
+    """What it says that it is of, and what it is of: neither may differ."""
+    return {
+        **evaluation.identity,
+        "judge": ", ".join(evaluation.judges[:1]),
+        "images": evaluation.num_images,
+        "scale": evaluation.guidance_scale,
+    }
+
+
+def _resamples(estimate: Estimate) -> int:
+    """How many resamples an interval is of; those that say the same are one."""
+    return len(set(estimate.replicates))
