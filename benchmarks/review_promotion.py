@@ -18,7 +18,7 @@ from components.evaluation import Cell, Estimate, Evaluation
 from components.params import Params, Register, Tracking, load_params
 from components.rules import Promote, ScoreRule
 from components.tracking import Registry
-from tests.evaluations import evaluation
+from tests.evaluations import estimate, evaluation
 from tests.stores import Server, proxy, register, results
 
 NUM_RACES = 20
@@ -190,8 +190,9 @@ RIGHTFUL: dict[str, Case] = {
     "the first of all": Case(candidate=results(evaluation()), champion={}),
     "as good as the champion": Case(candidate=results(evaluation(time_ratio=0.6))),
     "a loss inside the noise": Case(
-        candidate=results(evaluation(fid=1.06, spread=0.1)),
-        champion=results(evaluation(spread=0.1)),
+        candidate=results(
+            changed(evaluation(), "guided", lambda _: estimate(5.3, spread=0.1, seed=77))
+        ),
     ),
     "a loss that is allowed": Case(candidate=results(evaluation(clip_gain=0.87, fid=1.03))),
     "slower and better": Case(candidate=results(better(time_ratio=1.4))),

@@ -11,6 +11,7 @@ from components.rules import Promote
 
 # An interval of fewer resamples says nothing of its ends.
 LEAST_RESAMPLES = 40
+NO_INTERVAL = f"has no interval of {LEAST_RESAMPLES} resamples that differ"
 # What a number can be at all: a step takes some arithmetic, a CLIP score is 100 times a cosine.
 POSSIBLE = {
     "guidance_fvu": (0.0, math.inf),
@@ -40,6 +41,7 @@ SEEN = {
     "images": "the number of images",
     "scale": "the guidance scale",
 }
+PLURAL = ("model_hash", "reference_hash", "tasks_hash", "judges_hash")
 # All models of a guide's evaluation have the same of these.
 OF_ALL_MODELS = (
     *("base_hash", "data_hash", "judges_hash", "timestep_spacing", "precision", "teacher"),
@@ -64,22 +66,17 @@ def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = (
     if "flops_ratio" not in evaluation.cost:
         found.append("flops_ratio was not measured, and promote has a rule for it")
     if _resamples(evaluation.guidance_fvu) < LEAST_RESAMPLES:
-        found.append("guidance_fvu was not measured with an interval")
+        found.append(f"guidance_fvu {NO_INTERVAL}")
     at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
     at |= {*num_steps, *rules.ruled_steps}
     if not at:
         found.append("no image of the guide was judged")
+    lacks: dict[str, list[int]] = {}
     for steps in sorted(at, reverse=True):
-        if steps not in evaluation.num_steps:
-            labels = ", ".join(METHODS.values())
-            found.append(f"it was not evaluated at {steps} steps by all of {labels}")
-            continue
-        for score in rules.at(steps):
-            if not has(evaluation, score, steps):
-                found.append(
-                    f"{score} was not measured at {steps} steps with an interval, and promote has "
-                    "a rule for it"
-                )
+        for what in _lacking(evaluation, rules, steps):
+            lacks.setdefault(what, []).append(steps)
+    for what, counts in lacks.items():
+        found.append(f"at {' and '.join(map(str, counts))} steps {what}")
     return found
 
 
@@ -110,7 +107,8 @@ def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
         if a is not None and a == b:
             continue
         values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
-        found.append(f"{(NAMES | SEEN).get(name, name)} differs{values}")
+        differ = "differ" if name in PLURAL else "differs"
+        found.append(f"{(NAMES | SEEN).get(name, name)} {differ}{values}")
     return list(dict.fromkeys(found)) or list(_other_baselines(mine, theirs))
 
 
@@ -120,17 +118,35 @@ def unlike(evaluations: Mapping[str, Evaluation]) -> list[str]:
     for first, model in pairwise(evaluations):
         one, other = (evaluations[name].identity for name in (first, model))
         apart = [NAMES[name] for name in OF_ALL_MODELS if one.get(name) != other.get(name)]
-        found += [f"{words} of {model} is not that of {first}" for words in apart]
+        found += [f"{first} and {model} differ in {words}" for words in apart]
     return found
 
 
 def has(evaluation: Evaluation, score: str, num_steps: int) -> bool:
     """Whether a score was measured, with an interval of the same resamples, by every method."""
+    found = _by_methods(evaluation, score, num_steps)
+    is_paired = len({len(each.replicates) for each in found}) == 1
+    return (
+        len(found) == len(METHODS) and is_paired and min(map(_resamples, found)) >= LEAST_RESAMPLES
+    )
+
+
+def _lacking(evaluation: Evaluation, rules: Promote, num_steps: int) -> Iterator[str]:
+    """What is missing at a number of steps."""
+    if num_steps not in evaluation.num_steps:
+        yield f"it was not evaluated by all of {', '.join(METHODS.values())}"
+        return
+    for score in rules.at(num_steps):
+        if not has(evaluation, score, num_steps):
+            is_there = len(_by_methods(evaluation, score, num_steps)) == len(METHODS)
+            what = NO_INTERVAL if is_there else "was not measured"
+            yield f"{score} {what}, and promote has a rule for it"
+
+
+def _by_methods(evaluation: Evaluation, score: str, num_steps: int) -> list[Estimate]:
+    """A score by each of the methods that have it."""
     cells = [evaluation.cell(method, num_steps) for method in METHODS]
-    found = [cell.scores[score] for cell in cells if cell and score in cell.scores]
-    if len(found) < len(cells) or len({len(each.replicates) for each in found}) > 1:
-        return False
-    return min(map(_resamples, found)) >= LEAST_RESAMPLES
+    return [cell.scores[score] for cell in cells if cell and score in cell.scores]
 
 
 def _other_baselines(mine: Evaluation, theirs: Evaluation) -> Iterator[str]:

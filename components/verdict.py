@@ -52,12 +52,12 @@ class Check:
         where = self.model if self.num_steps is None else f"{self.model}, {self.num_steps} steps"
         parts = []
         if self.value is not None:
-            within = " [{:.3f}, {:.3f}]".format(*self.interval) if self.interval else ""
-            parts.append(f"{self.value:.3f}{within}")
+            within = " [{:z.3f}, {:z.3f}]".format(*self.interval) if self.interval else ""
+            parts.append(f"{self.value:z.3f}{within}")
         if self.limit is not None:
             parts.append(f"{'at least' if self.is_least else 'at most'} {self.limit:g} is allowed")
         if self.champion is not None:
-            parts.append(f"the champion has {self.champion:.3f}")
+            parts.append(f"the champion has {self.champion:z.3f}")
         if self.note:
             parts.append(self.note)
         return f"{where}: {self.rule}: {', '.join(parts) or 'holds'}"

@@ -40,7 +40,7 @@ def as_table(checks: Sequence[Check]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     for check in sorted(checks, key=lambda check: check.passed):
         limit = "" if check.limit is None else f"{'≥' if check.is_least else '≤'} {check.limit:g}"
-        interval = "{:.3f} to {:.3f}".format(*check.interval) if check.interval else ""
+        interval = "{:z.3f} to {:z.3f}".format(*check.interval) if check.interval else ""
         cells = [
             check.model,
             "" if check.num_steps is None else str(check.num_steps),
@@ -58,4 +58,4 @@ def as_table(checks: Sequence[Check]) -> str:
 
 def number(value: float | None) -> str:
     """Three decimals; nothing for None."""
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{value:z.3f}"

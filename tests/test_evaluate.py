@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, evaluate, judging, prepare, references
+from components import dataset, evaluate, judging, prepare, references, register
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
@@ -286,6 +286,17 @@ def test_another_guide_samples_neither_cfg_nor_no_guidance(inside: Path, made: M
     assert after.cell("cfg", 4) == before.cell("cfg", 4)
     assert after.cell("guided", 4) != before.cell("guided", 4)
     assert after.guidance_fvu != before.guidance_fvu
+
+
+def test_results_of_another_guide_are_not_registered(inside: Path) -> None:
+    values = toy.toy_params()
+    values["models"] = {"base": values["models"]["base"]}
+    register.check_guide(GuideBundle.load("guides/bundle"), ["base"])
+    write_bundle(0.04)
+    toy.write_params(Path(), values)
+    with pytest.raises(ValueError, match="results/evaluate/base is of another guide for 4 steps"):
+        register.run(load_params(Path("params.yaml")))
+    assert not Path("results/report").exists()
 
 
 @pytest.mark.parametrize(

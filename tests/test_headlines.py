@@ -27,6 +27,13 @@ def test_means_and_the_worst_are_those_over_models_and_steps() -> None:
     assert found["flops_ratio"] == 0.6 and found["checks_failed"] == 1
 
 
+def test_mlflows_charts_begin_with_a_number_that_every_guides_run_has() -> None:
+    steps = headlines.by_steps(MODELS["base"]).values()
+    of_models = {f"{group}/{way}" for at in steps for group, ways in at.items() for way in ways}
+    of_guides = headlines.numbers(MODELS, [PASSED])
+    assert "fid/guided" in of_models and min(of_models | of_guides.keys()) in of_guides
+
+
 def test_a_model_on_which_cfg_gains_nothing_sure_is_no_part_of_the_gains() -> None:
     noisy = {"base": MODELS["base"], "noisy": evaluation("noisy", spread=0.5)}
     assert headlines.numbers(noisy, [])["fid_gain_worst"] == pytest.approx(1.0)

@@ -180,11 +180,11 @@ def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
     ("other", "says"),
     [
         ({"base_hash": "x"}, "the base differs"),
-        ({"model_hash": "x"}, "the model's weights differs"),
+        ({"model_hash": "x"}, "the model's weights differ"),
         ({"data_hash": "x"}, "the data differs"),
-        ({"judges_hash": "x"}, "the judges differs"),
-        ({"tasks_hash": "x"}, "prompts and seeds differs"),
-        ({"reference_hash": "x"}, "the reference images differs"),
+        ({"judges_hash": "x"}, "the judges differ"),
+        ({"tasks_hash": "x"}, "prompts and seeds differ"),
+        ({"reference_hash": "x"}, "the reference images differ"),
         ({"teacher": "x"}, "the teacher's rule differs"),
         ({"measured_by": 2}, "the version of the measuring code differs: 2, and 1"),
         ({"judge": "another"}, "the judge differs: another, and judge for the champion"),
@@ -248,9 +248,9 @@ def test_a_gain_over_other_images_of_no_guidance_or_of_cfg_is_none(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("base_hash", "the base of tuned is not that of base"),
-        ("judges_hash", "the judges of tuned is not that of base"),
-        ("precision", "the precision of tuned is not that of base"),
+        ("base_hash", "base and tuned differ in the base"),
+        ("judges_hash", "base and tuned differ in the judges"),
+        ("precision", "base and tuned differ in the precision"),
     ],
 )
 def test_models_that_were_not_measured_alike_are_no_evaluation_of_one_guide(
@@ -283,11 +283,11 @@ def test_an_interval_that_is_of_few_resamples_is_none(replicates: int) -> None:
         for cell in whole.cells
     ]
     note = failed(replace(whole, cells=tuple(cells)))["complete"].note
-    assert "fid was not measured at 16 steps with an interval" in note
+    assert "at 16 and 8 steps fid has no interval of 40 resamples that differ" in note
     fvu = failed(replace(whole, guidance_fvu=cut(whole.guidance_fvu)))["complete"].note
-    assert fvu == "guidance_fvu was not measured with an interval"
+    assert fvu == "guidance_fvu has no interval of 40 resamples that differ"
     guided = with_scores(whole, {("guided", "fid"): cut(estimate(5.0))})
-    assert "fid was not measured at 8 steps" in failed(guided)["complete"].note
+    assert "at 16 and 8 steps fid has no interval" in failed(guided)["complete"].note
 
 
 def test_numbers_that_can_not_be_are_refused_by_name() -> None:
@@ -355,20 +355,20 @@ def test_a_candidate_lacks_none_of_the_champions_models_and_step_counts() -> Non
     found = failed(evaluation(), champion)
     assert str(found["complete"]) == "tuned: complete: it was not evaluated on this model"
     found = failed(evaluation(num_steps=(16,)), evaluation(num_steps=(16, 8)))
-    assert "it was not evaluated at 8 steps" in found["complete"].note
+    assert "at 8 steps it was not evaluated" in found["complete"].note
     assert failed(evaluation(num_steps=(16, 8)), evaluation(num_steps=(16,))) == {}
 
 
 def test_without_a_champion_a_candidate_lacks_nothing_of_params_yaml() -> None:
     assert "tuned: complete: it was not" in str(failed(evaluation(), models=["tuned"])["complete"])
-    assert "at 4 steps" in failed(evaluation(), num_steps=[16, 4])["complete"].note
+    assert "at 4 steps it was" in failed(evaluation(), num_steps=[16, 4])["complete"].note
     assert "on no model" in failed({})["complete"].note
 
 
 def test_what_was_measured_in_part_is_refused() -> None:
     whole = evaluation()
     no_cfg = [c for c in whole.cells if (c.method, c.num_steps) != ("cfg", 8)]
-    assert "at 8 steps by all of" in failed(replace(whole, cells=tuple(no_cfg)))["complete"].note
+    assert "at 8 steps it was not" in failed(replace(whole, cells=tuple(no_cfg)))["complete"].note
     assert "no image" in failed(replace(whole, cells=whole.cells[:2]))["complete"].note
     assert "flops_ratio was not measured" in failed(replace(whole, cost={}))["complete"].note
     assert (
@@ -382,13 +382,13 @@ def test_a_rule_for_what_was_not_measured_is_refused_by_name() -> None:
     rule = ScoreRule(min_gain=0.5, ratio=None, max_loss=None)
     other = replaced(RULES, scores={"aesthetics": rule})
     assert (
-        "aesthetics was not measured at 16 steps"
+        "at 16 and 8 steps aesthetics was not measured, and promote has a rule for it"
         in failed(evaluation(), rules=other)["complete"].note
     )
     at_4 = replaced(RULES, at_steps={4: {"fid": rule}})
-    assert "not evaluated at 4 steps" in failed(evaluation(), rules=at_4)["complete"].note
+    assert "at 4 steps it was not evaluated" in failed(evaluation(), rules=at_4)["complete"].note
     exact = with_scores(evaluation(), {("cfg", "fid"): Estimate(value=5.0)})
-    assert "with an interval" in failed(exact)["complete"].note
+    assert "fid has no interval of 40" in failed(exact)["complete"].note
 
 
 def test_a_number_of_steps_has_rules_of_its_own() -> None:

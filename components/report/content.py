@@ -16,9 +16,10 @@ from components.verdict import Check, measured
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}
 SCORES = {"fid": "FID", "kid": "KID", "clip_score": "CLIP score", "diversity": "diversity"}
 FEWER_IS_BETTER = ("fid", "kid")
+OF_A_MODEL = ("model_hash", "reference_hash", "tasks_hash", "guidance_scale")
 NEGATIVE = {
-    "picture": "of what a negative prompt changes under CFG, in the picture",
-    "avoided": "of what it changes in the score for what was to be avoided",
+    "picture": "change of the picture by a negative prompt, over that under CFG",
+    "avoided": "fall of the score for what was to be avoided, over that under CFG",
 }
 COSTS = {  # {} is the size of the batch that was timed
     "flops_ratio": "FLOPs of a step, over CFG",
@@ -109,7 +110,7 @@ def view(report: Report) -> dict[str, Any]:
         "models": list(evaluations),
         "scores": list(SCORES.values()),
         "judges": first.judges,
-        "identity": first.identity,
+        "identity": {_of(name, first.model): value for name, value in first.identity.items()},
         "num_images": first.num_images,
         "guidance_scale": first.guidance_scale,
     }
@@ -157,7 +158,8 @@ def matrices(evaluations: Mapping[str, Evaluation]) -> list[Matrix]:
                 evaluations,
                 f"Share of CFG’s gain, {SCORES[score]}",
                 "100 % is what CFG gains over no guidance. Where CFG’s own gain is inside its "
-                "interval, the guide’s score over CFG’s stands instead (× CFG).",
+                "interval, the guide’s score over CFG’s stands instead (× CFG); where that may be "
+                "zero besides, their difference (off CFG).",
                 lambda e, steps, score=score: _share(e, score, steps),
             )
         )
@@ -282,12 +284,17 @@ def _check(check: Check) -> dict[str, Any]:
         "model": check.model,
         "steps": "" if check.num_steps is None else check.num_steps,
         "limit": "" if check.limit is None else f"{sign} {check.limit:g}",
-        "value": "" if check.value is None else f"{check.value:.3f}",
-        "interval": "{:.3f} to {:.3f}".format(*check.interval) if check.interval else "",
-        "champion": "" if check.champion is None else f"{check.champion:.3f}",
+        "value": "" if check.value is None else f"{check.value:z.3f}",
+        "interval": "{:z.3f} to {:z.3f}".format(*check.interval) if check.interval else "",
+        "champion": "" if check.champion is None else f"{check.champion:z.3f}",
         "passed": check.passed,
         "note": check.note,
     }
+
+
+def _of(name: str, model: str) -> str:
+    """What is said of an evaluation, and of which model where others have another."""
+    return f"{name} of {model}" if name in OF_A_MODEL else name
 
 
 def _matrix(evaluations: Mapping[str, Evaluation], title: str, note: str, entry: Any) -> Matrix:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (4.4, 3.1)  # inches of 72 pixels: on a phone the letters keep their size
+SIZE = (4.4, 3.4)  # inches of 72 pixels: on a phone the letters keep their size
 # What is drawn in these colours is shown in the page's own, light or dark: colour -> variable.
 INK, GRID = "#010101", "#020202"
 VARIABLES = {INK: "--ink", GRID: "--line"}
@@ -116,6 +116,7 @@ def fid_against_clip(evaluation: Evaluation, num_steps: int, *, name: str) -> "M
 def unexplained_by_timestep(evaluations: Mapping[str, Evaluation], *, name: str) -> "Markup | None":
     """What the guide leaves of CFG's guidance at each timestep, a line for each model."""
     figure, axes = _figure()
+    top = 1.0  # no guide at all
     for number, (model, evaluation) in enumerate(evaluations.items()):
         points = sorted((int(t), share) for t, share in evaluation.fvu_by_timestep.items())
         colour = SERIES[number % len(SERIES)]
@@ -123,7 +124,8 @@ def unexplained_by_timestep(evaluations: Mapping[str, Evaluation], *, name: str)
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, dashes, marker=".", color=colour, label=model, linewidth=1.5)
-    axes.set_ylim(0, None)
+            top = max(top, *y)
+    axes.set_ylim(0, 1.05 * top)
     axes.invert_xaxis()
     axes.set_xlabel("timestep (sampling goes from left to right)")
     axes.set_ylabel("guidance left unexplained")
@@ -189,7 +191,11 @@ def _svg(figure: "Figure", axes: "Axes", name: str) -> "Markup | None":
 
     if not axes.lines:
         return None
-    axes.legend(frameon=False, fontsize=10, labelcolor=INK)
+    # Beside the drawing: nothing is where intervals would be behind it.
+    columns = 2 if len(axes.lines) < 5 else 3
+    figure.legend(
+        loc="outside upper left", ncols=columns, frameon=False, fontsize=10, labelcolor=INK
+    )
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pnp"}):
         # No date: the same numbers give the same file.
