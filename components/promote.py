@@ -126,7 +126,7 @@ class Case:
             return self._roll_back(champion)
         if candidate == champion:
             return None
-        commit, self.checks = "unknown", self._gone() if champion is None else []
+        commit, self.checks = "unknown", self._gone(candidate) if champion is None else []
         try:
             summary = self._registry.summary(candidate)
         except tracking.UnjudgedError as error:
@@ -167,13 +167,13 @@ class Case:
         )
         return replace(decision, text=as_page(self._registry.name, decision, []))
 
-    def _gone(self) -> list[Check]:
-        """Where the registry has no champion and the log knows of one: with whom to compare?"""
+    def _gone(self, candidate: str) -> list[Check]:
+        """Where the registry has no champion and the log knows of another: who to compare with?"""
         from components import tracking
 
         made = (tracking.PROMOTED, tracking.FORCED, tracking.ROLLED_BACK)
         moves = [d for d in self._registry.decisions() if d.is_done and d.verdict in made]
-        if not moves:
+        if not moves or moves[-1].candidate == candidate:
             return []
         why = (
             "by the log it is champion, and the registry has none: it was deleted, or its alias "
@@ -275,9 +275,10 @@ def print_log(params: Params) -> None:
     for decision in registry.decisions():
         when = decision.when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         broke_off = "" if decision.is_done else " (broke off: see who is champion)"
+        commit = "" if decision.commit == "unknown" else f", commit {decision.commit}"
         print(
             f"{when}  version {decision.candidate} {decision.verdict}{broke_off}, champion before: "
-            f"{decision.champion or 'none'}, by {decision.who}, commit {decision.commit}"
+            f"{decision.champion or 'none'}, by {decision.who}{commit}"
         )
         if decision.why:
             print(f"  reason given: {decision.why}")

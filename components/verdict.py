@@ -137,7 +137,7 @@ def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
         ValueError: the score was not measured.
     """
     is_least = score not in LOWER_IS_BETTER
-    unguided, cfg, guided = (_estimate(evaluation, m, score, num_steps) for m in METHODS)
+    unguided, cfg, _ = (_estimate(evaluation, m, score, num_steps) for m in METHODS)
     gain = evaluation.gain(score, num_steps)
     if gain is not None and (cfg.value > unguided.value) == is_least:
         return Measured(estimate=gain, kind="gain", is_least=True)
@@ -146,19 +146,23 @@ def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
         if gain is None
         else "CFG itself is worse than no guidance"
     )
-    if min(cfg.value, cfg.interval[0], *cfg.replicates) > 0:
-        return Measured(
-            estimate=evaluation.ratio(score, num_steps),
-            kind="ratio",
-            is_least=is_least,
-            note=f"{why}, so the ratio to CFG takes the gain's place",
-        )
-    return Measured(
-        estimate=guided.with_other(cfg, lambda a, b: a - b),
-        kind="difference",
-        is_least=is_least,
-        note=f"{why} and CFG's score may be zero, so the difference takes the gain's place",
-    )
+    kind = "ratio" if min(cfg.value, cfg.interval[0], *cfg.replicates) > 0 else "difference"
+    return _beside_cfg(evaluation, score, num_steps, kind, why)
+
+
+def _beside_cfg(
+    evaluation: Evaluation, score: str, num_steps: int, kind: str, why: str
+) -> Measured:
+    """The guide's score as a ratio to CFG's, or as a difference."""
+    if kind == "ratio":
+        found = evaluation.ratio(score, num_steps)
+        note = f"{why}, so the ratio to CFG takes the gain's place"
+    else:
+        guided, cfg = (_estimate(evaluation, m, score, num_steps) for m in ("guided", "cfg"))
+        found = guided.with_other(cfg, lambda a, b: a - b)
+        note = f"{why} and CFG's score may be zero, so the difference takes the gain's place"
+    is_least = score not in LOWER_IS_BETTER
+    return Measured(estimate=found, kind=kind, is_least=is_least, note=note)
 
 
 def _of_model(
@@ -188,15 +192,14 @@ def _of_model(
             yield from _held(about, own, _number(theirs, name), limits)
     for steps in mine.num_steps:
         for score, rule in rules.at(steps).items():
-            if own := _score(mine, score, steps):
+            own, other = _scores(mine, theirs, score, steps)
+            if own:
                 about = Check(rule=score, model=model, num_steps=steps, passed=False)
-                yield from _held(about, own, _score(theirs, score, steps), rule)
+                yield from _held(about, own, other, rule)
 
 
 def _held(about: Check, own: Measured, other: Measured | None, rule: Rule) -> Iterator[Check]:
     """The checks of one number: against its limit, and against the champion's."""
-    if other is not None and other.kind != own.kind:
-        other = None
     key, limit = _limit(rule, own.kind)
     before = None if other is None else other.estimate.value
     if limit is not None:
@@ -278,11 +281,19 @@ def _number(evaluation: Evaluation | None, name: str) -> Measured | None:
     return Measured(estimate=found, kind="number", is_least=False)
 
 
-def _score(evaluation: Evaluation | None, score: str, num_steps: int) -> Measured | None:
-    """What the rules for a score are held against; None if it was not measured."""
-    if evaluation is None or not has(evaluation, score, num_steps):
-        return None
-    return measured(evaluation, score, num_steps)
+def _scores(
+    mine: Evaluation, theirs: Evaluation | None, score: str, num_steps: int
+) -> tuple[Measured | None, Measured | None]:
+    """What the rules for a score are held against, of the same kind; None if it is not there."""
+    known = [each if each and has(each, score, num_steps) else None for each in (mine, theirs)]
+    own, other = (measured(each, score, num_steps) if each else None for each in known)
+    if own and other and own.kind != other.kind:  # CFG's gain is at the edge of its interval
+        kind = "difference" if "difference" in (own.kind, other.kind) else "ratio"
+        why = "CFG's own gain is inside its interval for one of the two"
+        own, other = (
+            _beside_cfg(each, score, num_steps, kind, why) if each else None for each in known
+        )
+    return own, other
 
 
 def _estimate(evaluation: Evaluation, method: str, score: str, num_steps: int) -> Estimate:

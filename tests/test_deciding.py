@@ -251,6 +251,8 @@ def test_a_champion_that_was_deleted_is_not_taken_for_none(
     assert decide(rollback=True) == 0 and aliases() == ("1", "1")
     client.delete_registered_model_alias(NAME, "champion")
     assert decide("3", force=True, reason="a new beginning") == 0 and champion() == "3"
+    client.delete_registered_model_alias(NAME, "champion")
+    assert decide("1") == 3 and decide("3") == 0, "by the log it is champion"
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,19 @@ def test_a_guide_that_is_as_bad_as_a_cfg_that_harms_is_not_said_to_gain() -> Non
     assert "CFG itself is worse than no guidance" in failed(harming)["fid.ratio"].note
 
 
+def test_where_cfgs_gain_is_noise_for_one_of_two_both_are_compared_by_the_ratio_to_cfg() -> None:
+    noisy = {("unguided", "fid"): estimate(10.0, spread=0.4, seed=8)}
+    noisy |= {("guided", "fid"): estimate(6.5, seed=2)}
+    candidate, champion = with_scores(evaluation(), noisy), evaluation()
+    assert (measured(candidate, "fid", 16).kind, measured(champion, "fid", 16).kind) == (
+        "ratio",
+        "gain",
+    )
+    found = checks({"base": candidate}, {"base": champion}, RULES)
+    (loss,) = [c for c in found if (c.rule, c.num_steps) == ("fid.max_loss", 16)]
+    assert loss.value == pytest.approx(0.3) and loss.champion == pytest.approx(1.0)
+
+
 def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
     generator = np.random.default_rng(0)
 
