@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from components.evaluation import Evaluation
+from components.headlines import gain_text
 from components.methods import METHODS
 from components.verdict import Check, measured
 
@@ -47,7 +48,9 @@ The guide was distilled from the frozen base's own guidance, then halved to each
 
 Unguided / CFG / guided, at the same number of steps, of {num_images} images each at guidance
 scale {scale}, judged by {judge}. Scores of another judge can't be
-compared with these. *Gain*: of what CFG gains over no guidance, the share that the guide gains.
+compared with these. *Gain*: of what CFG gains over no guidance, the share that the guide gains;
+with × the guide's score over CFG's, where CFG's own gain is inside its interval; with a sign less
+CFG's, where that may be zero besides.
 
 ![Unguided, CFG and guided of the same prompts and seeds]({picture})
 
@@ -160,9 +163,7 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
                     cells += ["not measured", ""]
                     continue
                 cells.append(" / ".join(f"{c.scores[score].value:.3g}" for c in found if c))
-                own = measured(evaluation, score, num_steps)
-                is_gain = own.kind == "gain"
-                cells.append(f"{own.estimate.value:.2f}" if is_gain else f"none ({own.note})")
+                cells.append(gain_text(measured(evaluation, score, num_steps)))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -6,8 +6,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 176, 13
-
-
 MARK = "#0050b0"
 
 
@@ -27,16 +25,17 @@ def grid(
     font = ImageFont.load_default(FONT_SIZE)
     small = ImageFont.load_default(FONT_SIZE - 3)
     header = 2 * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
-    width = LABEL_WIDTH + len(columns) * (cell + MARGIN)
+    beside = LABEL_WIDTH if any(rows) else MARGIN
+    width = beside + len(columns) * (cell + MARGIN)
     sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill="black", font=font)
     if any(marked):
         left = 2 * MARGIN + draw.textlength(title, font=font)
         note = "held-out prompts: blue, underlined"
-        draw.text((left + LABEL_WIDTH, MARGIN), note, fill=MARK, font=font)
+        draw.text((left + beside, MARGIN), note, fill=MARK, font=font)
     for number, prompt in enumerate(columns):
-        left = LABEL_WIDTH + number * (cell + MARGIN)
+        left = beside + number * (cell + MARGIN)
         lines = _wrapped(draw, prompt, cell, small)[:3]
         top = header - MARGIN - len(lines) * FONT_SIZE
         is_marked = number < len(marked) and marked[number]
@@ -51,7 +50,7 @@ def grid(
         for column, image in enumerate(images[: len(columns)]):
             up = Image.Resampling.NEAREST if image.shape[0] < cell else Image.Resampling.LANCZOS
             picture = Image.fromarray(image).resize((cell, cell), up)
-            sheet.paste(picture, (LABEL_WIDTH + column * (cell + MARGIN), top))
+            sheet.paste(picture, (beside + column * (cell + MARGIN), top))
     return sheet
 
 

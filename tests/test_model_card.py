@@ -52,7 +52,7 @@ def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     text = (made / "README.md").read_text()
     for heading in ("Use", "Base and training", "Results", "Verdict", "Limits", "Licence"):
         assert f"\n## {heading}\n" in text
-    assert "| base | 16 | 10 / 5 / 5 | 1.00 | 40 / 48 / 47.2 | 0.90 |" in text
+    assert "| base | 16 | 10 / 5 / 5 | 100% | 40 / 48 / 47.2 | 90% |" in text
     assert "- not held: tuned, 16 steps: clip_score.min_gain: 0.200 [" in text
     assert "| git commit | `c0ffee` |" in text and "judged by judge" in text
     assert "0.50 to 0.50 of the guidance unexplained" in text
