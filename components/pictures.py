@@ -26,7 +26,7 @@ def grid(
     small = ImageFont.load_default(FONT_SIZE - 3)
     header = 2 * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
     beside = LABEL_WIDTH if any(rows) else MARGIN
-    width = beside + len(columns) * (cell + MARGIN)
+    width = max(beside + len(columns) * (cell + MARGIN), int(font.getlength(title)) + 2 * MARGIN)
     sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill="black", font=font)
