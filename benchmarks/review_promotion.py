@@ -235,7 +235,10 @@ def rightful_promotions(scratch: Path) -> tuple[dict[str, float], dict[str, str]
     """Try each of them; one that was not made was refused."""
     passed, said = tried(scratch, RIGHTFUL)
     refused = len(RIGHTFUL) - len(passed)
-    keys = {"rightful_promotions_tried": len(RIGHTFUL), "rightful_promotions_refused": refused}
+    keys: dict[str, float] = {
+        "rightful_promotions_tried": len(RIGHTFUL),
+        "rightful_promotions_refused": refused,
+    }
     return keys, said
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
 OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
 
@@ -48,11 +50,8 @@ class Judge:
                 self._model = AutoModel.from_pretrained(folder, **OPENED)
                 self._model = self._model.to(device).eval()
                 self._processor = AutoImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ValueError(
-                f"evaluate.judges: {folder} is not a CLIP or another image model with its "
-                f"processor, in safetensors: {error}"
-            ) from None
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"evaluate.judges: {folder} {objection(folder, error)}") from None
         if Path(folder, INCEPTION).exists():
             from cleanfid.inception_torchscript import InceptionV3W
             from cleanfid.resize import build_resizer
@@ -158,6 +157,18 @@ def pooled_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
         return pooled.flatten(1) if pooled.ndim == 4 else pooled
     last: torch.Tensor = found.last_hidden_state
     return last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))
+
+
+def objection(folder: str, error: Exception) -> str:
+    """Why a folder that can't be opened is no judge, and what to do where that is known."""
+    files = [file for file in Path(folder).glob("*") if file.name != INCEPTION]
+    pickled = sorted(file.name for file in files if file.suffix in PICKLED)
+    if pickled and not any(file.suffix == ".safetensors" for file in files):
+        return (
+            f"has pickled weights ({pickled[0]}), and nothing is unpickled here: open the model "
+            "where you trust it, and write it with save_pretrained, as safetensors"
+        )
+    return f"is not a CLIP or another image model with its processor, in safetensors: {error}"
 
 
 def is_clip(folder: str) -> bool:

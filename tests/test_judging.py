@@ -98,6 +98,9 @@ def test_a_folder_without_safetensors_or_without_a_processor_is_refused_by_name(
     model = ViTModel(ViTConfig(**SMALL))
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pickled weights \(pytorch_model.bin\), and nothing is"):
+        Judge(str(tmp_path), CPU)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights, and a long header")
     with pytest.raises(ValueError, match=f"evaluate.judges: {tmp_path} is not a CLIP or another"):
         Judge(str(tmp_path), CPU)
     model.save_pretrained(tmp_path / "bare")
