@@ -49,6 +49,8 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         raise ValueError(
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
+    if into.exists() and not into.is_dir():
+        raise ValueError(f"--into {into}: it is a file; name a folder")
     judges = open_judges(params, model)
     for line in lacking(params, reads_text=judges[0][0].reads_text):
         print(f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True)

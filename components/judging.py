@@ -16,8 +16,9 @@ from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+ON_DISK = {"local_files_only": True}
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
-OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **ON_DISK}
 
 
 class Judge:
@@ -45,11 +46,11 @@ class Judge:
             if is_clip(folder):
                 self._clip = CLIPModel.from_pretrained(folder, **OPENED)
                 self._clip = self._clip.to(device).eval()
-                self._processor = CLIPProcessor.from_pretrained(folder)
+                self._processor = CLIPProcessor.from_pretrained(folder, **ON_DISK)
             else:
                 self._model = AutoModel.from_pretrained(folder, **OPENED)
                 self._model = self._model.to(device).eval()
-                self._processor = AutoImageProcessor.from_pretrained(folder)
+                self._processor = AutoImageProcessor.from_pretrained(folder, **ON_DISK)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"evaluate.judges: {folder} {objection(folder, error)}") from None
         if Path(folder, INCEPTION).exists():

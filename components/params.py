@@ -287,6 +287,9 @@ def check_files(params: Params) -> None:
     for key, path in named.items():
         if not Path(path).exists() and Path(path) != PREPARED:
             raise ParamsError(f"params.yaml: {key}: there is no {path}")
+    for i, judge in enumerate(params.evaluate.judges):
+        if not Path(judge).is_dir():
+            raise ParamsError(f"params.yaml: evaluate.judges[{i}]: {judge} is no folder")
 
     from components.dataset import own_prompts
     from pnp_core.model_files import check_model_files, check_same_kind

@@ -73,6 +73,10 @@ def run(params: Params, version: str | None = None, options: Options = DEFAULT) 
 
     if options.rollback and version:
         raise ValueError("--rollback goes to the previous champion: leave out --version")
+    if options.page:  # one that can't be written is told before anything is decided
+        options.page.parent.mkdir(parents=True, exist_ok=True)
+        if options.page.is_dir():
+            raise ValueError(f"--page {options.page}: it is a folder; name a file")
     registry = Registry(params.tracking, params.register_.name)
     candidate = None if options.rollback else version or registry.newest()
     if candidate is None and not options.rollback:

@@ -169,6 +169,14 @@ def test_a_champion_that_was_not_judged_anew_is_compared_with_nothing(
     assert "version 2 became champion while another was judged anew" in capsys.readouterr().err
 
 
+def test_a_page_that_can_not_be_written_is_told_before_anything_is_decided(
+    two_versions: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for page in (tmp_path, Path("mlflow.db/page.md")):
+        assert decide("2", page=page) == 1 and champion() == "1"
+    assert "it is a folder; name a file" in capsys.readouterr().err
+
+
 # Back again
 
 

@@ -223,6 +223,7 @@ def test_no_file(tmp_path: Path) -> None:
         ("prepare.dataset", "nowhere", "prepare.dataset: there is no nowhere"),
         ("prepare.files", ["x.parquet"], "prepare.files[0]: there is no art/x.parquet"),
         ("evaluate.judges", ["nowhere"], "evaluate.judges[0]: there is no nowhere"),
+        ("evaluate.judges", ["params.yaml"], "evaluate.judges[0]: params.yaml is no folder"),
         ("models.tuned.reference", "nowhere", "models.tuned.reference: there is no nowhere"),
         ("models.tuned.path", "some/model/nowhere", "models.tuned.path: No model at"),
     ],
