@@ -170,11 +170,10 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
     """
     from components.device import device
     from components.judging import Judge
-    from components.scores import RealImages
 
     judges = [Judge(folder, device()) for folder in params.evaluate.judges]
     references = References(params.models[model].reference, params)
-    return [(judge, RealImages(references.seen_by(judge))) for judge in judges]
+    return [(judge, references.seen_by(judge)) for judge in judges]
 
 
 def lacking(params: Params, *, reads_text: bool) -> list[str]:

@@ -1,8 +1,8 @@
 """What judges see in real images, kept: nobody looks at the same references twice.
 
 results/judged/<judge>-<reference>.safetensors holds the features of all images of one reference by
-one judge, for every model and run. It says what else they depend on, with their SHA-256: what is of
-something else is computed anew, and so is what is not whole.
+one judge, and KID's own sum of them, for every model and run. It says what else they depend on,
+with their SHA-256: what is of something else is computed anew, and so is what is not whole.
 """
 
 import hashlib
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from components.judging import Judge
     from components.params import Params
+    from components.scores import RealImages
 
 OF_A_JUDGE = (".safetensors", ".json", ".txt", ".pt")
+KEPT = ("features", "kernel_mean")
 # By whose code pictures become features.
 PACKAGES = ("torch", "transformers", "pillow", "torchvision", "timm", "clean-fid")
 
@@ -39,18 +41,23 @@ class References:
     def __init__(self, path: str, params: "Params") -> None:
         self._path, self._params = path, params
 
-    def seen_by(self, judge: "Judge") -> "np.ndarray":
-        """The judge's features of all images, (M, D).
+    def seen_by(self, judge: "Judge") -> "RealImages":
+        """What the judge sees in all images. Raises ValueError if they can't be read."""
+        import numpy as np
 
-        Raises ValueError for references that can't be read.
-        """
+        from components.scores import RealImages
+
         recipe = {**self._recipe, **judged_by(judge)}
         path = kept_at(recipe["judge"], recipe["reference"])
-        features = read(path, recipe) if path.exists() else None
-        if features is None:
+        found = read(path, recipe) if path.exists() else None
+        if found is None:
             features = judge.features(self._images)
-            write(path, recipe, features)
-        return features
+            found = {
+                "features": features,
+                "kernel_mean": np.array(RealImages(features).kernel_mean),
+            }
+            write(path, recipe, found)
+        return RealImages(found["features"], kernel_mean=float(found["kernel_mean"]))
 
     @cached_property
     def _images(self) -> "np.ndarray":
@@ -69,9 +76,9 @@ class References:
 
 def judged_by(judge: "Judge") -> dict[str, Any]:
     """What a judge's features depend on, besides the images."""
-    from components import judging
+    from components import judging, scores
 
-    code = [sha256_file(Path(str(module.__file__))) for module in (dataset, judging)]
+    code = [sha256_file(Path(str(module.__file__))) for module in (dataset, judging, scores)]
     return {
         "judge": judge_hash(judge.folder),
         "device": judge.device,
@@ -85,32 +92,32 @@ def kept_at(judge: str, reference: str) -> Path:
     return JUDGED / f"{judge[:16]}-{reference[:16]}.safetensors"
 
 
-def read(path: Path, recipe: Mapping[str, Any]) -> "np.ndarray | None":
-    """The features in `path`; None if they are of another recipe, or not whole, which is said."""
+def read(path: Path, recipe: Mapping[str, Any]) -> "dict[str, np.ndarray] | None":
+    """What `path` holds; None if it is of another recipe, or not whole, which is said."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
-            said, features = file.metadata(), file.get_tensor("features")
-        if said["sha256"] != hashlib.sha256(features.tobytes()).hexdigest():
+            said, found = file.metadata(), {name: file.get_tensor(name) for name in KEPT}
+        if said["sha256"] != checksum(found):
             raise ValueError("its checksum is another")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"{path} is not whole ({error}): its features are computed anew", flush=True)
         return None
-    is_same = said["recipe"] == json.dumps(recipe, sort_keys=True)
-    found: np.ndarray = features
-    return found if is_same else None
+    return found if said["recipe"] == json.dumps(recipe, sort_keys=True) else None
 
 
-def write(path: Path, recipe: Mapping[str, Any], features: "np.ndarray") -> None:
-    """Keep the features, in one atomic step."""
+def write(path: Path, recipe: Mapping[str, Any], found: "Mapping[str, np.ndarray]") -> None:
+    """Keep it, in one atomic step."""
     import torch
 
-    said = {
-        "recipe": json.dumps(recipe, sort_keys=True),
-        "sha256": hashlib.sha256(features.tobytes()).hexdigest(),
-    }
-    write_tensors(path, {"features": torch.from_numpy(features)}, said)
+    said = {"recipe": json.dumps(recipe, sort_keys=True), "sha256": checksum(found)}
+    write_tensors(path, {name: torch.from_numpy(found[name]) for name in KEPT}, said)
+
+
+def checksum(found: "Mapping[str, np.ndarray]") -> str:
+    """SHA-256 of all numbers."""
+    return hashlib.sha256(b"".join(found[name].tobytes() for name in KEPT)).hexdigest()
 
 
 def installed(package: str) -> str | None:

@@ -79,9 +79,14 @@ def mean_of_pairs(values_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
 
 
 class RealImages:
-    """What FID and KID compare with: features (M, D) of real images. They are not resampled."""
+    """What FID and KID compare with: features (M, D) of real images. They are not resampled.
 
-    def __init__(self, features_MD: np.ndarray) -> None:
+    `kernel_mean` may be given by who has kept it: it takes M x M values of KID's kernel.
+    """
+
+    def __init__(self, features_MD: np.ndarray, *, kernel_mean: float | None = None) -> None:
+        if kernel_mean is not None:
+            self.kernel_mean = kernel_mean
         self.features_MD = features_MD.astype(np.float64)
         self.mean_D = self.features_MD.mean(axis=0)
         values_D, vectors_DD = np.linalg.eigh(np.cov(self.features_MD, rowvar=False))

@@ -28,6 +28,7 @@ from components.params import Params, load_params
 from components.pictures import grid
 from components.references import References
 from components.sampling import Sampler
+from components.scores import RealImages
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
@@ -175,8 +176,9 @@ def seen_in(model: str, looks: list[int], **changes: Any) -> tuple[np.ndarray, i
     params = params_with(**changes)
     judge = Judge(params.evaluate.judges[0], torch.device("cpu"))
     looks.clear()  # it was tried out
-    features = References(params.models[model].reference, params).seen_by(judge)
-    return features, sum(looks)
+    real = References(params.models[model].reference, params).seen_by(judge)
+    assert real.kernel_mean == RealImages(real.features_MD).kernel_mean
+    return real.features_MD, sum(looks)
 
 
 def features_of(path: Path) -> np.ndarray:
