@@ -19,6 +19,7 @@ from components.cli import main
 from components.methods import METHODS
 from components.params import Model, Params
 from components.paths import BUNDLE
+from pnp_core.files import old_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +32,7 @@ REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<versi
 def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
     check_out(arguments.out)
+    check_guide(arguments.guide)
     from components.rows import load_row
     from pnp_core.bundle import GuideBundle
     from pnp_core.plug import plug
@@ -83,6 +85,19 @@ def check_out(path: Path) -> None:
         raise ValueError(f"--out {path}: end its name with .png, or as another kind of image does")
 
 
+def check_guide(guide: str) -> None:
+    """Raise ValueError for what can be no guide, before anything is opened."""
+    if guide.startswith("models:"):
+        if not REGISTERED.fullmatch(guide):
+            raise ValueError(
+                f"--guide {guide}: write models:/<name>@<alias> or models:/<name>/<version>"
+            )
+    elif not (Path(guide).is_dir() or old_of(Path(guide)).is_dir()):
+        raise ValueError(
+            f"--guide {guide}: there is no such folder; the pipeline puts a guide into {BUNDLE}"
+        )
+
+
 def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
     """Where a guide's files are, and what it is called in a sentence.
 
@@ -95,10 +110,7 @@ def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
     from components.tracking import Registry
 
     asked = REGISTERED.fullmatch(guide)
-    if not asked:
-        raise ValueError(
-            f"--guide {guide}: write models:/<name>@<alias> or models:/<name>/<version>"
-        )
+    assert asked, "check_guide has seen it"
     registry = Registry(params.tracking, asked["name"])
     version = asked["version"] or registry.named(asked["alias"])
     if version is None:

@@ -72,6 +72,14 @@ def test_compared_are_three_of_the_same_seed_with_the_time_of_each(
     assert (sheet[-132:-4, -132:-4] == cell).all(), "the last picture is the guided one"
 
 
+def test_a_guide_that_is_none_is_told_before_anything_is_opened(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.rows.load_row", None)
+    with pytest.raises(ValueError, match="--guide nowhere: there is no such folder"):
+        made(params, monkeypatch, "--guide", "nowhere")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
