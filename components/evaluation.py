@@ -166,8 +166,15 @@ class Evaluation:
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read `folder`/evaluation.json. Raises ValueError if it is of another format."""
-        return cls.from_json(read_json(folder / FILE), where=str(folder / FILE))
+        """Read `folder`/evaluation.json. Raises ValueError if it is not there or not that."""
+        path = folder / FILE
+        try:
+            values = read_json(path)
+        except FileNotFoundError:
+            raise ValueError(f"there is no {path}: evaluate {folder.name} first") from None
+        except ValueError as error:
+            raise ValueError(f"{path} can't be read ({error}): evaluate again") from None
+        return cls.from_json(values, where=str(path))
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], *, where: str) -> Self:

@@ -363,6 +363,14 @@ def test_a_file_that_is_no_evaluation_is_refused_with_the_place(
     assert says in str(told.value)
 
 
+def test_results_that_are_not_there_or_not_whole_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no .*base/evaluation\.json: evaluate base fir"):
+        Evaluation.load(tmp_path / "base")
+    (tmp_path / "evaluation.json").write_text('{"format": 2, "cells"')
+    with pytest.raises(ValueError, match=r"evaluation\.json can't be read \(.*\): evaluate again"):
+        Evaluation.load(tmp_path)
+
+
 def test_a_candidate_lacks_none_of_the_champions_models_and_step_counts() -> None:
     champion = {"base": evaluation(), "tuned": evaluation("tuned")}
     found = failed(evaluation(), champion)
