@@ -94,7 +94,7 @@ def oddities(evaluation: Evaluation) -> list[str]:
         low, high = POSSIBLE.get(name.split()[0], (-math.inf, math.inf))
         if value < low or value > high:
             found.append(f"{name} is {value:g}, which it can't be")
-    twice = [where for (where, *_), number in settings.items() if number > 1]
+    twice = dict.fromkeys(where for (where, *_), number in settings.items() if number > 1)
     return found + [f"there are two results{where}" for where in twice]
 
 
