@@ -12,11 +12,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from components.following import Follower, Report, reports_here, telling_losses
+from components.following import Follower, Report, loss_of, reports_here, telling_losses
 from components.joining import GROUP_START_S, cause_of, joined
 from components.liveness import PULSE, Head, Pulse
 from components.params import Params
@@ -75,7 +76,7 @@ def run_training(
             with Follower(reports, report, look):
                 trainer.fit()
         except ray.train.TrainingFailedError as error:
-            raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
+            raise ValueError(f"{name}: {_failure_of(error, room.limit_s)}") from error
         except ray.exceptions.RayError as error:  # what steers the group is lost
             if not head.answers():
                 raise head.gone(error) from error
@@ -84,6 +85,19 @@ def run_training(
         shipment.bring()
     else:
         shutil.rmtree(RUNS / name / "ray")
+
+
+def _failure_of(error: Any, limit_s: float) -> str:
+    """Why a group is given up: by the words of a worker, or how the last one was lost."""
+    failures = getattr(error, "worker_failures", {})
+    losses = {rank: loss_of(failure, limit_s) for rank, failure in sorted(failures.items())}
+    if not losses or not all(losses.values()):
+        return f"a Ray worker failed: {cause_of(error)}"
+    rank, what = next(iter(losses.items()))
+    return (
+        f"Ray worker {rank} {what}, and that is more losses than cluster.max_failures: the same "
+        "command goes on from the last checkpoint"
+    )
 
 
 def _run_config(
@@ -270,9 +284,18 @@ class _TaskWorker:
         return task, {path: path.read_bytes() for path in made}
 
     def _made(self) -> dict[Path, int]:
-        """The files that are to come back, and when they were written."""
-        files = self._returns.rglob("[!.]*") if self._returns else ()
-        return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
+        """The files that are to come back, and when they were written.
+
+        What another worker of this node is writing is in a hidden folder, and may go any moment.
+        """
+        made: dict[Path, int] = {}
+        for path in self._returns.rglob("*") if self._returns else ():
+            if not any(part.startswith(".") for part in path.parts):
+                with suppress(FileNotFoundError):
+                    about = path.stat()
+                    if S_ISREG(about.st_mode):
+                        made[path] = about.st_mtime_ns
+        return made
 
     def ping(self) -> None:
         """Answered beside the work."""

@@ -92,6 +92,19 @@ class Follower:
                 self._report(*report)
 
 
+def loss_of(error: BaseException, limit_s: float) -> str | None:
+    """How a worker was lost, in words; None of one that has said itself what is wrong.
+
+    `limit_s`: seconds for which one may be silent.
+    """
+    match type(error).__name__:
+        case "WorkerHealthCheckTimeoutError":
+            return f"has not answered for {clock(limit_s)}"
+        case "WorkerHealthCheckFailedError" | "RayActorError" | "ActorDiedError":
+            return "was lost"
+    return None
+
+
 def telling_losses(name: str, limit_s: float, reports: Any) -> Any:
     """A callback of Ray Train that reports which workers a group has lost, and to what."""
     from ray.train import UserCallback
@@ -99,13 +112,8 @@ def telling_losses(name: str, limit_s: float, reports: Any) -> Any:
     class TellsLosses(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: Any) -> None:  # noqa: ARG002, Ray's interface
             for rank, error in sorted(worker_exceptions.items()):
-                kind = type(error).__name__
-                if kind == "WorkerHealthCheckTimeoutError":
-                    what = f"has not answered for {clock(limit_s)}"
-                elif kind in ("WorkerHealthCheckFailedError", "RayActorError", "ActorDiedError"):
-                    what = "was lost"
-                else:
-                    continue  # it has said itself what is wrong
-                reports.add.remote(f"{name}: Ray worker {rank} {what}: all go on from a checkpoint")
+                if what := loss_of(error, limit_s):
+                    line = f"{name}: Ray worker {rank} {what}: all go on from a checkpoint"
+                    reports.add.remote(line)
 
     return TellsLosses()

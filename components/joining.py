@@ -18,6 +18,8 @@ OBJECT_STORE_BYTES = 150 * 2**20  # nothing of size goes through it
 SECONDS_TO_ANSWER = 10.0
 # What a wait for workers that were lost is made of.
 GROUP_START_S = 60
+# For the others to leave a group that has lost one, who can't; Ray would grant half a minute.
+GROUP_END_S = 5
 
 
 @contextmanager
@@ -48,6 +50,7 @@ def joined(params: Params, *, sees_folder: bool) -> Iterator[None]:
     environment = {
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(GROUP_START_S),
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(60 * params.cluster.wait_minutes),
+        "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": str(GROUP_END_S),
     }
     local: dict[str, Any] = {}
     if not address:
