@@ -115,6 +115,9 @@ def pack(
     assert params.storage
     files = Mirror(params.storage, FILES)
     there, inputs = files.names(), {}
+    # The configs of a single file lie beside it, in a folder of its name.
+    beside = [need.with_suffix("") for need in needs if need.is_file()]
+    needs = [*needs, *(folder for folder in beside if folder.is_dir())]
     for need in needs:
         for path in [need] if need.is_file() else sorted(need.rglob("*")):
             if not path.is_file():

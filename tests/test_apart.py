@@ -18,11 +18,12 @@ import s3fs
 import torch
 from safetensors.torch import load_file
 
-from components import cache, distill, halve, prepare
+from components import cache, distill, evaluate, halve, prepare
+from components.cluster import _TaskWorker
 from components.environment import quiet
 from components.joining import joined
 from components.params import Params, ParamsError, load_params
-from components.paths import BUNDLE, CACHE, DISTILLED, PREPARED, RUNS
+from components.paths import BUNDLE, CACHE, DISTILLED, EVALUATED, PREPARED, RUNS, SAMPLED
 from components.shipping import Shipment, pack, unpack
 from tests import toy
 from tests.stores import free_port
@@ -120,6 +121,22 @@ def test_a_worker_that_is_lost_costs_what_was_not_yet_sent(
     assert (RUNS / "checkpoint.pt").read_text() == "step 1"
 
 
+def test_configs_beside_a_single_file_travel_with_it(world: Path, s3: str) -> None:
+    write(Path("models/one.safetensors"), "weights")
+    write(Path("models/one/model_index.json"), "{}")
+    shipment = pack(far(s3, num_workers=1), [Path("models/one.safetensors")], stage="cache")
+    assert shipment
+    assert set(shipment.inputs) == {"models/one.safetensors", "models/one/model_index.json"}
+
+
+def test_what_another_worker_is_writing_does_not_come_back(tmp_path: Path) -> None:
+    worker = object.__new__(_TaskWorker)
+    worker._returns = tmp_path
+    write(tmp_path / "key/made.parquet", "whole")
+    write(tmp_path / "key/.other.parquet.01234567.new/other.parquet", "half")
+    assert set(worker._made()) == {tmp_path / "key/made.parquet"}
+
+
 def test_a_file_is_sent_once_for_everybody(
     world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,11 +193,14 @@ def cluster(world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.services
 @pytest.mark.timeout(900)
-def test_nodes_that_see_nothing_make_the_same_cache_and_guides(
+def test_nodes_that_see_nothing_make_the_same_cache_guides_and_images(
     cluster: str, world: Path, s3: str
 ) -> None:
     def files(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def images() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in SAMPLED.rglob("*.parquet")}
 
     alone = params_with(None)
     prepare.run(alone)
@@ -202,6 +222,13 @@ def test_nodes_that_see_nothing_make_the_same_cache_and_guides(
     for path, tensors in weights.items():
         for name, tensor in load_file(path / WEIGHTS).items():
             torch.testing.assert_close(tensor, tensors[name], rtol=0, atol=5e-3)
+    evaluate.run(params_with(None), "tuned")  # by the guide that was just made
+    sampled = images()
+    for folder in (SAMPLED, EVALUATED):
+        shutil.rmtree(folder)
+    evaluate.run(far(s3, num_workers=2, address=cluster, wait_minutes=2), "tuned")
+    assert images() == sampled
+    assert not list(SAMPLED.rglob(".*"))
     assert PREPARED.exists() and not bucket.find(f"{s3}/work")
 
     import ray
