@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -152,7 +153,7 @@ def workspaces() -> Pile:
 
 
 def mlflow(params: Params) -> Pile:
-    """Artifacts that neither a run nor a version names."""
+    """Artifacts of deleted runs, and of uploads that no version was made of."""
     from components.tracking import Store
     from components.tracking.garbage import artifacts_of, unneeded
 
@@ -202,7 +203,10 @@ def unknown_locks(params: Params) -> str | None:
     from components.tracking.garbage import locks_of_aliases
 
     needed = locks_of_aliases(Store(params.tracking), params.register_.name)
-    known = {hash_of(text) for text in locks()} if needed else set()
+    known: set[str] = set()
+    for text in locks() if needed else ():
+        with suppress(ValueError):  # a commit in the middle of a merge has said nothing
+            known.add(hash_of(text))
     return next((alias for alias, lock in needed.items() if lock not in known), None)
 
 

@@ -12,6 +12,7 @@ from components import cleanup
 from components.params import load_params
 from components.references import files_hash, judge_hash, kept_at
 from components.tracking import Registry, Run, Store, garbage
+from components.tracking.journal import KEY
 from pnp_core.files import write_text
 from tests import stores, toy
 from tests.commands import dvc
@@ -113,9 +114,7 @@ def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) 
         for run in (alive, gone):
             run.file(Path("params.yaml"))
     store.client.delete_run(gone.id)
-    broken = Path("mlartifacts/models/m-broken")
-    broken.mkdir(parents=True)
-    (broken / "half").touch()
+    broken = upload_that_broke_off(store)
     clean(remove=True)
     assert not broken.exists()
     assert not any(gone.id in path.parts for path in Path("mlartifacts").rglob("*"))
@@ -151,14 +150,36 @@ def test_what_judges_saw_goes_unless_params_yaml_names_judge_and_reference(
     assert there == {"data/prepared", "art/tuned.parquet"}
 
 
+def upload_that_broke_off(store: Store, **tags: str) -> Path:
+    """A guide's files in MLflow of which no version was made."""
+    tags = tags or {KEY: "key"}
+    model = store.client.create_logged_model(store.experiment("toy"), name="guide", tags=tags)
+    Path("half").mkdir(exist_ok=True)
+    Path("half/file").touch()
+    store.client.log_model_artifacts(model.model_id, "half")
+    return Path("mlartifacts/models", model.model_id)
+
+
 def test_what_is_young_may_be_a_registration_under_way(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(1)
     monkeypatch.setattr(garbage, "SECONDS_UNTOUCHED", 60.0)
-    Path("mlartifacts/models/m-new").mkdir(parents=True)
+    young = upload_that_broke_off(Store(TOY))
     clean(remove=True)
-    assert Path("mlartifacts/models/m-new").exists()
+    assert young.exists()
+
+
+def test_files_that_the_database_does_not_know_stay(checkout: Path, fresh_database: Path) -> None:
+    """They are another program's, or of this database before it was lost."""
+    make(1)
+    theirs = upload_that_broke_off(Store(TOY), owner="another program")
+    version = Registry(TOY, NAME).folder(stores.register(0.5))
+    Path("mlartifacts/7/trace").mkdir(parents=True)
+    clean(remove=True)
+    shutil.copy(fresh_database, "mlflow.db")
+    clean(remove=True)
+    assert theirs.exists() and version.exists() and Path("mlartifacts/7/trace").exists()
 
 
 def test_checkpoints_stay_until_their_stage_is_finished(

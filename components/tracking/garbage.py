@@ -1,16 +1,18 @@
-"""Files beside the checkout's own MLflow database that nothing in it names any more."""
+"""Files beside the checkout's own MLflow database that it needs no more."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
+from components.tracking.journal import KEY
 from components.tracking.moved import ARTIFACTS
 from components.tracking.store import Store, database_of, is_absent
 
 SECONDS_UNTOUCHED = 86_400.0  # what is younger may be a registration under way
-PAGE = 1000
 
 
 def artifacts_of(store: Store) -> Path | None:
@@ -20,23 +22,22 @@ def artifacts_of(store: Store) -> Path | None:
 
 
 def unneeded(store: Store) -> list[Path]:
-    """Artifacts of runs that were deleted, and of models that no version was made of.
+    """Artifacts of runs that were deleted, and of our models that no version was made of.
 
-    Whatever belongs to a run that is there, to a version or, with that, to an alias is not among
-    them. Raises TrackingError if the store can't tell.
+    Only what the store itself says so of is among them: a file that it does not know may be of
+    another store, or of this one before its database was lost. Raises TrackingError if it can't
+    tell.
     """
     folder = artifacts_of(store)
     if folder is None or not folder.is_dir():
         return []
-    runs, models = _runs(store), _models(store)
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.name == "models":
-            found += [model for model in sorted(path.iterdir()) if model.name not in models]
-        elif path.is_dir() and path.name not in runs:
-            found.append(path)
+    with store.asking("read the experiments"):
+        found = _all(lambda at: store.client.search_experiments(ViewType.ALL, page_token=at))
+    experiments = [experiment.experiment_id for experiment in found]
+    names = [*_deleted_runs(store, experiments), *_models_of_no_version(store, experiments)]
     before = time.time() - SECONDS_UNTOUCHED
-    return [path for path in found if _last_change(path) < before]
+    paths = sorted(path for name in names if (path := folder / name).is_dir())
+    return [path for path in paths if _last_change(path) < before]
 
 
 def locks_of_aliases(store: Store, name: str) -> dict[str, str]:
@@ -55,38 +56,34 @@ def locks_of_aliases(store: Store, name: str) -> dict[str, str]:
     return {alias: str(version.tags.get("lock_hash")) for alias, version in versions.items()}
 
 
-def _runs(store: Store) -> set[str]:
-    """Every run that was not deleted."""
-    with store.asking("read the experiments"):
-        experiments = store.client.search_experiments(view_type=ViewType.ALL, max_results=PAGE)
-    found: set[str] = set()
-    for experiment in experiments:
-        token = None
-        while True:
-            with store.asking("read the runs"):
-                page = store.client.search_runs(
-                    [experiment.experiment_id],
-                    run_view_type=ViewType.ACTIVE_ONLY,
-                    max_results=PAGE,
-                    page_token=token,
-                )
-            found |= {run.info.run_id for run in page}
-            if not (token := page.token):
-                break
-    return found
+def _deleted_runs(store: Store, experiments: list[str]) -> list[str]:
+    def page(at: str | None) -> Any:
+        return store.client.search_runs(
+            experiments, run_view_type=ViewType.DELETED_ONLY, page_token=at
+        )
+
+    with store.asking("read which runs were deleted"):
+        return [run.info.run_id for run in _all(page)]
 
 
-def _models(store: Store) -> set[str]:
-    """Every logged model that a version was made of."""
-    found: set[str] = set()
+def _models_of_no_version(store: Store, experiments: list[str]) -> list[str]:
+    """Uploads of guides that broke off."""
+    with store.asking("read the models and versions"):
+        models = _all(lambda at: store.client.search_logged_models(experiments, page_token=at))
+        versions = _all(lambda at: store.client.search_model_versions(page_token=at))
+    used = {str(version.source).rpartition("/")[2] for version in versions}
+    used |= {str(version.model_id) for version in versions}
+    ours = [model.model_id for model in models if KEY in model.tags]
+    return [f"models/{model}" for model in ours if model not in used]
+
+
+def _all(page_at: Callable[[str | None], Any]) -> list[Any]:
+    """What all pages of an answer hold."""
+    found: list[Any] = []
     token = None
     while True:
-        with store.asking("read the versions"):
-            page = store.client.search_model_versions(max_results=PAGE, page_token=token)
-        for version in page:
-            found.add(str(version.source).rpartition("/")[2])
-            if getattr(version, "model_id", None):
-                found.add(str(version.model_id))
+        page = page_at(token)
+        found += page
         if not (token := page.token):
             return found
 
