@@ -14,15 +14,19 @@ from components.params import Params
 from pnp_core.files import atomic_folder
 
 NO_CHAMPION = 4
+INDEX = "bundle.json"  # of a guide's folder
 
 
 def run(params: Params, version: str, folder: Path) -> None:
     """Copy a version's files into `folder`, which is replaced.
 
-    Raises ValueError if there is no such version, TrackingError if MLflow can't tell.
+    Raises ValueError if there is no such version, or if the folder is not empty and holds no guide,
+    TrackingError if MLflow can't tell.
     """
     from components.tracking import CHAMPION, Registry
 
+    if folder.exists() and not _may_go(folder):
+        raise ValueError(f"--to {folder}: it holds no guide, and would be replaced: name another")
     registry = Registry(params.tracking, params.register_.name)
     number = registry.champion() if version == CHAMPION else version
     if number is None:
@@ -32,6 +36,14 @@ def run(params: Params, version: str, folder: Path) -> None:
     with atomic_folder(folder) as new:
         shutil.copytree(source, new, dirs_exist_ok=True)
     print(f"{registry.name} version {number}: {folder}")
+
+
+def _may_go(folder: Path) -> bool:
+    """Whether something is a guide's folder, or an empty one."""
+    if not folder.is_dir() or folder.resolve() == Path.cwd():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    return not names or INDEX in names
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import psutil
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from components.paths import RUNS
 from pnp_core.files import read_json, write_json
@@ -60,7 +64,7 @@ def run_commit() -> str:
         return git_commit()
     note = RUNS / "began.json"
     identity = {"pid": run.pid, "started": run.create_time()}
-    if note.exists():
+    with suppress(FileNotFoundError, ValueError):
         noted = read_json(note)
         if noted.items() >= identity.items():
             return str(noted["commit"])
@@ -79,9 +83,23 @@ def lock_hash(path: Path = Path("dvc.lock")) -> str:
 
 def hash_of(lock: str) -> str:
     """`lock_hash` of what a dvc.lock said."""
-    stages = dict(YAML(typ="safe", pure=True).load(lock)["stages"])
+    stages = locked_stages(lock)
     stages.pop("register", None)
     return sha256(json.dumps(stages, sort_keys=True).encode()).hexdigest()
+
+
+def locked_stages(lock: str) -> dict[str, Any]:
+    """What a dvc.lock said of each stage.
+
+    Raises ValueError if it can't be read, such as after a merge with conflicts.
+    """
+    try:
+        return dict(YAML(typ="safe", pure=True).load(lock)["stages"])
+    except (YAMLError, TypeError, KeyError):
+        raise ValueError(
+            "dvc.lock can't be read: resolve its conflicts, or bring back the one of a commit (git "
+            "checkout dvc.lock)"
+        ) from None
 
 
 def _git(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -105,4 +123,7 @@ def _dvc_process() -> psutil.Process | None:
 
 
 if __name__ == "__main__":
-    print(f"git_commit {git_commit()}\nlock_hash  {lock_hash()}")
+    try:
+        print(f"git_commit {git_commit()}\nlock_hash  {lock_hash()}")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -17,15 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML
-
 from components import champion, headlines
 from components.champion import Champion
 from components.cli import main
 from components.environment import FLOW_RUN_URL
 from components.evaluation import FILE, Evaluation
 from components.images import Gallery, guide_identity
-from components.lineage import lock_hash, run_commit
+from components.lineage import lock_hash, locked_stages, run_commit
 from components.params import Params, companion_paths
 from components.paths import BUNDLE, EVALUATED, PREPARED, REPORT
 from components.publishing import complete
@@ -337,7 +335,7 @@ def register_version(
 def data_hash() -> str:
     """DVC's hash of data/prepared; outside DVC the manifest's own."""
     lock = Path("dvc.lock")
-    stages = YAML(typ="safe", pure=True).load(lock)["stages"] if lock.exists() else {}
+    stages = locked_stages(lock.read_text()) if lock.exists() else {}
     for out in stages.get("prepare", {}).get("outs", []):
         if out["path"] == PREPARED.as_posix():
             return str(out["md5"])

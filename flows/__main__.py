@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib import error as url_error
 from urllib.request import urlopen
 
@@ -22,6 +23,9 @@ from components.paths import REPORT
 from components.promote import add_options
 from flows import guard
 from flows.start import STAGES
+
+if TYPE_CHECKING:
+    from httpx import HTTPError
 
 SECONDS_TO_ANSWER = 5.0
 # One line of a stage, without what Prefect puts in front of it.
@@ -60,12 +64,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
     except HTTPError as error:
-        print(
-            f"error: Prefect's server went away while this ran ({error}): what the stages made "
-            "is kept, and the same command goes on when the server is back, or without one",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {why_not(error)}", file=sys.stderr, flush=True)
         os._exit(MAY_PASS)  # Prefect would try for minutes to send the last lines of its log
     except KeyboardInterrupt:
         print(interrupt.SAID, file=sys.stderr)
@@ -122,6 +121,21 @@ def start(arguments: argparse.Namespace, params: Params) -> int:
     return 0
 
 
+def why_not(error: "HTTPError") -> str:
+    """What to do about a request to Prefect's server that failed while a flow ran."""
+    kept = "what the stages made is kept, and the same command goes on"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return (
+            f"Prefect's server does not let us in ({status}): set PREFECT_API_AUTH_STRING or "
+            f"PREFECT_API_KEY as it wants it; {kept} then"
+        )
+    return (
+        f"Prefect's server went away while this ran ({error}): {kept} when the server is back, or "
+        "without one"
+    )
+
+
 def check_server() -> None:
     """Leave with one line if no server answers where PREFECT_API_URL or Prefect's profile says."""
     from prefect.settings import PREFECT_API_URL
@@ -130,7 +144,8 @@ def check_server() -> None:
     if not url:
         return
     try:
-        urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER).close()
+        with urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER) as answer:
+            is_page = answer.headers.get_content_type() == "text/html"
     except url_error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:
@@ -141,6 +156,11 @@ def check_server() -> None:
                 "server start), or unset PREFECT_API_URL (or: prefect config unset "
                 "PREFECT_API_URL) to run without one"
             ),
+            exit_code=1,
+        )
+    if is_page:
+        stop(
+            ValueError(f"PREFECT_API_URL={url} is a page, not Prefect's API: does /api lack?"),
             exit_code=1,
         )
 

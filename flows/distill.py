@@ -33,7 +33,7 @@ from flows.start import STAGES, Stage, begin
 from flows.watching import saying_why
 
 
-@flow(name="distill")
+@flow(name="distill", log_prints=True)
 def distill_flow(
     start_at: Stage = "prepare",
     overrides: list[str] = [],  # noqa: B006, Prefect's form wants a list; nothing changes it

@@ -29,7 +29,7 @@ from pnp_core.files import read_json
 SUMMARY = "summary.json"
 
 
-@flow(name="evaluate-finetune")
+@flow(name="evaluate-finetune", log_prints=True)
 def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
     """Measure the guide in this checkout on one more fine-tune, or base of the same architecture.
 
@@ -61,7 +61,7 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
             publish_metrics(name, EVALUATED / name)
 
 
-@flow(name="reevaluate")
+@flow(name="reevaluate", log_prints=True)
 def reevaluate_flow() -> None:
     """Measure the champion again, by the code and params.yaml of this checkout.
 

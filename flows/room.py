@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip()]
+        return [name for name in map(str.strip, visible.split(",")) if name not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
     told = ask(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"])
@@ -89,10 +89,14 @@ def _limit(total: int, count: int, timeout_s: float) -> Any:
 def _lock(name: str) -> int | None:
     """The lock of one GPU, if nobody has it."""
     path = Path(tempfile.gettempdir(), f"pnp-guide-gpu-{name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(FileExistsError):  # it may be another user's, who lets us read it
+        made = os.open(path, os.O_CREAT | os.O_EXCL)
+        os.fchmod(made, 0o644)
+        os.close(made)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from components import mlflow_place
+from components.cli import MAY_PASS
 from components.environment import FLOW_RUN, FLOW_RUN_URL
+from components.errors import MayPassError
 from components.lineage import COMMIT, git_commit
 from components.params import Params, load_params
 from components.storage import Mirror
@@ -38,7 +40,8 @@ def begin() -> Iterator[Params]:
             Mirror(params.storage).check()
         commit = git_commit()
     except (ValueError, OSError) as error:
-        raise StageFailed("start", 1, [f"error: {error}"]) from None
+        code = MAY_PASS if isinstance(error, MayPassError) else 1
+        raise StageFailed("start", code, [f"error: {error}"]) from None
     told = {COMMIT: commit}
     if name := flow_run.name:
         told[FLOW_RUN] = str(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pnp_core.files import recover, write_directory
+from pnp_core.files import read_json, recover, write_directory
 from pnp_core.guide import Guide
 from pnp_core.model_files import check_safetensors
 from pnp_core.scheduling import SchedulerChoice
@@ -83,7 +83,7 @@ class GuideBundle:
         if not directory.exists():
             recover(directory)
         if (directory / INDEX).exists():
-            index = json.loads((directory / INDEX).read_text())
+            index = read_json(directory / INDEX)
             guides = {n: load_guide(directory / f"steps-{n}") for n in index["num_steps"]}
             best = index.get("schedulers", {})  # bundles made before this were known have none
             return cls(guides, {int(n): SchedulerChoice(**choice) for n, choice in best.items()})

@@ -245,8 +245,17 @@ def let_read(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in ``path``."""
-    return json.loads(path.read_text())
+    """The value in ``path``.
+
+    Raises:
+        ValueError: it is no JSON, or only a part of it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): bring it back, or delete it and run what makes it"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from pnp_core.files import sha256_file
+from pnp_core.files import read_json, sha256_file
 from pnp_core.model_files import check_model_files, is_hub_id, is_whole, weights_hash
 from pnp_core.single_file import LAYOUTS, config_folder, configs_of
 
@@ -70,7 +70,7 @@ def base_identity(path: str | Path, like: Path | None = None) -> BaseIdentity:
         folder, weights = config_folder(path, like), [path]
     else:
         folder, weights = path, []
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     reading = json.dumps({key: index.get(key) for key in TEXT_KEYS})
     parts = {}
     for part, names in PARTS.items():
@@ -115,7 +115,7 @@ def hash_of(files: Iterable[Path], folder: Path, more: str = "") -> str:
 def content_hash(file: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001, part of the lru_cache's key
     """SHA-256 of a file; of a config, of what it says. Weights are gigabytes: read once."""
     if file.suffix == ".json":
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
         if isinstance(value, dict):
             value = {key: value[key] for key in value if key not in WRITER}
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -5,12 +5,13 @@ once.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from pnp_core.files import read_json
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -61,7 +62,7 @@ def check_model_files(path: str | Path) -> None:
         for file in files:
             check_safetensors(file)
         for index_file in folder.glob("*.safetensors.index.json"):
-            listed = set(json.loads(index_file.read_text())["weight_map"].values())
+            listed = set(read_json(index_file)["weight_map"].values())
             missing = sorted(listed - {f.name for f in files})
             if missing:
                 raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
@@ -72,7 +73,7 @@ def check_same_kind(path: str | Path, base: str | Path) -> None:
     ours, theirs = (Path(folder, "unet", "config.json") for folder in (base, path))
     if not (ours.exists() and theirs.exists()):  # kept in another way: loading will tell
         return
-    base_config, config = json.loads(ours.read_text()), json.loads(theirs.read_text())
+    base_config, config = read_json(ours), read_json(theirs)
     for field in ARCHITECTURE:
         if base_config.get(field) != config.get(field):
             raise ValueError(
@@ -84,11 +85,7 @@ def check_same_kind(path: str | Path, base: str | Path) -> None:
 def model_folders(path: Path) -> Iterator[Path]:
     """The folders under ``path`` that must hold weights."""
     if (path / "model_index.json").exists():
-        try:
-            index = json.loads((path / "model_index.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path / 'model_index.json'} is not valid JSON: {error}.") from None
-        for name, kind in index.items():
+        for name, kind in read_json(path / "model_index.json").items():
             with_weights = ("unet", "vae", "text_encoder", "text_encoder_2")
             if name in with_weights and isinstance(kind, list) and kind[0] is not None:
                 if not (path / name).is_dir():

@@ -1,7 +1,6 @@
 """Loading bases and fine-tunes as people have them, with errors that say what to do."""
 
 import copy
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from diffusers import (
 from torch import Tensor
 
 from pnp_core.conditions import AddedConditions
+from pnp_core.files import read_json
 from pnp_core.guide.unet import describe
 from pnp_core.model_files import (
     LORA_FILE,
@@ -48,7 +48,7 @@ def load_pipeline(
         pipe = load_single_file(Path(path), dtype=dtype, like=like)
     else:
         index = Path(path) / "model_index.json"
-        is_xl_folder = index.exists() and "text_encoder_2" in json.loads(index.read_text())
+        is_xl_folder = index.exists() and "text_encoder_2" in read_json(index)
         options: dict[str, Any] = {} if is_xl_folder else {"safety_checker": None}  # SDXL has none
         if is_hub_id(path):
             options["revision"] = hub_revision(str(path))

@@ -6,7 +6,6 @@ beside the file with the file's name (``model/`` beside ``model.safetensors``), 
 Nothing is asked of a hub.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
+from pnp_core.files import read_json
 from pnp_core.model_files import PARTS
 
 LAYOUTS = Path(__file__).parent / "layouts"
@@ -81,7 +81,7 @@ def load_single_file(
         ValueError: see :func:`config_folder`; or weights and configs don't fit.
     """
     folder = config_folder(path, like)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     options: dict[str, Any] = {"torch_dtype": dtype}
     if "safety_checker" in index:
         options["safety_checker"] = None

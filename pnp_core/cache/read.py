@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pnp_core.cache.identity import differences
 from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.files import read_json
 from pnp_core.identity import BaseIdentity
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CacheConfig
@@ -165,7 +166,7 @@ class TeacherCache:
         path = directory / "index.json"
         if not path.exists():
             raise ValueError(f"{directory} holds no complete cache (no index.json): build it.")
-        index = json.loads(path.read_text())
+        index = read_json(path)
         if "version" not in index:
             raise ValueError(f"{path} was written by an earlier version: run the stage cache.")
         made = NoiseSchedule.from_scheduler(DDIMScheduler.from_config(index["scheduler"]))

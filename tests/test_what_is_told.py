@@ -1,0 +1,128 @@
+"""What is damaged, away or not meant is told by its name, and never taken for nothing."""
+
+import os
+import stat
+from email.message import Message
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from components import fetch
+from components.errors import MayPassError
+from components.lineage import lock_hash
+from components.params import load_params
+from flows import __main__ as flows
+from flows import room, start
+from flows.process import StageFailed
+from pnp_core.files import read_json, write_json
+from tests.toy import toy_params, write_params
+
+
+@pytest.mark.parametrize("content", ["", '{"half": ', "\xff"])
+def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "index.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"index.json is damaged \(.*\): bring it back, or"):
+        read_json(path)
+
+
+@pytest.mark.parametrize("lock", ["", "<<<<<<< ours\nstages: {}\n=======\n", "schema: '2.0'\n"])
+def test_a_lock_in_the_middle_of_a_merge_is_named(tmp_path: Path, lock: str) -> None:
+    path = tmp_path / "dvc.lock"
+    path.write_text(lock)
+    with pytest.raises(ValueError, match="dvc.lock can't be read: resolve its conflicts"):
+        lock_hash(path)
+
+
+@pytest.mark.parametrize("here", [".", "models", "models/base/model_index.json"])
+def test_fetching_a_guide_replaces_no_other_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_params(Path(), toy_params())
+    write_json(Path("models/base/model_index.json"), {})
+    with pytest.raises(ValueError, match="it holds no guide, and would be replaced"):
+        fetch.run(load_params(Path("params.yaml")), "champion", Path(here))
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [("text/html", True), ("application/json", False)])
+def test_a_page_is_not_taken_for_prefects_api(
+    monkeypatch: pytest.MonkeyPatch, kind: str, is_refused: bool, capsys: Any
+) -> None:
+    class Answer:
+        headers = Message()
+
+        def __enter__(self) -> "Answer":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    Answer.headers["Content-Type"] = kind
+    monkeypatch.setattr(flows, "urlopen", lambda *_, **__: Answer())
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200"}):
+        if not is_refused:
+            flows.check_server()
+            return
+        with pytest.raises(SystemExit):
+            flows.check_server()
+    assert "is a page, not Prefect's API: does /api lack?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "does not let us in (401)"), (None, "went away")]
+)
+def test_a_server_that_lets_nobody_in_is_not_said_to_have_gone(
+    status: int | None, said: str
+) -> None:
+    request = httpx.Request("GET", "http://127.0.0.1:4200/api/flows")
+    if status is None:
+        error: httpx.HTTPError = httpx.ConnectError("refused", request=request)
+    else:
+        answer = httpx.Response(status, request=request)
+        error = httpx.HTTPStatusError("no", request=request, response=answer)
+    assert said in flows.why_not(error)
+
+
+def test_a_gpu_is_guarded_for_all_users_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another's lock can be opened, though not written."""
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
+    before = os.umask(0o077)
+    try:
+        held = room._lock("0")
+    finally:
+        os.umask(before)
+    assert held is not None
+    (lock,) = tmp_path.iterdir()
+    assert stat.S_IMODE(lock.stat().st_mode) == 0o644
+    assert room._lock("0") is None
+    os.close(held)
+    again = room._lock("0")
+    assert again is not None
+    os.close(again)
+
+
+def test_cuda_visible_devices_may_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert room.gpus() == []
+
+
+def test_storage_that_is_away_as_a_flow_begins_may_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise MayPassError("storage: could not look")
+
+    monkeypatch.chdir(tmp_path)
+    write_params(Path(), toy_params() | {"storage": str(tmp_path)})
+    monkeypatch.setattr(start.Mirror, "check", away)
+    with (
+        pytest.raises(StageFailed, match="start: storage: could not look") as failed,
+        start.begin(),
+    ):
+        pass
+    assert failed.value.exit_code == os.EX_TEMPFAIL and failed.value.may_pass
