@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 DEFAULT = "sqlite:///mlflow.db"  # of the checkout
 SERVERS = ("http", "https", "databricks")
@@ -28,26 +29,28 @@ def resolve(uri: str | None) -> str:
     `uri` is `tracking.uri`; without one, MLFLOW_TRACKING_URI or the database of the checkout.
     Raises ValueError if MLflow can't keep its state there.
     """
+    named = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
     scheme = uri.split(":")[0].split("+")[0]
+    if scheme in ("http", "https") and not urlsplit(uri).hostname:
+        raise ValueError(f"{named} {uri!r} names no server: write http://host:port")
     if scheme in (*SERVERS, *DATABASE_SERVERS):
         return uri
     if scheme != "sqlite":
         raise ValueError(
-            f"MLflow keeps nothing at {without_secrets(uri)!r}: give tracking.uri (or "
-            "MLFLOW_TRACKING_URI) a database, such as sqlite:////folder/mlflow.db, or a server, "
-            "such as http://127.0.0.1:5000"
+            f"MLflow keeps nothing at {without_secrets(uri)!r}: give {named} a database, such as "
+            "sqlite:////folder/mlflow.db, or a server, such as http://127.0.0.1:5000"
         )
     match = re.fullmatch(r"(sqlite[^:]*):///([^?]+)(\?.*)?", uri)
     if not match or match[2] == ":memory:":
         raise ValueError(
-            f"tracking.uri {uri!r} names no file: write sqlite:///name.db, or four slashes before "
+            f"{named} {uri!r} names no file: write sqlite:///name.db, or four slashes before "
             "an absolute path"
         )
     path = (checkout() / match[2]).resolve()
     if not path.parent.is_dir():
         raise ValueError(
-            f"tracking.uri {uri!r}: there is no folder {path.parent}: make it, or correct the path"
+            f"{named} {uri!r}: there is no folder {path.parent}: make it, or correct the path"
         )
     return f"{match[1]}:///{path}{match[3] or ''}"
 

@@ -7,13 +7,13 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from json import dumps
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -35,7 +35,7 @@ from pnp_core.settings import (
 CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guided = Annotated[float, Field(gt=1)]  # at 1 there is no guidance
-Seed = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**62)]  # what is counted up from it has 64 bits
 # FID of few images is mostly bias. On the embedded base that of 32 finds CFG surely worse than no
 # guidance (by 6.0, interval 0.7 to 11.5), of 64 no longer, and of 192 surely better (4.7, 2.4 to
 # 6.9). KID has no bias, but of 32 images an interval as wide as itself (0.09).
@@ -178,7 +178,7 @@ class Tracking(Section, frozen=True):
     """Where runs are recorded."""
 
     uri: str | None  # None: MLFLOW_TRACKING_URI, and without that mlflow.db in this folder
-    experiment: str
+    experiment: Annotated[str, Field(min_length=1)]
 
 
 class Cluster(Section, frozen=True):
@@ -266,14 +266,38 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
     try:
         # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
         return Params.model_validate_json(dumps(values))
-    except TypeError as error:
-        raise ParamsError(f"{source}: a value is of a kind not used here ({error})") from None
+    except TypeError:
+        name, value = next(_not_json(values))
+        raise ParamsError(
+            f"{source}: {name}: {value} is of a kind not used here ({type(value).__name__}): "
+            "put it in quotes if it is text"
+        ) from None
     except ValidationError as error:
         # A key that is misspelt is also missing: the first of these says what was meant.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
         messages = [_message(problem) for problem in problems]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise ParamsError(f"{source}: {messages[0]}{more}") from None
+
+
+def _not_json(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values below `value` that JSON has no form for, with their dotted names."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from _not_json(below, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            yield from _not_json(below, f"{name}[{number}]")
+    elif not isinstance(value, str | int | float | None):
+        yield name, value
+
+
+def check_model_name(name: str) -> None:
+    """Raises ParamsError if `models` can't have a row of this name."""
+    try:
+        TypeAdapter(ModelName).validate_python(name)
+    except ValidationError as error:
+        raise ParamsError(f"name: {error.errors()[0]['ctx']['error']}") from None
 
 
 def check_files(params: Params) -> None:

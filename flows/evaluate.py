@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from prefect.runtime import flow_run
 from components.curves import headline
 from components.evaluation import Evaluation
 from components.fetch import NO_CHAMPION
-from components.params import ParamsError, check_files, load_params
+from components.params import ParamsError, check_files, check_model_name, load_params
 from components.paths import BUNDLE, EVALUATED
 from flows.artifacts import publish_metrics
 from flows.distill import evaluate_all, names_in_dvc
@@ -51,14 +52,18 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
         if not BUNDLE.exists():
             line = f"error: there is no guide in {BUNDLE}: run distill first, or dvc pull"
             raise StageFailed("start", 1, [line])
-        overrides = [
-            f"models.{name}.{key}={_placed(value)}"
-            for key, value in (("path", path), ("reference", reference))
-        ]
+        overrides = row_of(name, {"path": _placed(path), "reference": _placed(reference)})
         with experiment(overrides, flow_run.name or "run", log), begin() as params:
             check_files(params)
             evaluate(name, look(params, (f"evaluate@{name}",)))
             publish_metrics(name, EVALUATED / name)
+
+
+def row_of(name: str, values: Mapping[str, str]) -> list[str]:
+    """The overrides that add a model. Raises ParamsError if none can have this name."""
+    check_model_name(name)
+    # In quotes, as a path may look like something else to YAML.
+    return [f"models.{name}.{key}={dumps(value)}" for key, value in values.items()]
 
 
 @flow(name="reevaluate", log_prints=True)

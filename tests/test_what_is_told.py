@@ -1,7 +1,9 @@
 """What is damaged, away or not meant is told by its name, and never taken for nothing."""
 
 import os
+import re
 import stat
+from datetime import date
 from email.message import Message
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ from typing import Any
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from ruamel.yaml import YAML
 
-from components import fetch
+from components import fetch, mlflow_place
 from components.errors import MayPassError
 from components.lineage import lock_hash
-from components.params import load_params
+from components.overrides import overridden
+from components.params import ParamsError, load_params
 from flows import __main__ as flows
-from flows import room, start
+from flows import evaluate, room, start
 from flows.process import StageFailed
 from pnp_core.files import read_json, write_json
 from tests.toy import toy_params, write_params
@@ -27,6 +31,48 @@ def test_a_file_that_is_no_json_is_named(tmp_path: Path, content: str) -> None:
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"index.json is damaged \(.*\): bring it back, or"):
         read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("cluster", "wait_minutes", float("inf"), "cluster.wait_minutes: should be a finite"),
+        ("tracking", "experiment", "", "tracking.experiment: "),
+        ("evaluate", "seed", 2**70, "evaluate.seed: should be less than"),
+        ("evaluate", "grid_prompts", [date(2026, 1, 1)], "evaluate.grid_prompts[0]: 2026-01-01 is"),
+    ],
+)
+def test_a_value_that_would_fail_hours_later_is_refused_by_its_key(
+    tmp_path: Path, section: str, key: str, value: Any, said: str
+) -> None:
+    params = toy_params()
+    params[section][key] = value
+    write_params(tmp_path, params)
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/mlflow.db")
+    with pytest.raises(ValueError, match="^MLFLOW_TRACKING_URI 'sqlite"):
+        mlflow_place.resolve(None)
+    with pytest.raises(ValueError, match="^tracking.uri 'http://' names no server"):
+        mlflow_place.resolve("http://")
+
+
+@pytest.mark.parametrize("path", ["models/one #2", "123", "a: b", "yes"])
+def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
+    tmp_path: Path, path: str
+) -> None:
+    write_params(tmp_path, toy_params())
+    values = {"path": path, "reference": path}
+    text = overridden(tmp_path / "params.yaml", evaluate.row_of("other", values))
+    assert YAML(typ="safe").load(text)["models"]["other"] == values
+
+
+def test_a_fine_tune_is_refused_a_name_that_no_row_can_have() -> None:
+    with pytest.raises(ParamsError, match="name: 'sd1.5' can't be a name here: letters, digits"):
+        evaluate.row_of("sd1.5", {})
 
 
 @pytest.mark.parametrize("lock", ["", "<<<<<<< ours\nstages: {}\n=======\n", "schema: '2.0'\n"])
