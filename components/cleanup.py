@@ -26,6 +26,7 @@ from components.lineage import hash_of
 from components.params import Params
 from components.paths import CACHE, EVALUATED, JUDGED, RUNS, SAMPLED
 from components.references import files_hash, judge_hash, kept_at
+from components.storage import Mirror
 
 DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
@@ -56,10 +57,12 @@ class Pile:
 def run(params: Params, *, remove: bool = False) -> None:
     """Print what each pile takes and what of it could go; with `remove`, let that go.
 
-    Raises TrackingError if MLflow can't tell what it needs; nothing is removed then.
+    Raises TrackingError if MLflow can't tell what it needs, OSError if `storage` isn't there;
+    nothing is removed then.
     """
     piles = [
         Pile(f"teacher cache, {CACHE}", size(CACHE), note="training reads it; `cache` makes it"),
+        *storage(params),
         checkpoints(),
         Pile(f"results, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
         images(params),
@@ -81,6 +84,16 @@ def run(params: Params, *, remove: bool = False) -> None:
         if pile.unneeded:
             pile.remove()
     print(f"{megabytes(total)} removed")
+
+
+def storage(params: Params) -> Iterator[Pile]:
+    """Teacher caches, and what was sent to nodes that do not see this folder."""
+    if not params.storage:
+        return
+    mirror = Mirror(params.storage)
+    mirror.check()
+    note = "others may use it: left alone; what is deleted there is made and sent again"
+    yield Pile(f"storage, {params.storage}", mirror.num_bytes(), note=note)
 
 
 def checkpoints() -> Pile:

@@ -3,9 +3,9 @@
 import errno
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.errors import MayPassError
 from pnp_core.files import atomic_file
@@ -79,6 +79,11 @@ class Mirror:
         """The files there, by their path below the mirror's root."""
         return self._patiently("list", "", self._names)
 
+    def num_bytes(self) -> int:
+        """That all files there take."""
+        found = self._patiently("list", "", lambda: self._found(self._root))
+        return sum(int(about["size"]) for about in found.values())
+
     def read(self, name: str) -> bytes:
         """The content of one file. FileNotFoundError if there is none."""
         content: bytes = self._patiently(
@@ -122,15 +127,19 @@ class Mirror:
         return self._root, PyFileSystem(FSSpecHandler(self._files))
 
     def _names(self) -> set[str]:
-        self._files.invalidate_cache()
         root = self._files._strip_protocol(self._root)
+        return {name[len(root) + 1 :] for name in self._found(root)}
+
+    def _found(self, root: str) -> Mapping[str, Mapping[str, Any]]:
+        """What is known of each file there."""
+        self._files.invalidate_cache()
         try:
-            found = self._files.find(root)
+            found: Mapping[str, Mapping[str, Any]] = self._files.find(root, detail=True)
         except FileNotFoundError as error:
             if NO_BUCKET in _causes(error):
                 raise
-            return set()
-        return {name[len(root) + 1 :] for name in found}
+            return {}
+        return found
 
     def _patiently(
         self, verb: str, name: str, action: Callable[[], Result], *, is_place: bool = False

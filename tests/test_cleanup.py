@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from components import cleanup
 from components.params import load_params
 from components.references import files_hash, judge_hash, kept_at
+from components.storage import Mirror
 from components.tracking import Registry, Run, Store, garbage
 from components.tracking.journal import KEY
 from pnp_core.files import write_text
@@ -198,3 +199,16 @@ def test_checkpoints_stay_until_their_stage_is_finished(
     shutil.copy("before.yaml", "params.yaml")
     clean(remove=True)
     assert not checkpoint.exists()
+
+
+def test_what_storage_takes_is_told_and_stays(
+    checkout: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy.write_params(Path(), toy.toy_params() | {"storage": s3})
+    mirror = Mirror(s3)
+    Path("shard").write_bytes(bytes(3_000_000))
+    for name in ("cache/key/shard", "files/sha256"):
+        mirror.send(Path("shard"), name)
+    clean(remove=True)
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith(f"storage, {s3}"))
+    assert " 6 MB, not needed       0 MB" in line and len(mirror.names()) == 2
