@@ -77,6 +77,10 @@ def joined(params: Params, *, sees_folder: bool) -> Iterator[None]:
                 **local,
             )
         except ConnectionError as error:
+            if address == "auto":
+                raise ValueError(
+                    f"{named}=auto: no Ray cluster runs on this machine. Start it, or unset {named}"
+                ) from error
             raise ValueError(
                 f"the Ray cluster at {named}={address} does not let us in: {cause_of(error)}. If "
                 "it has a token, set RAY_AUTH_MODE=token, and the token as RAY_AUTH_TOKEN or in "
@@ -92,9 +96,14 @@ def joined(params: Params, *, sees_folder: bool) -> Iterator[None]:
 
 def _knock(address: str, named: str) -> None:
     """Raises ValueError if nobody listens at `host:port`; Ray would try for minutes."""
+    if address in ("auto", "local"):
+        return  # which Ray knows
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not (host and port.isdigit()):
-        return  # `auto`, which Ray knows
+    if not (host and port.isdigit()) or "/" in host:
+        raise ValueError(
+            f"{named}={address} is no address of a Ray cluster: write host:port of its head, whose "
+            "port is 6379 unless it was started with another"
+        )
     try:
         place = host.strip("[]"), int(port)
         socket.create_connection(place, timeout=SECONDS_TO_ANSWER).close()

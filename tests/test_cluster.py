@@ -150,6 +150,15 @@ def test_a_cluster_that_is_not_there_is_told_at_once(
         assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize("address", ["here", ":6379", "host:", "http://127.0.0.1:8265"])
+def test_what_is_no_address_of_a_cluster_is_refused_by_its_name(
+    world: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=f"^RAY_ADDRESS={address} is no address of a Ray cluster"):
+        run_tasks(no_work, params_with(num_workers=1), [["a"]], print, name="cache")
+
+
 def no_work(params: Params) -> Any:
     return lambda task: None
 
