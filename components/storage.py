@@ -44,6 +44,7 @@ MISTAKES = {
     "ValueError",
 }
 NO_BUCKET = "NoSuchBucket"
+NOTHING_KEPT = {"memory", "http", "https", "data", "github"}  # of what fsspec knows
 
 
 class Mirror:
@@ -68,12 +69,26 @@ class Mirror:
         self._is_local = isinstance(self._files, LocalFileSystem)
         # What must be there already: the folder itself, or the bucket.
         self._place = root.rstrip("/") if self._is_local else root.partition("/")[0]
+        if "@" in self._place and not self._is_local:  # and it is not to be read in a log
+            raise ValueError("params.yaml: storage has a user in it: keys are the environment's")
+        protocols = (
+            {self._files.protocol}
+            if isinstance(self._files.protocol, str)
+            else set(self._files.protocol)
+        )
+        if protocols & NOTHING_KEPT or not self._place:
+            raise ValueError(
+                f"params.yaml: storage: {storage} is no place where files are kept: write "
+                "s3://bucket/prefix, or a folder"
+            )
         self._root = f"{root.rstrip('/')}/{name}".rstrip("/")
         self.url = f"{storage.rstrip('/')}/{name}".rstrip("/")
 
     def check(self) -> None:
         """Raises OSError if the bucket or folder isn't there, or can't be looked at."""
-        self._patiently("look at", "", lambda: self._files.info(self._place), is_place=True)
+        found = self._patiently("look at", "", lambda: self._files.info(self._place), is_place=True)
+        if found["type"] != "directory":
+            raise OSError(f"storage: {self._place} is a file: name a folder")
 
     def names(self) -> set[str]:
         """The files there, by their path below the mirror's root."""

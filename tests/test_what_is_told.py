@@ -18,6 +18,7 @@ from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
 from components.params import ParamsError, load_params
+from components.storage import Mirror
 from flows import __main__ as flows
 from flows import evaluate, room, start
 from flows.process import StageFailed
@@ -155,6 +156,25 @@ def test_a_gpu_is_guarded_for_all_users_of_the_machine(
 def test_cuda_visible_devices_may_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert room.gpus() == []
+
+
+@pytest.mark.parametrize("storage", ["s3://", "s3:///x", "memory://x", "http://127.0.0.1:9/x"])
+def test_storage_that_keeps_nothing_is_refused(storage: str) -> None:
+    """Where a shard has been sent, its local copy is deleted."""
+    with pytest.raises(ValueError, match=f"storage: {storage} is no place where files are kept"):
+        Mirror(storage)
+
+
+def test_keys_in_the_name_of_a_bucket_are_refused_and_not_printed() -> None:
+    with pytest.raises(ValueError, match="storage has a user in it") as refused:
+        Mirror("s3://ann:secret@bucket/prefix")
+    assert "secret" not in str(refused.value)
+
+
+def test_a_file_is_no_folder_to_keep_shards_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file is a file: name a folder"):
+        Mirror(str(tmp_path / "file")).check()
 
 
 def test_storage_that_is_away_as_a_flow_begins_may_come_back(
