@@ -7,7 +7,7 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 from types import NoneType
@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
 from components.rules import Promote
-from components.section import Count, Positive, Section
+from components.section import Count, Positive, Section, not_json
 from pnp_core.settings import (
     CacheConfig,
     CacheSettings,
@@ -267,7 +267,7 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
         # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
         return Params.model_validate_json(dumps(values))
     except TypeError:
-        name, value = next(_not_json(values))
+        name, value = next(not_json(values))
         raise ParamsError(
             f"{source}: {name}: {value} is of a kind not used here ({type(value).__name__}): "
             "put it in quotes if it is text"
@@ -278,18 +278,6 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
         messages = [_message(problem) for problem in problems]
         more = f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""
         raise ParamsError(f"{source}: {messages[0]}{more}") from None
-
-
-def _not_json(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values below `value` that JSON has no form for, with their dotted names."""
-    if isinstance(value, Mapping):
-        for key, below in value.items():
-            yield from _not_json(below, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for number, below in enumerate(value):
-            yield from _not_json(below, f"{name}[{number}]")
-    elif not isinstance(value, str | int | float | None):
-        yield name, value
 
 
 def check_model_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """What the sections of params.yaml have in common."""
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -38,3 +39,15 @@ class Section(BaseModel, frozen=True):
             if dataclasses.is_dataclass(base) and "__post_init__" in vars(base):
                 vars(base)["__post_init__"](self)
         return self
+
+
+def not_json(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values below `value` that JSON has no form for, with their dotted names."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield from not_json(below, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, below in enumerate(value):
+            yield from not_json(below, f"{name}[{number}]")
+    elif not isinstance(value, str | int | float | None):
+        yield name, value
