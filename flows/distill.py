@@ -29,7 +29,7 @@ from flows.stages import (
     push,
     register,
 )
-from flows.start import STAGES, Stage, begin
+from flows.start import STAGES, Stage, begin, check_start
 from flows.watching import saying_why
 
 
@@ -54,6 +54,7 @@ def distill_flow(
         experiment(overrides, flow_run.name or "run", log),
         begin() as params,
     ):
+        check_start(start_at)
         bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
         if remote := dvc_remote():
             push(remote)

@@ -12,11 +12,28 @@ from components.environment import FLOW_RUN, FLOW_RUN_URL
 from components.errors import MayPassError
 from components.lineage import COMMIT, git_commit
 from components.params import Params, load_params
+from components.paths import BUNDLE, DISTILLED, EVALUATED, PREPARED
 from components.storage import Mirror
 from flows.process import StageFailed
 
 Stage = Literal["prepare", "cache", "distill", "halve", "evaluate", "register"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # in the order of the graph
+# What a stage reads of those before it. Where nothing is to be trained, the teacher cache may lack.
+READS: dict[Stage, tuple[Path, ...]] = {
+    "cache": (PREPARED,),
+    "distill": (PREPARED,),
+    "halve": (DISTILLED,),
+    "evaluate": (PREPARED, BUNDLE),
+    "register": (PREPARED, BUNDLE, EVALUATED),
+}
+
+
+def check_start(stage: Stage) -> None:
+    """Raises StageFailed if a stage that a run starts at lacks what those before it make."""
+    for path in READS.get(stage, ()):
+        if not path.exists():
+            line = f"error: there is no {path}: bring it (dvc pull), or start at an earlier stage"
+            raise StageFailed(stage, 1, [line])
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def pipeline(
     )
     monkeypatch.setattr(distill, "begin", lambda: nullcontext(params))
     monkeypatch.setattr(distill, "check_files", lambda params: None)
+    monkeypatch.setattr(distill, "check_start", lambda stage: None)
     git("init", "--quiet")
     dvc("init", "--quiet")
 

@@ -18,9 +18,10 @@ import s3fs
 from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 
+from tests.commands import dvc
 from tests.postgres import Postgres
 from tests.stores import Server, free_port
-from tests.test_flows import PREFECT, dvc_status, environment_of, running, wait_for
+from tests.test_flows import PREFECT, environment_of, running, wait_for
 from tests.toy import make_repository, toy_params
 
 pytest_plugins = ["tests.postgres"]
@@ -183,7 +184,7 @@ def test_a_flow_comes_to_its_result_though_each_server_dies_once(
             while prefect.outcome(run, lambda: not flows())["type"] != "COMPLETED":
                 again()
             call("deployment", "run", "promote/local", "--watch")
-        assert "up to date" in dvc_status()
+        assert "up to date" in dvc("status")
         client = MlflowClient(mlflow.uri)
         assert client.get_model_version_by_alias("pnp-guide", "champion").version == "1"
         assert len(client.search_model_versions("name = 'pnp-guide'")) == 1

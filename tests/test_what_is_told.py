@@ -153,6 +153,20 @@ def test_a_gpu_is_guarded_for_all_users_of_the_machine(
     os.close(again)
 
 
+@pytest.mark.parametrize("stage", start.READS)
+def test_a_flow_that_starts_in_the_middle_says_what_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: start.Stage
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    *there, last = start.READS[stage]
+    for path in there:
+        path.mkdir(parents=True)
+    with pytest.raises(StageFailed, match=rf"^{stage}: there is no {last}: bring it \(dvc pull\)"):
+        start.check_start(stage)
+    last.mkdir(parents=True)
+    start.check_start(stage)
+
+
 def test_cuda_visible_devices_may_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     assert room.gpus() == []
