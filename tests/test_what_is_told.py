@@ -17,8 +17,10 @@ from components import fetch, mlflow_place
 from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
-from components.params import ParamsError, load_params
+from components.params import ParamsError, Tracking, load_params
 from components.storage import Mirror
+from components.tracking import delivery
+from components.tracking.journal import Owner, owner
 from flows import __main__ as flows
 from flows import evaluate, room, start
 from flows.process import StageFailed
@@ -165,6 +167,20 @@ def test_a_flow_that_starts_in_the_middle_says_what_is_not_here(
         start.check_start(stage)
     last.mkdir(parents=True)
     start.check_start(stage)
+
+
+def test_what_a_checkout_began_is_its_own_though_its_identity_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tracking = Tracking(uri=None, experiment="toy")
+    journal = delivery.begin(tracking, "distill", params={}, key="key")
+    before = owner()
+    (tmp_path / "runs/tracking/checkout.json").write_text("")
+    now = owner()
+    assert now.id != before.id and delivery._is_mine(journal, now)
+    elsewhere = Owner(now.id, now.user, f"{now.place}-copy")
+    assert not delivery._is_mine(journal, elsewhere)
 
 
 def test_cuda_visible_devices_may_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,14 +253,14 @@ def _settle(journal: Journal, store: Store, stage: str | None) -> None:
 
 
 def _is_mine(journal: Journal, me: Owner) -> bool:
-    """Begun here, or in a folder of this machine that is gone, and so was moved here.
+    """Begun here, by id or place, or in a folder of this machine that is gone, and was moved here.
 
     What was copied here is its owner's to deliver and to end.
     """
     tags = journal.header["tags"]
     who, _, folder = str(tags[PLACE]).partition(":")
     is_moved = who == me.place.partition(":")[0] and not Path(folder).exists()
-    return bool(tags[OWNER] == me.id or is_moved)
+    return bool(tags[OWNER] == me.id or tags[PLACE] == me.place or is_moved)
 
 
 Item = TypeVar("Item")

@@ -64,6 +64,8 @@ def _identity(path: Path) -> str:
     with new.open("w") as file:
         identity = uuid.uuid4().hex
         json.dump({"id": identity, "inode": os.fstat(file.fileno()).st_ino}, file)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave an empty one
     os.replace(new, path)
     return str(json.loads(path.read_text())["id"])  # someone may have been quicker
 
