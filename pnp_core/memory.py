@@ -182,6 +182,7 @@ class Step:
         )
         if self.mixed and guide.kind != "full" and device != "cpu":
             hold_in_bf16(self.unet)
+        self._peaks: dict[tuple[int, bool], float] = {}  # a count takes a second or more
 
     def losses(self, rows: int = 1) -> Tensor:
         """The student's losses on as many cached pairs, `(rows,)`."""
@@ -213,9 +214,12 @@ class Step:
                 self.losses(rows).sum().backward()
             self.guide.zero_grad(set_to_none=True)
 
-        with checkpointing([self.unet], checkpoints):
-            activations = count(both, mixed=self.mixed).peak
-        return (self.held() + activations) / 1e9
+        key = rows, checkpoints
+        if key not in self._peaks:
+            with checkpointing([self.unet], checkpoints):
+                activations = count(both, mixed=self.mixed).peak
+            self._peaks[key] = (self.held() + activations) / 1e9
+        return self._peaks[key]
 
     def held(self) -> int:
         """Bytes between two steps: weights; the guide's average, SOAP's mean, square and turns."""

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from logging import StreamHandler
 from pathlib import Path
 from typing import IO
 
@@ -17,12 +18,17 @@ from dvc.cli import main as dvc_main
 def redirected(file: IO[str]) -> Iterator[None]:
     """What this process and those that it starts print goes to `file`."""
     kept = [os.dup(descriptor) for descriptor in (1, 2)]
+    # They have what was standard output as DVC was imported.
+    handlers = [h for h in logging.getLogger("dvc").handlers if isinstance(h, StreamHandler)]
+    streams = [handler.setStream(file) for handler in handlers]
     try:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             yield
     finally:
+        for handler, stream in zip(handlers, streams, strict=True):
+            handler.setStream(stream)
         file.flush()
         for descriptor, before in zip((1, 2), kept, strict=True):
             os.dup2(before, descriptor)

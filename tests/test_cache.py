@@ -134,29 +134,32 @@ def test_the_plan_tells_size_and_work_before_it_starts(
     assert (plan.num_pairs, plan.num_forwards) == (60, 2 * 60)
 
 
+@pytest.fixture
+def own_cache(cache_folder: Path, tmp_path: Path) -> Path:
+    """The complete cache, to be changed at will."""
+    return Path(shutil.copytree(cache_folder, tmp_path / "cache"))
+
+
 def test_shards_that_are_there_are_not_built_again(
     pipe: StableDiffusionPipeline,
     examples: list[Example],
-    cache_folder: Path,
-    tmp_path: Path,
+    own_cache: Path,
 ) -> None:
-    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "index.json").unlink()
-    lost = tmp_path / "pairs-00001.safetensors"
+    (own_cache / "index.json").unlink()
+    lost = own_cache / "pairs-00001.safetensors"
     before = lost.read_bytes()
     lost.unlink()
-    times = {f.name: f.stat().st_mtime_ns for f in tmp_path.glob("*.safetensors")}
-    build_cache(builder(pipe, examples, tmp_path))
+    times = {f.name: f.stat().st_mtime_ns for f in own_cache.glob("*.safetensors")}
+    build_cache(builder(pipe, examples, own_cache))
     assert lost.read_bytes() == before
-    assert all((tmp_path / name).stat().st_mtime_ns == t for name, t in times.items())
+    assert all((own_cache / name).stat().st_mtime_ns == t for name, t in times.items())
 
 
 def test_another_configuration_is_built_anew(
-    pipe: StableDiffusionPipeline, examples: list[Example], cache_folder: Path, tmp_path: Path
+    pipe: StableDiffusionPipeline, examples: list[Example], own_cache: Path
 ) -> None:
-    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
-    assert builder(pipe, examples, tmp_path).is_built("pairs-00000")
-    assert not builder(pipe, examples, tmp_path, seed=1).is_built("pairs-00000")
+    assert builder(pipe, examples, own_cache).is_built("pairs-00000")
+    assert not builder(pipe, examples, own_cache, seed=1).is_built("pairs-00000")
 
 
 def test_a_cache_in_bf16_agrees_with_one_in_full_precision(
@@ -248,16 +251,15 @@ def test_companions_without_trajectories_are_refused(
 
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "delete"])
-def test_a_damaged_shard_is_named(cache_folder: Path, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
-    shard = tmp_path / "pairs-00002.safetensors"
+def test_a_damaged_shard_is_named(own_cache: Path, damage: str) -> None:
+    shard = own_cache / "pairs-00002.safetensors"
     data = bytearray(shard.read_bytes())
     if damage == "delete":
         shard.unlink()
     else:
         data[-1] ^= 1
         shard.write_bytes(data[:-10] if damage == "truncate" else data)
-    cache = TeacherCache.open(tmp_path)
+    cache = TeacherCache.open(own_cache)
     with pytest.raises(ValueError, match="pairs-00002"):
         cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
 
@@ -285,15 +287,13 @@ def test_a_cache_filled_by_another_version_of_the_code_is_refused_and_built_anew
     monkeypatch: pytest.MonkeyPatch,
     pipe: StableDiffusionPipeline,
     examples: list[Example],
-    cache_folder: Path,
-    tmp_path: Path,
+    own_cache: Path,
 ) -> None:
-    shutil.copytree(cache_folder, tmp_path, dirs_exist_ok=True)
-    assert all(map(builder(pipe, examples, tmp_path).is_built, ("text", "moments-00000")))
+    assert all(map(builder(pipe, examples, own_cache).is_built, ("text", "moments-00000")))
     monkeypatch.setattr("pnp_core.cache.identity.VERSION", 2)
     with pytest.raises(ValueError, match="by version 1 of the code that fills it, not 2"):
-        TeacherCache.open(tmp_path)
-    ours = builder(pipe, examples, tmp_path)
+        TeacherCache.open(own_cache)
+    ours = builder(pipe, examples, own_cache)
     assert not any(ours.is_built(name) for name in ours.plan.num_rows)
 
 
