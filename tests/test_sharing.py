@@ -62,7 +62,7 @@ def test_the_round_of_push_and_pull_works_as_the_page_has_it(tmp_path: Path) -> 
 
     theirs = Checkout(tmp_path / "theirs", tmp_path / "remote")
     subprocess.run(["git", "clone", "--quiet", tmp_path / "hub", theirs.folder], check=True)
-    lines = section("Who takes it up")
+    lines = section("Who uses it")
     assert lines[:2] == ["git pull", "dvc pull"]
     for line in lines[:2]:
         theirs.type(line)
