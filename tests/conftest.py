@@ -1,6 +1,7 @@
 """Fixtures that most tests share."""
 
 import copy
+import gc
 import io
 import os
 import sqlite3
@@ -50,6 +51,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return WITH.get(file, file)
 
     return Together(config, log)
+
+
+@pytest.fixture(autouse=True)
+def no_handles_of_ray(request: pytest.FixtureRequest) -> None:
+    """Each start of Ray numbers actors anew, and a handle of the last would end one of them."""
+    if request.node.get_closest_marker("services"):  # only there is Ray started
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

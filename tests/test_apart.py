@@ -1,6 +1,5 @@
 """Ray nodes that see nothing of the checkout: code comes by Ray, all else by way of S3."""
 
-import gc
 import os
 import shutil
 import signal
@@ -31,12 +30,6 @@ from tests.stores import free_port
 pytest_plugins = ["tests.toy"]
 quiet()
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_handles() -> None:
-    """Each start of Ray numbers actors anew, and a handle of the last would end one of them."""
-    gc.collect()
 
 
 def params_with(storage: str | None, **section: Any) -> Params:

@@ -1,6 +1,5 @@
 """Waiting for Ray's workers is told, compared with what there is, and not for ever."""
 
-import gc
 import os
 import shutil
 import signal
@@ -28,12 +27,6 @@ from tests.stores import free_port
 
 pytest_plugins = ["tests.toy"]
 quiet()
-
-
-@pytest.fixture(autouse=True)
-def no_handles() -> None:
-    """Each start of Ray numbers actors anew, and a handle of the last would end one of them."""
-    gc.collect()
 
 
 def params_with(**section: Any) -> Params:
