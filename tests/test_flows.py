@@ -291,7 +291,7 @@ def test_a_dvc_lock_that_is_held_for_ever_is_named_and_given_up(
     lines: list[str] = []
     try:
         with pytest.raises(StageFailed, match=f"lock is held by PID {holder.pid}: .*end it"):
-            process.repro("prepare", lines.append, wait_minutes=0.07)
+            process.repro("prepare", lines.append, wait_minutes=0.03)
     finally:
         holder.kill()
         holder.wait()
