@@ -111,9 +111,12 @@ class SOAP(torch.optim.Optimizer):
 
 def sides(p: Tensor, max_side: int = MAX_SIDE) -> list[int]:
     """Sizes of a parameter's two bases; 0: none."""
-    if p.ndim < 2 or 1 in (p.shape[0], p[0].numel()):
+    if p.ndim < 2 or not p.numel():
         return [0, 0]
-    return [n if n <= max_side else 0 for n in (p.shape[0], p[0].numel())]
+    lengths = p.shape[0], p[0].numel()
+    if 1 in lengths:
+        return [0, 0]
+    return [n if n <= max_side else 0 for n in lengths]
 
 
 def turn(matrix: Tensor, bases: list[Tensor]) -> Tensor:

@@ -49,6 +49,14 @@ def test_matrices_of_one_row_or_column_are_not_turned() -> None:
         assert not any("bases" in state for state in optimizer.state.values())
 
 
+def test_what_has_no_elements_is_passed_over() -> None:
+    empty, other = nn.Parameter(torch.zeros(0, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = SOAP([empty, other], lr=1e-2)
+    (other.square().sum() + empty.sum()).backward()
+    optimizer.step()
+    assert (other < 1).all()
+
+
 def test_directions_are_found_that_are_not_the_axes() -> None:
     """A regression on features that are mixed and of very different sizes."""
 
