@@ -54,14 +54,13 @@ def run_training(
 
     import ray
     from ray.train import ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     with joined(params, sees_folder=shipment is None):
         room = _Room(params, name)
         room.wait()
         head, reports = Head(name), reports_here()
         arguments = {"work": work, "params": params, "place": shipment or Path.cwd()}
-        trainer = TorchTrainer(
+        trainer = trainer_class()(
             _on_worker,
             train_loop_config={**arguments, "reports": reports},
             scaling_config=ScalingConfig(num_workers=room.num_workers, use_gpu=room.has_gpu),
@@ -85,6 +84,21 @@ def run_training(
         shipment.bring()
     else:
         shutil.rmtree(RUNS / name / "ray")
+
+
+def trainer_class() -> Any:
+    """Ray's trainer, which leaves Ctrl-C to this process.
+
+    By its own handler an interrupted stage ends without a word, and after training Ctrl-C does
+    nothing, as the handler stays in place.
+    """
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):
+        def _register_sigint_handler(self, controller: Any) -> None:
+            pass
+
+    return Trainer
 
 
 def _failure_of(error: Any, limit_s: float) -> str:

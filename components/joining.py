@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +12,17 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from components.params import Params
 
 CODE = Path(__file__).parent.parent
 OBJECT_STORE_BYTES = 150 * 2**20  # nothing of size goes through it
 SECONDS_TO_ANSWER = 10.0
+# Joins the cluster at its argument, which takes a node seconds. On one that is none, Ray waits
+# for more than a minute, and aborts the process.
+SECONDS_TO_JOIN = 45
+JOIN = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); ray.shutdown()"
 # What a wait for workers that were lost is made of.
 GROUP_START_S = 60
 # For the others to leave a group that has lost one, who can't; Ray would grant half a minute.
@@ -62,6 +69,7 @@ def joined(params: Params, *, sees_folder: bool) -> Iterator[None]:
     at_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         _knock(address, named)
+        _check_node(address, named)
     with nullcontext() if sees_folder else _code() as code:
         runtime: dict[str, Any] = {"env_vars": environment}
         if code:
@@ -112,6 +120,28 @@ def _knock(address: str, named: str) -> None:
             f"no Ray cluster answers at {named}={address}: {error}. Start it, or unset {named} to "
             "run Ray on this machine"
         ) from error
+
+
+def _check_node(address: str, named: str) -> None:
+    """Raises ValueError if this machine is no node of the cluster at `host:port`."""
+    if not (port := address.rpartition(":")[2]).isdigit() or address.startswith("ray://"):
+        return
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = process.info["cmdline"] or ()
+        if process.info["name"] == "raylet" and any(word.endswith(f":{port}") for word in words):
+            return
+    # It may be in another container beside this one.
+    probe = [sys.executable, "-c", JOIN, address]
+    try:
+        done = subprocess.run(probe, capture_output=True, timeout=SECONDS_TO_JOIN)
+        is_node = done.returncode >= 0
+    except subprocess.TimeoutExpired:
+        is_node = False
+    if not is_node:
+        raise ValueError(
+            f"this machine is no node of the Ray cluster at {named}={address}, as whoever starts "
+            f"work on it must be: `ray start --address={address} --num-cpus=0` makes it one"
+        )
 
 
 def cause_of(error: BaseException) -> str:

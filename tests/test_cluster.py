@@ -1,5 +1,6 @@
 """Waiting for Ray's workers is told, compared with what there is, and not for ever."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from tests.stores import free_port
 
 pytest_plugins = ["tests.toy"]
 quiet()
+ROOT = Path(__file__).parent.parent
+JOBS = itertools.count(1)  # that a cluster of a test has had before the test's own
 
 
 def params_with(**section: Any) -> Params:
@@ -214,17 +217,30 @@ def test_a_head_that_is_gone_may_come_back_for_ten_seconds(
         head.answers()
 
 
+def test_ctrl_c_is_not_rays_to_handle() -> None:
+    """It would end an interrupted stage without a word."""
+    from ray.train.torch import TorchTrainer
+
+    trainer = cluster.trainer_class()
+    assert hasattr(TorchTrainer, "_register_sigint_handler"), "Ray has it by another name now"
+    before = signal.getsignal(signal.SIGINT)
+    trainer._register_sigint_handler(None, None)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.fixture
 def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subprocess.Popen[bytes]"]:
     """The head of a cluster of one node with one CPU, which is where RAY_ADDRESS points."""
+    import ray
+
     port = free_port()
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
     options = ["--num-cpus=1", f"--port={port}", "--include-dashboard=false"]
     options += ["--object-store-memory=100000000", f"--temp-dir=/tmp/ray-{port}"]
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else only where a token lies at home
     started = subprocess.Popen(
-        [*ray, *options, "--node-ip-address=127.0.0.1"], start_new_session=True
+        [*command, *options, "--node-ip-address=127.0.0.1"], start_new_session=True
     )
     try:
         deadline = time.monotonic() + 60
@@ -236,6 +252,11 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["subproces
                 assert time.monotonic() < deadline
                 time.sleep(0.2)
         time.sleep(3)
+        # Actors are numbered within a job: a handle that a test before has left, and that goes now,
+        # ends none of this test's if this is another job.
+        for _ in range(next(JOBS)):
+            ray.init(address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
+            ray.shutdown()
         yield started
     finally:
         with suppress(ProcessLookupError):
@@ -256,6 +277,35 @@ def test_a_real_cluster_with_one_cpu_runs_one_worker_and_refuses_two(
         params = params_with(num_workers=2, wait_minutes=0.15)
         run_tasks(no_work, params, [["a", "b"]], done.append, name="cache")
     assert "waiting, 0:05 of 0:09 at most" in capsys.readouterr().out
+
+
+JOIN = """
+from pathlib import Path
+from components.cluster import run_tasks
+from components.params import load_params
+run_tasks(lambda params: None, load_params(Path("params.yaml")), [["a"]], print, name="cache")
+"""
+
+
+@pytest.mark.services
+def test_a_machine_that_is_no_node_of_the_cluster_is_told_how_to_become_one(
+    head: "subprocess.Popen[bytes]", world: Path
+) -> None:
+    """As in another container: neither the head's processes nor its sockets are seen."""
+    if os.geteuid() != 0 or not shutil.which("unshare"):
+        pytest.skip("only root can hide processes and a folder (unshare)")
+    params_with(num_workers=1)
+    address = os.environ["RAY_ADDRESS"]
+    hide = f'mount -t tmpfs none /tmp/ray-{address.rpartition(":")[2]} && exec "$@"'
+    alone = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", hide, "sh"]
+    done = subprocess.run(
+        [*alone, sys.executable, "-c", JOIN],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert f"no node of the Ray cluster at RAY_ADDRESS={address}, as" in done.stderr
+    assert f"`ray start --address={address} --num-cpus=0`" in done.stderr
 
 
 def stopping_once(params: Params) -> Callable[[str], None]:

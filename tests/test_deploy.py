@@ -168,6 +168,19 @@ def test_helms_values_are_of_the_pinned_versions() -> None:
     assert f"{image['repository']}:{image['prefectTag']}" == IMAGE
 
 
+def test_who_starts_work_on_ray_is_a_node_of_the_cluster() -> None:
+    """Else Ray aborts the process."""
+    worker = load("compose.yaml")["services"]["worker"]
+    assert "RAY_ADDRESS" in worker["environment"]
+    assert 'ray start --address="$$RAY_ADDRESS" --num-cpus=0' in worker["command"][-1]
+    values = load("helm/prefect-worker.yaml")["worker"]
+    (address,) = (x["value"] for x in values["extraEnvVars"] if x["name"] == "RAY_ADDRESS")
+    (node,) = values["extraContainers"]
+    assert node["image"] == IMAGE and f"--address={address}" in node["args"]
+    sockets = {"name": "tmp", "mountPath": "/tmp"}
+    assert sockets in node["volumeMounts"] and sockets in values["extraVolumeMounts"]
+
+
 def test_the_image_is_built_from_the_constraints() -> None:
     text = (DEPLOY / "Dockerfile").read_text()
     assert "--constraint constraints.txt" in text

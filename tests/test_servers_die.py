@@ -141,7 +141,7 @@ def test_a_flow_comes_to_its_result_though_each_server_dies_once(
 
     def begin() -> str:
         name = uuid.uuid4().hex
-        call("deployment", "run", "distill/local", "--name", name)
+        call("deployment", "run", "distill/local", "--flow-run-name", name)
         found = prefect.ask("/flow_runs/filter", {"flow_runs": {"name": {"any_": [name]}}})
         return str(found[0]["id"])
 

@@ -1,6 +1,7 @@
 """Ray clusters that are not there, too small, or lose what they are made of."""
 
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -138,6 +139,29 @@ def hangs(workspace: Workspace, stage: str, worker: str) -> None:
     workspace.said = done.line("has not answered for") or ""
     if not workspace.said:
         raise UnexpectedError("says nothing of the worker that hangs")
+
+
+def is_interrupted(workspace: Workspace, stage: str) -> None:
+    """Ctrl-C in a stage that runs on Ray: it says so, and the same command goes on."""
+    workspace.set_param("cluster.num_workers", 1)  # of two, gradients round otherwise
+    running = workspace.start(*ONE, stage)
+    workspace.in_the_middle(running, stage)
+    running.signal(signal.SIGINT, group=True)
+    workspace.told(workspace.finish(running), "^interrupted; the same command goes on from here")
+    workspace.recovers(*ONE, stage)
+    workspace.stages = (stage,)
+
+
+@fault("cluster", before="cache")
+def ctrl_c_in_cache_on_ray(workspace: Workspace) -> None:
+    """Ctrl-C while a Ray worker builds the cache."""
+    is_interrupted(workspace, "cache")
+
+
+@fault("cluster", before="distill")
+def ctrl_c_in_distill_on_ray(workspace: Workspace) -> None:
+    """Ctrl-C while a Ray worker trains."""
+    is_interrupted(workspace, "distill")
 
 
 @fault("cluster", before="cache")
