@@ -98,7 +98,9 @@ def publish_report(params: Params, log: Callable[[str], None]) -> None:
     places = [f"- `{path.absolute()}`" for path in pages]
     places += [f"- [The run in MLflow]({run})"] if run else []
     create_markdown_artifact(
-        "\n".join([table, *places, ""]), key="guide-report", description="Guide against CFG"
+        "\n".join([unwrapped(table), "", *places, ""]),
+        key="guide-report",
+        description="Guide against CFG",
     )
     if rows := rows_of(table):
         create_table_artifact(rows, key="guide-table", description="Guide against CFG")
@@ -143,6 +145,15 @@ def version_page(params: Params, registered: Mapping[str, Any]) -> tuple[str, st
     note = "" if is_server else " (after: make mlflow)"
     page = f"{place}/#/models/{registered['name']}/versions/{registered['version']}"
     return f"{page}?workflowType=machine_learning", note  # MLflow opens on another kind
+
+
+def unwrapped(text: str) -> str:
+    """Markdown with a line for each paragraph: Prefect's page breaks where a line ends."""
+    lines = [""]
+    for line in text.splitlines():
+        goes_on = line and lines[-1] and "|" not in (line[0], lines[-1][0])
+        lines[-1:] = [f"{lines[-1]} {line}"] if goes_on else [lines[-1], line]
+    return "\n".join(lines[1:])
 
 
 def rows_of(table: str) -> list[dict[str, str]]:

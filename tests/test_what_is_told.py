@@ -23,6 +23,7 @@ from components.tracking import delivery
 from components.tracking.journal import Owner, owner
 from flows import __main__ as flows
 from flows import evaluate, room, start
+from flows.artifacts import unwrapped
 from flows.process import StageFailed
 from pnp_core.files import read_json, write_json
 from tests.toy import toy_params, write_params
@@ -181,6 +182,11 @@ def test_what_a_checkout_began_is_its_own_though_its_identity_is_lost(
     assert now.id != before.id and delivery._is_mine(journal, now)
     elsewhere = Owner(now.id, now.user, f"{now.place}-copy")
     assert not delivery._is_mine(journal, elsewhere)
+
+
+def test_a_paragraph_is_one_line_on_prefects_page() -> None:
+    text = "| a |\n|---|\n| 1 |\n\nFID: one\nand two.\n\nMore.\n"
+    assert unwrapped(text) == "| a |\n|---|\n| 1 |\n\nFID: one and two.\n\nMore."
 
 
 def test_cuda_visible_devices_may_say_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
