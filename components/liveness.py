@@ -13,6 +13,7 @@ from components.progress import clock
 
 SECONDS_TO_ANSWER = 5.0
 SECONDS_WITHOUT_HEAD = 10.0
+SECONDS_TO_START = 60.0  # of a worker: to load what it computes with
 PULSE = "pulse"  # a worker's `ping` is a call of this concurrency group, so that work is no matter
 
 
@@ -69,41 +70,41 @@ class Pulse:
 
     def __init__(self, workers: Sequence[Any], limit_s: float, name: str) -> None:
         self._workers, self._limit_s, self._name = workers, limit_s, name
-        # The question, and since when it waits; None: of a worker that is still starting.
-        self._asked: dict[int, tuple[Any, float | None]] = {}
+        # The question, since when it waits, and for how long it may.
+        self._asked: dict[int, tuple[Any, float, float]] = {}
 
     def look(self) -> None:
         """Ask each worker again that has answered, and end those that have not for too long.
 
-        A worker that starts, or starts again, may take its time: only one that has answered once
-        counts as hanging.
+        One that starts, or starts again, has a minute more.
         """
         import ray
 
         now = time.monotonic()
         for number, worker in enumerate(self._workers):
-            question, since = self._asked.get(number, (None, None))
-            if question is None:
-                self._ask(number, worker, None)
-            elif ray.wait([question], timeout=0)[0]:
+            if number not in self._asked:
+                self._ask(number, worker, now, is_starting=True)
+            question, since, limit_s = self._asked[number]
+            if ray.wait([question], timeout=0)[0]:
                 self._ask(number, worker, now)
-            elif since is not None and now - since >= self._limit_s:
+            elif now - since >= limit_s:
                 print(
                     f"{self._name}: Ray worker {number} has not answered for "
                     f"{clock(now - since)}: ended, and another takes its place",
                     flush=True,
                 )
                 ray.kill(worker, no_restart=False)
-                self._ask(number, worker, None)
+                self._ask(number, worker, now, is_starting=True)
 
     def forgive(self) -> None:
         """Workers that have no place to run can't answer: count their silence from now on."""
         now = time.monotonic()
         self._asked = {
-            number: (question, None if since is None else now)
-            for number, (question, since) in self._asked.items()
+            number: (question, now, limit_s)
+            for number, (question, _, limit_s) in self._asked.items()
         }
 
-    def _ask(self, number: int, worker: Any, since: float | None) -> None:
+    def _ask(self, number: int, worker: Any, now: float, *, is_starting: bool = False) -> None:
         question = worker.ping.options(concurrency_group=PULSE).remote()
-        self._asked[number] = (question, since)
+        limit_s = self._limit_s + (SECONDS_TO_START if is_starting else 0)
+        self._asked[number] = (question, now, limit_s)
