@@ -6,4 +6,5 @@ SOLVERS = {"ddim": "", "dpmsolver++": ", DPM-Solver++"}  # DDIM, of all three, g
 
 def label_of(method: str, num_steps: int, solver: str = "ddim") -> str:
     """A setting as a row's name."""
-    return f"{METHODS[method]}, {num_steps} steps{SOLVERS[solver]}"
+    steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
+    return f"{METHODS[method]}, {steps}{SOLVERS[solver]}"

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, LABEL_WIDTH, FONT_SIZE = 4, 176, 13
 MARK = "#0050b0"
+HELDOUT = "held-out prompts: blue, underlined"
 
 
 def grid(
@@ -26,14 +27,14 @@ def grid(
     small = ImageFont.load_default(FONT_SIZE - 3)
     header = 2 * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
     beside = LABEL_WIDTH if any(rows) else MARGIN
-    width = max(beside + len(columns) * (cell + MARGIN), int(font.getlength(title)) + 2 * MARGIN)
+    note = HELDOUT if any(marked) else ""
+    head = font.getlength(title) + (beside + 2 * MARGIN + font.getlength(note) if note else 0)
+    width = max(beside + len(columns) * (cell + MARGIN), int(head) + 2 * MARGIN)
     sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((MARGIN, MARGIN), title, fill="black", font=font)
-    if any(marked):
-        left = 2 * MARGIN + draw.textlength(title, font=font)
-        note = "held-out prompts: blue, underlined"
-        draw.text((left + beside, MARGIN), note, fill=MARK, font=font)
+    left = 2 * MARGIN + draw.textlength(title, font=font)
+    draw.text((left + beside, MARGIN), note, fill=MARK, font=font)
     for number, prompt in enumerate(columns):
         left = beside + number * (cell + MARGIN)
         lines = _wrapped(draw, prompt, cell, small)[:3]
