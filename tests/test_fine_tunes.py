@@ -277,7 +277,7 @@ def test_generate_uses_a_model_as_params_yaml_says(
         chosen |= {"compare": False, **named}
         arguments = argparse.Namespace(
             prompt=prompt,
-            guide=Path("guides/bundle"),
+            guide="guides/bundle",
             model=model,
             seed=0,
             out=Path("out.png"),
