@@ -63,10 +63,7 @@ def write_bundle(scale: float) -> None:
 @pytest.fixture(scope="module")
 def ready(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A world with prepared data, a bundle, and the base evaluated."""
-    folder = tmp_path_factory.mktemp("ready") / "world"
-    shutil.copytree(untouched_world, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
+    with toy.inside_copy(untouched_world, tmp_path_factory.mktemp("ready")) as folder:
         prepare.run(params_with())
         write_bundle(0.02)
         evaluate.run(params_with(), "base")

@@ -8,6 +8,8 @@ import io
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,17 +105,24 @@ def world(untouched_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return folder
 
 
+@contextmanager
+def inside_copy(world: Path, parent: Path) -> Iterator[Path]:
+    """A copy of a toy world, which is the working directory while this is open."""
+    folder = parent / "world"
+    shutil.copytree(world, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy world in which every stage up to register has run, each in this process."""
     from components import cache, distill, evaluate, halve, prepare, register
     from components.params import load_params
 
-    folder = tmp_path_factory.mktemp("trained") / "world"
-    shutil.copytree(untouched_world, folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with inside_copy(untouched_world, tmp_path_factory.mktemp("trained")) as folder:
         params = load_params(Path("params.yaml"))
         for stage in (prepare, cache, distill, halve):
             stage.run(params)

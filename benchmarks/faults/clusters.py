@@ -1,7 +1,6 @@
 """Ray clusters that are not there, too small, or lose what they are made of."""
 
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 import psutil
 
 from benchmarks.faults.listing import fault
+from benchmarks.faults.processes import interrupted
 from benchmarks.faults.proxy import free_port, kill_all, server
 from benchmarks.faults.workspace import UnexpectedError, Workspace
 
@@ -142,14 +142,9 @@ def hangs(workspace: Workspace, stage: str, worker: str) -> None:
 
 
 def is_interrupted(workspace: Workspace, stage: str) -> None:
-    """Ctrl-C in a stage that runs on Ray: it says so, and the same command goes on."""
+    """Ctrl-C in a stage that runs on Ray."""
     workspace.set_param("cluster.num_workers", 1)  # of two, gradients round otherwise
-    running = workspace.start(*ONE, stage)
-    workspace.in_the_middle(running, stage)
-    running.signal(signal.SIGINT, group=True)
-    workspace.told(workspace.finish(running), "^interrupted; the same command goes on from here")
-    workspace.recovers(*ONE, stage)
-    workspace.stages = (stage,)
+    interrupted(workspace, stage)
 
 
 @fault("cluster", before="cache")
