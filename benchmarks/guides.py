@@ -31,28 +31,35 @@ WIDTH = 32  # of the conditioning vector, the default guide's on the embedded ba
 
 
 class Parts(NamedTuple):
-    """Which parts of the default guide there are."""
+    """Which parts of a tiny guide there are; by default the default guide's on the embedded base.
 
-    text: bool = True
+    Where there are residuals, what else there is has as many directions as are said here, and the
+    residuals take up the rest of the parameters; else the directions do.
+    """
+
     attentions: bool = True
     modulations: bool = True
-    entrances: bool = True
+    text: bool = False
+    entrances: bool = False
+    num_directions: int = 2
 
 
 class PartialGuide(Kind):
-    """The default guide without some of its parts, the others wider."""
+    """A tiny guide of some parts."""
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, parts: Parts) -> None:
         super().__init__()
         facts = describe(unet)
         entrances = decoder_entrances(unet) if parts.entrances else []
         self.parts = parts
+        num_directions = parts.num_directions if parts.text or parts.entrances else rank
         self.net = TinyGuide(
             entrances,
-            TinyShape([rank] * len(entrances), rank if parts.text else 0, WIDTH),
+            TinyShape([rank] * len(entrances), rank if parts.text else 0, WIDTH, num_directions),
             facts["text_dim"],
             facts["attention_channels"] if parts.attentions else [],
             facts["modulated_channels"] if parts.modulations else [],
+            facts["modulated_dims"] if parts.modulations else [],
         )
 
     def prepare(self, conditions: Conditions, strength: float) -> "PreparedPartial":
@@ -205,14 +212,14 @@ Shape = Callable[[UNet2DConditionModel, int], Kind]
 """Makes a network for a UNet, as wide as a rank says."""
 
 
-def without(**parts: bool) -> Shape:
-    """The default guide without some of its parts, as ``without(text=False)``."""
+def with_parts(**parts: Any) -> Shape:
+    """A tiny guide of other parts than the default's, as ``with_parts(text=True)``."""
     return partial(PartialGuide, parts=Parts(**parts))
 
 
 def widest(make: Shape, unet: UNet2DConditionModel, max_parameters: int) -> int:
     """The largest rank within a number of parameters."""
-    rank = 4
+    rank = 1
     while True:
         with torch.device("meta"):
             larger = sum(p.numel() for p in make(unet, rank + 1).parameters())

@@ -220,7 +220,8 @@ class Negatives:
 
 def state_of(linear: nn.Module) -> tuple[Any, ...]:
     """Tells whether a layer, with a LoRA or without, still is what it was."""
-    base: Any = getattr(linear, "base_layer", linear)
+    # as peft's layers keep it; asking by name for what a module lacks takes long
+    base: Any = linear._modules.get("base_layer", linear)
     state: tuple[Any, ...] = (id(linear), *version_of(base.weight))
     if base is not linear:
         lora: Any = linear

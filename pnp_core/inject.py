@@ -10,6 +10,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class UNetHook:
     def __init__(self, unet: UNet2DConditionModel) -> None:
         self.users: dict[int, weakref.ref[Any]] = {}
         self.layers: list[Attention] = []
-        self.projections: list[tuple[nn.Module, nn.Module]] = []
+        self.projections: list[nn.Module] = []
         self.blocks: list[tuple[nn.Module, Span]] = []
         self.reach(unet)
 
@@ -70,16 +71,15 @@ class UNetHook:
 
     def follow(self) -> None:
         """Be in the projections as they are now: loading a LoRA puts others in place."""
-        current = [(layer.to_q, layer.to_out[0]) for layer in self.layers]
-        if len(current) == len(self.projections) and all(
-            a is b for ours, theirs in zip(current, self.projections, strict=True)
-            for a, b in zip(ours, theirs, strict=True)
-        ):  # fmt: skip
+        current = []
+        for layer in self.layers:  # by what `layer.to_q` and `layer.to_out[0]` look up, in no time
+            parts = layer._modules
+            current += [parts["to_q"], parts["to_out"]._modules["0"]]
+        if len(current) == len(self.projections) and all(map(is_, current, self.projections)):
             return
-        for pair in self.projections:
-            for projection in pair:
-                displace(projection)
-        for index, (to_q, to_out) in enumerate(current):
+        for projection in self.projections:
+            displace(projection)
+        for index, (to_q, to_out) in enumerate(zip(current[::2], current[1::2], strict=True)):
             place(to_q, QueryHook())
             place(to_out, AttendHook(index, self.first_attention.get(index, 0)))
         self.projections = current
@@ -176,6 +176,8 @@ class EnterHook:
             return None
         entering = DecoderInput(kwargs["hidden_states"], kwargs["res_hidden_states_tuple"])
         entered = acting.effect.enter(self.index, entering)
+        if entered is entering:
+            return None
         return args, {
             **kwargs,
             "hidden_states": entered.hidden_states,

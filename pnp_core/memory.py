@@ -230,8 +230,18 @@ class Step:
 
 def fitting(step: Step, memory: float, *, checkpoints: bool) -> int:
     """How many samples at once fit a GPU of so many GB; 0: not even one."""
-    one, two = (step.peak_gb(rows, checkpoints=checkpoints) for rows in (1, 2))
-    return max(0, math.floor((memory - RESERVED_GB - one) / (two - one)) + 1)
+    room = memory - RESERVED_GB
+    one = step.peak_gb(1, checkpoints=checkpoints)
+    if one > room:
+        return 0
+    rows = 2
+    while True:  # about in proportion: each guess is at the slope up to the one before
+        rise = step.peak_gb(rows, checkpoints=checkpoints) - one
+        guess = 1 + math.floor((room - one) / rise * (rows - 1))
+        guess = min(guess, step.settings.batch_size)
+        if guess in (1, rows):
+            return guess
+        rows = guess
 
 
 def check_fits(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,14 @@ from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import Guide, GuideConfig
-from pnp_core.guide.adapters import GAIN_RANK, PROJECTION_RANK
+from pnp_core.guide.adapters import GAIN_RANK, PROJECTION_RANK, groups_of
 from pnp_core.guide.tiny import TinyEffect, TinyGuide
-from pnp_core.guide.unet import MODULATED, modulated_layers, text_attentions
+from pnp_core.guide.unet import (
+    MODULATED,
+    modulated_channels,
+    modulated_layers,
+    text_attentions,
+)
 from pnp_core.schedule import NoiseSchedule
 from tests.conftest import roused
 
@@ -129,7 +135,8 @@ def test_the_prompt_modulates_layers_as_far_as_it_differs_from_the_negative_one(
         conditions = Conditions(c_BLD=c, n_BLD=n, w_B=inputs.w)
         effect = guide.prepare(conditions).at(inputs.z, inputs.t)
         assert isinstance(effect, TinyEffect)
-        return torch.cat([x for each in effect.modulations[3] for x in each], dim=2)[:, 0]
+        pairs = [pair for pair in effect.modulations[3] if pair is not None]
+        return torch.cat([x for pair in pairs for x in pair], dim=2)[:, 0]
 
     assert modulations(inputs.n, inputs.n).unique().tolist() == [0, 1]  # shifts and factors
     differs = modulations(inputs.c, inputs.n)
@@ -165,6 +172,8 @@ def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
 def test_modulating_a_normalisation_changes_its_weights(pipe: StableDiffusionPipeline) -> None:
     guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
     assert isinstance(guide.net, TinyGuide)
+    num_directions = guide.config.num_directions
+    assert num_directions > 1
     changed = copy.deepcopy(pipe.unet)
     torch.manual_seed(0)
     modulations = guide.net.modulations
@@ -173,12 +182,15 @@ def test_modulating_a_normalisation_changes_its_weights(pipe: StableDiffusionPip
     torch.nn.init.ones_(modulations.bias)
     layers, others = modulated_layers(pipe.unet), modulated_layers(changed)
     start = 0
-    for width, indices in modulations.groups:
+    for width, indices in groups_of([modulated_channels(layer) for layer in layers]):
         for index in indices:
-            part = slice(start, start := start + width)
+            each = (num_directions, width)
+            part = slice(start, start := start + math.prod(each))
             if isinstance(layers[index], nn.GroupNorm | nn.LayerNorm):
-                factor, shift = 0.3 * torch.randn(2, width)
-                modulations.factor[part], modulations.shift[part] = factor, shift
+                factors, shifts = 0.3 * torch.randn(2, *each)
+                modulations.factor[part] = factors.flatten()
+                modulations.shift[part] = shifts.flatten()
+                factor, shift = factors.sum(dim=0), shifts.sum(dim=0)
                 others[index].weight.mul_(1 + factor)
                 others[index].bias.mul_(1 + factor).add_(shift)
     inputs = Inputs()

@@ -1,17 +1,15 @@
-"""The tiny guide: adapters of text, attentions, layers and entrances that share a conditioning.
+"""The tiny guide: adapters of attentions and layers that share a conditioning vector.
 
-It acts by a residual on the text states, by turning up and mixing what each cross-attention reads
-of the prompt beyond what it would read of the negative prompt, by scaling and shifting the channels
-of what the layers from there on give, and by residuals at the entrances of the decoder. All of it
-carries the factor ``w - 1`` and starts from zero projections. Halving adds a learnt offset to that
-factor, since fewer steps need mending at every w.
+It acts by turning up and mixing what each cross-attention reads of the prompt beyond what it would
+read of the negative prompt, and by scaling and shifting the channels of what the layers from there
+on give. All of it carries the factor ``w - 1`` and starts from zero projections. Halving adds a
+learnt offset to that factor, since fewer steps need mending at every w.
 
 Shape legend: B batch, C channels, N positions, L text tokens, D text width, R rank, K layers that
-are equally wide, M width of the conditioning vector, X all that is told by that vector.
+are equally wide, M width of the conditioning vector, X all that is driven by that vector.
 """
 
 import copy
-from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,43 +22,44 @@ from pnp_core.guide.adapters import (
     GAIN_RANK,
     PROJECTION_RANK,
     AttentionAdapter,
-    EntranceAdapter,
     Modulations,
-    TextAdapter,
-    Told,
     groups_of,
     read_negative,
 )
 from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.guide.kind import DecoderInput, Effect, KeyValue, Kind, Prepared
-from pnp_core.guide.maths import Gain, add_all, rms_normed, zero_module
+from pnp_core.guide.maths import Gain, rms_normed, zero_module
+from pnp_core.guide.residuals import EntranceAdapter, PreparedResiduals, Residuals, TextAdapter
 from pnp_core.guide.unet import EntranceChannels
 from pnp_core.precision import is_mixed
 
 PROMPT_RANK = 8  # of what the whole prompt adds to the conditioning vector
+MAX_DIRECTIONS = 4  # of a layer: each takes time, and more have brought nothing
 
 
 class TinyShape(NamedTuple):
-    """Widths of a tiny guide."""
+    """Widths of a tiny guide. Up to format 3 it has residuals of the first two, later none."""
 
-    ranks: list[int]  # one an entrance
+    ranks: list[int]  # one an entrance of the decoder, or none
     text_rank: int
     embedding_dim: int
+    num_directions: int = 1  # of each layer
 
 
 class TinyGuide(Kind):
-    """Adapters of text, attentions, layers and entrances that share a conditioning vector."""
+    """Adapters of attentions and layers that share a conditioning vector."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, a base's shape
         self,
         entrances: Sequence[EntranceChannels],
         shape: TinyShape,
         text_dim: int,
         attention_channels: Sequence[int],
         modulated_channels: Sequence[int],
+        modulated_dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        ranks, text_rank, embedding_dim = shape
+        ranks, text_rank, embedding_dim, num_directions = shape
         self.embed = nn.Sequential(
             nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
             nn.SiLU(),
@@ -71,14 +70,16 @@ class TinyGuide(Kind):
             nn.Linear(text_dim, PROMPT_RANK, bias=False),
             zero_module(nn.Linear(PROMPT_RANK, embedding_dim, bias=False)),
         )
-        self.text = TextAdapter(text_dim, text_rank, embedding_dim)
+        self.text = TextAdapter(text_dim, text_rank, embedding_dim) if text_rank else None
         self.attentions = nn.ModuleList(
             AttentionAdapter(channels, embedding_dim) for channels in attention_channels
         )
-        self.modulations = Modulations(modulated_channels, embedding_dim)
+        self.modulations = Modulations(
+            modulated_channels, modulated_dims, embedding_dim, num_directions
+        )
         self.entrances = nn.ModuleList(
             EntranceAdapter(channels, rank, embedding_dim)
-            for channels, rank in zip(entrances, ranks, strict=True)
+            for channels, rank in zip(entrances if ranks else [], ranks, strict=True)
         )
         self.attention_groups = groups_of(attention_channels)
 
@@ -96,8 +97,8 @@ class PreparedTiny(Prepared):
     """A tiny guide that has read a run's conditions.
 
     The small matrices that read the conditioning vector stand in one, whose outputs are, in this
-    order: scales and shifts of text and entrances; codes of the attentions' gains and of their
-    projections, group by group; codes of the modulations.
+    order: codes of the attentions' gains and of their projections, group by group; codes of the
+    modulations.
     """
 
     def __init__(self, net: TinyGuide, conditions: Conditions, strength: float) -> None:
@@ -114,41 +115,37 @@ class PreparedTiny(Prepared):
         w_BE = sinusoidal(W_SCALE * conditions.w_B, self.frequencies)
         self.of_w_BM = F.linear(w_BE.to(dtype), of_w, linear.bias)
         self.prompt_BM = net.prompt(difference_BLD.mean(dim=1))
-        self.down_BLR = net.text.down(difference_BLD)
-        # one matrix of all that reads the conditioning vector
-        told = [net.text, *net.entrances]
+        entrances = [e for e in net.entrances if isinstance(e, EntranceAdapter)]  # as all are
+        self.residuals = None
+        if net.text is not None or entrances:
+            self.residuals = PreparedResiduals(net.text, entrances, difference_BLD, gain)
+        # one matrix of all that reads the conditioning vector, and the gains on what it gives
         groups = net.grouped_attentions()
         adapters = [adapter for group in groups for adapter in group]
-        readers = [part.modulation for part in told]
-        readers += [a.gains.down for a in adapters] + [a.code for a in adapters]
+        readers = [a.gains.down for a in adapters] + [a.code for a in adapters]
         down = net.modulations.down.view(-1, linear.out_features)
         self.weight_XM = torch.cat([*(linear.weight for linear in readers), down])
-        ranks = [len(part.offset) for part in told]
-        ones = [x for rank in ranks for x in (down.new_ones(rank), down.new_zeros(rank))]
-        biases = torch.cat([*(linear.bias for linear in readers), net.modulations.bias])
-        self.bias_X = biases + F.pad(torch.cat(ones), (0, len(biases) - 2 * sum(ranks)))
-        # the gains they carry
-        offsets = [a.gains.offset for g in groups for a in g] + [
-            a.offset for g in groups for a in g
-        ]
+        self.bias_X = torch.cat([*(linear.bias for linear in readers), net.modulations.bias])
+        offsets: list[Tensor] = [a.gains.offset for a in adapters]
+        offsets += [a.offset for a in adapters]
         self.gains_BX = gain.with_offset(torch.cat([*offsets, net.modulations.offset]))
-        told_gains = gain.with_offset(torch.cat([part.offset for part in told]))
-        self.told_gains = told_gains[..., None].split(ranks, dim=1)
-        self.entrances = [e for e in net.entrances if isinstance(e, EntranceAdapter)]  # as all are
-        self.matrices = [entrance.matrices() for entrance in self.entrances]
-        self.split_told = [rank for rank in ranks for _ in range(2)]
         num = [len(g) for g in groups]
-        self.split_driven = [
+        self.split = [
             *(k * GAIN_RANK for k in num),
             *(k * PROJECTION_RANK for k in num),
-            *(len(layers) for _, layers in net.modulations.groups),
+            len(net.modulations.bias),
         ]
         # what they drive
         self.gain_up = [torch.stack([a.gains.up.weight.T for a in g]) for g in groups]  # (K, R, C)
         self.down = [torch.stack([a.down.weight.T for a in g])[:, None] for g in groups]
         self.up = [torch.stack([a.up.weight.T for a in g]) for g in groups]
-        self.tables = net.modulations.tables()
-        self.base = torch.tensor([1.0, 0.0], dtype=dtype, device=c.device)[:, None, None]
+        self.tables = net.modulations.tables().unbind()
+        self.base_21 = torch.eye(2, 1, dtype=dtype, device=c.device)  # a factor of 1, no shift
+        # how all channels' factors fall to layers, by number of dimensions of what they give
+        self.widths = {
+            dims: [net.modulations.channels[layer] for layer in layers]
+            for dims, layers in net.modulations.layers.items()
+        }
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "TinyEffect":
         """Compute all that this timestep decides: gains, directions, factors and shifts."""
@@ -162,22 +159,13 @@ class PreparedTiny(Prepared):
 
     def parts(self, sample: Tensor, embedding_BM: Tensor) -> dict[str, Any]:
         """What :class:`TinyEffect` is made of, from the conditioning vector."""
-        # 1. all that reads it
-        told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
-            [sum(self.split_told), self.gains_BX.shape[1]], dim=1
-        )
-        parts = told_BX[..., None].split(self.split_told, dim=1)
-        told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
-        driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
-        # 2. what that drives
-        mixed = is_mixed(sample.device.type)
-        dtype = told_BX.dtype if mixed else sample.dtype
+        driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X)
+        dtype = driven_BX.dtype if is_mixed(sample.device.type) else sample.dtype
+        driven = (driven_BX * self.gains_BX).split(self.split, dim=1)
         return {
-            "prepared": self,
-            "told": told[1:],
-            "text_residual_BLD": self.net.text(self.down_BLR, told[0]),
+            "residuals": None if self.residuals is None else self.residuals.at(embedding_BM),
             "mixtures": self.mixtures(driven, dtype),
-            "modulations": self.modulations(driven[2 * len(self.up) :], dtype),
+            "modulations": self.modulations(driven[-1], dtype),
         }
 
     def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list["Mixture"]:
@@ -186,7 +174,7 @@ class PreparedTiny(Prepared):
         found: dict[int, Mixture] = {}
         for group, (_, layers) in enumerate(self.net.attention_groups):
             gains_KBR, codes_KBR = (
-                x.unflatten(1, (len(layers), -1)).transpose(0, 1)
+                x.view(len(x), len(layers), -1).transpose(0, 1)
                 for x in (driven[group], driven[num_groups + group])
             )
             gains_KBC = torch.bmm(gains_KBR.to(self.gain_up[group].dtype), self.gain_up[group])
@@ -200,18 +188,22 @@ class PreparedTiny(Prepared):
             found |= zip(layers, (Mixture(*part) for part in parts), strict=True)
         return [found[layer] for layer in range(len(found))]
 
-    def modulations(self, codes: Sequence[Tensor], dtype: torch.dtype) -> "ModulationsByShape":
-        """What each layer's output is multiplied by and what is added, group by group.
-
-        Shaped for outputs of both kinds: by number of dimensions, factors and shifts, ``(B, 1, C)``
-        and ``(B, C, 1, 1)``.
-        """
-        found: ModulationsByShape = {3: ([], []), 4: ([], [])}
-        for code_BK, table_2KC in zip(codes, self.tables, strict=True):
-            both_B2KC = torch.addcmul(self.base, code_BK[:, None, :, None], table_2KC).to(dtype)
-            for part, both_BKC in enumerate(both_B2KC.unbind(1)):
-                found[3][part].extend(both_BKC[:, :, None].unbind(1))
-                found[4][part].extend(both_BKC[..., None, None].unbind(1))
+    def modulations(self, codes_BX: Tensor, dtype: torch.dtype) -> "ModulationsByDims":
+        """What each layer's output is multiplied by and what is added."""
+        modulations = self.net.modulations
+        both_B2D = self.base_21
+        for codes_B1D, table_2D in zip(modulations.codes(codes_BX), self.tables, strict=True):
+            both_B2D = torch.addcmul(both_B2D, codes_B1D, table_2D)
+        found: ModulationsByDims = {}
+        parts = both_B2D.to(dtype).split([sum(self.widths[3]), sum(self.widths[4])], dim=2)
+        for (dims, widths), both_B2C in zip(self.widths.items(), parts, strict=True):
+            if dims == 3:
+                split = (part[:, None].split(widths, dim=2) for part in both_B2C.unbind(1))
+            else:
+                split = (part[..., None, None].split(widths, dim=1) for part in both_B2C.unbind(1))
+            found[dims] = [None] * len(modulations.channels)
+            for layer, factor, shift in zip(modulations.layers[dims], *split, strict=True):
+                found[dims][layer] = factor, shift
         return found
 
 
@@ -223,7 +215,9 @@ class Mixture(NamedTuple):
     up_RC: Tensor
 
 
-ModulationsByShape = dict[int, tuple[list[Tensor], list[Tensor]]]
+ModulationsByDims = dict[int, list[tuple[Tensor, Tensor] | None]]
+"""By number of dimensions, of each layer that gives such: factors and shifts, ``(B, 1, C)`` or
+``(B, C, 1, 1)``."""
 
 
 class TinyEffect(Effect):
@@ -235,22 +229,17 @@ class TinyEffect(Effect):
     def __init__(
         self,
         *,
-        prepared: PreparedTiny,
-        told: list[Told],
-        text_residual_BLD: Tensor,
+        residuals: Residuals | None,
         mixtures: list[Mixture],
-        modulations: ModulationsByShape,
+        modulations: ModulationsByDims,
     ) -> None:
-        self.places: Sequence[int] = prepared.net.modulations.places
-        self.entrances, self.matrices = prepared.entrances, prepared.matrices
-        self.told = told
-        self.text_residual_BLD = text_residual_BLD
+        self.residuals = residuals
         self.mixtures = mixtures
         self.modulations = modulations
 
     def steer(self, c_BLD: Tensor) -> Tensor:
-        """Add the text residual to the prompt's states, ``(B, L, D)``."""
-        return c_BLD + self.text_residual_BLD.to(c_BLD.dtype)
+        """The prompt's states, ``(B, L, D)``, with their residual, if there is one."""
+        return c_BLD if self.residuals is None else self.residuals.steer(c_BLD)
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
         """Go beyond what was read of the prompt, away from what the negative prompt gives."""
@@ -263,9 +252,9 @@ class TinyEffect(Effect):
 
     def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
         """Scale and shift the output's channels: ``shift + factor * output``."""
-        factors, shifts = self.modulations[output.ndim]
-        place = self.places[index]
-        factor, shift = factors[place], shifts[place]
+        pair = self.modulations[output.ndim][index]
+        assert pair is not None
+        factor, shift = pair
         if factor.dtype != output.dtype:
             factor, shift = factor.to(output.dtype), shift.to(output.dtype)
         if in_place:
@@ -275,26 +264,18 @@ class TinyEffect(Effect):
     def within(self, layers: range, attentions: range) -> "TinyEffect":
         """The same for a part of the UNet: blocks that are alike read what is shaped alike."""
         part = copy.copy(self)
-        part.places = list(range(len(layers)))
-        part.mixtures = [self.mixtures[index] for index in attentions]
-        wanted = [self.places[index] for index in layers]
+        part.mixtures = self.mixtures[attentions.start : attentions.stop]
         part.modulations = {
-            num_dimensions: ([factors[i] for i in wanted], [shifts[i] for i in wanted])
-            for num_dimensions, (factors, shifts) in self.modulations.items()
+            dims: pairs[layers.start : layers.stop] for dims, pairs in self.modulations.items()
         }
         return part
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
-        """Add this entrance's residuals to the hidden states and the skips."""
-        features = (entering.hidden_states, *entering.skips)
-        entrance = self.entrances[index]
-        residuals = entrance.residuals(features, self.told[index], self.matrices[index])
-        hidden, *skips = add_all(features, residuals)
-        return DecoderInput(hidden, tuple(skips))
+        """What enters, with the residuals of this entrance, if there are any."""
+        return entering if self.residuals is None else self.residuals.enter(index, entering)
 
 
-def tiny_shape(  # noqa: PLR0913, a base's shape, by name
-    entrances: Sequence[EntranceChannels],
+def tiny_shape(
     *,
     text_dim: int,
     attention_channels: Sequence[int],
@@ -302,29 +283,18 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     embedding_dim: int,
     max_parameters: int,
 ) -> TinyShape | None:
-    """The widest tiny guide within a number of parameters; None if there is none.
+    """The tiny guide with most directions within a number of parameters; None if there is none."""
 
-    Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
-    grow with the share of parameters.
-    """
-    widest = max(max(e.skips) for e in entrances)
-    few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
-    with torch.device("meta"):
-        rest, counted = (Modulations(c, embedding_dim) for c in (modulated_channels, few))
-    max_parameters -= sum(p.numel() for p in rest.parameters())
-    max_parameters += sum(p.numel() for p in counted.parameters())
+    def shape(num_directions: int) -> TinyShape:
+        return TinyShape([], 0, embedding_dim, num_directions)
 
-    def shape(rank: int) -> TinyShape:
-        ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
-        # from 32 on, sizes that GPUs like
-        ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
-        text_rank = rank if rank < 32 else rank // 64 * 32 + 32
-        return TinyShape(ranks, text_rank, embedding_dim)
-
-    def num_parameters(rank: int) -> int:  # never falls as the rank rises
+    def num_parameters(num_directions: int) -> int:
+        widths = text_dim, attention_channels, modulated_channels
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape(rank), text_dim, attention_channels, few)
+            net = TinyGuide([], shape(num_directions), *widths)
         return sum(p.numel() for p in net.parameters())
 
-    num_fitting = bisect_right(range(4, widest), max_parameters, key=num_parameters)
-    return shape(3 + num_fitting) if num_fitting else None
+    one, two = map(num_parameters, (1, 2))
+    if one > max_parameters:
+        return None
+    return shape(min(MAX_DIRECTIONS, 1 + (max_parameters - one) // (two - one)))

@@ -152,6 +152,13 @@ def modulated_channels(layer: nn.Module) -> int:
     return int(layer.out_channels)
 
 
+def modulated_dims(layer: nn.Module) -> int:
+    """Number of dimensions of what a layer of :func:`modulated_layers` gives: maps have four."""
+    if isinstance(layer, Attention):
+        return 3 if layer.group_norm is None else 4
+    return 3 if isinstance(layer, nn.LayerNorm | FeedForward) else 4
+
+
 def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
     """The facts about a UNet that a guide depends on.
 
@@ -175,12 +182,14 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
             f"This UNet has cross_attention_dim {unet.config.cross_attention_dim}: a guide knows "
             "of one width of text states only."
         )
+    layers = modulated_layers(unet)
     return {
         "in_channels": unet.config.in_channels,
         "text_dim": unet.config.cross_attention_dim,
         "channels": [[e.hidden, *e.skips] for e in decoder_entrances(unet)],
         "attention_channels": [layer.inner_dim for layer in attentions],
-        "modulated_channels": [modulated_channels(layer) for layer in modulated_layers(unet)],
+        "modulated_channels": [modulated_channels(layer) for layer in layers],
+        "modulated_dims": [modulated_dims(layer) for layer in layers],
     }
 
 
