@@ -79,6 +79,23 @@ def check_weights(unet: UNet2DConditionModel) -> None:
         )
 
 
+def check_keeps_nothing(unet: Any) -> None:
+    """Raise ValueError if something in place of a block's forward may keep what it gave.
+
+    In an exact step the UNet has twice the rows of the step before. Offloading is no such thing.
+    """
+    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
+    if any(
+        "forward" in vars(block) and not {"_hf_hook", "_diffusers_hook"} & vars(block).keys()
+        for block in blocks
+        if block is not None
+    ):
+        raise ValueError(
+            "The forward of a block of this UNet has been replaced, as DeepCache does, whose kept "
+            "features don't fit exact steps: take it off, or plug the guide with exact_steps=0."
+        )
+
+
 def check_not_wrapped(unet: Any) -> None:
     """Raise ValueError if the UNet is within another module that runs it past its hooks."""
     if isinstance(unet, PeftModel):

@@ -4,7 +4,7 @@ A batch that is doubled for classifier-free guidance is one or more blocks, each
 under their negative prompts and then of the same samples under their prompts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,18 @@ NEGATIVE, POSITIVE = 0, 1
 
 
 class Forwards:
-    """Sees to it that a pipeline of this name and way runs one forward a step, as it should."""
+    """Sees to it that a pipeline of this name and way runs one forward a step, as it should.
 
-    def __init__(self, name: str, way: str) -> None:
+    Args:
+        name: of the pipeline's class.
+        way: of its class, see :mod:`pnp_core.pipelines`.
+        doubles: whether its batch is doubled.
+    """
+
+    def __init__(self, name: str, way: str, *, doubles: bool) -> None:
         self.name = name
         self.way = way
+        self.doubles = doubles
         self.number = 0
         self.num_steps: int | None = None
         self.last_timestep: Any = None
@@ -61,7 +68,7 @@ class Forwards:
                 f"{self.name} confuses the rows of several prompts or images, with a guide and "
                 "without: ask for one image a call."
             )
-        expected = num_prompts if self.way == ASKS else 2 * num_prompts
+        expected = 2 * num_prompts if self.doubles else num_prompts
         odd = num_rows != expected if self.way == ASKS else num_rows % expected
         if odd:
             raise ValueError(
@@ -92,13 +99,45 @@ def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> 
     return value
 
 
+def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a UNet returned, a tuple or diffusers' own class, with its prediction changed."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return type(output)(sample=change(output.sample))
+
+
 def doubled(output: Any, num_samples: int) -> Any:
-    """What a UNet returned, a tuple or diffusers' own class, with both halves the same."""
+    """What a UNet returned, with both halves the same."""
 
     def both(sample: Tensor) -> Tensor:
         blocks = sample.unflatten(0, (-1, num_samples))
         return torch.stack([blocks, blocks], dim=1).flatten(0, 2)
 
-    if isinstance(output, tuple):
-        return (both(output[0]), *output[1:])
-    return type(output)(sample=both(output.sample))
+    return changed(output, both)
+
+
+def forwards_left(pipe: Any, timestep: Tensor) -> int:
+    """How many forwards a run has that is at its first.
+
+    Image-to-image and the like begin late in the scheduler's timesteps. Most pipelines note how
+    many they go through; of others it is those from this one on.
+
+    Args:
+        pipe: runs.
+        timestep: of the first forward, ``(1,)``.
+
+    Raises:
+        ValueError: the scheduler has no such timestep.
+    """
+    noted = getattr(pipe, "_num_timesteps", None)
+    if noted is not None:
+        return int(noted)
+    timesteps = getattr(pipe.scheduler, "timesteps", None)
+    if timesteps is not None:
+        found = (timesteps == timestep.to(timesteps.device)).nonzero()
+        if len(found):
+            return len(timesteps) - int(found[0])
+    raise ValueError(
+        f"{type(pipe).__name__} does not say how many steps it takes, among which exact_steps are "
+        "to be spread: plug it with exact_steps=0."
+    )

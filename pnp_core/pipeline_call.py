@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from pnp_core.bundle import GuideBundle
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.exact import ExactSteps, spread
 from pnp_core.fit import bare_unet
-from pnp_core.forwards import NEGATIVE, Forwards, doubled, half
+from pnp_core.forwards import NEGATIVE, Forwards, changed, doubled, forwards_left, half
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
 from pnp_core.placing import on_device
 from pnp_core.precision import is_mixed
+from pnp_core.schedule import NoiseSchedule
 from pnp_core.scheduling import of_scheduler
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Plug:
 
     bundle: GuideBundle
     strength: float
+    exact_steps: int
     stock_class: type[DiffusionPipeline]
     unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
     warned: set[str] = field(default_factory=set)
@@ -65,8 +68,10 @@ class PipelineCall(Call):
         self.plug = plug
         self.asked_scale: float = arguments.get("guidance_scale", 1.0)
         self.unet = bare_unet(pipe)
-        self.way = way_in(plug.stock_class)
-        self.doubles = self.way != ASKS
+        way = way_in(plug.stock_class)
+        self.asks = way == ASKS
+        # With exact steps it runs as the stock one with CFG, which guided steps see half of.
+        self.doubles = not self.asks or plug.exact_steps > 0
         self.guide: Guide | None = None  # for the number of steps
         self.negative: Tensor | None = None  # text states; one row if all samples share it
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
@@ -75,14 +80,17 @@ class PipelineCall(Call):
         self.began_unguided = False
         self.num_prompts: int | None = None  # as encoded, before the batch is doubled
         self.num_samples = 0
-        self.forwards = Forwards(type(pipe).__name__, self.way)
+        self.forwards = Forwards(type(pipe).__name__, way, doubles=self.doubles)
+        self.exact: ExactSteps | None = None
+        self.is_exact = False  # the forward under way
         self.prepared: Prepared | None = None
         self.prepared_for: tuple[Any, ...] = ()
+        self.halved: tuple[Any, ...] | None = None  # the text states of both that were last seen
 
     @property
     def guidance_scale(self) -> float:
         """As it is now: a callback may change it, where the pipeline looks at it again."""
-        if self.doubles:
+        if not self.asks:
             return float(self.asked_scale)
         return float(getattr(self.pipe, "_guidance_scale", self.asked_scale))
 
@@ -99,10 +107,7 @@ class PipelineCall(Call):
         result = method(*bound.args[1:], **bound.kwargs)
         self.has_encoded = True
         self.num_prompts = len(result[0])
-        negative = result[1]
-        if torch.equal(negative, negative[:1].expand_as(negative)):
-            negative = negative[:1]  # all share it
-        self.negative = negative
+        self.negative = shared(result[1])
         self.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
         return result
 
@@ -141,8 +146,8 @@ class PipelineCall(Call):
         if self.guidance_scale > 1 and (differs or self.has_time_ids):
             self.plug.warn_once(
                 "negative_original_size, negative_crops_coords_top_left, negative_target_size and "
-                "a refiner's negative_aesthetic_score have no effect with a guide: it knows the "
-                "negative prompt by its text alone."
+                "a refiner's negative_aesthetic_score have no effect where a guide acts: it knows "
+                "the negative prompt by its text alone."
             )
         self.has_time_ids = True
         return method(*args, **kwargs)
@@ -156,13 +161,18 @@ class PipelineCall(Call):
             ValueError: the pipeline called the UNet in a way that a guide can't follow.
         """
         scale = self.guidance_scale
+        self.is_exact = self.begins_exact(arguments)
         if scale > 1:
-            if self.num_prompts is None and not self.doubles:
+            if self.num_prompts is None and self.asks:
                 message = BEGAN_UNGUIDED if self.began_unguided else NOT_ENCODED
                 raise ValueError(message.format(type(self.pipe).__name__))
             timesteps = getattr(self.pipe.scheduler, "timesteps", None)
             num_steps = None if timesteps is None else len(timesteps)
             self.forwards.check(arguments, self.num_prompts, num_steps)
+            if self.doubles:
+                self.check_both(arguments)
+            if self.is_exact:
+                return None
             if self.doubles:
                 self.halve(arguments)
         sample = arguments["sample"]
@@ -174,25 +184,61 @@ class PipelineCall(Call):
         added = arguments.get("added_cond_kwargs") or {}
         self.prepare(sample, text, added, scale)
         assert self.prepared is not None
-        timestep = arguments["timestep"]
-        if not isinstance(timestep, Tensor):
-            timestep = torch.full((1,), timestep, device=sample.device)
-        effect = self.prepared.at(sample, timestep.to(sample.device).reshape(-1))
+        effect = self.prepared.at(sample, timestep_of(arguments))
         arguments["encoder_hidden_states"] = effect.steer(text)
         return effect
 
     def end(self, output: Any) -> Any:
         """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""
-        if not self.doubles or self.guidance_scale <= 1:
+        scale, exact = self.guidance_scale, self.exact
+        if not self.doubles or scale <= 1:
             return None
+        if exact is not None and self.is_exact:
+            sample = output[0] if isinstance(output, tuple) else output.sample
+            negative, positive = sample.chunk(2)
+            exact.keep(positive - negative, self.timestep)
+            return None
+        strength = self.plug.strength
+        if exact is not None and strength > 0:
+            more = strength * (scale - 1)
+            output = changed(output, lambda eps: exact.correct(eps, self.timestep, more))
         return doubled(output, self.num_prompts or self.num_samples)
+
+    def begins_exact(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether this forward is to be CFG's own; counts all of the call's."""
+        if self.plug.exact_steps == 0 or (self.exact is None and self.guidance_scale <= 1):
+            return False
+        self.timestep = timestep_of(arguments)[:1]
+        if self.exact is None:
+            scheduler = self.pipe.scheduler
+            steps = spread(self.plug.exact_steps, forwards_left(self.pipe, self.timestep))
+            quantity = scheduler.config.get("prediction_type", "epsilon")
+            self.exact = ExactSteps(steps, NoiseSchedule.from_scheduler(scheduler), quantity)
+        return self.exact.begin()
+
+    def check_both(self, arguments: Mapping[str, Any]) -> None:
+        """Raise ValueError if a callback has left states of the prompt alone in a doubled batch."""
+        num_rows, text = len(arguments["sample"]), arguments["encoder_hidden_states"]
+        if self.asks and len(text) != num_rows:
+            raise ValueError(
+                f"{type(self.pipe).__name__} runs its UNet on {num_rows} rows with {len(text)} "
+                "text states: with exact steps a callback has to give those of the negative prompt "
+                "too, torch.cat([negative, prompt])."
+            )
 
     def halve(self, arguments: dict[str, Any]) -> None:
         """Leave of a doubled batch the rows under the prompts, and keep the negative prompts."""
         num_rows = len(arguments["sample"])
         num_samples = self.num_prompts or num_rows // 2
-        negative = half(arguments["encoder_hidden_states"], num_rows, num_samples, NEGATIVE)
-        self.negative = negative[:1] if num_samples == 1 else negative
+        text, added = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs") or {}
+        if not self.asks:
+            negative = half(text, num_rows, num_samples, NEGATIVE)
+            self.negative = negative[:1] if num_samples == 1 else negative
+        elif key_of(text) != self.halved:
+            self.negative = shared(half(text, num_rows, num_samples, NEGATIVE))
+            self.halved, self.held_text = key_of(text), text
+        if self.asks and "text_embeds" in added:
+            self.negative_pooled = half(added["text_embeds"], num_rows, num_samples, NEGATIVE)
         for name, value in arguments.items():
             arguments[name] = half(value, num_rows, num_samples)
 
@@ -299,6 +345,21 @@ class OfficialCallback(PipelineCallback):
     def __call__(self, *args: Any) -> Any:
         """Call what stands in for the callback, with the pipeline's arguments."""
         return self.called(*args)
+
+
+def timestep_of(arguments: Mapping[str, Any]) -> Tensor:
+    """A forward's timesteps, one for all or one a row, where its latents are."""
+    timestep, device = arguments["timestep"], arguments["sample"].device
+    if not isinstance(timestep, Tensor):
+        return torch.full((1,), timestep, device=device)
+    return timestep.to(device).reshape(-1)
+
+
+def shared(negative: Tensor) -> Tensor:
+    """One row of text states where all samples share it, which is faster."""
+    first = negative[:1]
+    is_shared = len(negative) == 1 or torch.equal(negative, first.expand_as(negative))
+    return first if is_shared else negative
 
 
 def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:

@@ -22,6 +22,7 @@ DOUBLES = "doubles"
 VIEWS = "views"
 
 CFG = "do_classifier_free_guidance"
+PARALLEL = "StableDiffusionParadigmsPipeline"
 
 # By name within diffusers.
 SERVED: dict[str, str] = {
@@ -60,7 +61,7 @@ SERVED: dict[str, str] = {
             "StableDiffusionDiffEditPipeline",
             "StableDiffusionInpaintPipelineLegacy",
             "StableDiffusionModelEditingPipeline",
-            "StableDiffusionParadigmsPipeline",
+            PARALLEL,
             "BlipDiffusionPipeline",
             "BlipDiffusionControlNetPipeline",
         ),
@@ -254,6 +255,15 @@ def way_in(pipeline_class: type[Any]) -> str:
             "encode_prompt and do_classifier_free_guidance. Derive it from the class it resembles."
         )
     return ASKS
+
+
+def check_exact_steps(pipeline_class: type[Any]) -> None:
+    """Raise ValueError if pipelines of this class can't have exact CFG steps in a guided run."""
+    if way_in(pipeline_class) == VIEWS or known(pipeline_class) == PARALLEL:
+        raise ValueError(
+            f"{pipeline_class.__name__} can't have exact steps: a forward of its UNet is not one "
+            "step of the whole picture. Plug it with exact_steps=0."
+        )
 
 
 def takes(pipeline_class: type[Any], method: str, argument: str) -> bool:

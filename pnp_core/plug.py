@@ -17,11 +17,16 @@ from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
 from pnp_core.inject import optimized, unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
+from pnp_core.pipelines import check_exact_steps
 from pnp_core.plugged import STATE, plugged_class, state_of_plug
 
 
 def plug(
-    pipe: DiffusionPipeline, guide: Guide | GuideBundle, *, strength: float = 1.0
+    pipe: DiffusionPipeline,
+    guide: Guide | GuideBundle,
+    *,
+    strength: float = 1.0,
+    exact_steps: int = 0,
 ) -> DiffusionPipeline:
     """Let ``guide`` replace classifier-free guidance in a stock pipeline, in place.
 
@@ -33,6 +38,9 @@ def plug(
         pipe: a pipeline of the guide's base, or of a fine-tune of it.
         guide: a guide, or one for each of several step counts.
         strength: multiplies what the guide does; at least 0.
+        exact_steps: how many of a call's steps are CFG's own, of two forwards; at least 0. They are
+            spread evenly from the first step on, and correct the guided ones after them, see
+            :mod:`pnp_core.exact`. A step that has several forwards counts as several.
 
     Returns:
         ``pipe``.
@@ -40,8 +48,8 @@ def plug(
     Raises:
         ValueError: a pipeline of a class that can't have a guide; no UNet of a supported kind (a
             quantised or sharded one is not), or one of another architecture or prediction type
-            than the guide's; a pipeline that is plugged already; a strength that can't be. The
-            pipeline is unchanged.
+            than the guide's; a pipeline that is plugged already; a strength or a number of exact
+            steps that can't be. The pipeline is unchanged.
         TypeError: no guide was given.
     """
     if not isinstance(guide, Guide | GuideBundle):
@@ -51,6 +59,8 @@ def plug(
         )
     if not 0 <= strength < math.inf:
         raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
+    if isinstance(exact_steps, bool) or not isinstance(exact_steps, int) or exact_steps < 0:
+        raise ValueError(f"exact_steps is a whole number from 0 on, and not {exact_steps!r}.")
     bundle = guide if isinstance(guide, GuideBundle) else as_bundle(guide)
     plugged = state_of_plug(pipe)
     if plugged is not None:
@@ -59,12 +69,20 @@ def plug(
         raise ValueError("This pipeline is plugged already: unplug(pipe) first.")
     check_unet(pipe, bundle)
     check_prediction_type(pipe, bundle)
+    if exact_steps:
+        check_exact_steps(type(pipe))
     stock: Any = type(pipe)
     unet, with_guide = bare_unet(pipe), plugged_class(stock)
     if pipe.unet is not unet:
         optimized.add(unet)
     use(unet, pipe)
-    state = Plug(bundle=bundle, strength=strength, stock_class=stock, unet=weakref.ref(unet))
+    state = Plug(
+        bundle=bundle,
+        strength=strength,
+        exact_steps=exact_steps,
+        stock_class=stock,
+        unet=weakref.ref(unet),
+    )
     vars(pipe)[STATE] = state
     pipe.__class__ = with_guide
     return pipe

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from pnp_core.calls import entered, now
-from pnp_core.fit import bare_unet, check_prediction_type, check_unet
+from pnp_core.fit import bare_unet, check_keeps_nothing, check_prediction_type, check_unet
 from pnp_core.inject import optimized, unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
 from pnp_core.pipelines import ASKS, check_arguments, rest_of, told_to, way_in
@@ -126,6 +126,8 @@ def get_ready(pipe: Any, plug: Plug) -> None:
         if known is not None:
             unuse(known, pipe)
         plug.unet = weakref.ref(unet)
+    if plug.exact_steps:
+        check_keeps_nothing(unet)
     if pipe.unet is not unet:
         optimized.add(unet)
     use(unet, pipe)
@@ -160,9 +162,10 @@ def plugged_class(stock: Any) -> Any:
     if way_in(stock) == ASKS:
 
         def do_classifier_free_guidance(self: Any) -> bool:
-            """Whether two forwards a step are run: not in a call, where the guide replaces them."""
+            """Whether the batch is doubled: in a call only if it has exact steps."""
             asked: Any = super(plugged_class(stock), self).do_classifier_free_guidance
-            return bool(asked) and call_under_way(self) is None
+            call = call_under_way(self)
+            return bool(asked) and (call is None or call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
     return type(stock.__name__, (Plugged, stock), names)

@@ -1,0 +1,127 @@
+"""Exact CFG steps in a guided run, in stock pipelines of several kinds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import SchedulerMixin
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor
+
+from pnp_core.guide import Guide
+from pnp_core.plug import plug, unplug
+from pnp_core.schedule import NoiseSchedule
+from tests.pipeline_zoo import CASES, Parts
+from tests.pipelines.test_classes import call_of, made
+from tests.reference import SCALE, Reference, guide_for, rows_run, run, stand_in
+
+# Of each way to have a batch, to begin late, and to be told more than a prompt.
+NAMES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionAdapterPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionGLIGENPipeline",
+    "StableDiffusionInpaintPipelineLegacy",
+]
+LATE = {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"}
+NUM_STEPS = 4
+EXACT = (0, 2)
+
+
+class PartlyExact(Reference):
+    """Passes the doubled batch on at the exact steps, and corrects the guided ones after them."""
+
+    def __init__(self, unet: Any, guide: Guide, scheduler: SchedulerMixin, exact: Any) -> None:
+        super().__init__(unet, guide, 1, scheduler)
+        self.schedule = NoiseSchedule.from_scheduler(scheduler)
+        self.exact, self.number = exact, -1
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, *args: Any, return_dict: bool = True, **more: Any
+    ) -> Any:
+        self.number += 1
+        more["return_dict"] = False
+        alpha2 = float(self.schedule.alphas_cumprod[int(timestep.reshape(-1)[0])])
+        snr = alpha2 / (1 - alpha2)
+        if self.number in self.exact:
+            both = self.unet(sample, timestep, *args, **more)[0]
+            self.snr, (n, c) = snr, both.chunk(2)
+            self.difference = c - n
+        else:
+            part = 0.7 * (self.snr / snr) ** 0.6
+            both = super().forward(sample, timestep, *args, **more)[0]
+            both = both + part * (SCALE - 1) * self.difference.repeat(2, 1, 1, 1)
+        return UNet2DConditionOutput(sample=both) if return_dict else (both,)
+
+
+def asked(pipe: Any, name: str) -> dict[str, Any]:
+    call = {**call_of(pipe, CASES[name]), "num_inference_steps": NUM_STEPS}
+    return call | ({"num_inference_steps": 2 * NUM_STEPS, "strength": 0.5} if name in LATE else {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_steps_are_cfgs_and_the_others_the_guides_with_the_correction(
+    name: str, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    unet, guide, call = pipe.unet, guide_for(pipe.unet), asked(pipe, name)
+    stand_in(pipe, PartlyExact(unet, guide, pipe.scheduler, EXACT))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    plug(pipe, guide, exact_steps=2)
+    rows = rows_run(unet)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=1e-3)
+    assert rows == [2, 1, 2, 1]
+    unplug(pipe)
+    plug(pipe, guide)
+    assert not np.allclose(run(pipe, call), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_as_many_exact_steps_as_steps_are_the_stock_pipeline_with_cfg(
+    name: str, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    call = asked(pipe, name)
+    if "XL" in name:
+        call["negative_original_size"] = (16, 16)
+    stock = run(pipe, call)
+    plug(pipe, guide_for(pipe.unet), exact_steps=9)
+    assert np.array_equal(run(pipe, call), stock)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionPanoramaPipeline", "StableDiffusionParadigmsPipeline"]
+)
+def test_what_does_not_run_one_step_a_forward_is_refused(name: str, parts: Parts) -> None:
+    pipe = made(name, parts)
+    cls, guide = type(pipe), guide_for(pipe.unet)
+    with pytest.raises(ValueError, match=f"{name} can't have exact steps.*exact_steps=0"):
+        plug(pipe, guide, exact_steps=1)
+    assert type(pipe) is cls
+    plug(pipe, guide)
+
+
+def test_guess_mode_keeps_its_meaning_in_exact_steps(parts: Parts) -> None:
+    """There the forward under the negative prompt has none of the ControlNet's residuals."""
+    name = "StableDiffusionControlNetPipeline"
+    pipe = made(name, parts)
+    call = asked(pipe, name) | {"guess_mode": True}
+    stock = run(pipe, call)
+    plug(pipe, guide_for(pipe.unet), exact_steps=NUM_STEPS)
+    assert np.array_equal(run(pipe, call), stock)
+
+
+@torch.no_grad()
+def test_a_block_that_keeps_features_from_step_to_step_is_refused(parts: Parts) -> None:
+    pipe = made("StableDiffusionPipeline", parts)
+    plug(pipe, guide_for(pipe.unet), exact_steps=1)
+    call = asked(pipe, "StableDiffusionPipeline")
+    pipe.unet.mid_block.forward = pipe.unet.mid_block.forward
+    with pytest.raises(ValueError, match=r"as DeepCache does.*exact_steps=0"):
+        run(pipe, call)
