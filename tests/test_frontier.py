@@ -128,14 +128,14 @@ def test_linear_ag_is_cfg_where_the_negative_prediction_is_linear_in_earlier_one
     assert teachers[1].negatives == 2
 
 
-@pytest.mark.parametrize("method", FREE)
+@pytest.mark.parametrize("method", [*FREE, "exact"])
 @pytest.mark.parametrize("num_forwards", FORWARDS)
 def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int) -> None:
     for setting in layouts(method, num_forwards):
         assert setting.forwards == num_forwards
         assert sorted(set(setting.full)) == list(setting.full)
         assert all(0 <= step < setting.num_steps for step in setting.full)
-        if method in ("reuse", "linear"):
+        if method in ("reuse", "linear", "exact"):
             assert setting.full[0] == 0  # there is nothing before it to estimate from
     assert layouts(method, num_forwards) or num_forwards == 2
 
@@ -153,7 +153,7 @@ def test_flops_of_a_run_are_those_of_its_forwards(pipe: StableDiffusionPipeline)
 
 
 def test_a_setting_is_read_from_its_own_words() -> None:
-    for method in (*FREE, "guided"):
+    for method in (*FREE, "guided", "exact"):
         for setting in layouts(method, 16):
             assert Setting.parse(setting.at(2.5).text) == setting.at(2.5)
 
@@ -214,7 +214,7 @@ def test_images_that_are_kept_are_not_made_again(
     assert not np.array_equal(other.images(setting, tasks[:4])[0], first[:4])
 
 
-@pytest.mark.parametrize("method", ["cfg", "linear", "guided"])
+@pytest.mark.parametrize("method", ["cfg", "linear", "guided", "exact"])
 def test_each_method_makes_images_of_its_own(method: str, bench: workbench.Workbench) -> None:
     tasks = workbench.tasks_of(bench.params, 4, 0)
     setting = layouts(method, 8)[0]
@@ -228,9 +228,10 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
     bench: workbench.Workbench,
 ) -> None:
     guides = bench.bundles["guided"].guides
-    for setting in layouts("guided", 4):
-        denoiser = bench.denoiser(setting)
-        assert denoiser.guide is guides[4 if setting.solver == "ddim" else 8]  # type: ignore[attr-defined]
+    for setting in (*layouts("guided", 4), *layouts("exact", 4)):
+        denoiser: Any = bench.denoiser(setting)
+        guided = denoiser.guided if setting.method == "exact" else denoiser
+        assert guided.guide is guides[4 if setting.solver == "ddim" else 8]
 
 
 def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
@@ -250,6 +251,25 @@ def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None
     assert one_step == pytest.approx(guided / plain)
     assert 4 < bench.forwards(setting) <= 4 * one_step
     assert bench.forwards(layouts("cfg", 4)[0]) == 4
+
+
+@torch.no_grad()
+def test_exact_steps_cost_two_forwards_of_a_guided_run(bench: workbench.Workbench) -> None:
+    setting = layouts("exact", 8)[0]
+    plain = Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0)
+    task = workbench.tasks_of(bench.params, 8, 0)[:1]
+    spent = {of: bench._flops_of(of, task) for of in (plain, setting)}
+    assert setting.num_steps == 6 and len(setting.full) == 2
+    assert bench.forwards(setting) == pytest.approx(spent[setting] / spent[plain], rel=1e-3)
+
+
+def test_kept_images_of_other_methods_are_told_by_what_they_ever_were(
+    bench: workbench.Workbench,
+) -> None:
+    ever = {"version", "base", "model", "precision", "spacing", "setting"}
+    for method, more in (("cfg", set()), ("guided", {"guide"}), ("exact", {"guide", "correction"})):
+        kept = read_json(bench._folder(layouts(method, 8)[0]) / "identity.json")
+        assert kept.keys() == ever | more
 
 
 # Final models
@@ -411,7 +431,7 @@ def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
 
 def test_every_method_of_the_jobs_has_a_label() -> None:
     names = {name.split()[1] for _, name, _ in run.jobs(["base"], [8]) if name[0] == "8"}
-    assert names <= LABELS.keys() and names >= {*FREE, "guided"}
+    assert names <= LABELS.keys() and names >= {*FREE, "guided", "exact"}
 
 
 # ImageNet's classes of what the world draws too

@@ -124,13 +124,14 @@ class Maker:
         """
         name, at = self.bench.name, str(num_forwards)
         known = self.table.read()["choices"]
-        if method in GUIDES and method not in self.bench.bundles:
+        guide = self.bench.digest(method)
+        if method in GUIDES and guide is None:
             return None
         mine = known.get(name, {}).get(at, {}).get(method)
-        if mine and mine.get("guide") == self.bench.digests.get(method):
+        if mine and mine.get("guide") == guide:
             return Setting.parse(mine["setting"])
         solvers = tuple(SOLVERS)
-        if method in PLACES:
+        if method in PLACES and method in FREE:
             cfg = self.choose("cfg", num_forwards)
             assert cfg
             solvers = (cfg.solver,)
@@ -148,7 +149,7 @@ class Maker:
             climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
         best = min(tried, key=lambda setting: tried[setting])
         choice = {
-            "guide": self.bench.digests.get(method),
+            "guide": guide,
             "setting": best.text,
             "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
         }
@@ -180,7 +181,7 @@ class Maker:
         """
         name = self.bench.name
         known = self.table.read()["cells"].get(name, {}).get(place, {})
-        guide = self.bench.digests.get(setting.method)
+        guide = self.bench.digest(setting.method)
         if known.get(setting.method, {"guide": -1})["guide"] == guide:
             return
         images, milliseconds = self.bench.images(setting, self.tasks)

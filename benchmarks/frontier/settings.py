@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pnp_core.exact import spread
 from pnp_core.sample import SOLVERS
 
 FORWARDS = (64, 32, 16, 8, 4, 2)
@@ -22,9 +23,11 @@ LABELS = {
     "linear": "LinearAG (Castillo et al. 2023)",
     "guided": "this guide",
     "guided-2": "this guide, trained a second time",
+    "exact": "this guide, and CFG in some steps",
 }
 FREE = ("cfg", "first", "interval", "reuse", "linear")
-GUIDES = ("guided", "guided-2")
+GUIDES = {"guided": "guided", "guided-2": "guided-2", "exact": "guided"}
+"""Methods with a guide, and whose guide they have."""
 # An FID of few images within this of the best may be the best of many: such layouts of a method,
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
 # near 11, so this is about 3 % of what many would show.
@@ -40,7 +43,7 @@ class Setting:
         solver: one of `pnp_core.sample.SOLVERS`.
         num_steps: of the solver.
         scale: guidance scale as diffusers counts it.
-        full: of a free rival, the steps at which it makes both predictions, from 0.
+        full: the steps at which both predictions are made, from 0.
     """
 
     method: str
@@ -97,11 +100,6 @@ def interval(num_full: int, num_steps: int) -> tuple[int, ...]:
     return tuple(range(start, start + num_full))
 
 
-def spread(num_full: int, num_steps: int) -> tuple[int, ...]:
-    """The first step, and others evenly after it."""
-    return tuple(round(k * num_steps / num_full) for k in range(num_full))
-
-
 def alternate(num_full: int, num_steps: int) -> tuple[int, ...]:
     """Every other step from the first on, or more where they are not enough; none in the end."""
     return tuple(round(k * min(2, num_steps / num_full)) for k in range(num_full))
@@ -112,6 +110,7 @@ PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "interval": interval,
     "reuse": spread,
     "linear": alternate,
+    "exact": spread,
 }
 
 
@@ -125,7 +124,7 @@ def layouts(
     """
     start = 4.0 if method in GUIDES else 3.0
     places: list[tuple[int, tuple[int, ...]]] = []
-    if method in GUIDES:
+    if method in GUIDES and method not in PLACES:
         places.append((num_forwards, ()))
     elif method == "cfg":
         half = num_forwards // 2

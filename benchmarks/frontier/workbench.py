@@ -32,6 +32,7 @@ from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.exact import AT_ONCE, POWER, ExactDenoiser
 from pnp_core.files import write_json, write_tensors
 from pnp_core.metrics import count_flops
 from pnp_core.model_files import weights_hash
@@ -51,7 +52,7 @@ class Workbench:
         name: of the model.
         model: where it lies.
         params: of the run; `evaluate` says in what precision.
-        bundles: guides, by the name of a method in `GUIDES`.
+        bundles: guides, by their names in `GUIDES`.
     """
 
     def __init__(
@@ -94,7 +95,9 @@ class Workbench:
     def _folder(self, setting: Setting) -> Path:
         values = {**self.identity, "setting": setting.text}
         if setting.method in GUIDES:
-            values["guide"] = self.digests[setting.method]
+            values["guide"] = self.digest(setting.method)
+        if setting.method == "exact":
+            values["correction"] = [AT_ONCE, POWER]
         folder = KEPT / _hash(values)
         if not (folder / "identity.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,10 +138,17 @@ class Workbench:
                 return ReusedGuidance(teacher, setting.full)
             case "linear":
                 return LinearAG(teacher, setting.full, self._fitted(setting))
-        bundle = self.bundles[setting.method]
+        bundle = self.bundles[GUIDES[setting.method]]
         halved = bundle.for_steps(setting.num_steps)
         guide = halved if setting.solver == "ddim" else bundle.guides[bundle.num_steps[-1]]
-        return GuidedDenoiser(unet, guide, schedule)
+        guided = GuidedDenoiser(unet, guide, schedule)
+        if setting.method == "exact":
+            return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
+        return guided
+
+    def digest(self, method: str) -> str | None:
+        """Of the guide that a method has; None if it has none, or there is none."""
+        return self.digests.get(GUIDES.get(method, ""))
 
     def _fitted(self, setting: Setting) -> Coefficients:
         if setting not in self._coefficients:
@@ -155,20 +165,22 @@ class Workbench:
         """What an image costs, in plain forwards, by FLOPs."""
         if setting.method not in GUIDES:
             return float(setting.forwards)
-        key = f"{setting.method} {setting.solver}"
+        guided = GUIDES[setting.method]
+        key = f"{guided} {setting.solver}"
         if key not in self._flops:
             task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
             plain, one, two = (
                 self._flops_of(s, task)
                 for s in (
                     Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0),
-                    Setting(method=setting.method, solver="ddim", num_steps=1, scale=3.0),
-                    Setting(method=setting.method, solver="ddim", num_steps=2, scale=3.0),
+                    Setting(method=guided, solver="ddim", num_steps=1, scale=3.0),
+                    Setting(method=guided, solver="ddim", num_steps=2, scale=3.0),
                 )
             )
             self._flops[key] = one / plain, (two - one) / plain
         first, later = self._flops[key]
-        return first + (setting.num_steps - 1) * later
+        num_guided = setting.num_steps - len(setting.full)
+        return first + (num_guided - 1) * later + 2 * len(setting.full)
 
     def _flops_of(self, setting: Setting, task: Sequence[Task]) -> int:
         run, scheduler = self._run(setting, task), self.sampler.pipe.scheduler  # reads the prompt
