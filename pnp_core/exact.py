@@ -14,8 +14,8 @@ from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.schedule import NoiseSchedule
 
-# Of zoo/guide on its base over 6 and 13 steps, E155 in docs/LOG.md.
-AT_ONCE = 0.7
+# Fitted to the guidance of the zoo's base at 6 and 13 steps: E155 in docs/LOG.md.
+AT_ONCE = 0.7  # where no noise lies between
 POWER = 0.6
 
 
@@ -30,7 +30,7 @@ class ExactSteps:
 
     A guided step at ``t`` after an exact one at ``s`` gets besides the guide's own
     ``0.7 (SNR_s / SNR_t)^0.6 (w - 1) (eps_c - eps_n)`` of the exact one, ``SNR = alpha^2 /
-    sigma^2``: that part of it leaves the least error one, two and three steps later alike.
+    sigma^2``. About that part of it leaves the least error, be it one, two or three steps later.
 
     Args:
         steps: the exact ones, counted from 0. Each object counts one run.

@@ -3,7 +3,7 @@
 A stock pipeline decides on classifier-free guidance in one of these ways:
 
 - ``ASKS``: it asks its property ``do_classifier_free_guidance``. A plugged one answers no, and runs
-  one forward a step.
+  one forward a step. With exact steps it answers as the stock one, and goes as ``DOUBLES``.
 - ``DOUBLES``: it doubles the batch in its own code. The hook runs the half under the prompt, and
   gives the guided prediction back for both: ``u + w (c - u)`` then is that prediction exactly.
 - ``VIEWS``: as ``DOUBLES``, with several forwards a step, each of other parts of the picture.

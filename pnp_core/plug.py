@@ -1,8 +1,9 @@
 """Plugging a guide into a stock diffusers pipeline.
 
 A plugged pipeline says to its own code that there is no classifier-free guidance, so that it runs
-one UNet forward a step, and lets the guide act in that forward. The guidance scale and the negative
-prompt come from the pipeline itself. See :mod:`pnp_core.plugged` for what it does otherwise.
+one UNet forward a step, and lets the guide act in that forward. With exact steps there is, and the
+guided ones run half of the batch. The guidance scale and the negative prompt come from the pipeline
+itself. See :mod:`pnp_core.plugged` for what it does otherwise.
 """
 
 import math

@@ -11,11 +11,9 @@ from diffusers import (
     DDIMScheduler,
     HeunDiscreteScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 from torch import Tensor
-from torch._dynamo.testing import CompileCounter
 
 from benchmarks.plug import counted_forwards
 from pnp_core.conditions import Conditions
@@ -223,14 +221,14 @@ def test_calls_in_threads_over_one_unet_keep_their_own_exact_steps(
         mine.scheduler, mine.tokenizer = map(copy.deepcopy, (pipe.scheduler, pipe.tokenizer))
         return plug(mine, tiny, exact_steps=num_exact)
 
-    pipes = [own(n) for n in range(4)]
+    pipes = [own(n) for n in range(3)]
     alone = [generate(each, guidance_scale=2.0 + n) for n, each in enumerate(pipes)]
 
     def several(number: int) -> list[np.ndarray]:
-        return [generate(pipes[number], guidance_scale=2.0 + number) for _ in range(5)]
+        return [generate(pipes[number], guidance_scale=2.0 + number) for _ in range(3)]
 
-    with ThreadPoolExecutor(4) as pool:
-        for images, one in zip(pool.map(several, range(4)), alone, strict=True):
+    with ThreadPoolExecutor(3) as pool:
+        for images, one in zip(pool.map(several, range(3)), alone, strict=True):
             for image in images:
                 np.testing.assert_allclose(image, one, atol=1e-5)
 
@@ -260,6 +258,18 @@ def test_a_callback_that_ends_guidance_midway_leaves_the_prompts_prediction(
         for t in pipe.scheduler.timesteps[2:]:
             latents = pipe.scheduler.step(pipe.unet(latents, t, text).sample, t, latents)[0]
     np.testing.assert_allclose(latents_of_step_1, latents.numpy(), atol=1e-5)
+
+
+def test_guidance_that_a_callback_begins_midway_is_refused_as_without_exact_steps(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    def begin(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        running._guidance_scale = 4.0
+        return given
+
+    plug(pipe, tiny, exact_steps=1)
+    with pytest.raises(ValueError, match="raised above 1 in the middle of a call"):
+        generate(pipe, guidance_scale=1.0, callback_on_step_end=begin)
 
 
 def test_a_callback_sees_and_changes_both_prompts_as_in_the_stock_pipeline(
@@ -309,35 +319,6 @@ def test_a_step_after_the_first_waits_for_nothing(
     with counted_forwards(pipe.unet) as counted:
         pipe("a cat", negative_prompt="a dog", num_inference_steps=6, output_type="latent")
     assert len(counted) == 6 and not any(counted[2:])  # the guide reads the prompts in the second
-
-
-@pytest.mark.parametrize("style", ["module", "blocks"])
-def test_compiled_without_a_break_it_gives_the_same_images_and_is_compiled_once(
-    pipe: StableDiffusionPipeline, style: str
-) -> None:
-    one_level = {
-        "block_out_channels": (32,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    }
-    torch.manual_seed(0)
-    pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, **one_level}).eval()
-    tiny = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
-    plug(pipe, tiny, exact_steps=1)
-    calls: list[dict[str, Any]] = [
-        {"num_inference_steps": 2},
-        {"num_inference_steps": 3, "guidance_scale": 7.0, "negative_prompt": "a dog"},
-    ]
-    expected = [generate(pipe, **call) for call in calls]
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    compiles = pipe.unet.compile if style == "module" else pipe.unet.compile_repeated_blocks
-    compiles(backend=counter, fullgraph=True)
-    counts = []
-    for call, image in zip(calls, expected, strict=True):
-        np.testing.assert_allclose(generate(pipe, **call), image, atol=1e-4)
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("number", [-1, 1.0, True, "2", None])

@@ -98,19 +98,24 @@ def test_they_are_made_again_when_a_lora_or_its_scale_changes(
     assert negatives.kept[0] is None
 
 
-@pytest.mark.parametrize("style", ["module", "wrapper", "blocks"])
-@pytest.mark.parametrize("first", ["plug", "compile"])
-def test_compiled_without_a_break_or_recompilation_it_gives_the_same_images(
-    pipe: StableDiffusionPipeline, style: str, first: str
-) -> None:
-    one_level = {  # half of the code to compile
+def guide_of_one_level(pipe: StableDiffusionPipeline) -> Guide:
+    """For a UNet that the pipeline is given: it has half of the code to compile."""
+    one_level = {
         "block_out_channels": (32,),
         "down_block_types": ("CrossAttnDownBlock2D",),
         "up_block_types": ("CrossAttnUpBlock2D",),
     }
     torch.manual_seed(0)
     pipe.unet = UNet2DConditionModel.from_config({**pipe.unet.config, **one_level}).eval()
-    tiny = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    return roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+
+
+@pytest.mark.parametrize("style", ["module", "wrapper", "blocks"])
+@pytest.mark.parametrize("first", ["plug", "compile"])
+def test_compiled_without_a_break_or_recompilation_it_gives_the_same_images(
+    pipe: StableDiffusionPipeline, style: str, first: str
+) -> None:
+    tiny = guide_of_one_level(pipe)
     calls: list[dict[str, Any]] = [
         {"guidance_scale": 3.0, "num_inference_steps": 2},
         {"guidance_scale": 7.0, "negative_prompt": "a dog", "num_inference_steps": 3},
@@ -141,6 +146,23 @@ def test_compiled_without_a_break_or_recompilation_it_gives_the_same_images(
     assert len(set(counts)) == 1
     unplug(pipe)
     assert np.allclose(generate(pipe, guidance_scale=1.0), stock, atol=1e-5)
+
+
+def test_exact_steps_compile_without_a_break_and_once(pipe: StableDiffusionPipeline) -> None:
+    plug(pipe, guide_of_one_level(pipe), exact_steps=1)
+    calls: list[dict[str, Any]] = [
+        {"num_inference_steps": 2},
+        {"num_inference_steps": 3, "guidance_scale": 7.0, "negative_prompt": "a dog"},
+    ]
+    expected = [generate(pipe, **call) for call in calls]
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    pipe.unet.compile(backend=counter, fullgraph=True)
+    counts = []
+    for call, image in zip(calls, expected, strict=True):
+        np.testing.assert_allclose(generate(pipe, **call), image, atol=1e-4)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] == 2  # an exact step and a guided one
 
 
 def test_repeated_blocks_that_are_alike_share_their_compiled_code(
