@@ -6,7 +6,7 @@
 
 `--run` needs a cache with both kinds of pairs, and takes everything not named here from
 params.yaml. A row that is in benchmarks/results/ablations.json is not made again: delete the file
-after a change of training. Rows of another base or of guides of another format are dropped.
+after a change of training. Rows of another base are dropped.
 
 `guidance_fvu` is along CFG trajectories of held-out prompts, at the scale of
 `evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
@@ -42,7 +42,7 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import FLOOR, guidance_power, turn_of
 from pnp_core.files import read_json, write_json, write_text
-from pnp_core.guide import FORMATS, Guide, GuideConfig
+from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guide.guide import hold_offsets
 from pnp_core.identity import base_identity
 from pnp_core.model_files import weights_hash
@@ -224,7 +224,6 @@ def run(params: Params) -> None:
         "guidance_scale": params.evaluate.guidance_scale,
         "images_seen": NUM_IMAGES,
         "base_hash": weights_hash(params.base)[:16],
-        "guide_format": FORMATS["tiny"],
     }
     results = results_so_far(RESULTS, setting)
     precision = precision_on(device().type, params.distill.precision)
@@ -264,18 +263,25 @@ def row_of(variant: Variant, params: Params, label: str) -> dict[str, Any]:
 def as_markdown(results: Mapping[str, Any]) -> str:
     """The results as a page: a table of `guidance_fvu` for each group of variants."""
     setting, rows = results["setting"], results["rows"]
+    names = [
+        label
+        for group, known in VARIANTS.items()
+        for label in known
+        if label in rows.get(group, {})
+    ]
     lines = [
-        header(results, [label for made in rows.values() for label in made]),
+        header(results, names),
         "",
         f"`guidance_fvu` at guidance scale {setting['guidance_scale']:g} on held-out prompts after "
-        f"{setting['images_seen']:,} training samples, of guides of format "
-        f"{setting['guide_format']}; the base of the first column was trained on, the fine-tunes "
-        "never.",
+        f"{setting['images_seen']:,} training samples; the base of the first column was trained on,"
+        " the fine-tunes never.",
         "",
     ]
-    for group in in_order(rows, VARIANTS):
-        known: Mapping[str, Any] = VARIANTS.get(group, {})
-        variants = {label: rows[group][label] for label in in_order(rows[group], known)}
+    for group, known in VARIANTS.items():
+        made = rows.get(group, {})
+        variants = {label: made[label] for label in known if label in made}
+        if not variants:
+            continue
         models = sorted(next(iter(variants.values()))["guidance_fvu"])
         titles = [group, "parameters", "samples/s", *models, "mean of fine-tunes"]
         lines += [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -287,11 +293,6 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def in_order(made: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """What results hold, in the order of ``VARIANTS``; then what only earlier ones had."""
-    return [key for key in known if key in made] + [key for key in made if key not in known]
 
 
 def of_finetunes(fvu: Mapping[str, float]) -> float:

@@ -31,31 +31,25 @@ WIDTH = 32  # of the conditioning vector, the default guide's on the embedded ba
 
 
 class Parts(NamedTuple):
-    """Which parts of a tiny guide there are; by default the default guide's on the embedded base.
+    """Which parts of the default guide there are."""
 
-    Where there are residuals, what else there is has as many directions as are said here, and the
-    residuals take up the rest of the parameters; else the directions do.
-    """
-
+    text: bool = True
     attentions: bool = True
     modulations: bool = True
-    text: bool = False
-    entrances: bool = False
-    num_directions: int = 2
+    entrances: bool = True
 
 
 class PartialGuide(Kind):
-    """A tiny guide of some parts."""
+    """The default guide without some of its parts, the others wider."""
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, parts: Parts) -> None:
         super().__init__()
         facts = describe(unet)
         entrances = decoder_entrances(unet) if parts.entrances else []
         self.parts = parts
-        num_directions = parts.num_directions if parts.text or parts.entrances else rank
         self.net = TinyGuide(
             entrances,
-            TinyShape([rank] * len(entrances), rank if parts.text else 0, WIDTH, num_directions),
+            TinyShape([rank] * len(entrances), rank if parts.text else 0, WIDTH),
             facts["text_dim"],
             facts["attention_channels"] if parts.attentions else [],
             facts["modulated_channels"] if parts.modulations else [],
@@ -212,14 +206,14 @@ Shape = Callable[[UNet2DConditionModel, int], Kind]
 """Makes a network for a UNet, as wide as a rank says."""
 
 
-def with_parts(**parts: Any) -> Shape:
-    """A tiny guide of other parts than the default's, as ``with_parts(text=True)``."""
+def without(**parts: bool) -> Shape:
+    """The default guide without some of its parts, as ``without(text=False)``."""
     return partial(PartialGuide, parts=Parts(**parts))
 
 
 def widest(make: Shape, unet: UNet2DConditionModel, max_parameters: int) -> int:
     """The largest rank within a number of parameters."""
-    rank = 1
+    rank = 4
     while True:
         with torch.device("meta"):
             larger = sum(p.numel() for p in make(unet, rank + 1).parameters())

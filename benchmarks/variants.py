@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.guides import External, Shape, with_parts
+from benchmarks.guides import External, Shape, without
 
 
 class Weights(NamedTuple):
@@ -57,21 +57,16 @@ VARIANTS = {
     "the default": {"every other step the base, companions in turns": Variant()},
     "the guide's shape, at equal parameters": {
         "external: reads the latent": Variant(shape=External),
-        "as up to format 3: residuals on text and at entrances, one direction a layer": Variant(
-            shape=with_parts(text=True, entrances=True, num_directions=1)
+        "reads features alone": Variant(
+            shape=without(text=False, attentions=False, modulations=False)
         ),
-        "with a residual on the text": Variant(shape=with_parts(text=True)),
-        "with residuals at the decoder's entrances": Variant(shape=with_parts(entrances=True)),
-        "without gains on attention": Variant(shape=with_parts(attentions=False)),
-        "residuals in place of modulated layers": Variant(
-            shape=with_parts(modulations=False, text=True, entrances=True)
+        "text residual alone": Variant(
+            shape=without(attentions=False, modulations=False, entrances=False)
         ),
-        "residuals at the decoder's entrances alone": Variant(
-            shape=with_parts(attentions=False, modulations=False, entrances=True)
-        ),
-        "residual on the text alone": Variant(
-            shape=with_parts(attentions=False, modulations=False, text=True)
-        ),
+        "without gains on attention": Variant(shape=without(attentions=False)),
+        "without text residual": Variant(shape=without(text=False)),
+        "without modulating layers": Variant(shape=without(modulations=False)),
+        "without adapters at the decoder's entrances": Variant(shape=without(entrances=False)),
         "in the decoder alone": Variant(in_decoder=True),
         "up to 2.5 times as large": Variant(size=2.5),
     },

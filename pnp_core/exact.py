@@ -14,7 +14,7 @@ from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.schedule import NoiseSchedule
 
-# Fitted to the guidance of the zoo's base at 6 and 13 steps: E155 in docs/LOG.md.
+# Fitted to the guidance of the zoo's base at 6 and 13 steps: E154 in docs/LOG.md.
 AT_ONCE = 0.7  # where no noise lies between
 POWER = 0.6
 

@@ -53,6 +53,28 @@ def plug(
             steps that can't be. The pipeline is unchanged.
         TypeError: no guide was given.
     """
+    bundle = checked(pipe, guide, strength, exact_steps)
+    stock: Any = type(pipe)
+    unet, with_guide = bare_unet(pipe), plugged_class(stock)
+    if pipe.unet is not unet:
+        optimized.add(unet)
+    use(unet, pipe)
+    state = Plug(
+        bundle=bundle,
+        strength=strength,
+        exact_steps=exact_steps,
+        stock_class=stock,
+        unet=weakref.ref(unet),
+    )
+    vars(pipe)[STATE] = state
+    pipe.__class__ = with_guide
+    return pipe
+
+
+def checked(
+    pipe: DiffusionPipeline, guide: Guide | GuideBundle, strength: float, exact_steps: int
+) -> GuideBundle:
+    """The guide as a bundle; raises what :func:`plug` says."""
     if not isinstance(guide, Guide | GuideBundle):
         raise TypeError(
             f"A guide or a bundle of guides is needed, not {guide!r}: GuideBundle.load(folder) or "
@@ -72,21 +94,7 @@ def plug(
     check_prediction_type(pipe, bundle)
     if exact_steps:
         check_exact_steps(type(pipe))
-    stock: Any = type(pipe)
-    unet, with_guide = bare_unet(pipe), plugged_class(stock)
-    if pipe.unet is not unet:
-        optimized.add(unet)
-    use(unet, pipe)
-    state = Plug(
-        bundle=bundle,
-        strength=strength,
-        exact_steps=exact_steps,
-        stock_class=stock,
-        unet=weakref.ref(unet),
-    )
-    vars(pipe)[STATE] = state
-    pipe.__class__ = with_guide
-    return pipe
+    return bundle
 
 
 def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -256,12 +256,12 @@ class GuideConfig:
     """What kind of guide to build.
 
     Attributes:
-        kind: ``tiny`` (acts on the cross-attentions and the layers' outputs, with at most
-            ``max_parameters_ratio`` of the base's parameters), ``encoder`` (a tiny one that is
-            told, besides, what the base's encoder makes of the negative prompt) or ``full`` (a
-            trainable copy of the base's encoder).
-        max_parameters_ratio: the most parameters of a guide that is not full, over the base
-            UNet's; its number of directions follows.
+        kind: ``tiny`` (acts on the text states, the cross-attentions, the layers' outputs and at
+            the decoder's entrances, with at most ``max_parameters_ratio`` of the base's
+            parameters), ``encoder`` (a tiny one that is told, besides, what the base's encoder
+            makes of the negative prompt) or ``full`` (a trainable copy of the base's encoder).
+        max_parameters_ratio: parameters of a guide that is not full over the base UNet's; its rank
+            follows.
 
     Raises:
         ValueError: an unknown kind, or a ratio outside (0, 1).

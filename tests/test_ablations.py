@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline as Pipe
 
 from benchmarks import ablations, halving, quality, quality_table
 from benchmarks.ablations import VARIANTS, Student, Variant
-from benchmarks.guides import External, shaped_guide, with_parts
+from benchmarks.guides import External, Parts, shaped_guide, without
 from benchmarks.record import digest
 from components import cache as cache_stage
 from components import distill, halve, prepare
@@ -31,8 +31,7 @@ pytest_plugins = ["tests.toy"]
 ALL = {label: variant for group in VARIANTS.values() for label, variant in group.items()}
 TRAIN = TrainConfig(num_images=32, batch_size=8, precision="fp32")
 SHAPED = {label: variant for label, variant in ALL.items() if variant.shape}
-TEXT_ALONE = with_parts(attentions=False, modulations=False, text=True)
-WHOLE = {"attentions": True, "modulations": True, "text": True, "entrances": True}
+TEXT_ALONE = without(attentions=False, modulations=False, entrances=False)
 
 
 def shaped(pipe: Pipe, label: str) -> Guide:
@@ -76,7 +75,7 @@ def test_a_shape_does_nothing_at_guidance_scale_1_and_between_equal_prompts(
         torch.testing.assert_close(guided(*inputs), plain(*inputs))
 
 
-@pytest.mark.parametrize("left_out", WHOLE)
+@pytest.mark.parametrize("left_out", Parts._fields)
 @torch.no_grad()
 def test_a_shape_without_a_part_is_one_in_which_that_part_does_nothing(
     left_out: str, pipe: Pipe, cache: TeacherCache
@@ -84,8 +83,7 @@ def test_a_shape_without_a_part_is_one_in_which_that_part_does_nothing(
     whole, fewer = (
         Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)) for _ in range(2)
     )
-    whole.net = with_parts(**WHOLE)(pipe.unet, 6)
-    fewer.net = with_parts(**{**WHOLE, left_out: False})(pipe.unet, 6)
+    whole.net, fewer.net = without()(pipe.unet, 6), without(**{left_out: False})(pipe.unet, 6)
     roused(whole)
     of_part = f"net.{left_out}"
     kept = {k: v for k, v in whole.net.state_dict().items() if not k.startswith(of_part)}

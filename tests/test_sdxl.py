@@ -205,10 +205,7 @@ def test_the_stages_train_and_evaluate_a_guide_of_an_sdxl_base(
     params = params.model_copy(update={"distill": gentle})
     for stage in (prepare, cache_stage, distill_stage, halve_stage):
         stage.run(params)
-    unexplained = {}
     for model in ("base", "tuned"):
         evaluate.run(params, model)
         metrics = read_json(world / f"results/evaluate/{model}/metrics.json")
-        unexplained[model] = metrics["fvu"]
-    assert 0 < unexplained["base"] < 1
-    assert 0 < unexplained["tuned"] < 1.1  # two random networks: little can carry over
+        assert 0 < metrics["fvu"] < 1

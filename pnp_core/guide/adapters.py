@@ -6,6 +6,7 @@ long as the UNet.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,86 @@ from torch import Tensor, nn
 
 from pnp_core.guide.kind import KeyValue
 from pnp_core.guide.maths import zero_module
+from pnp_core.guide.unet import EntranceChannels
 
 GAIN_RANK = 4  # of the gains on one cross-attention
 PROJECTION_RANK = 8  # of what is mixed from its channels besides
+
+
+class Told(NamedTuple):
+    """What an entrance is told of t, w and the prompt: by direction, ``(B, R, 1)``."""
+
+    scale_BR1: Tensor
+    shift_BR1: Tensor
+    gain_BR1: Tensor
+
+
+class EntranceMatrices(NamedTuple):
+    """How an entrance reads features, and what it adds to them; C channels a feature."""
+
+    down: tuple[Tensor, ...]  # (R, C) a feature
+    bias_R1: Tensor
+    up: Tensor  # (sum of C, R)
+
+
+class EntranceAdapter(nn.Module):
+    """Reads hidden states and skips at an up block's entrance, returns residuals for them."""
+
+    def __init__(self, channels: EntranceChannels, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.split = (channels.hidden, *channels.skips)
+        total = sum(self.split)
+        self.down = nn.Conv2d(total, rank, 1)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.mix = nn.Conv2d(rank, rank, 3, padding=1)
+        self.up = zero_module(nn.Conv2d(rank, total, 1, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
+
+    def matrices(self) -> EntranceMatrices:
+        """The weights in the shapes that :meth:`residuals` takes them in; once a run."""
+        assert self.down.bias is not None
+        down = self.down.weight.flatten(1).split(self.split, dim=1)
+        return EntranceMatrices(down, self.down.bias[:, None], self.up.weight.flatten(1))
+
+    def residuals(
+        self, features: Sequence[Tensor], told: Told, matrices: EntranceMatrices
+    ) -> list[Tensor]:
+        """Residuals for the features, in this module's dtype."""
+        down, bias_R1, up = matrices
+        batch, _, *size = features[0].shape
+        # 1. down to the rank, features of different magnitudes brought to one root mean square;
+        # dividing what comes out of the projection costs less than dividing what goes in; no
+        # gradient goes through the norms, where it would take time and teach nothing
+        norms = torch.stack([norm_of(x.detach()) for x in features]).clamp(min=1e-6)
+        norms = norms.to(bias_R1.dtype).view(len(features), batch, 1, 1)
+        h = bias_R1
+        for x, part, norm in zip(features, down, norms.unbind(), strict=True):
+            # a product of matrices: on a CPU a convolution would first copy what it reads
+            read = torch.bmm(part.expand(batch, -1, -1), x.flatten(2).to(part.dtype))
+            h = torch.addcdiv(h, read, norm, value=x.shape[1:].numel() ** 0.5)
+        # 2. what t, w and the prompt ask for
+        h = F.silu(torch.addcmul(told.shift_BR1, h, told.scale_BR1))
+        # 3. look around, then project back
+        h = h + self.mix(F.silu(h).view(batch, -1, *size)).flatten(2)
+        residual = torch.bmm(up.expand(batch, -1, -1), told.gain_BR1 * F.silu(h))
+        return list(residual.view(batch, -1, *size).split(self.split, dim=1))
+
+
+class TextAdapter(nn.Module):
+    """A residual on the text states that the UNet attends to, from prompt minus negative."""
+
+    def __init__(self, text_dim: int, rank: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(text_dim, rank)
+        self.modulation = nn.Linear(embedding_dim, 2 * rank)
+        self.up = zero_module(nn.Linear(rank, text_dim, bias=False))
+        self.offset = nn.Parameter(torch.zeros(rank))
+
+    def forward(self, down_BLR: Tensor, told: Told) -> Tensor:
+        """The residual, ``(B, L, D)``, from the difference as :attr:`down` gives it."""
+        scale, shift, gain = (x.mT for x in told)
+        residual: Tensor = self.up(gain * F.silu(torch.addcmul(shift, down_BLR, scale)))
+        return residual
 
 
 class Gains(nn.Module):
@@ -44,7 +122,7 @@ class AttentionAdapter(nn.Module):
 
 
 class Modulations(nn.Module):
-    """Factors and shifts for the channels of many layers, along a few directions a layer.
+    """Factors and shifts for the channels of many layers, along one direction a layer.
 
     All of a forward's are made together, in the order of ``layers``; parameters are in the order of
     their groups, see :func:`groups_of`.
@@ -56,15 +134,10 @@ class Modulations(nn.Module):
         channels: of each layer.
         dims: of each layer, that number; None: not known, so that any layer may give either.
         embedding_dim: of the conditioning vector.
-        num_directions: of each layer.
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        dims: Sequence[int] | None,
-        embedding_dim: int,
-        num_directions: int,
+        self, channels: Sequence[int], dims: Sequence[int] | None, embedding_dim: int
     ) -> None:
         super().__init__()
         self.channels = list(channels)
@@ -72,43 +145,39 @@ class Modulations(nn.Module):
             wanted: [n for n in range(len(channels)) if dims is None or dims[n] == wanted]
             for wanted in (3, 4)
         }
-        down = nn.Linear(embedding_dim, num_directions * len(channels))
+        down = nn.Linear(embedding_dim, len(channels))
         # A vector, not a matrix: the optimizer is not to mix directions of different layers.
         self.down = nn.Parameter(down.weight.detach().flatten())
         self.bias = nn.Parameter(down.bias.detach())
-        self.factor = nn.Parameter(torch.zeros(num_directions * sum(channels)))
-        self.shift = nn.Parameter(torch.zeros(num_directions * sum(channels)))
-        self.offset = nn.Parameter(torch.zeros(num_directions * len(channels)))
-        # which code and which parameter stands for a channel of a layer, in each direction
-        codes: dict[int, Tensor] = {}
-        parameters: dict[int, Tensor] = {}
-        start = 0
-        for width, layers in groups_of(channels):
-            for layer in layers:
-                ends = torch.arange(start, start + num_directions * width).view(-1, width)
-                codes[layer] = torch.arange(num_directions)[:, None] + num_directions * len(codes)
-                codes[layer] = codes[layer].expand_as(ends)
-                parameters[layer] = ends
-                start += ends.numel()
-        order = [*self.layers[3], *self.layers[4]]
-        for name, places in (("code_of", codes), ("parameter_of", parameters)):
-            found = [places[layer] for layer in order] or [torch.zeros(num_directions, 0).long()]
-            self.register_buffer(name, torch.cat(found, dim=1), persistent=False)
+        self.factor = nn.Parameter(torch.zeros(sum(channels)))
+        self.shift = nn.Parameter(torch.zeros(sum(channels)))
+        self.offset = nn.Parameter(torch.zeros(len(channels)))
+        # which code and which parameter stands for each channel of all layers
+        in_groups = [layer for _, layers in groups_of(channels) for layer in layers]
+        widths = [channels[layer] for layer in in_groups]
+        codes = [torch.full((width,), number) for number, width in enumerate(widths)]
+        parameters = torch.arange(sum(widths)).split(widths)
+        order = [in_groups.index(n) for n in (*self.layers[3], *self.layers[4])]
+        for name, of in (("code_of", codes), ("parameter_of", parameters)):
+            found = [of[n] for n in order] or [torch.zeros(0, dtype=torch.long)]
+            self.register_buffer(name, torch.cat(found), persistent=False)
 
-    code_of: Tensor  # (R, D): D channels, R directions
+    code_of: Tensor  # (D,): all channels
     parameter_of: Tensor
 
-    def codes(self, codes_BX: Tensor) -> Tensor:
-        """Of each channel in each direction, ``(R, B, 1, D)``, from those of all layers."""
-        index_BX = self.code_of.flatten().expand(len(codes_BX), -1)
-        # many times as fast as indexing, and as its gradient
-        codes_BRD = codes_BX.gather(1, index_BX).view(len(codes_BX), *self.code_of.shape)
-        return codes_BRD.transpose(0, 1)[:, :, None]
+    def codes(self, codes_BK: Tensor) -> Tensor:
+        """Of each channel, ``(B, 1, D)``, from those of all layers."""
+        # many times as fast as indexing, and so is its gradient
+        return codes_BK.gather(1, self.code_of.expand(len(codes_BK), -1))[:, None]
 
-    def tables(self) -> Tensor:
-        """Factors and shifts of all channels in each direction, ``(R, 2, D)``."""
-        both = torch.stack([self.factor, self.shift])
-        return both[:, self.parameter_of].transpose(0, 1)
+    def table(self) -> Tensor:
+        """Factors and shifts of all channels, ``(2, D)``."""
+        return torch.stack([self.factor, self.shift])[:, self.parameter_of]
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """Of each sample of ``(B, C, H, W)``: ``(B,)``, float32."""
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)
 
 
 def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:

@@ -85,7 +85,7 @@ class PreparedEncoder(PreparedTiny):
                 strict=True,
             )
         ]
-        return EncoderEffect(self, mixings, **self.parts(sample, embedding_BM))
+        return EncoderEffect(mixings, **self.parts(sample, embedding_BM))
 
 
 class EncoderEffect(TinyEffect):
@@ -93,8 +93,8 @@ class EncoderEffect(TinyEffect):
 
     compares = True
 
-    def __init__(self, prepared: PreparedEncoder, mixings: list[Mixing], **parts: Any) -> None:
-        super().__init__(**parts)
+    def __init__(self, mixings: list[Mixing], *, prepared: PreparedEncoder, **parts: Any) -> None:
+        super().__init__(prepared=prepared, **parts)
         self.mixings = mixings
         self.n_BLD, self.added = prepared.n_BLD, prepared.added
         self.negative: Sequence[DecoderInput] = ()

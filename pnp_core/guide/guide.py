@@ -19,9 +19,7 @@ from pnp_core.settings import GuideConfig
 # 2: nothing is done where prompt and negative prompt are the same or w is at most 1. Guides of
 # format 1 have the same parameters and are read as such.
 # 3: the kind `encoder`; guides of other kinds are as they were, and older versions open them.
-# 4: several directions a layer in place of residuals on the text and at the decoder's entrances,
-# but for full guides. Older guides keep their residuals.
-FORMATS = {"tiny": 4, "encoder": 4, "full": 2}
+FORMATS = {"tiny": 2, "encoder": 3, "full": 2}
 FORMAT = max(FORMATS.values())
 
 
@@ -37,8 +35,8 @@ class Guide(ModelMixin, ConfigMixin):
         num_steps: sampling steps it was halved to; None: any number (stage 1).
         timestep_spacing: of those steps.
         format_version: of what is on disk, see ``FORMATS``.
-        modulated_dims: numbers of dimensions of what the modulated layers give; None, in guides up
-            to format 3: not known.
+        modulated_dims: numbers of dimensions of what the modulated layers give; None: not known, as
+            in guides that earlier versions saved.
     """
 
     config_name = "config.json"
@@ -55,7 +53,6 @@ class Guide(ModelMixin, ConfigMixin):
         ranks: list[int] | None = None,
         text_rank: int = 0,
         embedding_dim: int = 0,
-        num_directions: int = 1,
         modulated_dims: list[int] | None = None,
         unet_config: dict[str, Any] | None = None,
         base_hash: str | None = None,  # noqa: ARG002, register_to_config keeps it
@@ -70,7 +67,7 @@ class Guide(ModelMixin, ConfigMixin):
         self.net: Kind
         if kind in ("tiny", "encoder"):
             assert ranks is not None
-            shape = TinyShape(ranks, text_rank, embedding_dim, num_directions)
+            shape = TinyShape(ranks, text_rank, embedding_dim)
             net = TinyGuide if kind == "tiny" else EncoderGuide
             self.net = net(
                 entrances, shape, text_dim, attention_channels, modulated_channels, modulated_dims
@@ -110,13 +107,15 @@ class Guide(ModelMixin, ConfigMixin):
             guide.net.load_encoder(unet)
             return hold_offsets(guide).to(unet.device)
         base_parameters = sum(p.numel() for p in unet.parameters())
+        entrances = decoder_entrances(unet)
         embedding_dim = max(32, unet.time_embedding.linear_2.out_features // 16)
         max_parameters = int(config.max_parameters_ratio * base_parameters)
         if config.kind == "encoder":
             with torch.device("meta"):
-                beside = differences(decoder_entrances(unet), embedding_dim)
+                beside = differences(entrances, embedding_dim)
             max_parameters -= sum(p.numel() for p in beside.parameters())
         shape = tiny_shape(
+            entrances,
             text_dim=architecture["text_dim"],
             attention_channels=architecture["attention_channels"],
             modulated_channels=architecture["modulated_channels"],

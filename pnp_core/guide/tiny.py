@@ -1,15 +1,17 @@
-"""The tiny guide: adapters of attentions and layers that share a conditioning vector.
+"""The tiny guide: adapters of text, attentions, layers and entrances that share a conditioning.
 
-It acts by turning up and mixing what each cross-attention reads of the prompt beyond what it would
-read of the negative prompt, and by scaling and shifting the channels of what the layers from there
-on give. All of it carries the factor ``w - 1`` and starts from zero projections. Halving adds a
-learnt offset to that factor, since fewer steps need mending at every w.
+It acts by a residual on the text states, by turning up and mixing what each cross-attention reads
+of the prompt beyond what it would read of the negative prompt, by scaling and shifting the channels
+of what the layers from there on give, and by residuals at the entrances of the decoder. All of it
+carries the factor ``w - 1`` and starts from zero projections. Halving adds a learnt offset to that
+factor, since fewer steps need mending at every w.
 
 Shape legend: B batch, C channels, N positions, L text tokens, D text width, R rank, K layers that
-are equally wide, M width of the conditioning vector, X all that is driven by that vector.
+are equally wide, M width of the conditioning vector, X all that is told by that vector.
 """
 
 import copy
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,32 +24,32 @@ from pnp_core.guide.adapters import (
     GAIN_RANK,
     PROJECTION_RANK,
     AttentionAdapter,
+    EntranceAdapter,
     Modulations,
+    TextAdapter,
+    Told,
     groups_of,
     read_negative,
 )
 from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.guide.kind import DecoderInput, Effect, KeyValue, Kind, Prepared
-from pnp_core.guide.maths import Gain, rms_normed, zero_module
-from pnp_core.guide.residuals import EntranceAdapter, PreparedResiduals, Residuals, TextAdapter
+from pnp_core.guide.maths import Gain, add_all, rms_normed, zero_module
 from pnp_core.guide.unet import EntranceChannels
 from pnp_core.precision import is_mixed
 
 PROMPT_RANK = 8  # of what the whole prompt adds to the conditioning vector
-MAX_DIRECTIONS = 4  # of a layer: each takes time, and more have brought nothing
 
 
 class TinyShape(NamedTuple):
-    """Widths of a tiny guide. Up to format 3 it has residuals of the first two, later none."""
+    """Widths of a tiny guide."""
 
-    ranks: list[int]  # one an entrance of the decoder, or none
+    ranks: list[int]  # one an entrance
     text_rank: int
     embedding_dim: int
-    num_directions: int = 1  # of each layer
 
 
 class TinyGuide(Kind):
-    """Adapters of attentions and layers that share a conditioning vector."""
+    """Adapters of text, attentions, layers and entrances that share a conditioning vector."""
 
     def __init__(  # noqa: PLR0913, a base's shape
         self,
@@ -59,7 +61,7 @@ class TinyGuide(Kind):
         modulated_dims: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        ranks, text_rank, embedding_dim, num_directions = shape
+        ranks, text_rank, embedding_dim = shape
         self.embed = nn.Sequential(
             nn.Linear(2 * EMBEDDING_DIM, embedding_dim),
             nn.SiLU(),
@@ -70,16 +72,14 @@ class TinyGuide(Kind):
             nn.Linear(text_dim, PROMPT_RANK, bias=False),
             zero_module(nn.Linear(PROMPT_RANK, embedding_dim, bias=False)),
         )
-        self.text = TextAdapter(text_dim, text_rank, embedding_dim) if text_rank else None
+        self.text = TextAdapter(text_dim, text_rank, embedding_dim)
         self.attentions = nn.ModuleList(
             AttentionAdapter(channels, embedding_dim) for channels in attention_channels
         )
-        self.modulations = Modulations(
-            modulated_channels, modulated_dims, embedding_dim, num_directions
-        )
+        self.modulations = Modulations(modulated_channels, modulated_dims, embedding_dim)
         self.entrances = nn.ModuleList(
             EntranceAdapter(channels, rank, embedding_dim)
-            for channels, rank in zip(entrances if ranks else [], ranks, strict=True)
+            for channels, rank in zip(entrances, ranks, strict=True)
         )
         self.attention_groups = groups_of(attention_channels)
 
@@ -97,8 +97,8 @@ class PreparedTiny(Prepared):
     """A tiny guide that has read a run's conditions.
 
     The small matrices that read the conditioning vector stand in one, whose outputs are, in this
-    order: codes of the attentions' gains and of their projections, group by group; codes of the
-    modulations.
+    order: scales and shifts of text and entrances; codes of the attentions' gains and of their
+    projections, group by group; codes of the modulations.
     """
 
     def __init__(self, net: TinyGuide, conditions: Conditions, strength: float) -> None:
@@ -115,31 +115,40 @@ class PreparedTiny(Prepared):
         w_BE = sinusoidal(W_SCALE * conditions.w_B, self.frequencies)
         self.of_w_BM = F.linear(w_BE.to(dtype), of_w, linear.bias)
         self.prompt_BM = net.prompt(difference_BLD.mean(dim=1))
-        entrances = [e for e in net.entrances if isinstance(e, EntranceAdapter)]  # as all are
-        self.residuals = None
-        if net.text is not None or entrances:
-            self.residuals = PreparedResiduals(net.text, entrances, difference_BLD, gain)
-        # one matrix of all that reads the conditioning vector, and the gains on what it gives
+        self.down_BLR = net.text.down(difference_BLD)
+        # one matrix of all that reads the conditioning vector
+        told = [net.text, *net.entrances]
         groups = net.grouped_attentions()
         adapters = [adapter for group in groups for adapter in group]
-        readers = [a.gains.down for a in adapters] + [a.code for a in adapters]
+        readers = [part.modulation for part in told]
+        readers += [a.gains.down for a in adapters] + [a.code for a in adapters]
         down = net.modulations.down.view(-1, linear.out_features)
         self.weight_XM = torch.cat([*(linear.weight for linear in readers), down])
-        self.bias_X = torch.cat([*(linear.bias for linear in readers), net.modulations.bias])
-        offsets: list[Tensor] = [a.gains.offset for a in adapters]
-        offsets += [a.offset for a in adapters]
+        ranks = [len(part.offset) for part in told]
+        ones = [x for rank in ranks for x in (down.new_ones(rank), down.new_zeros(rank))]
+        biases = torch.cat([*(linear.bias for linear in readers), net.modulations.bias])
+        self.bias_X = biases + F.pad(torch.cat(ones), (0, len(biases) - 2 * sum(ranks)))
+        # the gains they carry
+        offsets = [a.gains.offset for g in groups for a in g] + [
+            a.offset for g in groups for a in g
+        ]
         self.gains_BX = gain.with_offset(torch.cat([*offsets, net.modulations.offset]))
+        told_gains = gain.with_offset(torch.cat([part.offset for part in told]))
+        self.told_gains = told_gains[..., None].split(ranks, dim=1)
+        self.entrances = [e for e in net.entrances if isinstance(e, EntranceAdapter)]  # as all are
+        self.matrices = [entrance.matrices() for entrance in self.entrances]
+        self.split_told = [rank for rank in ranks for _ in range(2)]
         num = [len(g) for g in groups]
-        self.split = [
+        self.split_driven = [
             *(k * GAIN_RANK for k in num),
             *(k * PROJECTION_RANK for k in num),
-            len(net.modulations.bias),
+            len(net.modulations.channels),
         ]
         # what they drive
         self.gain_up = [torch.stack([a.gains.up.weight.T for a in g]) for g in groups]  # (K, R, C)
         self.down = [torch.stack([a.down.weight.T for a in g])[:, None] for g in groups]
         self.up = [torch.stack([a.up.weight.T for a in g]) for g in groups]
-        self.tables = net.modulations.tables().unbind()
+        self.table_2D = net.modulations.table()
         self.base_21 = torch.eye(2, 1, dtype=dtype, device=c.device)  # a factor of 1, no shift
         # how all channels' factors fall to layers, by number of dimensions of what they give
         self.widths = {
@@ -159,11 +168,20 @@ class PreparedTiny(Prepared):
 
     def parts(self, sample: Tensor, embedding_BM: Tensor) -> dict[str, Any]:
         """What :class:`TinyEffect` is made of, from the conditioning vector."""
-        driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X)
-        dtype = driven_BX.dtype if is_mixed(sample.device.type) else sample.dtype
-        driven = (driven_BX * self.gains_BX).split(self.split, dim=1)
+        # 1. all that reads it
+        told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
+            [sum(self.split_told), self.gains_BX.shape[1]], dim=1
+        )
+        parts = told_BX[..., None].split(self.split_told, dim=1)
+        told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
+        driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
+        # 2. what that drives
+        mixed = is_mixed(sample.device.type)
+        dtype = told_BX.dtype if mixed else sample.dtype
         return {
-            "residuals": None if self.residuals is None else self.residuals.at(embedding_BM),
+            "prepared": self,
+            "told": told[1:],
+            "text_residual_BLD": self.net.text(self.down_BLR, told[0]),
             "mixtures": self.mixtures(driven, dtype),
             "modulations": self.modulations(driven[-1], dtype),
         }
@@ -188,12 +206,11 @@ class PreparedTiny(Prepared):
             found |= zip(layers, (Mixture(*part) for part in parts), strict=True)
         return [found[layer] for layer in range(len(found))]
 
-    def modulations(self, codes_BX: Tensor, dtype: torch.dtype) -> "ModulationsByDims":
+    def modulations(self, codes_BK: Tensor, dtype: torch.dtype) -> "ModulationsByDims":
         """What each layer's output is multiplied by and what is added."""
         modulations = self.net.modulations
-        both_B2D = self.base_21
-        for codes_B1D, table_2D in zip(modulations.codes(codes_BX), self.tables, strict=True):
-            both_B2D = torch.addcmul(both_B2D, codes_B1D, table_2D)
+        codes_B1D = modulations.codes(codes_BK)
+        both_B2D = torch.addcmul(self.base_21, codes_B1D, self.table_2D)
         found: ModulationsByDims = {}
         parts = both_B2D.to(dtype).split([sum(self.widths[3]), sum(self.widths[4])], dim=2)
         for (dims, widths), both_B2C in zip(self.widths.items(), parts, strict=True):
@@ -229,17 +246,21 @@ class TinyEffect(Effect):
     def __init__(
         self,
         *,
-        residuals: Residuals | None,
+        prepared: PreparedTiny,
+        told: list[Told],
+        text_residual_BLD: Tensor,
         mixtures: list[Mixture],
         modulations: ModulationsByDims,
     ) -> None:
-        self.residuals = residuals
+        self.entrances, self.matrices = prepared.entrances, prepared.matrices
+        self.told = told
+        self.text_residual_BLD = text_residual_BLD
         self.mixtures = mixtures
         self.modulations = modulations
 
     def steer(self, c_BLD: Tensor) -> Tensor:
-        """The prompt's states, ``(B, L, D)``, with their residual, if there is one."""
-        return c_BLD if self.residuals is None else self.residuals.steer(c_BLD)
+        """Add the text residual to the prompt's states, ``(B, L, D)``."""
+        return c_BLD + self.text_residual_BLD.to(c_BLD.dtype)
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
         """Go beyond what was read of the prompt, away from what the negative prompt gives."""
@@ -271,11 +292,16 @@ class TinyEffect(Effect):
         return part
 
     def enter(self, index: int, entering: DecoderInput) -> DecoderInput:
-        """What enters, with the residuals of this entrance, if there are any."""
-        return entering if self.residuals is None else self.residuals.enter(index, entering)
+        """Add this entrance's residuals to the hidden states and the skips."""
+        features = (entering.hidden_states, *entering.skips)
+        entrance = self.entrances[index]
+        residuals = entrance.residuals(features, self.told[index], self.matrices[index])
+        hidden, *skips = add_all(features, residuals)
+        return DecoderInput(hidden, tuple(skips))
 
 
-def tiny_shape(
+def tiny_shape(  # noqa: PLR0913, a base's shape, by name
+    entrances: Sequence[EntranceChannels],
     *,
     text_dim: int,
     attention_channels: Sequence[int],
@@ -283,18 +309,29 @@ def tiny_shape(
     embedding_dim: int,
     max_parameters: int,
 ) -> TinyShape | None:
-    """The tiny guide with most directions within a number of parameters; None if there is none."""
+    """The widest tiny guide within a number of parameters; None if there is none.
 
-    def shape(num_directions: int) -> TinyShape:
-        return TinyShape([], 0, embedding_dim, num_directions)
+    Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
+    grow with the share of parameters.
+    """
+    widest = max(max(e.skips) for e in entrances)
+    few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
+    with torch.device("meta"):
+        rest, counted = (Modulations(c, None, embedding_dim) for c in (modulated_channels, few))
+    max_parameters -= sum(p.numel() for p in rest.parameters())
+    max_parameters += sum(p.numel() for p in counted.parameters())
 
-    def num_parameters(num_directions: int) -> int:
-        widths = text_dim, attention_channels, modulated_channels
+    def shape(rank: int) -> TinyShape:
+        ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
+        # from 32 on, sizes that GPUs like
+        ranks = [r if r < 32 else r // 8 * 8 for r in ranks]
+        text_rank = rank if rank < 32 else rank // 64 * 32 + 32
+        return TinyShape(ranks, text_rank, embedding_dim)
+
+    def num_parameters(rank: int) -> int:  # never falls as the rank rises
         with torch.device("meta"):
-            net = TinyGuide([], shape(num_directions), *widths)
+            net = TinyGuide(entrances, shape(rank), text_dim, attention_channels, few)
         return sum(p.numel() for p in net.parameters())
 
-    one, two = map(num_parameters, (1, 2))
-    if one > max_parameters:
-        return None
-    return shape(min(MAX_DIRECTIONS, 1 + (max_parameters - one) // (two - one)))
+    num_fitting = bisect_right(range(4, widest), max_parameters, key=num_parameters)
+    return shape(3 + num_fitting) if num_fitting else None
