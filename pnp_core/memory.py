@@ -234,13 +234,14 @@ def fitting(step: Step, memory: float, *, checkpoints: bool) -> int:
     one = step.peak_gb(1, checkpoints=checkpoints)
     if one > room:
         return 0
-    rows = 2
+    rows, tried = 2, {1}
     while True:  # about in proportion: each guess is at the slope up to the one before
-        rise = step.peak_gb(rows, checkpoints=checkpoints) - one
+        tried.add(rows)
+        rise = max(step.peak_gb(rows, checkpoints=checkpoints) - one, 1e-9)
         guess = 1 + math.floor((room - one) / rise * (rows - 1))
         guess = min(guess, step.settings.batch_size)
-        if guess in (1, rows):
-            return guess
+        if guess in tried:
+            return min(guess, rows)
         rows = guess
 
 
