@@ -394,7 +394,15 @@ def test_the_page_has_a_table_for_each_model_and_cost() -> None:
     page = table.as_markdown(results(["base"]))
     assert page.count("| this guide |") == 6
     assert "## base, 8 forwards" in page and "## base, 16 steps" in page
-    assert "best free rival's 0.800 (0.800 to 0.800)" in page
+    assert "For this guide: FID over the best free rival's 0.800 (0.800 to 0.800)" in page
+
+
+def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> None:
+    found = results(["base"])
+    cells = found["cells"]["base"]["8"]
+    cells["exact"] = {**cells["guided"], "setting": "exact ddim 6 3 0,3"}
+    page = table.as_markdown(found)
+    assert page.count("CFG in some steps: FID over the best free rival's 0.800") == 1
 
 
 def test_scores_are_read_as_they_were_written() -> None:

@@ -19,6 +19,7 @@ from pnp_core.guide.adapters import GAIN_RANK, PROJECTION_RANK, groups_of
 from pnp_core.guide.tiny import TinyEffect, TinyGuide
 from pnp_core.guide.unet import (
     MODULATED,
+    describe,
     modulated_channels,
     modulated_layers,
     text_attentions,
@@ -150,9 +151,13 @@ def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
 ) -> None:
     for unet in (pipe.unet, xl_pipe.unet):
         ended: list[nn.Module] = []
+        dims: dict[nn.Module, int] = {}
 
-        def end(layer: nn.Module, args: object, output: object, ended: list[Any] = ended) -> None:
+        def end(
+            layer: nn.Module, args: object, output: Any, ended: Any = ended, dims: Any = dims
+        ) -> None:
             ended.append(layer)
+            dims[layer] = (output if isinstance(output, torch.Tensor) else output[0]).ndim
 
         for layer in unet.modules():
             if isinstance(layer, MODULATED):
@@ -165,6 +170,7 @@ def test_layers_are_modulated_in_the_order_in_which_they_give_their_outputs(
         unet(torch.zeros(1, 4, 4, 4), 500, text, added_cond_kwargs=added)
         reads = next(i for i, layer in enumerate(ended) if layer is text_attentions(unet)[0])
         assert modulated_layers(unet) == ended[reads:]
+        assert describe(unet)["modulated_dims"] == [dims[layer] for layer in ended[reads:]]
 
 
 @torch.no_grad()

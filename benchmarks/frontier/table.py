@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.frontier.judges import from_json, rounded
-from benchmarks.frontier.settings import FREE, LABELS, MOST, Setting, contenders
+from benchmarks.frontier.settings import FREE, GUIDES, LABELS, MOST, Setting, contenders
 from benchmarks.record import header
 from components.evaluation import Estimate
 
@@ -36,25 +36,23 @@ class Found:
         free = [method for method in FREE if method in made]
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
 
-    def ratio(self, model: str, place: str, judge: str = "world") -> Estimate | None:
-        """The guide's FID over the best free rival's."""
+    def ratio(
+        self, model: str, place: str, judge: str = "world", method: str = "guided"
+    ) -> Estimate | None:
+        """The FID of a method with the guide over that of the judge's best free rival."""
         rival = self.rival(model, place, judge)
         if rival is None:
             return None
-        own, theirs = (self.score(model, place, m, "fid", judge) for m in ("guided", rival))
-        assert own and theirs
-        return own.with_other(theirs, lambda a, b: a / b)
+        own, theirs = (self.score(model, place, m, "fid", judge) for m in (method, rival))
+        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
 
-    def clip_lead(self, model: str, place: str) -> Estimate | None:
-        """The guide's CLIP score less that of the rival of least FID."""
+    def clip_lead(self, model: str, place: str, method: str = "guided") -> Estimate | None:
+        """The CLIP score of a method with the guide less that of the rival of least FID."""
         rival = self.rival(model, place)
         if rival is None:
             return None
-        own, theirs = (
-            self.score(model, place, m, "clip_score", "world") for m in ("guided", rival)
-        )
-        assert own and theirs
-        return own.with_other(theirs, lambda a, b: a - b)
+        own, theirs = (self.score(model, place, m, "clip_score", "world") for m in (method, rival))
+        return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
 
     def over_cfg100(self, model: str, place: str) -> Estimate | None:
         """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
@@ -177,14 +175,24 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
             words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
             lines += ["", f"## {model}, {words}", "", *rows(places[place])]
-            ratio, lead = found.ratio(model, place), found.clip_lead(model, place)
-            if place.isdigit() and ratio and lead:
-                lines += [
-                    "",
-                    f"The guide's FID over the best free rival's {with_interval(ratio, 3)}, its "
-                    f"CLIP score less that rival's {with_interval(lead, 2)}.",
-                ]
+            lines += compared(found, model, place)
     return "\n".join(lines) + "\n"
+
+
+def compared(found: Found, model: str, place: str) -> list[str]:
+    """A sentence for each method with a guide: beside the best free rival at this cost."""
+    lines = []
+    for method in GUIDES:
+        ratio, foreign = (found.ratio(model, place, j, method) for j in ("world", "foreign"))
+        lead = found.clip_lead(model, place, method)
+        if place.isdigit() and ratio and foreign and lead:
+            lines += [
+                "",
+                f"For {LABELS[method]}: FID over the best free rival's "
+                f"{with_interval(ratio, 3)}, by the foreign judge {with_interval(foreign, 3)}, "
+                f"CLIP score less that rival's {with_interval(lead, 2)}.",
+            ]
+    return lines
 
 
 def rows(cells: Cells) -> list[str]:
