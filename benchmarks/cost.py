@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,17 @@ class Steps(Forwards):
         z, t, conditions = self.inputs[1]
         self.student(z, t, replace(conditions))
 
-    @torch.no_grad()
-    def guided_again(self) -> None:
-        """A further step of a run: one of the same conditions as the call before."""
-        self.student(*self.inputs[1])
+    def run(self, num_steps: int) -> list[Callable[[], None]]:
+        """The steps of a run, to be called in turn."""
+        z, _, conditions = self.inputs[1]
+        conditions = replace(conditions)
+        timesteps = torch.arange(num_steps, device=self.device).flip(0)[:, None]
+
+        @torch.no_grad()
+        def step(timestep: torch.Tensor) -> None:
+            self.student(z, timestep, conditions)
+
+        return [partial(step, timestep) for timestep in timesteps]
 
 
 def peak_memory(step: Callable[[], object], device: str) -> int:

@@ -6,9 +6,9 @@ A plain step is one UNet forward without guidance, and without a guide's hooks i
 --json, the last line on stdout is one JSON object:
 
     kernel_ratio_sd15, kernel_ratio_sdxl
-                           ATen operations that are no views, of a guided step over a plain one, not
-                           the first of its run; on meta tensors of the true architectures, with a
-                           tiny guide of the size that benchmarks.cost has
+                           ATen operations that are no views, of a guided step over a plain one: the
+                           mean over a run of 20 steps but the first; on meta tensors of the true
+                           architectures, with a tiny guide of the size that benchmarks.cost has
     host_syncs_per_step    operations of a plugged UNet's forward, hooks included, that would make a
                            GPU's host wait; the most in a step after the first of a stock pipeline's
                            call; counted on a CPU, by name, see WAITS
@@ -17,7 +17,8 @@ A plain step is one UNet forward without guidance, and without a guide's hooks i
                            prompts, guidance scales and numbers of steps
     step_over_plain_1, step_over_plain_64
                            time of a plugged pipeline's step over that of a plain one's, with the
-                           scheduler's; by batch size, fp32, eager, on one thread, in turns
+                           scheduler's; by batch size, fp32, eager, on one thread; the median of
+                           calls in turns
 
 All but the first two are of the embedded base, zoo/models/base, with zoo/guide.
 """
@@ -52,6 +53,7 @@ from pnp_core.plug import plug
 
 BASE, GUIDE = Path("zoo/models/base"), Path("zoo/guide")
 GUIDANCE_SCALE = 3.0
+RUN = 20  # steps; what is computed ahead for some of them is computed twice
 # Operations that only look at a tensor's memory in another way, whatever their schema says.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice",
@@ -140,8 +142,10 @@ def kernels(step: Callable[[], object]) -> Counter[str]:
 def kernel_ratio(name: str) -> tuple[float, int]:
     """Operations of a guided step over a plain one on a true architecture, and of the plain one."""
     steps = Steps(name, "tiny", "meta", torch.float32)
-    steps.guided_again()  # the first step of its run
-    guided, plain = (kernels(step).total() for step in (steps.guided_again, steps.plain))
+    first, *rest = steps.run(RUN)
+    first()
+    guided = sum(kernels(step).total() for step in rest) / len(rest)
+    plain = kernels(steps.plain).total()
     return guided / plain, plain
 
 
@@ -206,11 +210,11 @@ def compiled_as(pipe: DiffusionPipeline, *, fullgraph: bool) -> Compiled:
 def step_over_plain(
     pipe: DiffusionPipeline, plain: DiffusionPipeline, prompts: list[str], *, rounds: int
 ) -> float:
-    """Median time of a plugged pipeline's step over a plain one's, taken in turns.
+    """Median over calls in turns: time of a plugged pipeline's step over a plain one's.
 
     The first step of a call, which reads its prompts, is not among them.
     """
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    ratios = []
     text, null = (
         plain.encode_prompt(p, "cpu", 1, False)[0] for p in (prompts, [""] * len(prompts))
     )
@@ -220,13 +224,13 @@ def step_over_plain(
     }
     with one_thread():
         for number in range(rounds + 1):
+            seconds = {}
             for is_plugged in (number % 2 == 0, number % 2 == 1):
-                taken = step_seconds(
-                    pipe if is_plugged else plain, {"prompt_embeds": text, **calls[is_plugged]}
-                )
-                if number:  # the first round warms up
-                    seconds[is_plugged] += taken
-    return median(seconds[True]) / median(seconds[False])
+                call = {"prompt_embeds": text, **calls[is_plugged]}
+                seconds[is_plugged] = median(step_seconds(pipe if is_plugged else plain, call))
+            if number:  # the first round warms up
+                ratios.append(seconds[True] / seconds[False])
+    return median(ratios)
 
 
 def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int = 4) -> list[float]:

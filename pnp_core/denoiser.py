@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from pnp_core.ahead import StepsAhead
 from pnp_core.calls import Call, Negatives, entered, run_checkpointed, version_of
 from pnp_core.conditions import Conditions
 from pnp_core.guide import Guide
@@ -160,9 +161,10 @@ class DenoiserCall(Call):
         self.conditions = conditions
         self.negatives = Negatives(conditions.n_BLD)
         self.prepared = guide.prepare(conditions, strength)
+        self.ahead = StepsAhead()
 
     def begin(self, arguments: dict[str, Any]) -> Effect:
         """What the guide does in this forward; sets ``encoder_hidden_states`` in ``arguments``."""
-        effect = self.prepared.at(arguments["sample"], arguments["timestep"].reshape(-1))
+        effect = self.ahead.effect(self.prepared, arguments["sample"], arguments["timestep"])
         arguments["encoder_hidden_states"] = effect.steer(arguments["encoder_hidden_states"])
         return effect

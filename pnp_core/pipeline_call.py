@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
+from pnp_core.ahead import StepsAhead
 from pnp_core.bundle import GuideBundle
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
@@ -84,6 +85,7 @@ class PipelineCall(Call):
         self.exact: ExactSteps | None = None
         self.is_exact = False  # the forward under way
         self.prepared: Prepared | None = None
+        self.ahead = StepsAhead()
         self.prepared_for: tuple[Any, ...] = ()
         self.halved: tuple[Any, ...] | None = None  # the text states of both that were last seen
 
@@ -184,7 +186,7 @@ class PipelineCall(Call):
         added = arguments.get("added_cond_kwargs") or {}
         self.prepare(sample, text, added, scale)
         assert self.prepared is not None
-        effect = self.prepared.at(sample, timestep_of(arguments))
+        effect = self.ahead.effect(self.prepared, sample, timestep_of(arguments))
         arguments["encoder_hidden_states"] = effect.steer(text)
         return effect
 

@@ -252,18 +252,18 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
     return Steps("sd15", "tiny", "meta", torch.float32)
 
 
-def test_a_run_does_only_in_its_first_step_what_its_conditions_fix(small_steps: Steps) -> None:
-    anew, again, plain = (
-        plug.kernels(step)
-        for step in (small_steps.guided, small_steps.guided_again, small_steps.plain)
-    )
-    small_steps.guided_again()  # the run above was another's
-    later = plug.kernels(small_steps.guided_again)
-    assert plain.total() < later.total() < anew.total() == again.total()
+def test_a_run_does_once_what_its_conditions_fix_and_for_16_steps_what_timesteps_fix(
+    small_steps: Steps,
+) -> None:
+    plain = plug.kernels(small_steps.plain).total()
+    first, *later = (plug.kernels(step).total() for step in small_steps.run(20))
+    ahead = later.pop(15)  # the 17th step
+    assert plain < later[0] < ahead < first and len(set(later)) == 1
     flops = [count_flops(step) for step in (small_steps.guided, small_steps.cfg)]
     assert flops[0] < 0.6 * flops[1]
     ratio, num_plain = plug.kernel_ratio("sd15")
-    assert ratio == later.total() / plain.total() and num_plain == plain.total()
+    assert num_plain == plain
+    assert ratio == pytest.approx((18 * later[0] + ahead) / 19 / plain)
 
 
 @torch.no_grad()

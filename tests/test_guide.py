@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -15,10 +16,17 @@ from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import Guide, GuideConfig
-from pnp_core.guide.adapters import GAIN_RANK, PROJECTION_RANK, groups_of
+from pnp_core.guide.adapters import (
+    GAIN_RANK,
+    PROJECTION_RANK,
+    EntranceAdapter,
+    Told,
+    groups_of,
+)
 from pnp_core.guide.tiny import TinyEffect, TinyGuide
 from pnp_core.guide.unet import (
     MODULATED,
+    EntranceChannels,
     describe,
     modulated_channels,
     modulated_layers,
@@ -122,6 +130,36 @@ def test_projecting_onto_single_channels_does_what_gains_on_them_do(
         guided.append(GuidedDenoiser(pipe.unet, guide, schedule(pipe))(*inputs.all))
     torch.testing.assert_close(guided[0], guided[1])
     assert not torch.equal(guided[0], pipe.unet(inputs.z, inputs.t, inputs.c).sample)
+
+
+@torch.no_grad()
+def test_an_entrance_reads_features_at_one_root_mean_square() -> None:
+    torch.manual_seed(0)
+    adapter = EntranceAdapter(EntranceChannels(hidden=6, skips=(4, 8)), rank=5, embedding_dim=16)
+    nn.init.normal_(adapter.up.weight)
+    batch, size = 3, (4, 2)
+    features = [
+        scale * torch.randn(batch, c, *size)
+        for c, scale in zip((6, 4, 8), (0.1, 1, 30), strict=True)
+    ]
+    told = Told(*(torch.randn(batch, 5, 1) for _ in range(3)))
+    residuals = adapter.residuals(features, told, adapter.matrices())
+    scale, shift, gain = (x[..., None] for x in told)
+    normed = [x / x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() for x in features]
+    h = F.silu(adapter.down(torch.cat(normed, dim=1)) * scale + shift)
+    h = h + adapter.mix(F.silu(h))
+    expected = adapter.up(gain * F.silu(h)).split((6, 4, 8), dim=1)
+    torch.testing.assert_close(residuals, list(expected), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_entrance_bears_features_of_nothing_in_half_precision() -> None:
+    channels = EntranceChannels(hidden=640, skips=(640, 320))
+    adapter = EntranceAdapter(channels, rank=8, embedding_dim=16).half()
+    features = [torch.zeros(1, c, 64, 64, dtype=torch.half) for c in (640, 640, 320)]
+    told = Told(*(torch.ones(1, 8, 1, dtype=torch.half) for _ in range(3)))
+    for residual in adapter.residuals(features, told, adapter.matrices()):
+        assert residual.isfinite().all()
 
 
 @torch.no_grad()

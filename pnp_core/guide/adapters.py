@@ -18,6 +18,8 @@ from pnp_core.guide.unet import EntranceChannels
 
 GAIN_RANK = 4  # of the gains on one cross-attention
 PROJECTION_RANK = 8  # of what is mixed from its channels besides
+MAX_WRITTEN_OUT = 2**20  # weights of an attention that stay in a CPU's cache
+LEAST_NORM = 1e-2  # of a feature, all its positions: with less, a divided projection leaves fp16
 
 
 class Told(NamedTuple):
@@ -29,11 +31,12 @@ class Told(NamedTuple):
 
 
 class EntranceMatrices(NamedTuple):
-    """How an entrance reads features, and what it adds to them; C channels a feature."""
+    """How an entrance reads features, and what it adds to them; C channels of all features."""
 
-    down: tuple[Tensor, ...]  # (R, C) a feature
+    down_RC: Tensor  # carries the root of the number of each feature's channels
     bias_R1: Tensor
-    up: Tensor  # (sum of C, R)
+    up_CR: Tensor
+    zero: Tensor  # of no dimension
 
 
 class EntranceAdapter(nn.Module):
@@ -53,29 +56,34 @@ class EntranceAdapter(nn.Module):
         """The weights in the shapes that :meth:`residuals` takes them in; once a run."""
         assert self.down.bias is not None
         down = self.down.weight.flatten(1).split(self.split, dim=1)
-        return EntranceMatrices(down, self.down.bias[:, None], self.up.weight.flatten(1))
+        down_RC = torch.cat([part * part.shape[1] ** 0.5 for part in down], dim=1)
+        up_CR, zero = self.up.weight.flatten(1), down_RC.new_zeros(())
+        return EntranceMatrices(down_RC, self.down.bias[:, None], up_CR, zero)
 
     def residuals(
         self, features: Sequence[Tensor], told: Told, matrices: EntranceMatrices
     ) -> list[Tensor]:
         """Residuals for the features, in this module's dtype."""
-        down, bias_R1, up = matrices
+        down_RC, bias_R1, up_CR, zero = matrices
         batch, _, *size = features[0].shape
         # 1. down to the rank, features of different magnitudes brought to one root mean square;
-        # dividing what comes out of the projection costs less than dividing what goes in; no
-        # gradient goes through the norms, where it would take time and teach nothing
-        norms = torch.stack([norm_of(x.detach()) for x in features]).clamp(min=1e-6)
-        norms = norms.to(bias_R1.dtype).view(len(features), batch, 1, 1)
+        # dividing the projection costs less than dividing what it reads; no gradient goes through
+        # the norms, where it would take time and teach nothing
+        norms = [norm_of(x.detach())[:, None, None].expand(-1, -1, x.shape[1]) for x in features]
+        norms_B1C = torch.cat(norms, dim=2)
+        num_positions = features[0].shape[2:].numel()
+        down_BRC = torch.addcdiv(
+            zero, down_RC, norms_B1C.clamp(min=LEAST_NORM), value=num_positions**0.5
+        ).to(down_RC.dtype)
         h = bias_R1
-        for x, part, norm in zip(features, down, norms.unbind(), strict=True):
+        for x, part_BRC in zip(features, down_BRC.split(self.split, dim=2), strict=True):
             # a product of matrices: on a CPU a convolution would first copy what it reads
-            read = torch.bmm(part.expand(batch, -1, -1), x.flatten(2).to(part.dtype))
-            h = torch.addcdiv(h, read, norm, value=x.shape[1:].numel() ** 0.5)
+            h = torch.baddbmm(h, part_BRC, x.flatten(2).to(part_BRC.dtype))
         # 2. what t, w and the prompt ask for
         h = F.silu(torch.addcmul(told.shift_BR1, h, told.scale_BR1))
         # 3. look around, then project back
         h = h + self.mix(F.silu(h).view(batch, -1, *size)).flatten(2)
-        residual = torch.bmm(up.expand(batch, -1, -1), told.gain_BR1 * F.silu(h))
+        residual = torch.bmm(up_CR.expand(batch, -1, -1), told.gain_BR1 * F.silu(h))
         return list(residual.view(batch, -1, *size).split(self.split, dim=1))
 
 
@@ -90,7 +98,12 @@ class TextAdapter(nn.Module):
         self.offset = nn.Parameter(torch.zeros(rank))
 
     def forward(self, down_BLR: Tensor, told: Told) -> Tensor:
-        """The residual, ``(B, L, D)``, from the difference as :attr:`down` gives it."""
+        """Residuals, ``(T, B, L, D)``, from the difference as :attr:`down` gives it.
+
+        Args:
+            down_BLR: that.
+            told: of T timesteps, scales and shifts ``(T, B, R, 1)``.
+        """
         scale, shift, gain = (x.mT for x in told)
         residual: Tensor = self.up(gain * F.silu(torch.addcmul(shift, down_BLR, scale)))
         return residual
@@ -189,25 +202,38 @@ def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:
 
 
 def read_negative(query_BNC: Tensor, negative: KeyValue) -> Tensor:
-    """What a cross-attention with these queries reads of the negative prompt: ``(B, N, H, D)``.
+    """What a cross-attention with these queries reads of the negative prompt: ``(..., H, D)``.
 
-    Written out where no fused kernel is faster: in training on a CPU, its backward pass is slow
-    with so few channels. The softmax is then taken in fp32, which is three times as fast as in
-    bf16.
+    Positions come before the heads H: those of each sample, or in one row those of all.
+
+    Written out where no fused kernel is faster: on a CPU, in training, and where the weights are
+    few. The softmax is then taken over the longer stride, which is twice as fast, and in fp32,
+    which is three times as fast as in bf16.
     """
-    key, value = (x.to(query_BNC.dtype) for x in negative)
+    key, value = negative
+    if key.dtype != query_BNC.dtype:
+        key, value = key.to(query_BNC.dtype), value.to(query_BNC.dtype)
     batch, num_positions, _ = query_BNC.shape
-    query = query_BNC.view(batch, num_positions, key.shape[1], -1).transpose(1, 2)
-    if shared := len(key) < batch:  # all samples' positions make one attention
-        query = query.transpose(0, 1).flatten(1, 2)[None]
+    num_rows, num_heads, num_tokens, _ = key.shape
+    # where one row serves all samples, their positions make one attention
+    query = query_BNC.view(num_rows, -1, num_heads, key.shape[3]).transpose(1, 2)
+    num_weights = batch * num_positions * num_heads * num_tokens
     is_cpu = query.device.type == "cpu"
-    if query.device.type in ("cuda", "meta") or (is_cpu and not torch.is_grad_enabled()):
-        read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    if is_cpu and (torch.is_grad_enabled() or num_weights <= MAX_WRITTEN_OUT):
+        if num_rows == 1:  # a product of three dimensions takes less time to begin
+            query, key, value = query[0], key[0], value[0]
+        weights = (key @ query.mT).float().softmax(dim=-2).to(query.dtype)
+        read = weights.mT @ value
     else:
-        weights = query @ key.mT
-        if is_cpu:
-            weights = weights.float()
-        read = weights.softmax(dim=-1).to(query.dtype) @ value
-    if shared:
-        return read[0].unflatten(1, (batch, -1)).permute(1, 2, 0, 3)
-    return read.transpose(1, 2)
+        read = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    return read.transpose(-3, -2)
+
+
+def scaled_and_shifted(x: Tensor, scale: Tensor, shift: Tensor, *, in_place: bool) -> Tensor:
+    """``shift + scale * x``, each channel by its own; ``in_place`` writes it over ``x``."""
+    if x.device.type == "cpu" and x.ndim == 4:
+        # a fused operation that reads a channel's two numbers is not vectorised there
+        return (x.mul_(scale) if in_place else x * scale).add_(shift)
+    if in_place:
+        return torch.addcmul(shift, x, scale, out=x)
+    return torch.addcmul(shift, x, scale)

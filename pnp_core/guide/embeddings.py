@@ -1,6 +1,6 @@
 """Sinusoidal embeddings, by which a guide reads a timestep and a guidance scale.
 
-B batch, E half of an embedding.
+E half of an embedding.
 """
 
 import math
@@ -19,7 +19,7 @@ def frequencies(device: torch.device) -> Tensor:
     return torch.exp(-math.log(10_000) * steps / (half - 1))
 
 
-def sinusoidal(value_B: Tensor, frequencies_E: Tensor) -> Tensor:
-    """Sinusoidal embedding, ``(B, EMBEDDING_DIM)``, float32."""
-    phase_BE = value_B.float()[:, None] * frequencies_E
-    return torch.cat([phase_BE.sin(), phase_BE.cos()], dim=1)
+def sinusoidal(value: Tensor, frequencies_E: Tensor) -> Tensor:
+    """Sinusoidal embeddings, ``(..., EMBEDDING_DIM)``, float32."""
+    phase = value.float()[..., None] * frequencies_E
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)

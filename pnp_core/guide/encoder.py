@@ -68,8 +68,8 @@ class PreparedEncoder(PreparedTiny):
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "EncoderEffect":
         """Compute all that this timestep decides."""
-        embedding_BM = self.embedding(timestep_B)
-        codes_BX = F.linear(embedding_BM, self.read_XM, self.read_bias_X) * self.read_gains_BX
+        embedding_1BM = self.embedding(timestep_B[None])
+        codes_BX = F.linear(embedding_1BM[0], self.read_XM, self.read_bias_X) * self.read_gains_BX
         num = len(self.adapters)
         gains, codes = codes_BX.split([num * GAIN_RANK, num * RANK], dim=1)
         mixings = [
@@ -85,7 +85,11 @@ class PreparedEncoder(PreparedTiny):
                 strict=True,
             )
         ]
-        return EncoderEffect(mixings, **self.parts(sample, embedding_BM))
+        return EncoderEffect(mixings, **self.parts(sample, embedding_1BM)[0])
+
+    def at_each(self, sample: Tensor, timesteps_TB: Tensor) -> list[TinyEffect]:
+        """Of the first timestep alone: an effect keeps the features that it has compared."""
+        return [self.at(sample, timesteps_TB[0])]
 
 
 class EncoderEffect(TinyEffect):

@@ -120,6 +120,18 @@ class Prepared(ABC):
             timestep_B: one a sample, or one for all.
         """
 
+    def at_each(self, sample: Tensor, timesteps_TB: Tensor) -> "Sequence[Effect]":
+        """What it does at several timesteps, as far as it can tell before their latents are known.
+
+        Args:
+            sample: the first one's latents, ``(B, C, H, W)``.
+            timesteps_TB: T of them; one a sample, or one for all.
+
+        Returns:
+            Effects of the first timesteps, of one at least.
+        """
+        return [self.at(sample, timesteps_TB[0])]
+
 
 class Kind(nn.Module, ABC):
     """A kind of guide."""

@@ -6,8 +6,8 @@ of what the layers from there on give, and by residuals at the entrances of the 
 carries the factor ``w - 1`` and starts from zero projections. Halving adds a learnt offset to that
 factor, since fewer steps need mending at every w.
 
-Shape legend: B batch, C channels, N positions, L text tokens, D text width, R rank, K layers that
-are equally wide, M width of the conditioning vector, X all that is told by that vector.
+Shape legend: T timesteps, B batch, C channels, N positions, L text tokens, D text width, R rank,
+K layers that are equally wide, M width of the conditioning vector, X all that is told by it.
 """
 
 import copy
@@ -30,6 +30,7 @@ from pnp_core.guide.adapters import (
     Told,
     groups_of,
     read_negative,
+    scaled_and_shifted,
 )
 from pnp_core.guide.embeddings import EMBEDDING_DIM, W_SCALE, frequencies, sinusoidal
 from pnp_core.guide.kind import DecoderInput, Effect, KeyValue, Kind, Prepared
@@ -146,8 +147,8 @@ class PreparedTiny(Prepared):
         ]
         # what they drive
         self.gain_up = [torch.stack([a.gains.up.weight.T for a in g]) for g in groups]  # (K, R, C)
-        self.down = [torch.stack([a.down.weight.T for a in g])[:, None] for g in groups]
-        self.up = [torch.stack([a.up.weight.T for a in g]) for g in groups]
+        self.down = [torch.stack([a.down.weight for a in g]) for g in groups]  # (K, R, C)
+        self.up = [torch.stack([a.up.weight.T for a in g])[:, None] for g in groups]
         self.table_2D = net.modulations.table()
         self.base_21 = torch.eye(2, 1, dtype=dtype, device=c.device)  # a factor of 1, no shift
         # how all channels' factors fall to layers, by number of dimensions of what they give
@@ -158,61 +159,81 @@ class PreparedTiny(Prepared):
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> "TinyEffect":
         """Compute all that this timestep decides: gains, directions, factors and shifts."""
-        return TinyEffect(**self.parts(sample, self.embedding(timestep_B)))
+        return self.at_each(sample, timestep_B[None])[0]
 
-    def embedding(self, timestep_B: Tensor) -> Tensor:
-        """The conditioning vector, ``(B, M)``."""
-        t_BE = sinusoidal(timestep_B, self.frequencies).to(self.of_t.dtype)
-        embedding_BM = F.silu(F.linear(t_BE, self.of_t) + self.of_w_BM)
-        return F.silu(self.net.embed[2](embedding_BM)) + self.prompt_BM
+    def at_each(self, sample: Tensor, timesteps_TB: Tensor) -> list["TinyEffect"]:
+        """The same for several timesteps, in as many operations as for one."""
+        return [TinyEffect(**parts) for parts in self.parts(sample, self.embedding(timesteps_TB))]
 
-    def parts(self, sample: Tensor, embedding_BM: Tensor) -> dict[str, Any]:
-        """What :class:`TinyEffect` is made of, from the conditioning vector."""
-        # 1. all that reads it
-        told_BX, driven_BX = F.linear(embedding_BM, self.weight_XM, self.bias_X).split(
-            [sum(self.split_told), self.gains_BX.shape[1]], dim=1
+    def embedding(self, timesteps_TB: Tensor) -> Tensor:
+        """The conditioning vectors, ``(T, B, M)``."""
+        t_TBE = sinusoidal(timesteps_TB, self.frequencies).to(self.of_t.dtype)
+        embedding_TBM = F.silu(F.linear(t_TBE, self.of_t) + self.of_w_BM)
+        return F.silu(self.net.embed[2](embedding_TBM)) + self.prompt_BM
+
+    def parts(self, sample: Tensor, embedding_TBM: Tensor) -> list[dict[str, Any]]:
+        """What :class:`TinyEffect` is made of at each timestep, from the conditioning vectors."""
+        # 1. all that reads them
+        told_TBX, driven_TBX = F.linear(embedding_TBM, self.weight_XM, self.bias_X).split(
+            [sum(self.split_told), self.gains_BX.shape[1]], dim=2
         )
-        parts = told_BX[..., None].split(self.split_told, dim=1)
-        told = list(map(Told, parts[::2], parts[1::2], self.told_gains))
-        driven = (driven_BX * self.gains_BX).split(self.split_driven, dim=1)
+        parts = told_TBX[..., None].split(self.split_told, dim=2)
+        text, *told = map(Told, parts[::2], parts[1::2], self.told_gains)
+        driven = (driven_TBX * self.gains_BX).split(self.split_driven, dim=2)
         # 2. what that drives
         mixed = is_mixed(sample.device.type)
-        dtype = told_BX.dtype if mixed else sample.dtype
-        return {
-            "prepared": self,
-            "told": told[1:],
-            "text_residual_BLD": self.net.text(self.down_BLR, told[0]),
-            "mixtures": self.mixtures(driven, dtype),
-            "modulations": self.modulations(driven[-1], dtype),
-        }
+        dtype = told_TBX.dtype if mixed else sample.dtype
+        return [
+            {
+                "prepared": self,
+                "told": [Told(scale[t], shift[t], gain) for scale, shift, gain in told],
+                "text_residual_BLD": text_residual_BLD,
+                "mixtures": mixtures,
+                "modulations": modulations,
+            }
+            for t, (text_residual_BLD, mixtures, modulations) in enumerate(
+                zip(
+                    self.net.text(self.down_BLR, text),
+                    self.mixtures(driven, dtype),
+                    self.modulations(driven[-1], dtype),
+                    strict=True,
+                )
+            )
+        ]
 
-    def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list["Mixture"]:
-        """What each cross-attention's adapter does, in the order of the forward."""
-        num_groups = len(self.up)
-        found: dict[int, Mixture] = {}
+    def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list[list["Mixture"]]:
+        """At each timestep, what each cross-attention's adapter does, in the forward's order."""
+        num_groups, (num_steps, batch, _) = len(self.up), driven[0].shape
+        found: list[dict[int, Mixture]] = [{} for _ in range(num_steps)]
         for group, (_, layers) in enumerate(self.net.attention_groups):
-            gains_KBR, codes_KBR = (
-                x.view(len(x), len(layers), -1).transpose(0, 1)
+            gains_KNR, codes_KNR = (  # N rows: T times B
+                x.flatten(0, 1).unflatten(1, (len(layers), -1)).transpose(0, 1)
                 for x in (driven[group], driven[num_groups + group])
             )
-            gains_KBC = torch.bmm(gains_KBR.to(self.gain_up[group].dtype), self.gain_up[group])
-            down_KBCR = self.down[group] * codes_KBR[:, :, None]
-            parts = zip(
-                gains_KBC.to(dtype)[:, :, None].unbind(),
-                down_KBCR.to(dtype).unbind(),
-                self.up[group].to(dtype).unbind(),
-                strict=True,
+            gains_KNC = torch.bmm(gains_KNR.to(self.gain_up[group].dtype), self.gain_up[group])
+            up_KNRC = self.up[group] * codes_KNR[..., None]
+            down = self.down[group].to(dtype).unbind()
+            each_step = (
+                by_step(x.to(dtype).unflatten(1, (num_steps, batch)), dim=1)
+                for x in (gains_KNC[:, :, None], up_KNRC)
             )
-            found |= zip(layers, (Mixture(*part) for part in parts), strict=True)
-        return [found[layer] for layer in range(len(found))]
+            for mixtures, gains_KB1C, up_KBRC in zip(found, *each_step, strict=True):
+                each = map(Mixture, gains_KB1C.unbind(), down, up_KBRC.unbind())
+                mixtures |= zip(layers, each, strict=True)
+        return [[mixtures[layer] for layer in range(len(mixtures))] for mixtures in found]
 
-    def modulations(self, codes_BK: Tensor, dtype: torch.dtype) -> "ModulationsByDims":
-        """What each layer's output is multiplied by and what is added."""
+    def modulations(self, codes_TBK: Tensor, dtype: torch.dtype) -> list["ModulationsByDims"]:
+        """At each timestep, what each layer's output is multiplied by and what is added."""
+        codes_N1D = self.net.modulations.codes(codes_TBK.flatten(0, 1))
+        both_N2D = torch.addcmul(self.base_21, codes_N1D, self.table_2D)
+        both_TB2D = both_N2D.to(dtype).unflatten(0, codes_TBK.shape[:2])
+        return [self.by_layer(both_B2D) for both_B2D in by_step(both_TB2D, dim=0)]
+
+    def by_layer(self, both_B2D: Tensor) -> "ModulationsByDims":
+        """Factors and shifts of all channels, layer by layer."""
         modulations = self.net.modulations
-        codes_B1D = modulations.codes(codes_BK)
-        both_B2D = torch.addcmul(self.base_21, codes_B1D, self.table_2D)
         found: ModulationsByDims = {}
-        parts = both_B2D.to(dtype).split([sum(self.widths[3]), sum(self.widths[4])], dim=2)
+        parts = both_B2D.split([sum(self.widths[3]), sum(self.widths[4])], dim=2)
         for (dims, widths), both_B2C in zip(self.widths.items(), parts, strict=True):
             if dims == 3:
                 split = (part[:, None].split(widths, dim=2) for part in both_B2C.unbind(1))
@@ -224,12 +245,18 @@ class PreparedTiny(Prepared):
         return found
 
 
+def by_step(x: Tensor, dim: int) -> Sequence[Tensor]:
+    """Slices that compiled code can't tell from one another: all are first in their memory."""
+    slices = x.unbind(dim)
+    return slices if len(slices) == 1 else [each.clone() for each in slices]
+
+
 class Mixture(NamedTuple):
     """What is added to what a cross-attention read, from what it reads beyond the negative."""
 
     gain_B1C: Tensor
-    down_BCR: Tensor
-    up_RC: Tensor
+    down_RC: Tensor
+    up_BRC: Tensor
 
 
 ModulationsByDims = dict[int, list[tuple[Tensor, Tensor] | None]]
@@ -264,11 +291,13 @@ class TinyEffect(Effect):
 
     def attend(self, index: int, query_BNC: Tensor, read_BNC: Tensor, negative: KeyValue) -> Tensor:
         """Go beyond what was read of the prompt, away from what the negative prompt gives."""
-        gain, down, up = (x.to(read_BNC.dtype) for x in self.mixtures[index])
-        read_n = read_negative(query_BNC, negative)
-        beyond = (read_BNC.view(read_n.shape) - read_n).flatten(2).to(read_BNC.dtype)
-        mixed = torch.bmm(beyond, down)
-        more = torch.baddbmm(read_BNC, mixed, up.expand(len(mixed), -1, -1))
+        gain, down, up = self.mixtures[index]
+        if gain.dtype != read_BNC.dtype:
+            gain, down, up = (x.to(read_BNC.dtype) for x in (gain, down, up))
+        read_n = read_negative(query_BNC, negative)  # not copied to the order of what was read
+        beyond = (read_BNC.view(read_n.shape) - read_n).reshape(read_BNC.shape).to(read_BNC.dtype)
+        mixed_BRN = torch.bmm(down.expand(len(beyond), -1, -1), beyond.mT)
+        more = torch.baddbmm(read_BNC, mixed_BRN.mT, up)
         return more.addcmul_(gain, beyond)
 
     def modulate(self, index: int, output: Tensor, *, in_place: bool = False) -> Tensor:
@@ -278,9 +307,7 @@ class TinyEffect(Effect):
         factor, shift = pair
         if factor.dtype != output.dtype:
             factor, shift = factor.to(output.dtype), shift.to(output.dtype)
-        if in_place:
-            return torch.addcmul(shift, output, factor, out=output)
-        return torch.addcmul(shift, output, factor)
+        return scaled_and_shifted(output, factor, shift, in_place=in_place)
 
     def within(self, layers: range, attentions: range) -> "TinyEffect":
         """The same for a part of the UNet: blocks that are alike read what is shaped alike."""
