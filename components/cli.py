@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from components import interrupt, lineage, mlflow_place, snapshot
-from components.environment import die_with_parent, quiet
+from components.environment import die_with_parent, keep_freed_memory, quiet
 from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import CACHE, DISTILLED, EVALUATED, JUDGED, PREPARED, REPORT, RUNS
@@ -38,6 +38,7 @@ def main(run: Callable[[Params], None]) -> None:
     DVC does not record it, and ends when DVC does, however that ends.
     """
     quiet()
+    keep_freed_memory()
     signal.signal(signal.SIGTERM, leave)
     stage = os.environ.get("DVC_STAGE")
     try:

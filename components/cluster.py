@@ -339,9 +339,10 @@ def _settle(place: Path | Shipment) -> None:
     """What every worker does first: go to the folder of the work, or make it here."""
     import torch
 
-    from components.environment import quiet
+    from components.environment import keep_freed_memory, quiet
 
     quiet()
+    keep_freed_memory()
     if isinstance(place, Shipment):
         place.unpack()
     else:
