@@ -19,7 +19,7 @@ class Found:
 
     def __init__(self, results: Mapping[str, Any], models: Iterable[str]) -> None:
         self.cells: Mapping[str, Any] = results["cells"]
-        self.of_base: Mapping[str, Any] = results["choices"].get("base", {})
+        self.choices: Mapping[str, Any] = results["choices"]
         self.models = [name for name in models if name in self.cells]
 
     def score(self, model: str, place: str, method: str, name: str, judge: str) -> Estimate | None:
@@ -30,25 +30,39 @@ class Found:
     def rival(self, model: str, place: str, judge: str = "world") -> str | None:
         """The free rival of least FID; None until all that may be it have rows, and the guide."""
         made = self.cells.get(model, {}).get(place, {})
-        wanted = {"cfg", "guided", *contenders(self.of_base.get(place, {}))}
+        wanted = {"cfg", "guided", *contenders(self.choices.get("base", {}).get(place, {}))}
         if not wanted <= made.keys():
             return None
         free = [method for method in FREE if method in made]
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
 
+    def own(self, model: str, place: str) -> str:
+        """The guide alone or with exact steps, by FID of the images that settings are chosen by."""
+        tried = self.choices.get(model, {}).get(place, {})
+        made = self.cells.get(model, {}).get(place, {})
+        ways = [way for way in GUIDES if GUIDES[way] == "guided" and way in made and way in tried]
+        return min(ways, key=lambda way: min(tried[way]["tried"].values()), default="guided")
+
     def ratio(
-        self, model: str, place: str, judge: str = "world", method: str = "guided"
+        self, model: str, place: str, judge: str = "world", method: str | None = None
     ) -> Estimate | None:
-        """The FID of a method with the guide over that of the judge's best free rival."""
-        rival = self.rival(model, place, judge)
+        """The FID of a method with the guide over that of the judge's best free rival.
+
+        Args:
+            model: by name.
+            place: number of forwards.
+            judge: "world" or "foreign".
+            method: default: :meth:`own`.
+        """
+        rival, method = self.rival(model, place, judge), method or self.own(model, place)
         if rival is None:
             return None
         own, theirs = (self.score(model, place, m, "fid", judge) for m in (method, rival))
         return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
 
-    def clip_lead(self, model: str, place: str, method: str = "guided") -> Estimate | None:
+    def clip_lead(self, model: str, place: str, method: str | None = None) -> Estimate | None:
         """The CLIP score of a method with the guide less that of the rival of least FID."""
-        rival = self.rival(model, place)
+        rival, method = self.rival(model, place), method or self.own(model, place)
         if rival is None:
             return None
         own, theirs = (self.score(model, place, m, "clip_score", "world") for m in (method, rival))
@@ -56,7 +70,7 @@ class Found:
 
     def over_cfg100(self, model: str, place: str) -> Estimate | None:
         """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
-        own = self.score(model, place, "guided", "fid", "world")
+        own = self.score(model, place, self.own(model, place), "fid", "world")
         theirs = self.score(model, "100", "cfg", "fid", "world")
         return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
 
@@ -182,13 +196,15 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def compared(found: Found, model: str, place: str) -> list[str]:
     """A sentence for each method with a guide: beside the best free rival at this cost."""
     lines = []
+    own = found.own(model, place)
     for method in GUIDES:
+        chosen = " (what is taken, by the images for choosing)" if method == own else ""
         ratio, foreign = (found.ratio(model, place, j, method) for j in ("world", "foreign"))
         lead = found.clip_lead(model, place, method)
         if place.isdigit() and ratio and foreign and lead:
             lines += [
                 "",
-                f"For {LABELS[method]}: FID over the best free rival's "
+                f"For {LABELS[method]}{chosen}: FID over the best free rival's "
                 f"{with_interval(ratio, 3)}, by the foreign judge {with_interval(foreign, 3)}, "
                 f"CLIP score less that rival's {with_interval(lead, 2)}.",
             ]

@@ -183,22 +183,18 @@ class PreparedTiny(Prepared):
         # 2. what that drives
         mixed = is_mixed(sample.device.type)
         dtype = told_TBX.dtype if mixed else sample.dtype
+        residuals_TBLD = self.net.text(self.down_BLR, text)
+        mixtures = self.mixtures(driven, dtype)
+        modulations = self.modulations(driven[-1], dtype)
         return [
             {
                 "prepared": self,
                 "told": [Told(scale[t], shift[t], gain) for scale, shift, gain in told],
-                "text_residual_BLD": text_residual_BLD,
-                "mixtures": mixtures,
-                "modulations": modulations,
+                "text_residual_BLD": residuals_TBLD[t],
+                "mixtures": mixtures[t],
+                "modulations": modulations[t],
             }
-            for t, (text_residual_BLD, mixtures, modulations) in enumerate(
-                zip(
-                    self.net.text(self.down_BLR, text),
-                    self.mixtures(driven, dtype),
-                    self.modulations(driven[-1], dtype),
-                    strict=True,
-                )
-            )
+            for t in range(len(embedding_TBM))
         ]
 
     def mixtures(self, driven: Sequence[Tensor], dtype: torch.dtype) -> list[list["Mixture"]]:
