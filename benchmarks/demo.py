@@ -12,7 +12,7 @@ With --json, the last line on stdout is one JSON object:
     stages             seconds from a stage's first line to the next one's
     fid_ratio_worst    guided over CFG, of the demo's rows
     promoted           whether `python -m flows promote` made its guide the champion
-    machine            its processor, cores used, and whether it has bf16 units
+    machine            its processor, cores used, whether it has bf16 units, and instructions used
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks.record import as_line, precision_on, record
 from components.environment import quiet
@@ -116,6 +117,7 @@ def machine() -> dict[str, Any]:
         "processor": models[0] if models else platform.processor() or platform.machine(),
         "cores": psutil.cpu_count(),
         "has_bf16": has_bf16("cpu"),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # that PyTorch uses
         "system": platform.system(),
     }
 
