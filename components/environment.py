@@ -16,11 +16,8 @@ ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Spinning at OpenMP barriers costs up to ten times the work on cores that others use too, and
-    # not spinning at all half as much again on cores of one's own. So GNU's, which PyTorch has,
-    # spins for a moment: a tenth to a quarter and nothing.
+    # Spinning at OpenMP barriers costs up to ten times the work on cores that others use too.
     "OMP_WAIT_POLICY": "PASSIVE",
-    "GOMP_SPINCOUNT": "1000",
     # Only our own lines on the terminal.
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -46,7 +43,7 @@ def quiet() -> None:
 
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-# Of glibc's malloc.h, and what for: no block is mapped by itself, and none is given back.
+# Of glibc's malloc.h: no block is mapped by itself, and less than 2 GB is not given back.
 MALLOPT = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_TOP_PAD": (-2, 2**26)}
 
 

@@ -58,13 +58,14 @@ class Counted(Prepared):
     """A guide whose effects tell at which timesteps they were made, and that counts how often."""
 
     def __init__(self) -> None:
-        self.times = 0
+        self.times = self.made = 0
 
     def at(self, sample: Tensor, timestep_B: Tensor) -> Effect:
         return self.at_each(sample, timestep_B[None])[0]
 
     def at_each(self, sample: Tensor, timesteps_TB: Tensor) -> list[Effect]:
         self.times += 1
+        self.made += len(timesteps_TB)
         return [At(t_B) for t_B in timesteps_TB]
 
 
@@ -110,6 +111,19 @@ def test_another_guide_dtype_or_size_is_computed_anew() -> None:
     steps.effect(second, sample.half(), timesteps[2])
     steps.effect(second, sample.half().repeat(2, 1, 1, 1), timesteps[3])
     assert (first.times, second.times) == (1, 3)
+
+
+@torch.no_grad()
+def test_where_conditions_change_at_each_step_nothing_is_computed_ahead_but_once() -> None:
+    steps, timesteps, sample = StepsAhead(), torch.arange(1000, 0, -50), torch.zeros(1, 4, 4, 4)
+    prepared = [Counted() for _ in timesteps]
+    for one, t in zip(prepared, timesteps, strict=True):
+        effect = steps.effect(one, sample, t)
+        assert isinstance(effect, At) and effect.timestep_B.item() == t.item()
+    assert [one.made for one in prepared] == [16] + [1] * 19
+    for t in timesteps[:3]:
+        steps.effect(prepared[-1], sample, t)
+    assert prepared[-1].times == 2  # it stays
 
 
 def test_with_gradients_nothing_is_computed_ahead() -> None:

@@ -19,7 +19,7 @@ from pnp_core.guide.unet import EntranceChannels
 GAIN_RANK = 4  # of the gains on one cross-attention
 PROJECTION_RANK = 8  # of what is mixed from its channels besides
 MAX_WRITTEN_OUT = 2**20  # weights of an attention that stay in a CPU's cache
-LEAST_NORM = 1e-2  # of a feature, all its positions: with less, a divided projection leaves fp16
+LEAST_RMS = 1e-4  # of features: with less, a projection divided by it leaves fp16
 
 
 class Told(NamedTuple):
@@ -72,8 +72,9 @@ class EntranceAdapter(nn.Module):
         norms = [norm_of(x.detach())[:, None, None].expand(-1, -1, x.shape[1]) for x in features]
         norms_B1C = torch.cat(norms, dim=2)
         num_positions = features[0].shape[2:].numel()
+        least = LEAST_RMS * (num_positions * max(self.split)) ** 0.5
         down_BRC = torch.addcdiv(
-            zero, down_RC, norms_B1C.clamp(min=LEAST_NORM), value=num_positions**0.5
+            zero, down_RC, norms_B1C.clamp(min=least), value=num_positions**0.5
         ).to(down_RC.dtype)
         h = bias_R1
         for x, part_BRC in zip(features, down_BRC.split(self.split, dim=2), strict=True):

@@ -242,7 +242,7 @@ class PreparedTiny(Prepared):
 
 
 def by_step(x: Tensor, dim: int) -> Sequence[Tensor]:
-    """Slices that compiled code can't tell from one another: all are first in their memory."""
+    """Slices that compiled code can't tell from one another: each lies alike in its own memory."""
     slices = x.unbind(dim)
     return slices if len(slices) == 1 else [each.clone() for each in slices]
 
