@@ -3,6 +3,7 @@
 Where a schedule's last timestep has no signal, v stands for eps, see :mod:`pnp_core.schedule`.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -110,8 +111,7 @@ class GuidedDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
         self.strength = strength
-        self.call: DenoiserCall | None = None
-        self.made_for: tuple[Any, ...] = ()
+        self.last = LastCall()
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
         """Guided eps, ``(B, C, H, W)``: the UNet's own forward, with the guide at work in it."""
@@ -126,10 +126,18 @@ class GuidedDenoiser:
             return DenoiserCall(unet, guide, conditions, self.strength)
         weights = [(p.data_ptr(), *version_of(p)) for p in guide.parameters()]
         made_for = (conditions, is_mixed(device_type), weights)
-        if self.call is None or made_for != self.made_for:
-            self.call = DenoiserCall(unet, guide, conditions, self.strength)
-            self.made_for = made_for
-        return self.call
+        last = self.last
+        if last.call is None or made_for != last.made_for:
+            last.call = DenoiserCall(unet, guide, conditions, self.strength)
+            last.made_for = made_for
+        return last.call
+
+
+class LastCall(threading.local):
+    """What a denoiser ran last in this thread, and all that it rests on."""
+
+    call: "DenoiserCall | None" = None
+    made_for: tuple[Any, ...] = ()
 
 
 def check_not_checkpointed(unet: UNet2DConditionModel) -> None:

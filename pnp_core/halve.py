@@ -33,7 +33,6 @@ from pnp_core.train import (
     RECIPE,
     Report,
     config_hash,
-    own_parts,
     rank_and_world,
     train,
 )
@@ -141,7 +140,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
         pin = pinning(device)
         return cache.latents(indices, draws, part).map(pin), [pin(x) for x in (w_B, *times)]
 
-    ahead = Ahead(read, own_parts(config.train))
+    ahead = Ahead(read)
 
     def loss_fn(step: int, part: slice) -> Tensor:
         stored, numbers = ahead(step, part)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.files import write_state
 from pnp_core.precision import mixed_precision
 from pnp_core.settings import MEMORY_ONLY
@@ -86,11 +87,11 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         ValueError: a loss not finite, or far above what it was; too little memory; each named.
     """
     rank, world = rank_and_world()
-    part, parts = own_part(config.batch_size), own_parts(config)
     state = State(guide, config)
+    part, parts = own_part(config.batch_size), state.own_parts()
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
-        loss_before = untrained_loss(losses, parts, config)
+        loss_before = state.untrained_loss(losses, parts)
     if checkpoint is not None:
         state.resume(checkpoint, run_hash)
     guide.train()
@@ -144,8 +145,8 @@ def own_part(batch_size: int) -> slice:
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def own_parts(config: TrainConfig) -> list[slice]:
-    """This worker's rows in the parts in which they are computed; raises as :func:`own_part`."""
+def micro_batches(config: TrainConfig) -> list[slice]:
+    """This worker's rows in parts that memory holds at once; raises as :func:`own_part`."""
     return parts_of(own_part(config.batch_size), config.micro_batch_size)
 
 
@@ -186,21 +187,6 @@ def told_what_to_lower(config: TrainConfig, step: int, part: slice) -> Iterator[
         ) from error
 
 
-def untrained_loss(
-    losses: Callable[[int, slice], Tensor], parts: Sequence[slice], config: TrainConfig
-) -> float:
-    """The mean loss of the first steps' batches, over all workers."""
-    totals = []
-    for step in range(STEPS_BEFORE):
-        for part in parts:
-            with told_what_to_lower(config, step, part):
-                totals.append(losses(step, part).float().sum())
-    total = torch.stack(totals).sum()
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(total)
-    return float(total) / (STEPS_BEFORE * config.batch_size)
-
-
 class State:
     """What training changes: parameters, their average, the optimizer, the number of steps."""
 
@@ -208,6 +194,8 @@ class State:
         self.config = config
         self.parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
+        first = micro_batches(config)[0]
+        self.num_cores = num_cores(first.stop - first.start, self.device)
         self.optimizer = SOAP(self.parameters, lr=config.learning_rate)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
@@ -246,10 +234,33 @@ class State:
             },
         )
 
+    def own_parts(self) -> list[slice]:
+        """This worker's rows in the parts in which they are computed, so many at once."""
+        return [
+            part for rows in micro_batches(self.config) for part in share_out(rows, self.num_cores)
+        ]
+
+    def untrained_loss(
+        self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
+    ) -> float:
+        """The mean loss of the first steps' batches, over all workers."""
+        totals = []
+        for step in range(STEPS_BEFORE):
+
+            def of_part(part: slice, step: int = step) -> Tensor:
+                with told_what_to_lower(self.config, step, part):
+                    return losses(step, part).float().sum()
+
+            totals += side_by_side(of_part, parts, self.num_cores)
+        total = torch.stack(totals).sum()
+        if rank_and_world()[1] > 1:
+            dist.all_reduce(total)
+        return float(total) / (STEPS_BEFORE * self.config.batch_size)
+
     def accumulate(
         self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of this step's loss over these parts of its batch, one after another.
+        """Gradients of this step's loss over these parts of its batch.
 
         Returns:
             The losses of the rows, and the sum of them over the size of the global batch.
@@ -257,15 +268,25 @@ class State:
         Raises:
             ValueError: the GPU's memory does not suffice for one of the parts.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        rows, totals = [], []
-        for part in parts:
+
+        def of_part(part: slice) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
             with told_what_to_lower(self.config, self.step, part):
                 loss_rows = losses(self.step, part)
                 loss = loss_rows.float().sum() / self.config.batch_size
-                loss.backward()
-            rows.append(loss_rows.detach())
-            totals.append(loss.detach())
+                if self.num_cores == 1:
+                    loss.backward()
+                    return loss_rows.detach(), loss.detach(), ()
+                # not into `grad`, in whatever order parts are through
+                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            return loss_rows.detach(), loss.detach(), gradients
+
+        self.optimizer.zero_grad(set_to_none=True)
+        rows, totals, gradients = zip(*side_by_side(of_part, parts, self.num_cores), strict=True)
+        for parameter, *each in zip(self.parameters, *gradients, strict=False):
+            for gradient in each:
+                if gradient is not None:
+                    so_far = parameter.grad
+                    parameter.grad = gradient if so_far is None else so_far + gradient
         return torch.cat(rows), torch.stack(totals).sum()
 
     def gather(self, total: Tensor, world: int) -> tuple[Tensor, Tensor]:
