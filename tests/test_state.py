@@ -354,3 +354,27 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     said = run("make", "-C", str(folder), "demo", "INSTALLED=Makefile", "PY=echo")
     assert said.returncode == 0, said.stderr
     assert "-m flows distill" in said.stdout
+
+
+@pytest.mark.parametrize(
+    ("df", "is_room"),
+    [
+        ("echo; echo disk 9 9 4000000 9 /", False),
+        ("echo; echo disk 9 9 9999999 9 /", True),
+        ("false", True),
+    ],
+    ids=["full", "room", "unknown"],
+)
+def test_a_disk_that_is_too_full_is_told_before_anything_is_installed(
+    tmp_path: Path, df: str, is_room: bool
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name, does in (("df", df), ("python", "true")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"PATH={tmp_path / 'bin'}:{os.environ['PATH']}"
+    said = run("env", path, "make", "-C", str(tmp_path), "install", f"PY={tmp_path / 'bin/python'}")
+    assert ("Installing into" in said.stdout) == is_room
+    assert ("4 GB free, and installing takes 9 GB" in said.stderr) == (not is_room)
