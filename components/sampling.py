@@ -107,7 +107,13 @@ def with_negatives(tasks: Sequence[Task], negatives: Sequence[str]) -> list[Task
 
 
 class Sampler:
-    """Samples one model by each method, always from the same seeds."""
+    """Samples one model by each method, always from the same seeds.
+
+    Attributes:
+        in_threads: denoisers may run in several threads at once: a part of a batch on each core.
+    """
+
+    in_threads = True
 
     def __init__(
         self,
@@ -225,9 +231,13 @@ class Sampler:
             latents = self.denoise(inputs, setting.method, setting.num_steps, setting.solver)
             return self.decode(latents)
 
-        cores = num_cores(len(tasks), self.device)
+        cores = self.cores(len(tasks))
         parts = [self.inputs(part, setting.guidance_scale) for part in shares(tasks, cores)]
         return np.concatenate(side_by_side(made, parts, cores))
+
+    def cores(self, num_images: int) -> int:
+        """How many parts of a batch are made at once."""
+        return num_cores(num_images, self.device) if self.in_threads else 1
 
     def computing(self) -> Any:
         """A context in which to compute at `evaluate.precision` on this device."""
@@ -263,7 +273,7 @@ class Sampler:
 
         found: dict[str, list[list[float]]] = {"unexplained": [], "total": []}
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
-            cores = num_cores(len(batch), self.device)
+            cores = self.cores(len(batch))
             parts = [self.inputs(part) for part in shares(batch, cores)]
             for steps in side_by_side(terms_of, parts, cores):
                 of_steps = torch.stack([x.unexplained_B for x in steps], dim=1)

@@ -219,4 +219,5 @@ def distill(  # noqa: PLR0913, what a run needs, then by name what it may have
             report=report,
             name_row=name_row,
             diverged=5,
+            in_threads=True,
         )

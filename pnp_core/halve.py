@@ -248,4 +248,5 @@ def train_round(  # noqa: PLR0913, what halve() has, and what differs from round
             report=report,
             name_row=name_row,
             diverged=100,  # a round starts close to its target
+            in_threads=True,
         )

@@ -70,6 +70,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
     report: Report = lambda *_: None,
     name_row: Callable[[int, int], str] = lambda _, row: f"row {row} of its batch",
     diverged: float = math.inf,
+    in_threads: bool = False,
 ) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
@@ -82,12 +83,14 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         report: called by every worker at the same points.
         name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
         diverged: from a quarter of the run on, stop at this many times the loss before training.
+        in_threads: ``loss_fn`` may run in several threads, which is faster on a CPU: a part of the
+            batch on each of its cores.
 
     Raises:
         ValueError: a loss not finite, or far above what it was; too little memory; each named.
     """
     rank, world = rank_and_world()
-    state = State(guide, config)
+    state = State(guide, config, in_threads=in_threads)
     part, parts = own_part(config.batch_size), state.own_parts()
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
@@ -190,12 +193,12 @@ def told_what_to_lower(config: TrainConfig, step: int, part: slice) -> Iterator[
 class State:
     """What training changes: parameters, their average, the optimizer, the number of steps."""
 
-    def __init__(self, guide: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, guide: nn.Module, config: TrainConfig, *, in_threads: bool = False) -> None:
         self.config = config
         self.parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         first = micro_batches(config)[0]
-        self.num_cores = num_cores(first.stop - first.start, self.device)
+        self.num_cores = num_cores(first.stop - first.start, self.device) if in_threads else 1
         self.optimizer = SOAP(self.parameters, lr=config.learning_rate)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.decay = 0.5 ** (config.batch_size / config.ema_halflife_images)

@@ -133,7 +133,8 @@ def test_gradients_of_a_batch_on_several_cores_are_those_of_the_batch(
     guide = seeded_guide(pipe)
     losses = objective(stage, pipe, guide, cache)
     expected = gradients_of(losses(3, slice(0, BATCH)).sum() / BATCH, guide)
-    state = State(guide, dataclasses.replace(TRAIN, micro_batch_size=micro_batch_size))
+    config = dataclasses.replace(TRAIN, micro_batch_size=micro_batch_size)
+    state = State(guide, config, in_threads=True)
     state.step = 3
     assert len(state.own_parts()) >= 3
     found: list[Tensor] = []
