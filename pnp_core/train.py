@@ -83,8 +83,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         report: called by every worker at the same points.
         name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
         diverged: from a quarter of the run on, stop at this many times the loss before training.
-        in_threads: ``loss_fn`` may run in several threads, which is faster on a CPU: a part of the
-            batch on each of its cores.
+        in_threads: ``loss_fn`` may run in threads: a CPU's cores then get a part of a batch each.
 
     Raises:
         ValueError: a loss not finite, or far above what it was; too little memory; each named.
