@@ -94,8 +94,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
         loss_before = state.untrained_loss(losses, parts)
-    if checkpoint is not None:
-        state.resume(checkpoint, run_hash)
+    state.resume(checkpoint, run_hash)
     guide.train()
     recent = Recent(config, state.step)
     under_way: Outcome | None = None
@@ -208,9 +207,9 @@ class State:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def resume(self, checkpoint: Path, run_hash: str) -> None:
+    def resume(self, checkpoint: Path | None, run_hash: str) -> None:
         """Go on where this run was saved, if it was."""
-        if not checkpoint.exists():
+        if checkpoint is None or not checkpoint.exists():
             return
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         if state["run_hash"] != run_hash:
