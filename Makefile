@@ -58,8 +58,9 @@ clean:  ## remove the environment and everything the pipeline wrote
 	    .dvc/cache .dvc/tmp build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED):
-	@free=$$(df -Pk . 2>/dev/null | awk 'NR == 2 { print int($$4 / 1000000) }'); \
-	test "$${free:-$(GB)}" -ge $(GB) || { \
+	@free=$$(df -Pk . 2>/dev/null | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*%.*/\1/p'); \
+	free=$$(( $${free:-$(GB)000000} / 1000000 )); \
+	test -x $(PY) || test $$free -ge $(GB) || { \
 	    echo "error: $(CURDIR) has $$free GB free, and installing takes $(GB) GB, more than it keeps: free some, or clone to another disk" >&2; \
 	    exit 1; }
 	@$(PY) -c '' 2>/dev/null || { \

@@ -33,7 +33,8 @@ from pnp_core.precision import has_bf16, mixed_precision
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 
-# Raised when this code makes other images than before of the same recipe: none is then reused.
+# Raised when this code makes other images than before of the same recipe: none is then reused. How
+# many threads compute decides the last bits, and doesn't count.
 SAMPLED_BY = 1
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt

@@ -4,9 +4,12 @@ Cores that compute one small layer together wait for one another a third of the 
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -14,14 +17,21 @@ import torch
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
+SECONDS_ASLEEP = 0.5
 FEWEST_ROWS = 8  # at fewer samples at once, a core takes longer for each
 
 
 def num_cores(num_rows: int, device: torch.device) -> int:
-    """Into how many parts a batch is best shared out; 1 on a GPU, which takes it as a whole."""
+    """Into how many parts a batch is best shared out; 1 on a GPU, which takes it as a whole.
+
+    Each part gets as many threads; no core is left without work.
+    """
     if device.type != "cpu":
         return 1
-    return max(1, min(torch.get_num_threads(), num_rows // FEWEST_ROWS))
+    num_threads = torch.get_num_threads()
+    most = max(1, min(num_threads, num_rows // FEWEST_ROWS))
+    threads_each = -(-num_threads // most)
+    return num_threads // threads_each
 
 
 def share_out(rows: slice, num_parts: int) -> list[slice]:
@@ -31,35 +41,76 @@ def share_out(rows: slice, num_parts: int) -> list[slice]:
     return [slice(start, min(start + size, rows.stop)) for start in starts]
 
 
+class GivenUp(BaseException):
+    """Ends a part whose batch has been interrupted, or of which another part has failed."""
+
+
+class Now(threading.local):
+    """What goes on in this thread."""
+
+    given_up: threading.Event | None = None
+
+
+now = Now()
+
+
+def go_on() -> None:
+    """Said at each forward: raises :class:`GivenUp` in a part that nobody waits for any more."""
+    if now.given_up is not None and now.given_up.is_set():
+        raise GivenUp
+
+
 def side_by_side(
     work: Callable[[Part], Result], parts: Sequence[Part], num_cores: int
 ) -> list[Result]:
     """``work(part)`` of each part, in their order, so many at once.
 
-    Gradients, inference mode and autocast are on in ``work`` where they are on here. What it
-    raises is raised when all that has begun is through.
+    Gradients, inference mode and autocast are on in ``work`` where they are on here. If it raises,
+    and at Ctrl-C, the other parts end at their next forward.
     """
     if min(num_cores, len(parts)) <= 1:
         return [work(part) for part in parts]
-    threads_each = max(1, torch.get_num_threads() // num_cores)
+    num_threads = torch.get_num_threads()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     mixed, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    given_up, pool = threading.Event(), _pool(num_cores, max(1, num_threads // num_cores))
 
     def as_here(part: Part) -> Result:
-        with (
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(grad),
-            torch.autocast("cpu", dtype=dtype, enabled=mixed),
-        ):
-            return work(part)
+        now.given_up = given_up
+        try:
+            go_on()
+            with (
+                torch.inference_mode(inference),
+                torch.set_grad_enabled(grad),
+                torch.autocast("cpu", dtype=dtype, enabled=mixed),
+            ):
+                return work(part)
+        except BaseException:
+            given_up.set()
+            raise
 
-    begun = [_pool(num_cores, threads_each).submit(as_here, part) for part in parts]
+    begun: list[Future[Result]] = []
+    through: SimpleQueue[Future[Result]] = SimpleQueue()  # only wakes; unlike a lock, at Ctrl-C too
+
+    def wait() -> None:
+        while not all(future.done() for future in begun):
+            with suppress(Empty):
+                through.get(timeout=SECONDS_ASLEEP)
+
     try:
-        return [future.result() for future in begun]
+        for part in parts:
+            begun.append(pool.submit(as_here, part))
+            begun[-1].add_done_callback(through.put)
+        wait()
     finally:
-        for future in begun:
-            if not future.cancel():
-                future.exception()
+        given_up.set()
+        wait()
+        torch.set_num_threads(num_threads)  # of threads to come, for which the pool's set it too
+    for future in begun:
+        error = future.exception()
+        if error is not None and not isinstance(error, GivenUp):
+            raise error
+    return [future.result() for future in begun]
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor
 from pnp_core.ahead import StepsAhead
 from pnp_core.calls import Call, Negatives, entered, run_checkpointed, version_of
 from pnp_core.conditions import Conditions
+from pnp_core.cores import go_on
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect
 from pnp_core.guiders import Guider
@@ -48,6 +49,7 @@ class PlainDenoiser:
         self, z_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor, added: Mapping[str, Tensor] | None
     ) -> Tensor:
         """Predicted eps, ``(B, C, H, W)``, under one prompt, with its ``added_cond_kwargs``."""
+        go_on()
         prediction = self.unet(z_BCHW, t_B, text_BLD, added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)
 

@@ -125,7 +125,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     grid = sampling_timesteps(scheduler, this.num_steps, config.timestep_spacing)
     fine = sampling_timesteps(scheduler, 2 * this.num_steps, config.timestep_spacing)
 
-    @lru_cache(maxsize=1)  # a batch may come in parts, one after another
+    @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
     def drawn(step: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
         generator = step_generator(this.seed, step)
         indices = cache.latent_indices(batch_size=batch_size, seed=this.seed, step=step)

@@ -29,6 +29,7 @@ from pnp_core.soap import SOAP
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
 
+Result = TypeVar("Result")
 Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
@@ -90,7 +91,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
     """
     rank, world = rank_and_world()
     state = State(guide, config, in_threads=in_threads)
-    part, parts = own_part(config.batch_size), state.own_parts()
+    part, parts = own_part(config.batch_size), micro_batches(config)
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
         loss_before = state.untrained_loss(losses, parts)
@@ -235,12 +236,6 @@ class State:
             },
         )
 
-    def own_parts(self) -> list[slice]:
-        """This worker's rows in the parts in which they are computed, so many at once."""
-        return [
-            part for rows in micro_batches(self.config) for part in share_out(rows, self.num_cores)
-        ]
-
     def untrained_loss(
         self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
     ) -> float:
@@ -248,11 +243,12 @@ class State:
         totals = []
         for step in range(STEPS_BEFORE):
 
-            def of_part(part: slice, step: int = step) -> Tensor:
-                with told_what_to_lower(self.config, step, part):
-                    return losses(step, part).float().sum()
+            def of_rows(rows: slice, step: int = step) -> Tensor:
+                with told_what_to_lower(self.config, step, rows):
+                    return losses(step, rows).float().sum()
 
-            totals += side_by_side(of_part, parts, self.num_cores)
+            for part in parts:
+                totals += self._on_cores(of_rows, part)
         total = torch.stack(totals).sum()
         if rank_and_world()[1] > 1:
             dist.all_reduce(total)
@@ -261,7 +257,7 @@ class State:
     def accumulate(
         self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of this step's loss over these parts of its batch.
+        """Gradients of this step's loss over these parts of its batch, one after another.
 
         Returns:
             The losses of the rows, and the sum of them over the size of the global batch.
@@ -270,25 +266,32 @@ class State:
             ValueError: the GPU's memory does not suffice for one of the parts.
         """
 
-        def of_part(part: slice) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-            with told_what_to_lower(self.config, self.step, part):
-                loss_rows = losses(self.step, part)
+        def of_rows(rows: slice) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+            with told_what_to_lower(self.config, self.step, rows):
+                loss_rows = losses(self.step, rows)
                 loss = loss_rows.float().sum() / self.config.batch_size
                 if self.num_cores == 1:
                     loss.backward()
                     return loss_rows.detach(), loss.detach(), ()
-                # not into `grad`, in whatever order parts are through
+                # not into `grad`, in whatever order cores are through
                 gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             return loss_rows.detach(), loss.detach(), gradients
 
         self.optimizer.zero_grad(set_to_none=True)
-        rows, totals, gradients = zip(*side_by_side(of_part, parts, self.num_cores), strict=True)
-        for parameter, *each in zip(self.parameters, *gradients, strict=False):
-            for gradient in each:
-                if gradient is not None:
-                    so_far = parameter.grad
-                    parameter.grad = gradient if so_far is None else so_far + gradient
+        rows, totals = [], []
+        for part in parts:
+            for loss_rows, loss, gradients in self._on_cores(of_rows, part):
+                rows.append(loss_rows)
+                totals.append(loss)
+                for parameter, gradient in zip(self.parameters, gradients, strict=False):
+                    if gradient is not None:
+                        so_far = parameter.grad
+                        parameter.grad = gradient if so_far is None else so_far + gradient
         return torch.cat(rows), torch.stack(totals).sum()
+
+    def _on_cores(self, work: Callable[[slice], Result], part: slice) -> list[Result]:
+        """``work`` of a share of these rows on each core."""
+        return side_by_side(work, share_out(part, self.num_cores), self.num_cores)
 
     def gather(self, total: Tensor, world: int) -> tuple[Tensor, Tensor]:
         """Gradients over all workers, clipped; their loss, and the norm before."""

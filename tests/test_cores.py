@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,12 @@ from pnp_core import cores
 from pnp_core.cache import Example, TeacherCache
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.cores import num_cores, share_out, side_by_side
-from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import KINDS, Guide, GuideConfig
+from pnp_core.guiders import GUIDERS, Guider, GuiderConfig
 from pnp_core.schedule import NoiseSchedule
-from pnp_core.train import State
+from pnp_core.settings import CFG
+from pnp_core.train import State, micro_batches
 from tests.conftest import roused
 from tests.test_cache import builder
 from tests.test_training import TRAIN
@@ -62,6 +65,9 @@ def test_shares_are_all_rows_in_order_and_of_like_size(
         (2, 64, CPU, 2),
         (16, 64, CPU, 8),  # a core is slow at fewer than eight samples
         (16, 7, CPU, 1),
+        (6, 32, CPU, 3),  # of two threads: four would leave two cores without work
+        (7, 32, CPU, 3),
+        (12, 64, CPU, 6),
         (16, 64, GPU, 1),
     ],
 )
@@ -83,6 +89,11 @@ def test_parts_run_at_the_same_time_and_results_are_in_their_order() -> None:
 
     assert side_by_side(work, range(7), 3) == [(part, 1) for part in range(7)]
     assert torch.get_num_threads() == 3
+    of_later_threads: list[int] = []
+    later = threading.Thread(target=lambda: of_later_threads.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert of_later_threads == [3]
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -100,19 +111,47 @@ def test_work_is_computed_as_it_would_be_here(mode: type, mixed: bool) -> None:
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_an_error_is_told_when_what_has_begun_is_through() -> None:
-    through = []
+def test_an_error_is_told_when_what_has_begun_is_through_and_nothing_more_begins() -> None:
+    all_there, through = threading.Barrier(3, timeout=60), []
 
     def work(part: int) -> None:
+        all_there.wait()
         if part == 1:
             raise ValueError("part 1 is bad")
         threading.Event().wait(0.2)
         through.append(part)
 
     with pytest.raises(ValueError, match="part 1 is bad"):
-        side_by_side(work, range(3), 3)
+        side_by_side(work, range(9), 3)
     assert sorted(through) == [0, 2]
     assert side_by_side(lambda part: part, range(3), 3) == [0, 1, 2]
+
+
+@pytest.mark.usefixtures("three_threads")
+@pytest.mark.parametrize("why", ["an error", "Ctrl-C"])
+def test_forwards_of_other_parts_end_when_one_fails_or_at_an_interrupt(
+    pipe: StableDiffusionPipeline, why: str
+) -> None:
+    denoiser = PlainDenoiser(pipe.unet, NoiseSchedule.from_scheduler(pipe.scheduler))
+    z, t_B = torch.zeros(1, 4, 8, 8), torch.tensor([500])
+    all_there, ended = threading.Barrier(3, timeout=60), []
+
+    @torch.no_grad()
+    def work(part: int) -> None:
+        all_there.wait()
+        if part == 1 and why == "an error":
+            raise ValueError("part 1 is bad")
+        if part == 1:
+            os.kill(os.getpid(), signal.SIGINT)  # the main thread is told
+        try:
+            while True:  # a run without an end
+                denoiser(z, t_B, conditions_of(1))
+        finally:
+            ended.append(part)
+
+    with pytest.raises(ValueError if why == "an error" else KeyboardInterrupt):
+        side_by_side(work, range(3), 3)
+    assert {0, 2} <= set(ended)
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -136,10 +175,11 @@ def test_gradients_of_a_batch_on_several_cores_are_those_of_the_batch(
     config = dataclasses.replace(TRAIN, micro_batch_size=micro_batch_size)
     state = State(guide, config, in_threads=True)
     state.step = 3
-    assert len(state.own_parts()) >= 3
+    parts = micro_batches(config)
+    assert state.num_cores == 3
     found: list[Tensor] = []
     for _ in range(2):
-        rows, total = state.accumulate(losses, state.own_parts())
+        rows, total = state.accumulate(losses, parts)
         torch.testing.assert_close(rows, losses(3, slice(0, BATCH)).detach())
         torch.testing.assert_close(total, rows.sum() / BATCH)
         each = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in state.parameters]
@@ -202,3 +242,39 @@ def test_cached_pairs_of_several_cores_are_those_of_one(
     for several, one in zip(*tensors, strict=True):
         if several is not None:
             torch.testing.assert_close(several, one, atol=2e-3, rtol=2e-3)  # kept in half precision
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_of_micro_batches_no_more_rows_are_computed_at_once_than_one_has(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    guide = seeded_guide(pipe)
+    at_work, most, lock = 0, 0, threading.Lock()
+
+    def losses(step: int, part: slice) -> Tensor:
+        nonlocal at_work, most
+        rows = part.stop - part.start
+        with lock:
+            at_work += rows
+            most = max(most, at_work)
+        threading.Event().wait(0.05)
+        with lock:
+            at_work -= rows
+        return sum(p.sum() for p in guide.parameters()) * torch.ones(rows)
+
+    config = dataclasses.replace(TRAIN, micro_batch_size=5)
+    State(guide, config, in_threads=True).accumulate(losses, micro_batches(config))
+    assert 2 < most <= 5
+
+
+@pytest.mark.parametrize("name", [name for name in GUIDERS if name != CFG])
+def test_one_guider_in_several_threads_gives_each_what_it_gives_alone(name: str) -> None:
+    guider = Guider(GuiderConfig(name=name))
+    eps_c, eps_n = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def run(part: int) -> Tensor:
+        t_B, w_B = torch.full((6,), 900 - 200 * part), torch.full((6,), 2.0 + part)
+        return torch.stack([guider(eps_c, eps_n, t_B, w_B) for _ in range(20)])
+
+    for part, found in enumerate(side_by_side(run, range(4), 4)):
+        torch.testing.assert_close(found, run(part))
