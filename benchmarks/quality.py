@@ -56,6 +56,7 @@ from pnp_core.files import read_json, write_json, write_text
 from pnp_core.identity import base_identity
 from pnp_core.metrics import psnr
 from pnp_core.model_files import weights_hash
+from pnp_core.train import DivergedError
 
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
@@ -130,7 +131,7 @@ def train_peer(
     for rate in LEARNING_RATES[name]:
         try:
             trial = fit(rate, int(TRIAL_SHARE * full))
-        except ValueError as error:  # it diverged
+        except DivergedError as error:
             print(f"{name} at {rate:g}: {error}", file=sys.stderr)
             continue
         trials[rate] = methods_on(row, params, {name: trial}).guidance_fvu(tasks, name)

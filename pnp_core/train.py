@@ -43,6 +43,10 @@ gone on with."""
 STEPS_BEFORE = 4  # over which the loss is taken before training
 
 
+class DivergedError(ValueError):
+    """A loss that is not finite, or far above what it was before training."""
+
+
 def config_hash(config: Any, *more: str) -> str:
     """A short hash of a dataclass config and further strings, for matching checkpoints."""
 
@@ -87,7 +91,8 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         in_threads: ``loss_fn`` may run in threads: a CPU's cores then get a part of a batch each.
 
     Raises:
-        ValueError: a loss not finite, or far above what it was; too little memory; each named.
+        DivergedError: a loss not finite, or far above what it was; named.
+        ValueError: too little memory.
     """
     rank, world = rank_and_world()
     state = State(guide, config, in_threads=in_threads)
@@ -126,9 +131,9 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
 def check_convergence(
     step: int, num_images: int, loss: float, loss_before: float, diverged: float
 ) -> None:
-    """Raise ValueError if the loss is ``diverged`` times what it was before training."""
+    """Raise DivergedError if the loss is ``diverged`` times what it was before training."""
     if 0 < diverged * loss_before < loss:
-        raise ValueError(
+        raise DivergedError(
             f"Training stopped at step {step} ({num_images} images): the loss is {loss:.3g}, and "
             f"was {loss_before:.3g} before training. It diverges: lower learning_rate."
         )
@@ -356,7 +361,7 @@ class Outcome:
             self.arrived.record()
 
     def check(self, config: TrainConfig, part: slice, name_row: Callable[[int, int], str]) -> None:
-        """Raise ValueError, naming step and samples, if they are not finite."""
+        """Raise DivergedError, naming step and samples, if they are not finite."""
         if self.arrived is not None:
             self.arrived.synchronize()
         total, grad_norm = self.numbers.tolist()
@@ -366,7 +371,7 @@ class Outcome:
         named = [name_row(self.step, part.start + row) for row in bad[:3]]
         where = f" It is not finite at {', '.join(named)}" if bad else ""
         more = f" and {len(bad) - 3} more." if len(bad) > 3 else "." if bad else ""
-        raise ValueError(
+        raise DivergedError(
             f"Training stopped at step {self.step} ({self.step * config.batch_size} images): the "
             f"loss is {total}, the gradient norm {grad_norm}.{where}{more} Lower learning_rate; if "
             "a few samples are named, look at those. The last checkpoint is untouched."

@@ -1,5 +1,6 @@
 """Rivals that train, in the table at equal cost: trained alike, kept, sampled, told straight."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.frontier import run, table, trained, workbench
+from benchmarks.frontier import run, table, trained, training, workbench
 from benchmarks.frontier.settings import (
     CONSISTENT,
     LABELS,
@@ -16,14 +17,15 @@ from benchmarks.frontier.settings import (
     Setting,
     layouts,
 )
-from benchmarks.frontier.trained import METHODS, RATES
-from benchmarks.peers import TRAINED
+from benchmarks.peers import TRAINED, Peer
+from benchmarks.peers.training import Trainer, fingerprint
 from components import cache, prepare
 from components.params import Params, load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import load_pipeline
+from pnp_core.sample import initial_noise
 from tests import toy
 from tests.conftest import roused
 from tests.test_frontier import cell
@@ -48,47 +50,48 @@ def bench_of(params: Params) -> workbench.Workbench:
     guide = roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
     bundles = {"guided": GuideBundle({8: guide})}
     model = params.models["base"]
-    return workbench.Workbench("base", model, params, bundles, trained.trained(unet))
+    rivals = trained.trained(unet, params)
+    return workbench.Workbench("base", model, params, bundles, rivals)
 
 
-def test_all_rivals_that_there_are_can_be_trained_and_have_a_name() -> None:
-    assert METHODS.keys() == TRAINED_LABELS.keys() == {"ours", *TRAINED}
-    assert TRAINED_LABELS.keys() <= LABELS.keys()
-    assert {name.split()[1] for _, name, _ in run.jobs(["base"], [8]) if "trained" in name} == {
-        *TRAINED_LABELS
-    }
+def index_of(name: str) -> dict[str, Any]:
+    about: dict[str, Any] = read_json(trained.FOLDER / name / trained.INDEX)
+    return about
+
+
+def test_all_rivals_that_there_are_can_be_trained_and_have_a_name(params: Params) -> None:
+    names = trained.methods(params).keys()
+    assert names == training.FIRST_RATES.keys() == TRAINED_LABELS.keys() == {"ours", *TRAINED}
+    assert names <= LABELS.keys()
+    jobs = [name.split() for _, name, _ in run.jobs(["base"], [8])]
+    assert {words[1] for words in jobs if words[-1] == "trained"} == names
 
 
 @pytest.mark.parametrize("method", TRAINED_LABELS)
-@pytest.mark.parametrize("num_forwards", [16, 8, 4, 2])
-@pytest.mark.parametrize("step_cost", [1.0, 1.03, 1.49, 3.0])
-def test_a_trained_rival_takes_as_many_steps_as_its_cost_allows(
-    method: str, num_forwards: int, step_cost: float
+@pytest.mark.parametrize("most_steps", [16, 15, 10, 8, 5, 1, 0])
+def test_a_trained_rival_takes_as_many_steps_as_it_can_or_as_it_is_halved_to(
+    method: str, most_steps: int
 ) -> None:
-    found = layouts(method, num_forwards, step_cost=step_cost)
-    costs = [setting.num_steps * step_cost for setting in found]
-    assert all(cost <= MOST * num_forwards for cost in costs)
+    found = {(s.solver, s.num_steps) for s in layouts(method, 16, most_steps=most_steps)}
     if method in CONSISTENT:
-        assert {setting.solver for setting in found} <= {"lcm"}
-        assert bool(found) == (1 <= int(MOST * num_forwards / step_cost) <= 8)
-    elif costs:
-        assert max(costs) + step_cost > MOST * num_forwards
-        halved = {setting.num_steps for setting in found if setting.solver == "ddim"}
-        assert any(steps & (steps - 1) == 0 for steps in halved)  # a power of two
+        assert found == ({("lcm", most_steps)} if 1 <= most_steps <= 8 else set())
+    elif most_steps == 0:
+        assert not found
     else:
-        assert step_cost > MOST * num_forwards
+        power = max(n for n in (16, 8, 4, 2, 1) if n <= most_steps)
+        others = {(solver, most_steps) for solver in ("dpmsolver++", "unipc")}
+        assert found == {("ddim", most_steps), ("ddim", power), *others}
 
 
 def test_a_method_is_trained_once_halved_and_sampled_by_its_own_weights(params: Params) -> None:
-    trained.train_method("agd", params)
-    folder = trained.FOLDER / "agd"
-    about = read_json(folder / trained.INDEX)
+    training.train_all(["agd"], params)
+    folder, about = trained.FOLDER / "agd", index_of("agd")
     assert about["num_steps"] == [4, 8]
-    assert about["learning_rate"] in RATES and len(about["tried"]) >= 2
+    assert about["learning_rate"] in training.RATES and len(about["tried"]) >= 2
     assert about["num_images"] == 480 and about["params_ratio"] > 0
     assert about["tried"][f"{about['learning_rate']:g}"] == min(about["tried"].values())
     written = (folder / "steps-4.safetensors").stat().st_mtime_ns
-    trained.train_method("agd", params)
+    training.train_all(["agd"], params)
     assert (folder / "steps-4.safetensors").stat().st_mtime_ns == written
 
     bench = bench_of(params)
@@ -108,13 +111,81 @@ def test_a_method_is_trained_once_halved_and_sampled_by_its_own_weights(params: 
     images, _ = bench.images(of["ddim"], tasks)
     plain = Setting(method="unguided", solver="ddim", num_steps=4, scale=1.0)
     assert not np.array_equal(images, bench.images(plain, tasks)[0])
-    assert bench.forwards(of["ddim"]) == pytest.approx(4 * bench.step_cost("agd"))
-    assert 1.0 < bench.step_cost("agd") < 2.0
     assert bench.digest("agd") == about["digest"] and bench.digest("dice") is None
 
 
-def test_a_consistency_lora_is_not_halved_and_costs_its_steps(params: Params) -> None:
-    trained.train_method("lcm-1", params)
+def test_training_that_was_interrupted_goes_on_without_trying_rates_again(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[tuple[float, bool]] = []
+    fit = training.fit
+
+    def counted(name: str, trainer: Any, rate: float, **more: Any) -> Peer:
+        fits.append((rate, "losses" in more))
+        return fit(name, trainer, rate, **more)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "halve", killed)
+        training.train_all(["lora-1"], params)
+    num_trials = sum(is_trial for _, is_trial in fits)
+    assert num_trials >= 2
+    training.train_all(["lora-1"], params)
+    assert sum(is_trial for _, is_trial in fits) == num_trials
+    assert f"{fits[-1][0]:g}" in index_of("lora-1")["tried"]
+
+
+def test_another_setting_trains_anew_and_other_bases_weights_are_not_taken(
+    params: Params, tmp_path: Path
+) -> None:
+    training.train_all(["dice"], params)
+    first = index_of("dice")
+    values = toy.toy_params()
+    values["distill"] |= {"num_images": 480, "report_every_images": 16}
+    values["halve"] |= {"num_images": 32, "learning_rate": 2e-3}
+    toy.write_params(Path(), values)
+    other = load_params(Path("params.yaml"))
+    training.train_all(["dice"], other)
+    second = index_of("dice")
+    assert first["settings"] != second["settings"] and first["digest"] != second["digest"]
+    unet = load_pipeline(params.base).unet
+    assert trained.trained(unet, params).keys() == {"dice"}
+    moved = params.model_copy(update={"base": "models/tuned"})
+    assert not trained.trained(unet, moved)
+
+
+def test_what_a_run_fixes_is_paid_for_once(params: Params) -> None:
+    training.train_all(["dice"], params)
+    bench = bench_of(params)
+    first, later = bench._step_costs("dice")
+    assert first > later == pytest.approx(1.0)  # it sharpens the text once
+    of = Setting(method="dice", solver="ddim", num_steps=8, scale=4.0)
+    assert bench.forwards(of) == pytest.approx(first + 7)
+    most = bench.most_steps("dice", 8)
+    assert bench.forwards(replace(of, num_steps=most)) <= MOST * 8
+    assert bench.forwards(replace(of, num_steps=most + 1)) > MOST * 8
+    task = workbench.tasks_of(params, 8, 0)[:1]
+    plain = Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0)
+    spent = bench._flops_of(of, task) / bench._flops_of(plain, task)
+    assert bench.forwards(of) == pytest.approx(spent, rel=1e-3)
+
+
+def test_a_consistency_lora_goes_by_its_images_is_not_halved_and_costs_its_steps(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fid_of(name: str, peer: Peer, trainer: Any) -> float:
+        asked.append(fingerprint(peer))
+        return abs(len(asked) - 2.0)  # the second one tried is the best
+
+    monkeypatch.setattr(training, "fid_in_few_steps", fid_of)
+    training.train_all(["lcm-1"], params)
+    assert len(set(asked)) == len(asked) >= 3
+    assert min(index_of("lcm-1")["tried"].values()) == 0.0
     bench = bench_of(params)
     assert list(bench.rivals["lcm-1"].peers) == [8]
     (setting,) = layouts("lcm-1", 4)
@@ -122,11 +193,18 @@ def test_a_consistency_lora_is_not_halved_and_costs_its_steps(params: Params) ->
     images, _ = bench.images(setting, tasks)
     assert images.shape == (4, 32, 32, 3)
     assert bench.forwards(setting) == 4.0
+    seeds = [task.seed for task in tasks]
+    noise = torch.stack(
+        [torch.randn(bench.sampler.shape, generator=one) for one in trained.generators(seeds)]
+    )
+    start = initial_noise(bench.sampler.shape, seeds)
+    assert all(not torch.equal(a, b) for a in noise for b in start)
 
 
-def test_a_method_that_there_is_not_is_refused_by_name(params: Params) -> None:
+def test_a_method_that_there_is_not_is_refused_before_any_is_trained(params: Params) -> None:
     with pytest.raises(ValueError, match="no method lora; there are ours, meng"):
-        trained.train_method("lora", params)
+        training.train_all(["agd", "lora"], params)
+    assert not trained.FOLDER.exists()
 
 
 # What the table says
@@ -136,7 +214,7 @@ def with_rivals(ours: float, theirs: float, models: tuple[str, ...] = ("a", "b")
     """Results in which every rival has the same FID on every model at every cost."""
     about = {
         name: {"params_ratio": 0.5 if name in ("meng", "paper-full") else 0.01, "num_images": 160}
-        | {"num_images_in_a_round": 32}
+        | {"num_images_in_a_round": 32, "digest": None, "base_hash": "b", "settings": "s"}
         for name in TRAINED_LABELS
     }
     cells = {
@@ -176,15 +254,19 @@ def test_where_it_is_not_surely_ahead_rival_and_cost_are_named_but_not_the_large
     ]
 
 
-@pytest.mark.parametrize("lacks", ["row", "model", "training"])
+@pytest.mark.parametrize("lacks", ["row", "model", "training", "weights", "settings"])
 def test_the_list_waits_for_every_row(lacks: str) -> None:
     found = with_rivals(4.0, 5.0)
     if lacks == "row":
         del found["cells"]["b"]["4"]["lcm-8"]
     elif lacks == "model":
         del found["cells"]["b"]
-    else:
+    elif lacks == "training":
         del found["trained"]["dice"]
+    elif lacks == "weights":  # trained again since its rows were made
+        found["trained"]["ours"]["digest"] = "new"
+    else:
+        found["trained"]["agd"]["settings"] = "others"
     summed = table.summary(found, ["a", "b"], [])
     assert summed["behind_trained_rivals"] is None
     assert "behind_trained_rivals" in summed["missing"]

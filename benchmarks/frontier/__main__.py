@@ -19,7 +19,7 @@ from benchmarks.frontier.final import final_models
 from benchmarks.frontier.run import RESULTS, run
 from benchmarks.frontier.settings import FORWARDS
 from benchmarks.frontier.table import as_markdown, summary
-from benchmarks.frontier.trained import METHODS, train_method
+from benchmarks.frontier.training import train_all
 from benchmarks.quality import models_of
 from components.environment import quiet
 from components.params import load_params
@@ -46,13 +46,14 @@ def main() -> None:
     params = load_params(Path("params.yaml"))
     try:
         if arguments.train is not None:
-            for method in arguments.train or METHODS:
-                train_method(method, params)
+            train_all(arguments.train, params)
         if arguments.run:
             forwards = arguments.forwards or FORWARDS
             run(params, arguments.model, forwards, final=arguments.final)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if arguments.train is not None and not arguments.run:
+        return
     if not RESULTS.exists():
         sys.exit(f"error: there is no {RESULTS} yet: --run makes it")
     results = read_json(RESULTS)

@@ -138,9 +138,10 @@ class Maker:
             cfg = self.choose("cfg", num_forwards)
             assert cfg
             solvers = (cfg.solver,)
-        wanted = layouts(method, num_forwards, solvers, self.bench.step_cost(method))
+        most = self.bench.most_steps(method, num_forwards) if method in TRAINED_LABELS else None
+        wanted = layouts(method, num_forwards, solvers, most)
         base = known.get("base", {}).get(at, {}).get(method)
-        if base and name != "base":
+        if base and base.get("guide") == guide and name != "base":
             wanted = starts_from(base)
         if not wanted:
             return None
@@ -177,9 +178,13 @@ class Maker:
 
     def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
         if setting not in tried:
-            images, _ = self.bench.images(setting, self.few)
-            tried[setting] = fid(self.judge.features(images), self.references("world"))
+            tried[setting] = self.fid_of_few(setting)
         return tried[setting]
+
+    def fid_of_few(self, setting: Setting) -> float:
+        """Of the images that settings are chosen by."""
+        images, _ = self.bench.images(setting, self.few)
+        return float(fid(self.judge.features(images), self.references("world")))
 
     def cell(self, place: str, setting: Setting, made_by: Record) -> None:
         """Make a cell of the table, if it is not there.
@@ -359,7 +364,7 @@ def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final
     guide = ", ".join(digest(bundle) for bundle in bundles.values())
     made_by = record(guide=guide, precision=precision_of(params).split(", ")[-1])
     makers: dict[str, Maker] = {}
-    rivals = trained(load_base(params.base).unet)
+    rivals = trained(load_base(params.base).unet, params)
     table.change(
         lambda results: results.setdefault("trained", {}).update(
             {method: rival.about for method, rival in rivals.items()}

@@ -135,7 +135,7 @@ def layouts(
     method: str,
     num_forwards: int,
     solvers: Iterable[str] = tuple(SOLVERS),
-    step_cost: float = 1.0,
+    most_steps: int | None = None,
 ) -> list[Setting]:
     """The settings to try at a cost, all at one scale: the solvers, and where CFG's forwards go.
 
@@ -146,10 +146,11 @@ def layouts(
         method: a key of `LABELS`.
         num_forwards: an image.
         solvers: to try.
-        step_cost: of a trained rival, in forwards.
+        most_steps: of a trained rival at this cost; default: as many as forwards.
     """
     if method in TRAINED_LABELS:
-        return trained_layouts(method, int(MOST * num_forwards / step_cost), solvers)
+        most = num_forwards if most_steps is None else most_steps
+        return trained_layouts(method, most, solvers)
     start = 4.0 if method in GUIDES else 3.0
     places: list[tuple[int, tuple[int, ...]]] = []
     if method in GUIDES and method not in PLACES:

@@ -31,6 +31,7 @@ class Found:
     def __init__(self, results: Mapping[str, Any], models: Iterable[str]) -> None:
         self.cells: Mapping[str, Any] = results["cells"]
         self.choices: Mapping[str, Any] = results["choices"]
+        self.trained: Mapping[str, Any] = results.get("trained", {})
         self.models = [name for name in models if name in self.cells]
 
     def score(self, model: str, place: str, method: str, name: str, judge: str) -> Estimate | None:
@@ -80,7 +81,18 @@ class Found:
         return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
 
     def over_trained(self, model: str, place: str, rival: str) -> Estimate | None:
-        """The FID of this guide's form over that of a rival that was trained alike."""
+        """The FID of this guide's form over that of a rival; None if not trained alike, or since.
+
+        Rows are of the weights that they were made with.
+        """
+        cells, alike = self.cells.get(model, {}).get(place, {}), set()
+        for method in ("ours", rival):
+            about = self.trained.get(method)
+            if about is None or cells.get(method, {}).get("guide", "") != about["digest"]:
+                return None
+            alike.add((about["base_hash"], about["settings"]))
+        if len(alike) > 1:
+            return None
         own, theirs = (self.score(model, place, m, "fid", "world") for m in ("ours", rival))
         return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
 

@@ -1,13 +1,12 @@
-"""Rivals that train, and this guide's form beside them: trained and halved alike, by one function.
+"""Rivals that train, and this guide's form beside them, after their training.
 
-What is trained lies in runs/frontier/trained, a folder a method. docs/frontier.md says what is the
-same for all.
+They lie in runs/frontier/trained, a folder a method; benchmarks/frontier/training.py trains them.
 """
 
 import hashlib
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,35 +14,18 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from benchmarks.frontier.settings import CONSISTENT, climb
 from benchmarks.peers import TRAINED, Ours, Peer
 from benchmarks.peers.lora import LowRankPeer
-from benchmarks.peers.training import Trainer
 from components.params import Params
 from components.paths import RUNS
-from components.training import open_cache
 from pnp_core.bundle import nearest
 from pnp_core.files import read_json, sha256_file, write_json, write_tensors
+from pnp_core.guide import Guide, GuideConfig
+from pnp_core.model_files import weights_hash
 
 FOLDER = RUNS / "frontier/trained"
 INDEX = "trained.json"
-METHODS: dict[str, Callable[[UNet2DConditionModel], Peer]] = {"ours": Ours, **TRAINED}
-END_STEPS = 4
-TRIAL_SHARE = 0.1  # of the images, for each learning rate that is tried
-RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-# Where trying begins; it goes on to the better neighbour.
-FIRST_RATES = {
-    "ours": 3e-3,
-    "meng": 1e-4,
-    "agd": 1e-2,
-    "dice": 3e-3,
-    "paper-full": 3e-4,
-    "paper-tiny": 3e-3,
-    "lora-1": 1e-3,
-    "lora-8": 1e-3,
-    "lcm-1": 1e-3,
-    "lcm-8": 1e-3,
-}
+Make = Callable[[UNet2DConditionModel], Peer]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +56,25 @@ class Trained:
         return self.peers[at]
 
 
-def trained(unet: UNet2DConditionModel) -> dict[str, Trained]:
-    """The methods that have been trained, for this base, by name."""
-    found = {}
-    for name, make in METHODS.items():
+def methods(params: Params) -> Mapping[str, Make]:
+    """What makes a fresh one of each method; ours is of the form that params.yaml says."""
+    form = GuideConfig(**params.distill.guide.model_dump())
+    return {"ours": partial(ours, form), **TRAINED}
+
+
+def ours(form: GuideConfig, unet: UNet2DConditionModel) -> Peer:
+    """This project's guide."""
+    return Ours(unet, Guide.from_unet(unet, form))
+
+
+def trained(unet: UNet2DConditionModel, params: Params) -> dict[str, Trained]:
+    """The methods that have been trained for this base, by name."""
+    found, base = {}, weights_hash(params.base)[:16]
+    for name, make in methods(params).items():
         folder = FOLDER / name
-        if not (folder / INDEX).exists():
+        about = read_json(folder / INDEX) if (folder / INDEX).exists() else {}
+        if about.get("base_hash") != base:
             continue
-        about = read_json(folder / INDEX)
         peers = {}
         for num_steps in about["num_steps"]:
             peer = make(unet).to(unet.device)
@@ -89,60 +82,6 @@ def trained(unet: UNet2DConditionModel) -> dict[str, Trained]:
             peers[num_steps] = peer.requires_grad_(False).eval()
         found[name] = Trained(peers=peers, about=about)
     return found
-
-
-def train_method(name: str, params: Params) -> None:
-    """Train a method at its best learning rate, and halve it, unless that has been done.
-
-    Raises ValueError if there is no method of this name, or if `dvc repro cache` has left no cache.
-    """
-    if name not in METHODS:
-        raise ValueError(f"no method {name}; there are {', '.join(METHODS)}")
-    trainer = Trainer(params, open_cache(params, None), FOLDER / "checkpoints")
-    settings = {
-        "cache": trainer.cache.content_hash,
-        "num_images": params.distill.num_images,
-        "batch_size": params.distill.batch_size,
-        "num_images_in_a_round": params.halve.num_images,
-        "start_steps": params.halve.start_steps,
-        "guidance_gain": params.halve.guidance_gain,
-    }
-    folder = FOLDER / name
-    if (folder / INDEX).exists() and settings.items() <= read_json(folder / INDEX).items():
-        return
-    tried: dict[str, float] = {}
-
-    def fit(rate: float, share: float, losses: list[float]) -> Peer:
-        num_images = int(share * params.distill.num_images)
-        return trainer.fit(
-            name,
-            METHODS[name],
-            learning_rate=rate,
-            num_images=num_images,
-            batch_size=params.distill.batch_size,
-            losses=losses,
-        )
-
-    def loss_at(rate: float) -> float:
-        losses: list[float] = []
-        try:
-            fit(rate, TRIAL_SHARE, losses)
-        except ValueError as error:  # it diverged
-            print(f"{name} at {rate:g}: {error}", flush=True)
-            return math.inf
-        tried[f"{rate:g}"] = losses[-1]
-        return losses[-1]
-
-    rate = climb(FIRST_RATES[name], loss_at, RATES)
-    peer = fit(rate, 1.0, [])
-    peers = {params.halve.start_steps: peer}
-    if name not in CONSISTENT:
-        # as much lower than its own rate in training as `halve` has it for the guide
-        slower = rate * params.halve.learning_rate / params.distill.learning_rate
-        peers = trainer.halve(name, peer, learning_rate=slower, end_steps=END_STEPS)
-    own, base = (sum(p.numel() for p in part.parameters()) for part in (peer, trainer.unet))
-    about = {"learning_rate": rate, "tried": tried, "params_ratio": own / base, **settings}
-    save(folder, peers, about)
 
 
 def save(folder: Path, peers: dict[int, Peer], about: dict[str, Any]) -> None:
@@ -159,5 +98,11 @@ def save(folder: Path, peers: dict[int, Peer], about: dict[str, Any]) -> None:
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
-    """Of the noise between the steps of consistency sampling, one an image."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    """Of the noise between the steps of consistency sampling, one an image.
+
+    None gives what :func:`pnp_core.sample.initial_noise` draws from the same seed.
+    """
+    return [torch.Generator().manual_seed(NOISE_SEEDS + seed) for seed in seeds]
+
+
+NOISE_SEEDS = 3_000_000

@@ -23,7 +23,7 @@ from benchmarks.frontier.rivals import (
     ReusedGuidance,
     fit_linear,
 )
-from benchmarks.frontier.settings import GUIDES, LCM, Setting
+from benchmarks.frontier.settings import GUIDES, LCM, MOST, Setting
 from benchmarks.frontier.trained import Trained, generators
 from benchmarks.peers.lcm import sample_consistent
 from benchmarks.record import digest
@@ -181,39 +181,28 @@ class Workbench:
 
     def forwards(self, setting: Setting) -> float:
         """What an image costs, in plain forwards, by FLOPs."""
-        if setting.method in self.rivals:
-            return setting.num_steps * self.step_cost(setting.method)
-        if setting.method not in GUIDES:
-            return float(setting.forwards)
-        guided = GUIDES[setting.method]
-        key = f"{guided} {setting.solver}"
-        if key not in self._flops:
+        first, later = self._step_costs(setting.method)
+        num_cheap = setting.num_steps - len(setting.full)
+        return first + (num_cheap - 1) * later + 2 * len(setting.full)
+
+    def most_steps(self, method: str, num_forwards: int) -> int:
+        """How many steps of a trained rival there are at a cost."""
+        first, later = self._step_costs(method)
+        return max(0, 1 + int((MOST * num_forwards - first) / later))
+
+    def _step_costs(self, method: str) -> tuple[float, float]:
+        """Of a run's first step, which reads the prompt, and of each later one, in forwards."""
+        own = GUIDES.get(method, method)
+        if own not in self.digests or (own in self.rivals and self.rivals[own].merges):
+            return 1.0, 1.0
+        if own not in self._flops:
             task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
             plain, one, two = (
-                self._flops_of(s, task)
-                for s in (
-                    Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0),
-                    Setting(method=guided, solver="ddim", num_steps=1, scale=3.0),
-                    Setting(method=guided, solver="ddim", num_steps=2, scale=3.0),
-                )
+                self._flops_of(Setting(method=m, solver="ddim", num_steps=n, scale=3.0), task)
+                for m, n in (("unguided", 1), (own, 1), (own, 2))
             )
-            self._flops[key] = one / plain, (two - one) / plain
-        first, later = self._flops[key]
-        num_guided = setting.num_steps - len(setting.full)
-        return first + (num_guided - 1) * later + 2 * len(setting.full)
-
-    def step_cost(self, method: str) -> float:
-        """What a step of a trained rival costs, in plain forwards, by FLOPs; of others 1."""
-        if method not in self.rivals or self.rivals[method].merges:
-            return 1.0
-        if method not in self._flops:
-            task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
-            own, plain = (
-                self._flops_of(Setting(method=m, solver="ddim", num_steps=1, scale=3.0), task)
-                for m in (method, "unguided")
-            )
-            self._flops[method] = own / plain, own / plain
-        return self._flops[method][0]
+            self._flops[own] = one / plain, (two - one) / plain
+        return self._flops[own]
 
     def _flops_of(self, setting: Setting, task: Sequence[Task]) -> int:
         run, scheduler = self._run(setting, task), self.sampler.pipe.scheduler  # reads the prompt

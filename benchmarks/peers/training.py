@@ -52,8 +52,9 @@ class Trainer:
         num_images: int,
         batch_size: int,
         losses: list[float] | None = None,
+        is_trial: bool = False,
     ) -> Peer:
-        """A peer that has seen so many images. Raises ValueError if it diverges.
+        """A peer that has seen so many images. Raises DivergedError if it diverges.
 
         Args:
             name: of the method, for progress and checkpoints.
@@ -62,6 +63,7 @@ class Trainer:
             num_images: in all.
             batch_size: of a step.
             losses: gets what is reported on the way.
+            is_trial: short, and made anew if it is interrupted.
         """
         full = train_config(self.params.distill)
         torch.manual_seed(full.seed)
@@ -81,6 +83,7 @@ class Trainer:
         others = self.companions.values() if peer.is_add_on else ()
         students = [peer.denoiser(unet, self.cache.schedule) for unet in (self.unet, *others)]
         progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
+        checkpoint = self.folder / f"{name}-{learning_rate:g}-{num_images}.pt"
 
         def report(done: int, metrics: Mapping[str, float]) -> None:
             progress(done, f"loss {metrics['loss']:.4f}")
@@ -92,7 +95,7 @@ class Trainer:
             peer,
             config.train,
             run_hash=config_hash(config, self.cache.content_hash, name, RECIPE),
-            checkpoint=self.folder / f"{name}-{learning_rate:g}-{num_images}.pt",
+            checkpoint=None if is_trial else checkpoint,
             report=report,
         )
 
