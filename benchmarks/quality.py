@@ -54,9 +54,9 @@ from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser
 from pnp_core.files import read_json, write_json, write_text
 from pnp_core.identity import base_identity
+from pnp_core.losses import DivergedError
 from pnp_core.metrics import psnr
 from pnp_core.model_files import weights_hash
-from pnp_core.train import DivergedError
 
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}

@@ -20,9 +20,10 @@ from components.params import Params
 from components.training import open_cache, train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json, write_json
+from pnp_core.losses import DivergedError
 from pnp_core.model_files import weights_hash
 from pnp_core.settings import MEMORY_ONLY
-from pnp_core.train import RECIPE, DivergedError, config_hash
+from pnp_core.train import RECIPE, config_hash
 
 END_STEPS = 4
 TRIAL_SHARE = 0.1  # of the images, for each learning rate that is tried
