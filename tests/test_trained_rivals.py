@@ -24,6 +24,7 @@ from components.params import Params, load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
+from pnp_core.model_files import weights_hash
 from pnp_core.models import load_pipeline
 from pnp_core.sample import initial_noise
 from tests import toy
@@ -112,6 +113,24 @@ def test_a_method_is_trained_once_halved_and_sampled_by_its_own_weights(params: 
     plain = Setting(method="unguided", solver="ddim", num_steps=4, scale=1.0)
     assert not np.array_equal(images, bench.images(plain, tasks)[0])
     assert bench.digest("agd") == about["digest"] and bench.digest("dice") is None
+
+
+@pytest.mark.parametrize("name", TRAINED_LABELS)
+def test_weights_of_every_method_are_read_as_they_were_written(name: str, params: Params) -> None:
+    torch.manual_seed(0)
+    unet = load_pipeline(params.base).unet
+    peer = trained.methods(params)[name](unet)
+    with torch.no_grad():
+        for p in peer.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    base = weights_hash(params.base)[:16]
+    trained.save(trained.FOLDER / name, {8: peer}, {"base_hash": base})
+    ((found, read),) = trained.trained(unet, params).items()
+    assert found == name and read.peers.keys() == {8}
+    for ours, theirs in zip(
+        peer.state_dict().values(), read.peers[8].state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_training_that_was_interrupted_goes_on_without_trying_rates_again(

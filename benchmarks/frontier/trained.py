@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_model, save_model
 
 from benchmarks.peers import TRAINED, Ours, Peer
 from benchmarks.peers.lora import LowRankPeer
 from components.params import Params
 from components.paths import RUNS
 from pnp_core.bundle import nearest
-from pnp_core.files import read_json, sha256_file, write_json, write_tensors
+from pnp_core.files import atomic_file, read_json, sha256_file, write_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.model_files import weights_hash
 
@@ -78,7 +78,7 @@ def trained(unet: UNet2DConditionModel, params: Params) -> dict[str, Trained]:
         peers = {}
         for num_steps in about["num_steps"]:
             peer = make(unet).to(unet.device)
-            peer.load_state_dict(load_file(folder / f"steps-{num_steps}.safetensors"))
+            load_model(peer, folder / f"steps-{num_steps}.safetensors")
             peers[num_steps] = peer.requires_grad_(False).eval()
         found[name] = Trained(peers=peers, about=about)
     return found
@@ -91,7 +91,8 @@ def save(folder: Path, peers: dict[int, Peer], about: dict[str, Any]) -> None:
     checksums = []
     for num_steps, peer in sorted(peers.items()):
         path = folder / f"steps-{num_steps}.safetensors"
-        write_tensors(path, peer.state_dict(), {})
+        with atomic_file(path) as new:
+            save_model(peer, str(new))  # a layer of diffusers may have two names
         checksums.append(f"{num_steps} {sha256_file(path)}")
     digest = hashlib.sha256("\n".join(checksums).encode()).hexdigest()[:16]
     write_json(folder / INDEX, {"digest": digest, "num_steps": sorted(peers), **about})
