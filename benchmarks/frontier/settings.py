@@ -23,6 +23,7 @@ LABELS = {
     "linear": "LinearAG (Castillo et al. 2023)",
     "guided": "this guide",
     "guided-2": "this guide, trained a second time",
+    "halved": "this guide, halved, under another solver than DDIM",
     "exact": "this guide, and CFG in some steps",
 }
 TRAINED_LABELS = {
@@ -43,7 +44,7 @@ CONSISTENT = ("lcm-1", "lcm-8")
 LCM = "lcm"
 MOST_CONSISTENT = 8
 FREE = ("cfg", "first", "interval", "reuse", "linear")
-GUIDES = {"guided": "guided", "guided-2": "guided-2", "exact": "guided"}
+GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact": "guided"}
 """Methods with a guide, and whose guide they have."""
 # An FID of few images within this of the best may be the best of many: such layouts of a method,
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
@@ -153,6 +154,8 @@ def layouts(
         return trained_layouts(method, most, solvers)
     start = 4.0 if method in GUIDES else 3.0
     places: list[tuple[int, tuple[int, ...]]] = []
+    if method == "halved":
+        solvers = [solver for solver in solvers if solver != "ddim"]
     if method in GUIDES and method not in PLACES:
         places.append((num_forwards, ()))
     elif method == "cfg":

@@ -141,7 +141,10 @@ class Workbench:
         }
 
     def denoiser(self, setting: Setting) -> Denoiser:
-        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others."""
+        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others.
+
+        But for the method that is called so.
+        """
         unet, schedule = self.sampler.pipe.unet, self.sampler.schedule
         teacher = self.sampler.teacher()
         match setting.method:
@@ -158,7 +161,8 @@ class Workbench:
             return peer.denoiser(unet, schedule)
         bundle = self.bundles[GUIDES[setting.method]]
         halved = bundle.for_steps(setting.num_steps)
-        guide = halved if setting.solver == "ddim" else bundle.guides[bundle.num_steps[-1]]
+        is_halved = setting.solver == "ddim" or setting.method == "halved"
+        guide = halved if is_halved else bundle.guides[bundle.num_steps[-1]]
         guided = GuidedDenoiser(unet, guide, schedule)
         if setting.method == "exact":
             return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
