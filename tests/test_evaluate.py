@@ -123,12 +123,16 @@ def test_images_and_guidance_of_several_cores_are_those_of_one(
     work = evaluate.Work.of(params_with(), "base")
     images, terms = [], []
     monkeypatch.setattr(cores, "FEWEST_ROWS", 2)
-    for num_threads in (3, 1):
-        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
-        tasks = [*work.tasks[:4], *work.negative_tasks[:3]]
-        made = [work.sampler.make(setting, tasks).astype(int) for setting in work.recipes]
-        images.append(np.stack(made))
-        terms.append(work.sampler.fvu_terms(tasks))
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (3, 1):
+            torch.set_num_threads(num_threads)
+            tasks = [*work.tasks[:4], *work.negative_tasks[:3]]
+            made = [work.sampler.make(setting, tasks).astype(int) for setting in work.recipes]
+            images.append(np.stack(made))
+            terms.append(work.sampler.fvu_terms(tasks))
+    finally:
+        torch.set_num_threads(before)
     assert np.abs(images[0] - images[1]).max() <= 1  # of 255
     for key in ("timesteps", "unexplained", "total"):
         np.testing.assert_allclose(terms[0][key], terms[1][key], rtol=1e-3)

@@ -1,5 +1,6 @@
 """Rivals that train, in the table at equal cost: trained alike, kept, sampled, told straight."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,24 @@ from tests.test_frontier import cell
 pytest_plugins = ["tests.toy"]
 
 
+@pytest.fixture(scope="module")
+def cached_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy world with a cache."""
+    with toy.inside_copy(untouched_world, tmp_path_factory.mktemp("cached")) as folder:
+        values = toy.toy_params()
+        values["distill"] |= {"num_images": 480, "report_every_images": 16}
+        values["halve"] |= {"num_images": 32}
+        toy.write_params(folder, values)
+        found = load_params(Path("params.yaml"))
+        prepare.run(found)
+        cache.run(found)
+    return folder
+
+
 @pytest.fixture
-def params(world: Path) -> Params:
-    values = toy.toy_params()
-    values["distill"] |= {"num_images": 480, "report_every_images": 16}
-    values["halve"] |= {"num_images": 32}
-    toy.write_params(world, values)
-    found = load_params(Path("params.yaml"))
-    prepare.run(found)
-    cache.run(found)
-    return found
+def params(cached_world: Path, tmp_path: Path) -> Iterator[Params]:
+    with toy.inside_copy(cached_world, tmp_path):
+        yield load_params(Path("params.yaml"))
 
 
 def bench_of(params: Params) -> workbench.Workbench:
