@@ -6,6 +6,8 @@ PY        := $(VENV)/bin/python
 # Install again when, and only when, what is to be installed has changed.
 WANTED    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/.installed-$(WANTED)
+# Free, for 7 that stay.
+GB        := 9
 
 # Nobody is told that this ran.
 export DO_NOT_TRACK := 1
@@ -56,6 +58,11 @@ clean:  ## remove the environment and everything the pipeline wrote
 	    .dvc/cache .dvc/tmp build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED):
+	@free=$$(df -Pk . 2>/dev/null | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*%.*/\1/p'); \
+	free=$$(( $${free:-$(GB)000000} / 1000000 )); \
+	test -x $(PY) || test $$free -ge $(GB) || { \
+	    echo "error: $(CURDIR) has $$free GB free, and installing takes $(GB) GB, more than it keeps: free some, or clone to another disk" >&2; \
+	    exit 1; }
 	@$(PY) -c '' 2>/dev/null || { \
 	    for python in $(PYTHON) python3.12 python3.11 python3; do \
 	        $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' \

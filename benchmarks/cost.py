@@ -161,7 +161,7 @@ def measure(name: str, kind: str, *, run: bool, repeats: int) -> dict[str, float
         # CFG needs no guide in memory.
         guided = peak_memory(steps.guided, device)
         steps.guide.to("meta")
-        steps.student.call = None
+        steps.student.last.call = None
         row["memory_ratio"] = guided / peak_memory(steps.cfg, device)
     return row
 

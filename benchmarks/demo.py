@@ -48,6 +48,9 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         clone = Path(temporary, "pnp-guide")
         subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=clone, check=True, text=True, stdout=subprocess.PIPE
+        )
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -73,6 +76,7 @@ def run() -> dict[str, Any]:
         promotion = subprocess.run([*python, "flows", "promote"], cwd=clone, env=environment)
         result["promoted"] = promotion.returncode == 0
     made_by = record(guide="demo", precision=precision_on("cpu", "bf16"))
+    made_by["commit"] = head.stdout.strip()  # here, files may have been changed since
     return {**result, "machine": machine(), "record": made_by}
 
 

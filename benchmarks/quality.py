@@ -36,29 +36,27 @@ import torch
 
 from benchmarks.command import run_command
 from benchmarks.peers import PEERS, Ours, Peer
+from benchmarks.peers.training import Trainer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
 from benchmarks.record import digest, forget, note, precision_on, record
 from components.dataset import reference_images
-from components.device import device, load_base, load_companions
+from components.device import device
 from components.images import Task, batches
 from components.judging import Judge
-from components.params import Model, Params, companion_paths, teacher_guider
+from components.params import Model, Params
 from components.paths import BUNDLE, CACHE, RUNS
 from components.progress import Progress
 from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from components.scores import fid, kid
-from components.training import train_config
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import TeacherCache
 from pnp_core.denoiser import Denoiser
-from pnp_core.distill import DistillConfig
 from pnp_core.files import read_json, write_json, write_text
-from pnp_core.guide import GuideConfig
 from pnp_core.identity import base_identity
+from pnp_core.losses import DivergedError
 from pnp_core.metrics import psnr
 from pnp_core.model_files import weights_hash
-from pnp_core.train import RECIPE, TrainConfig, config_hash, train
 
 RESULTS = Path("benchmarks/results/quality.json")
 LEARNING_RATES = {"meng": (3e-5, 1e-4, 3e-4), "agd": (3e-3, 1e-2, 3e-2), "dice": (1e-3, 3e-3, 1e-2)}
@@ -72,6 +70,8 @@ ZOO = ("fluent-emoji-high-contrast", "noto-v1", "emojione-monotone-lora", "emoji
 
 class Methods(Sampler):
     """The stage's sampler, with the peers as further methods."""
+
+    in_threads = False  # a peer's hooks in the UNet act in every thread
 
     def __init__(self, *args: Any, peers: Mapping[str, Peer]) -> None:
         super().__init__(*args)
@@ -111,48 +111,32 @@ def train_peer(
     Without ``best``, rates are tried. An interrupted training goes on from its checkpoint in
     runs/peers.
     """
-    pipe = load_base(params.base)
-    companions = load_companions(companion_paths(params), pipe) if PEERS[name].is_add_on else {}
-    unet = pipe.unet
-    full = train_config(params.distill)
+    trainer = Trainer(params, cache, RUNS / "peers")
+    full = params.distill.num_images
 
     def fit(learning_rate: float, num_images: int) -> Peer:
-        torch.manual_seed(full.seed)
-        peer = PEERS[name](unet).to(unet.device)
-        settings = {**vars(full), "learning_rate": learning_rate, "num_images": num_images}
-        settings["batch_size"] = PEER_BATCH_SIZE
-        settings["warmup_images"] = min(full.warmup_images, num_images // 5)
-        config = DistillConfig(
-            train=TrainConfig(**settings),
-            guide=GuideConfig(),
-            guidance_scale=params.distill.guidance_scale,
-            guider=teacher_guider(params),
-        )
-        students = [peer.denoiser(u, cache.schedule) for u in (unet, *companions.values())]
-        progress = Progress(f"{name} at {learning_rate:g}", num_images, "images")
-        return train(
-            peer.objective(students, cache, config, unet.device),
-            peer,
-            config.train,
-            run_hash=config_hash(config, cache.content_hash, name, RECIPE),
-            checkpoint=RUNS / "peers" / f"{name}-{learning_rate:g}-{num_images}.pt",
-            report=lambda done, metrics: progress(done, f"loss {metrics['loss']:.4f}"),
+        return trainer.fit(
+            name,
+            PEERS[name],
+            learning_rate=learning_rate,
+            num_images=num_images,
+            batch_size=PEER_BATCH_SIZE,
         )
 
     if best is not None:
-        return fit(best, full.num_images), best
+        return fit(best, full), best
     row = models_of(params)["base"]
     tasks = [t for t in choose_tasks(params.evaluate) if t.is_heldout]
     trials = {}
     for rate in LEARNING_RATES[name]:
         try:
-            trial = fit(rate, int(TRIAL_SHARE * full.num_images))
-        except ValueError as error:  # it diverged
+            trial = fit(rate, int(TRIAL_SHARE * full))
+        except DivergedError as error:
             print(f"{name} at {rate:g}: {error}", file=sys.stderr)
             continue
         trials[rate] = methods_on(row, params, {name: trial}).guidance_fvu(tasks, name)
     best = min(trials, key=lambda rate: trials[rate])
-    return fit(best, full.num_images), best
+    return fit(best, full), best
 
 
 def results_so_far(path: Path, setting: dict[str, Any]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def naive_distill(
         pairs = cache.pairs(indices[part], unet.device)
         return naive_losses(teacher, student, pairs, w_B[part].to(unet.device))
 
-    train(loss_fn, guide, config.train, run_hash="naive", report=report)
+    train(loss_fn, guide, config.train, run_hash="naive", report=report, in_threads=True)
 
 
 def training_config(params: Params, *, num_images: int) -> DistillConfig:

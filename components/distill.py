@@ -63,12 +63,12 @@ def check_memory(
     """Raises ValueError, saying what would fit, if a training step does not fit this GPU."""
     from components.device import gpu_memory_gb
     from pnp_core.memory import Step, check_fits, num_bytes
-    from pnp_core.train import own_parts, rank_and_world
+    from pnp_core.train import micro_batches, rank_and_world
 
     memory = gpu_memory_gb()
     if memory is None:
         return
-    rows = max(part.stop - part.start for part in own_parts(settings))
+    rows = max(part.stop - part.start for part in micro_batches(settings))
     step = Step(unet.config, guide, settings, "meta")
     peak_gb = step.peak_gb(rows, checkpoints=settings.gradient_checkpointing)
     others_gb = num_companions * num_bytes(unet) / 1e9

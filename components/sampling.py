@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
+from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.guiders import Guider
 from pnp_core.metrics import (
+    FvuTerms,
     count_flops,
     guidance_fvu_terms,
     median_times,
@@ -30,7 +33,8 @@ from pnp_core.precision import has_bf16, mixed_precision
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 
-# Raised when this code makes other images than before of the same recipe: none is then reused.
+# Raised when this code makes other images than before of the same recipe: none is then reused. How
+# many threads compute decides the last bits, and doesn't count.
 SAMPLED_BY = 1
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
@@ -104,7 +108,13 @@ def with_negatives(tasks: Sequence[Task], negatives: Sequence[str]) -> list[Task
 
 
 class Sampler:
-    """Samples one model by each method, always from the same seeds."""
+    """Samples one model by each method, always from the same seeds.
+
+    Attributes:
+        in_threads: denoisers may run in several threads at once: a part of a batch on each core.
+    """
+
+    in_threads = True
 
     def __init__(
         self,
@@ -217,9 +227,18 @@ class Sampler:
 
     def make(self, setting: Setting, tasks: Sequence[Task]) -> np.ndarray:
         """The same at any setting."""
-        inputs = self.inputs(tasks, setting.guidance_scale)
-        latents = self.denoise(inputs, setting.method, setting.num_steps, setting.solver)
-        return self.decode(latents)
+
+        def made(inputs: dict[str, Any]) -> np.ndarray:
+            latents = self.denoise(inputs, setting.method, setting.num_steps, setting.solver)
+            return self.decode(latents)
+
+        cores = self.cores(len(tasks))
+        parts = [self.inputs(part, setting.guidance_scale) for part in shares(tasks, cores)]
+        return np.concatenate(side_by_side(made, parts, cores))
+
+    def cores(self, num_images: int) -> int:
+        """How many parts of a batch are made at once."""
+        return num_cores(num_images, self.device) if self.in_threads else 1
 
     def computing(self) -> Any:
         """A context in which to compute at `evaluate.precision` on this device."""
@@ -237,25 +256,30 @@ class Sampler:
         the timesteps of the sampler. Always in fp32: the rounding of bf16 would count as
         unexplained.
         """
-        guided = self.denoiser(method, self.bundle.num_steps[-1])
         teacher = self.teacher()
         num_steps = self.config.extent.num_steps[0]
         grid = sampling_timesteps(self.pipe.scheduler, num_steps, self.spacing)
+
+        @torch.no_grad()
+        def terms_of(inputs: dict[str, Any]) -> list[FvuTerms]:
+            z, conditions = inputs["z_T"], inputs["conditions"]
+            guided = self.denoiser(method, self.bundle.num_steps[-1])
+            steps = []
+            for t, s in pairwise(grid):
+                t_B = t.expand(len(z)).to(self.device)
+                terms = guidance_fvu_terms(guided, teacher, z_t=z, t_B=t_B, conditions=conditions)
+                steps.append(terms)
+                z = self.schedule.ddim_step(z, terms.eps_w, t_B, s.expand(len(z)))
+            return steps
+
         found: dict[str, list[list[float]]] = {"unexplained": [], "total": []}
         for batch in batches(tasks[:NUM_FVU_PROMPTS], self.config.batch_size):
-            inputs = self.inputs(batch)
-            z, conditions = inputs["z_T"], inputs["conditions"]
-            steps = []
-            with torch.no_grad():
-                for t, s in zip(grid[:-1], grid[1:], strict=True):
-                    t_B = t.expand(len(batch)).to(self.device)
-                    terms = guidance_fvu_terms(
-                        guided, teacher, z_t=z, t_B=t_B, conditions=conditions
-                    )
-                    steps.append(terms)
-                    z = self.schedule.ddim_step(z, terms.eps_w, t_B, s.expand(len(batch)))
-            found["unexplained"] += torch.stack([x.unexplained_B for x in steps], dim=1).tolist()
-            found["total"] += torch.stack([x.total_B for x in steps], dim=1).tolist()
+            cores = self.cores(len(batch))
+            parts = [self.inputs(part) for part in shares(batch, cores)]
+            for steps in side_by_side(terms_of, parts, cores):
+                of_steps = torch.stack([x.unexplained_B for x in steps], dim=1)
+                found["unexplained"] += of_steps.tolist()
+                found["total"] += torch.stack([x.total_B for x in steps], dim=1).tolist()
         return {"timesteps": grid[:-1].tolist(), **found}
 
     def unhalved(self) -> str:
@@ -308,6 +332,11 @@ class Sampler:
         found[f"time_ratio{label}"] = times["guided"] / times["cfg"]
         whole = (times["guided"] + decoding) / (times["cfg"] + decoding)
         return found | {f"image_time_ratio{label}": whole}
+
+
+def shares(tasks: Sequence[Task], num_parts: int) -> list[Sequence[Task]]:
+    """The tasks in order, in so many parts."""
+    return [tasks[part] for part in share_out(slice(0, len(tasks)), num_parts)]
 
 
 def teacher_name(params: Params) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class GuideBundle:
         return self.schedulers.get(self._nearest(num_steps))
 
     def _nearest(self, num_steps: int) -> int:
-        return min(self.guides, key=lambda n: abs(math.log(n / num_steps)))
+        return nearest(self.guides, num_steps)
 
     def to(self, target: torch.device | str | torch.dtype) -> "GuideBundle":
         """Move every guide to a device, or to a dtype, in place."""
@@ -89,6 +89,11 @@ class GuideBundle:
             return cls(guides, {int(n): SchedulerChoice(**choice) for n, choice in best.items()})
         guide = load_guide(directory)
         return cls({guide.config.num_steps or 50: guide})
+
+
+def nearest(counts: Iterable[int], num_steps: int) -> int:
+    """Of some step counts, the one nearest to ``num_steps``, by ratio."""
+    return min(counts, key=lambda n: abs(math.log(n / num_steps)))
 
 
 def load_guide(directory: str | Path) -> Guide:

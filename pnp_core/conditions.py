@@ -28,6 +28,10 @@ class AddedConditions(NamedTuple):
         """A copy on a device, and in a dtype if one is given."""
         return AddedConditions(*(x.to(device, dtype) for x in self))
 
+    def part(self, rows: slice) -> "AddedConditions":
+        """Those of these samples."""
+        return AddedConditions(*(x[rows] for x in self))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conditions:
@@ -64,6 +68,12 @@ class Conditions:
     def with_scale(self, w_B: Tensor) -> "Conditions":
         """The same at other guidance scales."""
         return replace(self, w_B=w_B)
+
+    def part(self, rows: slice) -> "Conditions":
+        """Those of these samples."""
+        n = self.n_BLD if len(self.n_BLD) == 1 else self.n_BLD[rows]
+        added = None if self.added is None else self.added.part(rows)
+        return Conditions(c_BLD=self.c_BLD[rows], n_BLD=n, w_B=self.w_B[rows], added=added)
 
     @property
     def each_negative(self) -> Tensor:

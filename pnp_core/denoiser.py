@@ -3,6 +3,7 @@
 Where a schedule's last timestep has no signal, v stands for eps, see :mod:`pnp_core.schedule`.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from pnp_core.ahead import StepsAhead
 from pnp_core.calls import Call, Negatives, entered, run_checkpointed, version_of
 from pnp_core.conditions import Conditions
+from pnp_core.cores import go_on
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect
 from pnp_core.guiders import Guider
@@ -47,6 +49,7 @@ class PlainDenoiser:
         self, z_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor, added: Mapping[str, Tensor] | None
     ) -> Tensor:
         """Predicted eps, ``(B, C, H, W)``, under one prompt, with its ``added_cond_kwargs``."""
+        go_on()
         prediction = self.unet(z_BCHW, t_B, text_BLD, added_cond_kwargs=added, return_dict=False)[0]
         return self.schedule.to_eps(prediction, z_BCHW, t_B)
 
@@ -110,8 +113,7 @@ class GuidedDenoiser:
         self.plain = PlainDenoiser(unet, schedule)
         self.guide = guide
         self.strength = strength
-        self.call: DenoiserCall | None = None
-        self.made_for: tuple[Any, ...] = ()
+        self.last = LastCall()
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
         """Guided eps, ``(B, C, H, W)``: the UNet's own forward, with the guide at work in it."""
@@ -126,10 +128,18 @@ class GuidedDenoiser:
             return DenoiserCall(unet, guide, conditions, self.strength)
         weights = [(p.data_ptr(), *version_of(p)) for p in guide.parameters()]
         made_for = (conditions, is_mixed(device_type), weights)
-        if self.call is None or made_for != self.made_for:
-            self.call = DenoiserCall(unet, guide, conditions, self.strength)
-            self.made_for = made_for
-        return self.call
+        last = self.last
+        if last.call is None or made_for != last.made_for:
+            last.call = DenoiserCall(unet, guide, conditions, self.strength)
+            last.made_for = made_for
+        return last.call
+
+
+class LastCall(threading.local):
+    """What a denoiser ran last in this thread, and all that it rests on."""
+
+    call: "DenoiserCall | None" = None
+    made_for: tuple[Any, ...] = ()
 
 
 def check_not_checkpointed(unet: UNet2DConditionModel) -> None:

@@ -25,7 +25,7 @@ from pnp_core.guiders import Guider
 from pnp_core.seeds import step_generator
 from pnp_core.settings import DistillConfig as DistillConfig
 from pnp_core.shards import Ahead, pinning
-from pnp_core.train import RECIPE, Report, config_hash, own_parts, train
+from pnp_core.train import RECIPE, Report, config_hash, train
 
 FLOOR = 0.1  # of the mean guidance, added to a sample's own: some have next to none
 
@@ -127,7 +127,7 @@ def drawing(
 ) -> Callable[[int, slice], Drawn]:
     """What a step of training sees, by its number and the part of its batch.
 
-    The next part's is read in the background.
+    The next step's is read in the background.
     """
     batch_size, seed = config.train.batch_size, config.train.seed
     guider = Guider(config.guider, cache.schedule.num_train_timesteps)
@@ -139,7 +139,7 @@ def drawing(
         pin = pinning(device)
         return teacher, cache.stored_pairs(indices[part]).map(pin), pin(w_B[part])
 
-    ahead = Ahead(read, own_parts(config.train))
+    ahead = Ahead(read)
 
     def draw(step: int, part: slice) -> Drawn:
         teacher, stored, w_B = ahead(step, part)
@@ -219,4 +219,5 @@ def distill(  # noqa: PLR0913, what a run needs, then by name what it may have
             report=report,
             name_row=name_row,
             diverged=5,
+            in_threads=True,
         )

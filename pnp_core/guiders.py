@@ -4,6 +4,8 @@ Plain classifier-free guidance is one of several; those of ``diffusers.guiders``
 but the two predictions, the guidance scale and the place in the schedule can be distilled as well.
 """
 
+import copy
+
 import torch
 from diffusers import guiders
 from torch import Tensor
@@ -38,9 +40,10 @@ class Guider:
         if self.is_plain:
             return cfg_target(eps_c=eps_c, eps_n=eps_n, guidance_scale_B=w_B)
         guided = []
+        guider = copy.copy(self.guider)  # another thread's may be told another step and scale
         for c, n, t, w in zip(eps_c, eps_n, t_B.tolist(), w_B.tolist(), strict=True):
             step = self.num_train_timesteps - 1 - int(t)
-            self.guider.set_state(step, self.num_train_timesteps, torch.tensor(t))
-            self.guider.guidance_scale = w
-            guided.append(self.guider.forward(c[None], n[None]).pred)
+            guider.set_state(step, self.num_train_timesteps, torch.tensor(t))
+            guider.guidance_scale = w
+            guided.append(guider.forward(c[None], n[None]).pred)
         return torch.cat(guided)

@@ -33,7 +33,6 @@ from pnp_core.train import (
     RECIPE,
     Report,
     config_hash,
-    own_parts,
     rank_and_world,
     train,
 )
@@ -126,7 +125,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     grid = sampling_timesteps(scheduler, this.num_steps, config.timestep_spacing)
     fine = sampling_timesteps(scheduler, 2 * this.num_steps, config.timestep_spacing)
 
-    @lru_cache(maxsize=1)  # a batch may come in parts, one after another
+    @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
     def drawn(step: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
         generator = step_generator(this.seed, step)
         indices = cache.latent_indices(batch_size=batch_size, seed=this.seed, step=step)
@@ -141,7 +140,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
         pin = pinning(device)
         return cache.latents(indices, draws, part).map(pin), [pin(x) for x in (w_B, *times)]
 
-    ahead = Ahead(read, own_parts(config.train))
+    ahead = Ahead(read)
 
     def loss_fn(step: int, part: slice) -> Tensor:
         stored, numbers = ahead(step, part)
@@ -249,4 +248,5 @@ def train_round(  # noqa: PLR0913, what halve() has, and what differs from round
             report=report,
             name_row=name_row,
             diverged=100,  # a round starts close to its target
+            in_threads=True,
         )

@@ -107,7 +107,7 @@ class UNetHook:
         if call is None:
             if getattr(module, "_is_replica", False):
                 raise ValueError(REPLICA)
-            for user in self.users.values():
+            for user in list(self.users.values()):  # other threads' come and go
                 if (told := getattr(user(), "tell_others", None)) is not None:
                     told(module)
                     break

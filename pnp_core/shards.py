@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -237,35 +237,28 @@ def pinning(device: torch.device) -> Callable[[Tensor], Tensor]:
 
 
 class Ahead(Generic[Batch]):
-    """Reads what comes next while what was read last is used.
+    """Reads the next step's batch while this one's is used.
+
+    Parts of a batch may be asked for in any order, and from several threads.
 
     Args:
         read: ``read(step, part)``: these rows of a step's batch, in host memory. Always called in
             the same thread, one call at a time.
-        parts: that follow one another in each step.
     """
 
-    def __init__(self, read: Callable[[int, slice], Batch], parts: Sequence[slice]) -> None:
+    def __init__(self, read: Callable[[int, slice], Batch]) -> None:
         self.read = read
-        self.following = dict(pairwise((part.start, part.stop) for part in parts))
-        self.first = parts[0].start, parts[0].stop
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self.wanted: tuple[int, int, int] | None = None
-        self.reading: Future[Batch] | None = None
+        self.reading: dict[tuple[int, int], tuple[int, Future[Batch]]] = {}  # by part: of a step
 
     def __call__(self, step: int, part: slice) -> Batch:
         """What ``read`` gives, or raises."""
-        wanted = (step, part.start, part.stop)
-        if wanted != self.wanted or self.reading is None:
-            if self.reading is not None:
-                self.reading.cancel()
-            self.reading = self._begin(wanted)
-        batch = self.reading.result()
-        after = self.following.get(wanted[1:])
-        self.wanted = (step, *after) if after else (step + 1, *self.first)
-        self.reading = self._begin(self.wanted)
+        key = part.start, part.stop
+        step_read, reading = self.reading.pop(key, (None, None))
+        if reading is None or step_read != step:
+            if reading is not None:
+                reading.cancel()
+            reading = self.pool.submit(self.read, step, part)
+        batch = reading.result()
+        self.reading[key] = step + 1, self.pool.submit(self.read, step + 1, part)
         return batch
-
-    def _begin(self, wanted: tuple[int, int, int]) -> Future[Batch]:
-        step, start, stop = wanted
-        return self.pool.submit(self.read, step, slice(start, stop))

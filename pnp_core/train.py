@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.files import write_state
+from pnp_core.losses import Outcome, Recent, check_convergence
 from pnp_core.precision import mixed_precision
 from pnp_core.settings import MEMORY_ONLY
 from pnp_core.settings import TrainConfig as TrainConfig
@@ -28,6 +29,7 @@ from pnp_core.soap import SOAP
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
 
+Result = TypeVar("Result")
 Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
@@ -69,6 +71,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
     report: Report = lambda *_: None,
     name_row: Callable[[int, int], str] = lambda _, row: f"row {row} of its batch",
     diverged: float = math.inf,
+    in_threads: bool = False,
 ) -> Trained:
     """Train ``guide`` in place and return it with its averaged (EMA) weights.
 
@@ -81,18 +84,18 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         report: called by every worker at the same points.
         name_row: ``name_row(step, row)``: where a row of a global batch came from, for messages.
         diverged: from a quarter of the run on, stop at this many times the loss before training.
+        in_threads: ``loss_fn`` may run in threads: a CPU's cores then get a part of a batch each.
 
     Raises:
-        ValueError: a loss not finite, or far above what it was; too little memory; each named.
+        ValueError: a loss that diverges (DivergedError), too little memory; each named.
     """
     rank, world = rank_and_world()
-    part, parts = own_part(config.batch_size), own_parts(config)
-    state = State(guide, config)
+    state = State(guide, config, in_threads=in_threads)
+    part, parts = own_part(config.batch_size), micro_batches(config)
     losses = in_precision(loss_fn, state.device.type, config.precision)
     with torch.no_grad():
-        loss_before = untrained_loss(losses, parts, config)
-    if checkpoint is not None:
-        state.resume(checkpoint, run_hash)
+        loss_before = state.untrained_loss(losses, parts)
+    state.resume(checkpoint, run_hash)
     guide.train()
     recent = Recent(config, state.step)
     under_way: Outcome | None = None
@@ -120,17 +123,6 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
     return guide.eval()
 
 
-def check_convergence(
-    step: int, num_images: int, loss: float, loss_before: float, diverged: float
-) -> None:
-    """Raise ValueError if the loss is ``diverged`` times what it was before training."""
-    if 0 < diverged * loss_before < loss:
-        raise ValueError(
-            f"Training stopped at step {step} ({num_images} images): the loss is {loss:.3g}, and "
-            f"was {loss_before:.3g} before training. It diverges: lower learning_rate."
-        )
-
-
 def own_part(batch_size: int) -> slice:
     """This worker's rows of a global batch.
 
@@ -144,8 +136,8 @@ def own_part(batch_size: int) -> slice:
     return slice(rank * rows, (rank + 1) * rows)
 
 
-def own_parts(config: TrainConfig) -> list[slice]:
-    """This worker's rows in the parts in which they are computed; raises as :func:`own_part`."""
+def micro_batches(config: TrainConfig) -> list[slice]:
+    """This worker's rows in parts that memory holds at once; raises as :func:`own_part`."""
     return parts_of(own_part(config.batch_size), config.micro_batch_size)
 
 
@@ -186,28 +178,15 @@ def told_what_to_lower(config: TrainConfig, step: int, part: slice) -> Iterator[
         ) from error
 
 
-def untrained_loss(
-    losses: Callable[[int, slice], Tensor], parts: Sequence[slice], config: TrainConfig
-) -> float:
-    """The mean loss of the first steps' batches, over all workers."""
-    totals = []
-    for step in range(STEPS_BEFORE):
-        for part in parts:
-            with told_what_to_lower(config, step, part):
-                totals.append(losses(step, part).float().sum())
-    total = torch.stack(totals).sum()
-    if rank_and_world()[1] > 1:
-        dist.all_reduce(total)
-    return float(total) / (STEPS_BEFORE * config.batch_size)
-
-
 class State:
     """What training changes: parameters, their average, the optimizer, the number of steps."""
 
-    def __init__(self, guide: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, guide: nn.Module, config: TrainConfig, *, in_threads: bool = False) -> None:
         self.config = config
         self.parameters: list[Tensor] = [p for p in guide.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
+        first = micro_batches(config)[0]
+        self.num_cores = num_cores(first.stop - first.start, self.device) if in_threads else 1
         self.optimizer = SOAP(self.parameters, lr=config.learning_rate)
         self.ema = [p.detach().clone() for p in self.parameters]
         self.decay = 0.5 ** (config.batch_size / config.ema_halflife_images)
@@ -218,9 +197,9 @@ class State:
         """The learning rate of the last step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def resume(self, checkpoint: Path, run_hash: str) -> None:
+    def resume(self, checkpoint: Path | None, run_hash: str) -> None:
         """Go on where this run was saved, if it was."""
-        if not checkpoint.exists():
+        if checkpoint is None or not checkpoint.exists():
             return
         state = torch.load(checkpoint, map_location=self.device, weights_only=True)
         if state["run_hash"] != run_hash:
@@ -246,6 +225,24 @@ class State:
             },
         )
 
+    def untrained_loss(
+        self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
+    ) -> float:
+        """The mean loss of the first steps' batches, over all workers."""
+        totals = []
+        for step in range(STEPS_BEFORE):
+
+            def of_rows(rows: slice, step: int = step) -> Tensor:
+                with told_what_to_lower(self.config, step, rows):
+                    return losses(step, rows).float().sum()
+
+            for part in parts:
+                totals += self._on_cores(of_rows, part)
+        total = torch.stack(totals).sum()
+        if rank_and_world()[1] > 1:
+            dist.all_reduce(total)
+        return float(total) / (STEPS_BEFORE * self.config.batch_size)
+
     def accumulate(
         self, losses: Callable[[int, slice], Tensor], parts: Sequence[slice]
     ) -> tuple[Tensor, Tensor]:
@@ -257,16 +254,33 @@ class State:
         Raises:
             ValueError: the GPU's memory does not suffice for one of the parts.
         """
+
+        def of_rows(rows: slice) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+            with told_what_to_lower(self.config, self.step, rows):
+                loss_rows = losses(self.step, rows)
+                loss = loss_rows.float().sum() / self.config.batch_size
+                if self.num_cores == 1:
+                    loss.backward()
+                    return loss_rows.detach(), loss.detach(), ()
+                # not into `grad`, in whatever order cores are through
+                gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            return loss_rows.detach(), loss.detach(), gradients
+
         self.optimizer.zero_grad(set_to_none=True)
         rows, totals = [], []
         for part in parts:
-            with told_what_to_lower(self.config, self.step, part):
-                loss_rows = losses(self.step, part)
-                loss = loss_rows.float().sum() / self.config.batch_size
-                loss.backward()
-            rows.append(loss_rows.detach())
-            totals.append(loss.detach())
+            for loss_rows, loss, gradients in self._on_cores(of_rows, part):
+                rows.append(loss_rows)
+                totals.append(loss)
+                for parameter, gradient in zip(self.parameters, gradients, strict=False):
+                    if gradient is not None:
+                        so_far = parameter.grad
+                        parameter.grad = gradient if so_far is None else so_far + gradient
         return torch.cat(rows), torch.stack(totals).sum()
+
+    def _on_cores(self, work: Callable[[slice], Result], part: slice) -> list[Result]:
+        """``work`` of a share of these rows on each core."""
+        return side_by_side(work, share_out(part, self.num_cores), self.num_cores)
 
     def gather(self, total: Tensor, world: int) -> tuple[Tensor, Tensor]:
         """Gradients over all workers, clipped; their loss, and the norm before."""
@@ -293,59 +307,6 @@ class State:
         with torch.no_grad():
             for p, average in zip(self.parameters, self.ema, strict=True):
                 p.copy_(average)
-
-
-class Recent:
-    """Losses and speed since they were last reported."""
-
-    def __init__(self, config: TrainConfig, step: int) -> None:
-        self.config = config
-        self.losses: list[Tensor] = []
-        self.since, self.since_step = time.monotonic(), step
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """Their means; begins anew."""
-        mean = float(torch.stack(self.losses).double().mean())
-        now = time.monotonic()
-        num_images = (step - self.since_step) * self.config.batch_size
-        rate = num_images / max(now - self.since, 1e-9)
-        self.losses, self.since, self.since_step = [], now, step
-        return {"loss": mean, "images_per_second": rate}
-
-
-class Outcome:
-    """Loss and gradient norm of a step, looked at when the device has gone on to the next.
-
-    To look at once would be to wait for the device at every step.
-    """
-
-    def __init__(self, step: int, numbers: Tensor, loss_rows: Tensor) -> None:
-        self.step = step
-        self.loss_rows = loss_rows
-        self.arrived: torch.cuda.Event | None = None
-        self.numbers = numbers
-        if numbers.is_cuda:
-            self.numbers = torch.empty(numbers.shape, pin_memory=True)
-            self.numbers.copy_(numbers, non_blocking=True)
-            self.arrived = torch.cuda.Event()
-            self.arrived.record()
-
-    def check(self, config: TrainConfig, part: slice, name_row: Callable[[int, int], str]) -> None:
-        """Raise ValueError, naming step and samples, if they are not finite."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        total, grad_norm = self.numbers.tolist()
-        if math.isfinite(total) and math.isfinite(grad_norm):
-            return
-        bad = (~self.loss_rows.isfinite()).nonzero().flatten().tolist()
-        named = [name_row(self.step, part.start + row) for row in bad[:3]]
-        where = f" It is not finite at {', '.join(named)}" if bad else ""
-        more = f" and {len(bad) - 3} more." if len(bad) > 3 else "." if bad else ""
-        raise ValueError(
-            f"Training stopped at step {self.step} ({self.step * config.batch_size} images): the "
-            f"loss is {total}, the gradient norm {grad_norm}.{where}{more} Lower learning_rate; if "
-            "a few samples are named, look at those. The last checkpoint is untouched."
-        )
 
 
 def summed_over_workers(loss: Tensor, parameters: list[Tensor]) -> Tensor:

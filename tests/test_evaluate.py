@@ -29,6 +29,7 @@ from components.pictures import grid
 from components.references import References
 from components.sampling import Sampler
 from components.scores import RealImages
+from pnp_core import cores
 from pnp_core.bundle import GuideBundle
 from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
@@ -114,6 +115,27 @@ def result() -> Evaluation:
 
 def methods(made: Made) -> set[str]:
     return {setting.method for setting, _ in made}
+
+
+def test_images_and_guidance_of_several_cores_are_those_of_one(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = evaluate.Work.of(params_with(), "base")
+    images, terms = [], []
+    monkeypatch.setattr(cores, "FEWEST_ROWS", 2)
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (3, 1):
+            torch.set_num_threads(num_threads)
+            tasks = [*work.tasks[:4], *work.negative_tasks[:3]]
+            made = [work.sampler.make(setting, tasks).astype(int) for setting in work.recipes]
+            images.append(np.stack(made))
+            terms.append(work.sampler.fvu_terms(tasks))
+    finally:
+        torch.set_num_threads(before)
+    assert np.abs(images[0] - images[1]).max() <= 1  # of 255
+    for key in ("timesteps", "unexplained", "total"):
+        np.testing.assert_allclose(terms[0][key], terms[1][key], rtol=1e-3)
 
 
 def test_an_evaluation_that_is_killed_goes_on_and_makes_no_image_twice(

@@ -128,7 +128,7 @@ def test_linear_ag_is_cfg_where_the_negative_prediction_is_linear_in_earlier_one
     assert teachers[1].negatives == 2
 
 
-@pytest.mark.parametrize("method", [*FREE, "exact"])
+@pytest.mark.parametrize("method", [*FREE, "exact", "halved"])
 @pytest.mark.parametrize("num_forwards", FORWARDS)
 def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int) -> None:
     for setting in layouts(method, num_forwards):
@@ -232,6 +232,9 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
         denoiser: Any = bench.denoiser(setting)
         guided = denoiser.guided if setting.method == "exact" else denoiser
         assert guided.guide is guides[4 if setting.solver == "ddim" else 8]
+    for setting in layouts("halved", 4):
+        assert setting.solver != "ddim" and setting.num_steps == setting.forwards == 4
+        assert bench.denoiser(setting).guide is guides[4]  # type: ignore[attr-defined]
 
 
 def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
@@ -459,7 +462,7 @@ def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
 
 def test_every_method_of_the_jobs_has_a_label() -> None:
     names = {name.split()[1] for _, name, _ in run.jobs(["base"], [8]) if name[0] == "8"}
-    assert names <= LABELS.keys() and names >= {*FREE, "guided", "exact"}
+    assert names <= LABELS.keys() and names >= {*FREE, "guided", "exact", "halved"}
 
 
 # ImageNet's classes of what the world draws too

@@ -97,19 +97,19 @@ def test_what_is_read_ahead_is_what_would_be_read_whatever_is_asked_for() -> Non
         return torch.arange(part.start, part.stop) + 100 * step
 
     parts = parts_of(slice(4, 12), 3)
-    ahead = Ahead(read, parts)
+    ahead = Ahead(read)
     jumps = [(step, part) for step in (0, 1, 7, 2, 2) for part in parts]
     jumps += [(3, parts[2]), (3, slice(0, 16)), (0, parts[1])]
     for step, part in jumps:
         expected = torch.arange(part.start, part.stop) + 100 * step
         assert torch.equal(ahead(step, part), expected)
-    ahead.reading.result()
-    assert asked[:6] == [(step, part.start, part.stop) for step in (0, 1) for part in parts]
+    first = [(step, part.start, part.stop) for step in (0, 1) for part in parts]
+    assert sorted(asked[:6]) == first  # each once
 
 
 def test_the_next_batch_is_read_before_it_is_asked_for_and_no_further_one() -> None:
     seen: queue.Queue[int] = queue.Queue()
-    ahead = Ahead(lambda step, part: seen.put(step), [slice(0, 4)])
+    ahead = Ahead(lambda step, part: seen.put(step))
     ahead(0, slice(0, 4))
     assert [seen.get(timeout=10) for _ in range(2)] == [0, 1]
     with pytest.raises(queue.Empty):
@@ -122,7 +122,7 @@ def test_an_error_of_reading_ahead_is_told_when_its_batch_is_asked_for() -> None
             raise ValueError("pairs-00001 is not what was written")
         return step
 
-    ahead = Ahead(read, [slice(0, 4)])
+    ahead = Ahead(read)
     assert ahead(0, slice(0, 4)) == 0
     with pytest.raises(ValueError, match="pairs-00001"):
         ahead(1, slice(0, 4))

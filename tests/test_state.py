@@ -354,3 +354,28 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     said = run("make", "-C", str(folder), "demo", "INSTALLED=Makefile", "PY=echo")
     assert said.returncode == 0, said.stderr
     assert "-m flows distill" in said.stdout
+
+
+ROOM, FULL = (f"echo; echo '//a server/disk 9 9 {free} 9% /'" for free in (99999999, 4999999))
+
+
+@pytest.mark.parametrize(
+    ("df", "is_installed", "is_told"),
+    [(FULL, False, True), (ROOM, False, False), ("false", False, False), (FULL, True, False)],
+    ids=["full", "room", "unknown", "only an update"],
+)
+def test_a_disk_that_is_too_full_is_told_before_anything_is_installed(
+    tmp_path: Path, df: str, is_installed: bool, is_told: bool
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "bin").mkdir()
+    for name, does in (("df", df), ("python", "true"), ("installed", "true")):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = f"PATH={tmp_path / 'bin'}:{os.environ['PATH']}"
+    python = tmp_path / "bin" / ("installed" if is_installed else "not-yet")
+    given = (f"PY={python}", f"PYTHON={tmp_path / 'bin/python'}")
+    said = run("env", path, "make", "-C", str(tmp_path), "install", *given)
+    assert ("Installing into" in said.stdout) == (not is_told)
+    assert ("4 GB free, and installing takes 9 GB" in said.stderr) == is_told

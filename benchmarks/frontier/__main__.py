@@ -3,6 +3,7 @@
     python -m benchmarks.frontier --json              # what the committed results say
     python -m benchmarks.frontier --run               # makes what is missing: days on two cores
     python -m benchmarks.frontier --run --model base --forwards 8
+    python -m benchmarks.frontier --train             # the rivals that train, for their rows
     python -m benchmarks.frontier --run --final       # the final models, once, at the end
 
 A row is written as it is made; a run that was stopped goes on, and several may run side by side.
@@ -18,6 +19,7 @@ from benchmarks.frontier.final import final_models
 from benchmarks.frontier.run import RESULTS, run
 from benchmarks.frontier.settings import FORWARDS
 from benchmarks.frontier.table import as_markdown, summary
+from benchmarks.frontier.training import train_all
 from benchmarks.quality import models_of
 from components.environment import quiet
 from components.params import load_params
@@ -34,17 +36,24 @@ def main() -> None:
     parser.add_argument(
         "--forwards", type=int, action="append", choices=FORWARDS, help="with --run: at these costs"
     )
+    parser.add_argument(
+        "--train", nargs="*", metavar="METHOD", help="these trained rivals, or all; needs a cache"
+    )
     parser.add_argument("--final", action="store_true", help="with --run: of the final models")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()
     quiet()
     params = load_params(Path("params.yaml"))
     try:
+        if arguments.train is not None:
+            train_all(arguments.train, params)
         if arguments.run:
             forwards = arguments.forwards or FORWARDS
             run(params, arguments.model, forwards, final=arguments.final)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if arguments.train is not None and not arguments.run:
+        return
     if not RESULTS.exists():
         sys.exit(f"error: there is no {RESULTS} yet: --run makes it")
     results = read_json(RESULTS)

@@ -18,21 +18,24 @@ import torch
 from benchmarks.frontier import judges as judging
 from benchmarks.frontier.final import models_to_run
 from benchmarks.frontier.settings import (
+    CONSISTENT,
     FREE,
     GUIDES,
     LABELS,
     NEAR_BEST,
     PLACES,
+    TRAINED_LABELS,
     Setting,
     climb,
     contenders,
     layouts,
 )
+from benchmarks.frontier.trained import trained
 from benchmarks.frontier.workbench import Workbench, tasks_of
 from benchmarks.quality import precision_of
 from benchmarks.record import Record, digest, note, record
 from components.dataset import reference_images
-from components.device import device
+from components.device import device, load_base
 from components.judging import Judge
 from components.params import Params
 from components.paths import RUNS
@@ -125,7 +128,7 @@ class Maker:
         name, at = self.bench.name, str(num_forwards)
         known = self.table.read()["choices"]
         guide = self.bench.digest(method)
-        if method in GUIDES and guide is None:
+        if method in (*GUIDES, *TRAINED_LABELS) and guide is None:
             return None
         mine = known.get(name, {}).get(at, {}).get(method)
         if mine and mine.get("guide") == guide:
@@ -135,21 +138,29 @@ class Maker:
             cfg = self.choose("cfg", num_forwards)
             assert cfg
             solvers = (cfg.solver,)
-        wanted = layouts(method, num_forwards, solvers)
+        most = self.bench.most_steps(method, num_forwards) if method in TRAINED_LABELS else None
+        wanted = layouts(method, num_forwards, solvers, most)
         base = known.get("base", {}).get(at, {}).get(method)
-        if base and name != "base":
+        if base and base.get("guide") == guide and name != "base":
             wanted = starts_from(base)
         if not wanted:
             return None
         tried: dict[Setting, float] = {}
-        if method not in GUIDES:  # halved and unhalved ones pull more or less at the same scale
+        if method in CONSISTENT:  # not told the scale
+            return self._chosen(method, num_forwards, {s: self._try(s, tried) for s in wanted})
+        if method not in (*GUIDES, *TRAINED_LABELS):  # halved ones pull more at the same scale
             first = {start: self._try(start, tried) for start in wanted}
             wanted = [s for s in wanted if first[s] <= NEAR_BEST * min(first.values())]
         for start in wanted:
             climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
+        return self._chosen(method, num_forwards, tried)
+
+    def _chosen(self, method: str, num_forwards: int, tried: dict[Setting, float]) -> Setting:
+        """The best of what was tried, written down with all of it."""
+        name, at = self.bench.name, str(num_forwards)
         best = min(tried, key=lambda setting: tried[setting])
         choice = {
-            "guide": guide,
+            "guide": self.bench.digest(method),
             "setting": best.text,
             "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
         }
@@ -167,9 +178,13 @@ class Maker:
 
     def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
         if setting not in tried:
-            images, _ = self.bench.images(setting, self.few)
-            tried[setting] = fid(self.judge.features(images), self.references("world"))
+            tried[setting] = self.fid_of_few(setting)
         return tried[setting]
+
+    def fid_of_few(self, setting: Setting) -> float:
+        """Of the images that settings are chosen by."""
+        images, _ = self.bench.images(setting, self.few)
+        return float(fid(self.judge.features(images), self.references("world")))
 
     def cell(self, place: str, setting: Setting, made_by: Record) -> None:
         """Make a cell of the table, if it is not there.
@@ -323,6 +338,10 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
         yield model, "100", Maker.cfg100
         yield model, "unexplained", Maker.unexplained
     for model in models:
+        for n in main:
+            for method in TRAINED_LABELS:
+                yield model, f"{n} {method} trained", row(method, n)
+    for model in models:
         for n in (*main, *(n for n in forwards if n not in main)):
             for method in methods:
                 yield model, f"{n} {method}", row(method, n)
@@ -345,13 +364,19 @@ def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final
     guide = ", ".join(digest(bundle) for bundle in bundles.values())
     made_by = record(guide=guide, precision=precision_of(params).split(", ")[-1])
     makers: dict[str, Maker] = {}
+    rivals = trained(load_base(params.base).unet, params)
+    table.change(
+        lambda results: results.setdefault("trained", {}).update(
+            {method: rival.about for method, rival in rivals.items()}
+        )
+    )
     for model, name, job in jobs(models or list(there), forwards):
         with held(RUN / "jobs" / f"{model}-{name.replace(' ', '-')}", wait=False) as mine:
             if not mine:
                 continue
             if model not in makers:
                 makers.clear()  # one model in memory
-                bench = Workbench(model, there[model], params, bundles)
+                bench = Workbench(model, there[model], params, bundles, rivals)
                 makers[model] = Maker(bench, table, judge, foreign)
             job(makers[model], made_by)
             print(f"{model}: {name} (process {os.getpid()})", flush=True)

@@ -23,10 +23,28 @@ LABELS = {
     "linear": "LinearAG (Castillo et al. 2023)",
     "guided": "this guide",
     "guided-2": "this guide, trained a second time",
+    "halved": "this guide, halved, under another solver than DDIM",
     "exact": "this guide, and CFG in some steps",
 }
+TRAINED_LABELS = {
+    "ours": "this guide's form, trained as those below",
+    "meng": "the whole UNet (Meng et al. 2023)",
+    "agd": "AGD (Jensen & Sadat 2025)",
+    "dice": "DICE (Zhou et al. 2026)",
+    "paper-full": "the paper's full guide (Hsiao et al. 2024)",
+    "paper-tiny": "the paper's tiny guide",
+    "lora-1": "low-rank guidance, 1 %",
+    "lora-8": "low-rank guidance, 8 %",
+    "lcm-1": "LCM-LoRA, 1 % (Luo et al. 2023)",
+    "lcm-8": "LCM-LoRA, 8 %",
+}
+LABELS |= TRAINED_LABELS
+CONSISTENT = ("lcm-1", "lcm-8")
+"""Not told the scale, not halved, and sampled by diffusers' `LCMScheduler`, in few steps."""
+LCM = "lcm"
+MOST_CONSISTENT = 8
 FREE = ("cfg", "first", "interval", "reuse", "linear")
-GUIDES = {"guided": "guided", "guided-2": "guided-2", "exact": "guided"}
+GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact": "guided"}
 """Methods with a guide, and whose guide they have."""
 # An FID of few images within this of the best may be the best of many: such layouts of a method,
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
@@ -40,7 +58,7 @@ class Setting:
 
     Attributes:
         method: a key of `LABELS`.
-        solver: one of `pnp_core.sample.SOLVERS`.
+        solver: one of `pnp_core.sample.SOLVERS`, or LCM.
         num_steps: of the solver.
         scale: guidance scale as diffusers counts it.
         full: the steps at which both predictions are made, from 0.
@@ -115,15 +133,29 @@ PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 
 
 def layouts(
-    method: str, num_forwards: int, solvers: Iterable[str] = tuple(SOLVERS)
+    method: str,
+    num_forwards: int,
+    solvers: Iterable[str] = tuple(SOLVERS),
+    most_steps: int | None = None,
 ) -> list[Setting]:
     """The settings to try at a cost, all at one scale: the solvers, and where CFG's forwards go.
 
     What saves some of CFG's second forwards spends a quarter or three eighths of all forwards on
     them. Empty where there are too few forwards for that.
+
+    Args:
+        method: a key of `LABELS`.
+        num_forwards: an image.
+        solvers: to try.
+        most_steps: of a trained rival at this cost; default: as many as forwards.
     """
+    if method in TRAINED_LABELS:
+        most = num_forwards if most_steps is None else most_steps
+        return trained_layouts(method, most, solvers)
     start = 4.0 if method in GUIDES else 3.0
     places: list[tuple[int, tuple[int, ...]]] = []
+    if method == "halved":
+        solvers = [solver for solver in solvers if solver != "ddim"]
     if method in GUIDES and method not in PLACES:
         places.append((num_forwards, ()))
     elif method == "cfg":
@@ -137,6 +169,23 @@ def layouts(
         Setting(method=method, solver=solver, num_steps=num_steps, scale=start, full=full)
         for num_steps, full in places
         for solver in solvers
+    ]
+
+
+def trained_layouts(method: str, num_steps: int, solvers: Iterable[str]) -> list[Setting]:
+    """Of a trained rival that can take so many steps; under DDIM also as many as it is halved to.
+
+    Halved to a power of two, it may do better there than in the steps that are left.
+    """
+    allowed = num_steps > 0
+    if method in CONSISTENT:
+        solvers, allowed = (LCM,), 0 < num_steps <= MOST_CONSISTENT
+    found = [(solver, num_steps) for solver in solvers if allowed]
+    halved = 2 ** (num_steps.bit_length() - 1) if num_steps else 0
+    if ("ddim", num_steps) in found and halved < num_steps:
+        found.append(("ddim", halved))
+    return [
+        Setting(method=method, solver=solver, num_steps=steps, scale=4.0) for solver, steps in found
     ]
 
 

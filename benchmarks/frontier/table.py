@@ -6,11 +6,22 @@ from typing import Any
 import numpy as np
 
 from benchmarks.frontier.judges import from_json, rounded
-from benchmarks.frontier.settings import FREE, GUIDES, LABELS, MOST, Setting, contenders
+from benchmarks.frontier.settings import (
+    CONSISTENT,
+    FREE,
+    GUIDES,
+    LABELS,
+    MOST,
+    MOST_CONSISTENT,
+    TRAINED_LABELS,
+    Setting,
+    contenders,
+)
 from benchmarks.record import header
 from components.evaluation import Estimate
 
 COSTS = ("16", "8", "4")
+MOST_PARAMETERS = 0.08  # of a trained rival that the guide answers for
 Cells = Mapping[str, Any]  # by method, of one model at one cost
 
 
@@ -20,6 +31,7 @@ class Found:
     def __init__(self, results: Mapping[str, Any], models: Iterable[str]) -> None:
         self.cells: Mapping[str, Any] = results["cells"]
         self.choices: Mapping[str, Any] = results["choices"]
+        self.trained: Mapping[str, Any] = results.get("trained", {})
         self.models = [name for name in models if name in self.cells]
 
     def score(self, model: str, place: str, method: str, name: str, judge: str) -> Estimate | None:
@@ -67,6 +79,22 @@ class Found:
             return None
         own, theirs = (self.score(model, place, m, "clip_score", "world") for m in (method, rival))
         return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
+
+    def over_trained(self, model: str, place: str, rival: str) -> Estimate | None:
+        """The FID of this guide's form over that of a rival; None if not trained alike, or since.
+
+        Rows are of the weights that they were made with.
+        """
+        cells, alike = self.cells.get(model, {}).get(place, {}), set()
+        for method in ("ours", rival):
+            about = self.trained.get(method)
+            if about is None or cells.get(method, {}).get("guide", "") != about["digest"]:
+                return None
+            alike.add((about["base_hash"], about["settings"]))
+        if len(alike) > 1:
+            return None
+        own, theirs = (self.score(model, place, m, "fid", "world") for m in ("ours", rival))
+        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
 
     def over_cfg100(self, model: str, place: str) -> Estimate | None:
         """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
@@ -127,6 +155,43 @@ def estimates_of(
     return keys
 
 
+def over_trained(
+    results: Mapping[str, Any], models: Sequence[str]
+) -> dict[str, dict[str, Estimate | None]]:
+    """By rival and cost: this guide's form over it, the mean over models; None: not made yet."""
+    found = Found(results, models)
+    complete = len(found.models) == len(models)
+    return {
+        rival: {
+            at: mean([found.over_trained(name, at, rival) for name in models if complete])
+            for at in COSTS
+            if rival not in CONSISTENT or int(at) <= MOST_CONSISTENT
+        }
+        for rival in TRAINED_LABELS
+        if rival != "ours"
+    }
+
+
+def behind(results: Mapping[str, Any], tuned: Sequence[str]) -> list[str] | None:
+    """Where this guide is not surely ahead of a rival with few parameters that trains.
+
+    None until all of them have their rows.
+    """
+    about = results.get("trained", {})
+    places: list[str] = []
+    for rival, by_cost in over_trained(results, tuned).items():
+        if rival not in about:
+            return None
+        if about[rival]["params_ratio"] > MOST_PARAMETERS:
+            continue
+        for at, ratio in by_cost.items():
+            if ratio is None:
+                return None
+            if ratio.interval[1] >= 1:
+                places.append(f"{rival} at {at}: {with_interval(ratio, 3)}")
+    return places
+
+
 def summary(
     results: Mapping[str, Any], tuned: Sequence[str], final: Sequence[str]
 ) -> dict[str, Any]:
@@ -149,7 +214,7 @@ def summary(
     numbers["fvu_base"] = fvu.get("base")
     complete = tuned and all(name in fvu for name in tuned)
     numbers["fvu_finetune_worst"] = max(fvu[name] for name in tuned) if complete else None
-    numbers["behind_trained_rivals"] = None  # no trained rival has cells yet
+    numbers["behind_trained_rivals"] = behind(results, tuned)
     sampled = [name for name in final if name in results["cells"]]
     if sampled:
         ended = estimates_of(results, [], final)
@@ -188,8 +253,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         found = Found(results, [model])
         for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
             words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
-            lines += ["", f"## {model}, {words}", "", *rows(places[place])]
+            lines += ["", f"## {model}, {words}", "", *rows(places[place], place)]
             lines += compared(found, model, place)
+    lines += beside_trained(results)
     return "\n".join(lines) + "\n"
 
 
@@ -211,7 +277,35 @@ def compared(found: Found, model: str, place: str) -> list[str]:
     return lines
 
 
-def rows(cells: Cells) -> list[str]:
+def beside_trained(results: Mapping[str, Any]) -> list[str]:
+    """A table of means over the models, as far as they have rows of trained rivals."""
+    about = results.get("trained", {})
+    models = [name for name, cells in results["cells"].items() if "ours" in cells.get("16", {})]
+    if "ours" not in about or not models:
+        return []
+    own = about["ours"]
+    lines = [
+        "",
+        "## Beside rivals that train",
+        "",
+        f"FID of this guide's form over theirs, mean of {', '.join(models)}: below 1 it is ahead. "
+        f"All have seen {own['num_images']:,} samples of the same pairs at their best learning "
+        f"rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: none); "
+        "the guide of the tables above has seen more.",
+        "",
+        f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
+        "|---" * (2 + len(COSTS)) + "|",
+    ]
+    for rival, by_cost in over_trained(results, models).items():
+        if rival in about and any(by_cost.values()):
+            found = [by_cost.get(at) for at in COSTS]
+            ratios = " | ".join(with_interval(one, 3) if one else "" for one in found)
+            share = f"{100 * about[rival]['params_ratio']:.1f} %"
+            lines.append(f"| {TRAINED_LABELS[rival]} | {share} | {ratios} |")
+    return lines
+
+
+def rows(cells: Cells, place: str) -> list[str]:
     """The table of one model at one cost."""
     head = ["method", "setting", "w", "forwards", "FID", "KID x1000", "CLIP score", "diversity"]
     head += ["foreign FID", "PSNR", "ms"]
@@ -219,7 +313,8 @@ def rows(cells: Cells) -> list[str]:
     for method in (name for name in LABELS if name in cells):
         cell = cells[method]
         setting, world = Setting.parse(cell["setting"]), cell["scores"]["world"]
-        dear = " (too dear)" if cell["forwards"] > MOST * max(setting.forwards, 1) else ""
+        allowed = int(place) if place.isdigit() else setting.forwards
+        dear = " (too dear)" if cell["forwards"] > MOST * allowed else ""
         close = cell.get("cfg64_psnr")
         words = [
             LABELS[method],

@@ -8,7 +8,7 @@ the code of the rivals by VERSION.
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from benchmarks.frontier.rivals import (
     ReusedGuidance,
     fit_linear,
 )
-from benchmarks.frontier.settings import GUIDES, Setting
+from benchmarks.frontier.settings import GUIDES, LCM, MOST, Setting
+from benchmarks.frontier.trained import Trained, generators
+from benchmarks.peers.lcm import sample_consistent
 from benchmarks.record import digest
 from components.images import Task, batches
 from components.params import Model, Params
@@ -53,11 +55,18 @@ class Workbench:
         model: where it lies.
         params: of the run; `evaluate` says in what precision.
         bundles: guides, by their names in `GUIDES`.
+        rivals: trained methods, by name.
     """
 
     def __init__(
-        self, name: str, model: Model, params: Params, bundles: dict[str, GuideBundle]
+        self,
+        name: str,
+        model: Model,
+        params: Params,
+        bundles: dict[str, GuideBundle],
+        rivals: Mapping[str, Trained] | None = None,
     ) -> None:
+        self.rivals = dict(rivals or {})
         self.name, self.model, self.params, self.bundles = name, model, params, bundles
         pipe = load_row(model, params.base)
         self.samplers = {
@@ -73,6 +82,7 @@ class Workbench:
             "spacing": self.sampler.spacing,
         }
         self.digests = {method: digest(bundle) for method, bundle in bundles.items()}
+        self.digests |= {method: rival.digest for method, rival in self.rivals.items()}
         self._coefficients: dict[Setting, Coefficients] = {}
         self._flops: dict[str, tuple[float, float]] = {}
 
@@ -94,8 +104,8 @@ class Workbench:
 
     def _folder(self, setting: Setting) -> Path:
         values = {**self.identity, "setting": setting.text}
-        if setting.method in GUIDES:
-            values["guide"] = self.digest(setting.method)
+        if (own := self.digest(setting.method)) is not None:
+            values["guide"] = own
         if setting.method == "exact":
             values["correction"] = [AT_ONCE, POWER]
         folder = KEPT / _hash(values)
@@ -107,9 +117,14 @@ class Workbench:
     def _make(self, setting: Setting, batch: Sequence[Task], path: Path) -> None:
         run = self._run(setting, batch)
         with self.sampler.computing():
-            denoiser = self.denoiser(setting)
+            denoiser, scheduler = self.denoiser(setting), self.sampler.pipe.scheduler
             began = time.process_time()
-            latents = sample(denoiser, self.sampler.pipe.scheduler, **run)
+            if setting.solver == LCM:
+                of = {key: run[key] for key in ("z_T", "conditions", "num_steps")}
+                noise = generators([task.seed for task in batch])
+                latents = sample_consistent(denoiser, scheduler, **of, generators=noise)
+            else:
+                latents = sample(denoiser, scheduler, **run)
             seconds = time.process_time() - began
         images = torch.from_numpy(self.sampler.decode(latents))
         write_tensors(path, {"images": images}, {"seconds": str(seconds)})
@@ -126,7 +141,10 @@ class Workbench:
         }
 
     def denoiser(self, setting: Setting) -> Denoiser:
-        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others."""
+        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others.
+
+        But for the method that is called so.
+        """
         unet, schedule = self.sampler.pipe.unet, self.sampler.schedule
         teacher = self.sampler.teacher()
         match setting.method:
@@ -138,17 +156,21 @@ class Workbench:
                 return ReusedGuidance(teacher, setting.full)
             case "linear":
                 return LinearAG(teacher, setting.full, self._fitted(setting))
+        if setting.method in self.rivals:
+            peer = self.rivals[setting.method].peer(setting.num_steps, setting.solver)
+            return peer.denoiser(unet, schedule)
         bundle = self.bundles[GUIDES[setting.method]]
         halved = bundle.for_steps(setting.num_steps)
-        guide = halved if setting.solver == "ddim" else bundle.guides[bundle.num_steps[-1]]
+        is_halved = setting.solver == "ddim" or setting.method == "halved"
+        guide = halved if is_halved else bundle.guides[bundle.num_steps[-1]]
         guided = GuidedDenoiser(unet, guide, schedule)
         if setting.method == "exact":
             return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
         return guided
 
     def digest(self, method: str) -> str | None:
-        """Of the guide that a method has; None if it has none, or there is none."""
-        return self.digests.get(GUIDES.get(method, ""))
+        """Of the weights that a method has trained; None if it has none, or there are none."""
+        return self.digests.get(GUIDES.get(method, method))
 
     def _fitted(self, setting: Setting) -> Coefficients:
         if setting not in self._coefficients:
@@ -163,24 +185,28 @@ class Workbench:
 
     def forwards(self, setting: Setting) -> float:
         """What an image costs, in plain forwards, by FLOPs."""
-        if setting.method not in GUIDES:
-            return float(setting.forwards)
-        guided = GUIDES[setting.method]
-        key = f"{guided} {setting.solver}"
-        if key not in self._flops:
+        first, later = self._step_costs(setting.method)
+        num_cheap = setting.num_steps - len(setting.full)
+        return first + (num_cheap - 1) * later + 2 * len(setting.full)
+
+    def most_steps(self, method: str, num_forwards: int) -> int:
+        """How many steps of a trained rival there are at a cost."""
+        first, later = self._step_costs(method)
+        return max(0, 1 + int((MOST * num_forwards - first) / later))
+
+    def _step_costs(self, method: str) -> tuple[float, float]:
+        """Of a run's first step, which reads the prompt, and of each later one, in forwards."""
+        own = GUIDES.get(method, method)
+        if own not in self.digests or (own in self.rivals and self.rivals[own].merges):
+            return 1.0, 1.0
+        if own not in self._flops:
             task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
             plain, one, two = (
-                self._flops_of(s, task)
-                for s in (
-                    Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0),
-                    Setting(method=guided, solver="ddim", num_steps=1, scale=3.0),
-                    Setting(method=guided, solver="ddim", num_steps=2, scale=3.0),
-                )
+                self._flops_of(Setting(method=m, solver="ddim", num_steps=n, scale=3.0), task)
+                for m, n in (("unguided", 1), (own, 1), (own, 2))
             )
-            self._flops[key] = one / plain, (two - one) / plain
-        first, later = self._flops[key]
-        num_guided = setting.num_steps - len(setting.full)
-        return first + (num_guided - 1) * later + 2 * len(setting.full)
+            self._flops[own] = one / plain, (two - one) / plain
+        return self._flops[own]
 
     def _flops_of(self, setting: Setting, task: Sequence[Task]) -> int:
         run, scheduler = self._run(setting, task), self.sampler.pipe.scheduler  # reads the prompt

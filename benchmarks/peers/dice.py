@@ -68,9 +68,15 @@ class SharpenedDenoiser:
     ) -> None:
         self.peer = peer
         self.plain = PlainDenoiser(unet, schedule)
+        self.last: tuple[Conditions, Tensor] | None = None  # and their sharpened text
 
     def __call__(self, z_BCHW: Tensor, t_B: Tensor, conditions: Conditions) -> Tensor:
         """Predicted eps, `(B, C, H, W)`, in one forward under the sharpened text."""
-        c_BLD = conditions.c_BLD
-        sharp_BLD = self.peer(c_BLD.float(), conditions.each_negative.float(), conditions.w_B)
-        return self.plain(z_BCHW, t_B, replace(conditions, c_BLD=sharp_BLD.to(c_BLD.dtype)))
+        if self.last is not None and self.last[0] is conditions and not torch.is_grad_enabled():
+            sharp_BLD = self.last[1]
+        else:
+            c_BLD = conditions.c_BLD
+            sharp_BLD = self.peer(c_BLD.float(), conditions.each_negative.float(), conditions.w_B)
+            sharp_BLD = sharp_BLD.to(c_BLD.dtype)
+            self.last = None if torch.is_grad_enabled() else (conditions, sharp_BLD)
+        return self.plain(z_BCHW, t_B, replace(conditions, c_BLD=sharp_BLD))
