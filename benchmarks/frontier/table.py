@@ -280,7 +280,11 @@ def compared(found: Found, model: str, place: str) -> list[str]:
 def beside_trained(results: Mapping[str, Any]) -> list[str]:
     """A table of means over the models, as far as they have rows of trained rivals."""
     about = results.get("trained", {})
-    models = [name for name, cells in results["cells"].items() if "ours" in cells.get("16", {})]
+    models = [
+        name
+        for name, places in results["cells"].items()
+        if any("ours" in places.get(at, {}) for at in COSTS)
+    ]
     if "ours" not in about or not models:
         return []
     own = about["ours"]
