@@ -41,6 +41,7 @@ from components.environment import quiet
 from components.params import Params, load_params
 from components.storage import Mirror
 from pnp_core.cache import TEXT, CacheBuilder, CacheConfig, Example, Pairs, TeacherCache
+from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
 from pnp_core.guide import Guide, GuideConfig
@@ -211,13 +212,23 @@ class Caching:
         builder.finish()
 
     def forwards(self, num_pairs: int) -> None:
-        """The UNet's bare forwards that as many pairs need at the least, without gradients."""
+        """The UNet's bare forwards that as many pairs need at the least, without gradients.
+
+        On a CPU they are shared out among its cores, as caching has it.
+        """
+        unet, added = self.pipe.unet, self.added
+        cores = num_cores(self.config.batch_size, unet.device)
+
+        def forward(rows: slice) -> None:
+            own = None if added is None else {key: x[rows] for key, x in added.items()}
+            unet(*(x[rows] for x in self.inputs), added_cond_kwargs=own)
+
         with (
             torch.inference_mode(),
             mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             for _ in range(num_pairs // self.config.batch_size):
-                self.pipe.unet(*self.inputs, added_cond_kwargs=self.added)
+                side_by_side(forward, share_out(slice(0, len(self.inputs[0])), cores), cores)
 
     def efficiency(self) -> float:
         """Time of bare forwards over that of building pairs, the median of the rounds."""
