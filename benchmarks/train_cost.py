@@ -41,7 +41,7 @@ from components.environment import quiet
 from components.params import Params, load_params
 from components.storage import Mirror
 from pnp_core.cache import TEXT, CacheBuilder, CacheConfig, Example, Pairs, TeacherCache
-from pnp_core.cores import num_cores, share_out, side_by_side
+from pnp_core.cores import num_cores, on_cores
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
 from pnp_core.guide import Guide, GuideConfig
@@ -228,7 +228,7 @@ class Caching:
             mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             for _ in range(num_pairs // self.config.batch_size):
-                side_by_side(forward, share_out(slice(0, len(self.inputs[0])), cores), cores)
+                on_cores(forward, slice(0, len(self.inputs[0])), cores)
 
     def efficiency(self) -> float:
         """Time of bare forwards over that of building pairs, the median of the rounds."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pnp_core.cores import num_cores, share_out, side_by_side
+from pnp_core.cores import num_cores, on_cores
 from pnp_core.files import write_state
 from pnp_core.losses import Outcome, Recent, check_convergence
 from pnp_core.precision import mixed_precision
@@ -29,7 +29,6 @@ from pnp_core.soap import SOAP
 Report = Callable[[int, Mapping[str, float]], None]
 """``report(num_images, metrics)``; called by every worker at the same points."""
 
-Result = TypeVar("Result")
 Trained = TypeVar("Trained", bound=nn.Module)
 """A guide, or whatever else is trained the same way."""
 
@@ -237,7 +236,7 @@ class State:
                     return losses(step, rows).float().sum()
 
             for part in parts:
-                totals += self._on_cores(of_rows, part)
+                totals += on_cores(of_rows, part, self.num_cores)
         total = torch.stack(totals).sum()
         if rank_and_world()[1] > 1:
             dist.all_reduce(total)
@@ -269,7 +268,7 @@ class State:
         self.optimizer.zero_grad(set_to_none=True)
         rows, totals = [], []
         for part in parts:
-            for loss_rows, loss, gradients in self._on_cores(of_rows, part):
+            for loss_rows, loss, gradients in on_cores(of_rows, part, self.num_cores):
                 rows.append(loss_rows)
                 totals.append(loss)
                 for parameter, gradient in zip(self.parameters, gradients, strict=False):
@@ -277,10 +276,6 @@ class State:
                         so_far = parameter.grad
                         parameter.grad = gradient if so_far is None else so_far + gradient
         return torch.cat(rows), torch.stack(totals).sum()
-
-    def _on_cores(self, work: Callable[[slice], Result], part: slice) -> list[Result]:
-        """``work`` of a share of these rows on each core."""
-        return side_by_side(work, share_out(part, self.num_cores), self.num_cores)
 
     def gather(self, total: Tensor, world: int) -> tuple[Tensor, Tensor]:
         """Gradients over all workers, clipped; their loss, and the norm before."""

@@ -23,7 +23,7 @@ from pnp_core.cache.identity import VERSION, CacheIdentity
 from pnp_core.cache.plan import TEXT, plan_cache
 from pnp_core.cache.read import added_rows
 from pnp_core.conditions import Conditions
-from pnp_core.cores import num_cores, share_out, side_by_side
+from pnp_core.cores import num_cores, on_cores
 from pnp_core.denoiser import CFGDenoiser
 from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider
@@ -252,11 +252,10 @@ class CacheBuilder:
             added = added.to(unet.device, unet.dtype)
         conditions = Conditions.at_scale(1.0, c_BLD=c, n_BLD=n, added=added)
         t = t_B.to(unet.device)
-        cores = num_cores(len(z), unet.device)
-        both = side_by_side(
+        both = on_cores(
             lambda rows: teacher.pair(z[rows], t[rows], conditions.part(rows)),
-            share_out(slice(0, len(z)), cores),
-            cores,
+            slice(0, len(z)),
+            num_cores(len(z), unet.device),
         )
         eps_c, eps_n = (torch.cat(each) for each in zip(*both, strict=True))
         self.tell(len(z_t))
