@@ -7,13 +7,14 @@ there, whoever built them, and data/cache keeps the index only; training reads t
 
 import shutil
 from collections.abc import Callable, Iterable, Set
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.cli import main
 from components.cluster import run_tasks
-from components.dataset import read_records
+from components.dataset import PreparedImages, read_prompts
 from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
@@ -125,19 +126,22 @@ def forget_damaged() -> None:
 def cache_builder(params: Params) -> "CacheBuilder":
     """The builder of the whole cache: the base, its companions and the prepared examples.
 
+    Images are read as they are encoded: there may be more than a worker's memory has room for.
     Raises ValueError for prepared data that can't be read.
     """
     from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, Example
     from pnp_core.identity import base_identity
 
-    records = read_records(
-        PREPARED / "train.parquet", image_column="image", caption_column="prompt"
-    )
+    path = PREPARED / "train.parquet"
+    images = PreparedImages(path)
     pipe = load_base(params.base)
     return CacheBuilder(
         pipe,
-        [Example(image=record.image, prompt=record.caption) for record in records],
+        [
+            Example(image=partial(images.read, number), prompt=prompt)
+            for number, prompt in enumerate(read_prompts(path))
+        ],
         cache_config(params),
         CACHE,
         base=base_identity(params.base),

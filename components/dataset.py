@@ -2,6 +2,9 @@
 
 import io
 import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +14,10 @@ from pnp_core.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
+
+# Of a parquet file, which may hold more than memory does, in one row group.
+ROWS_AT_ONCE = 64
+BYTES_AT_ONCE = 2**20
 
 
 class Record(NamedTuple):
@@ -32,16 +39,61 @@ def read_records(path: Path, *, image_column: str, caption_column: str) -> list[
 
     Raises ValueError, naming the file, for one that can't be read.
     """
+    return list(each_record(path, image_column=image_column, caption_column=caption_column))
+
+
+def each_record(path: Path, *, image_column: str, caption_column: str) -> Iterator[Record]:
+    """The same one after another, for more images than there is memory for."""
     if not path.is_dir():
-        return _read_parquet(path, image_column, caption_column)
+        yield from _read_parquet(path, image_column, caption_column)
+        return
     if (path / "metadata.jsonl").exists():
-        return _read_folder(path, caption_column)
+        yield from _read_folder(path, caption_column)
+        return
     files = sorted(path.glob("*.parquet"))
     if not files:
         raise ValueError(f"{path} has neither parquet files nor a metadata.jsonl")
-    return [
-        record for file in files for record in _read_parquet(file, image_column, caption_column)
-    ]
+    for file in files:
+        yield from _read_parquet(file, image_column, caption_column)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of prepared images, in the rows' order: the images are not read.
+
+    Raises ValueError, naming the file, for one that can't be read.
+    """
+    _columns(path, "prompt")
+    return [row["prompt"] or "" for row in _rows(path, ["prompt"])]
+
+
+class PreparedImages:
+    """The encoded images of a prepared file, each read when it is asked for.
+
+    Who asks in the order of rows reads the file once, and no row group without such a row.
+
+    Raises ValueError, naming the file, for one that can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        _columns(path, "image")
+        self._path = path
+        about = pq.read_metadata(path)
+        sizes = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+        self._starts = list(accumulate(sizes, initial=0))  # of row groups, and the end
+        self._rows: Iterator[dict[str, Any]] = iter(())
+        self._next = self._starts[-1]  # the number of the row that comes next
+
+    def read(self, number: int) -> bytes:
+        """The image of a row."""
+        group = bisect_right(self._starts, number) - 1
+        if number < self._next or self._starts[group] > self._next:
+            self._rows, self._next = _rows(self._path, ["image"], group), self._starts[group]
+        others, self._next = number - self._next, self._starts[-1]  # begun anew if this fails
+        row = next(islice(self._rows, others, None))
+        self._next = number + 1
+        return _encoded(row, "image", f"{self._path}, row {number}")
 
 
 def fit(record: Record, resolution: int) -> tuple[Any, bool]:
@@ -83,6 +135,14 @@ def reference_images(reference: str, params: Params) -> "np.ndarray":
     """Every image that `reference` holds, in the resolution of the prepared ones: uint8."""
     import numpy as np
 
+    return np.concatenate(list(reference_batches(reference, params, ROWS_AT_ONCE)))
+
+
+def reference_batches(reference: str, params: Params, size: int) -> "Iterator[np.ndarray]":
+    """The same, `size` at a time: (N, height, width, 3). No more than these are in memory.
+
+    Raises ValueError for an image that can't be read, and if there are fewer than two.
+    """
     if Path(reference) == PREPARED:
         columns = {"image_column": "image", "caption_column": "prompt"}
     else:
@@ -90,11 +150,14 @@ def reference_images(reference: str, params: Params) -> "np.ndarray":
             "image_column": params.prepare.image_column,
             "caption_column": params.prepare.caption_column,
         }
-    records = read_records(Path(reference), **columns)
-    if len(records) < 2:
-        raise ValueError(f"models: the reference {reference} has {len(records)} images: too few")
+    records = each_record(Path(reference), **columns)
     resolution = read_json(PREPARED / "manifest.json")["resolution"]
-    return np.stack([np.asarray(fit(record, resolution)[0]) for record in records])
+    num_images = 0
+    while part := list(islice(records, size)):
+        num_images += len(part)
+        yield _pixels(part, resolution)
+    if num_images < 2:
+        raise ValueError(f"models: the reference {reference} has {num_images} images: too few")
 
 
 def own_prompts(model: Model) -> tuple[str, ...]:
@@ -117,38 +180,65 @@ def own_prompts(model: Model) -> tuple[str, ...]:
     return prompts
 
 
-def _read_parquet(path: Path, image_column: str, caption_column: str) -> list[Record]:
+def _columns(path: Path, *needed: str) -> list[str]:
+    """The columns of a parquet file. Raises ValueError if it is none, or lacks a needed one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        columns = pq.read_schema(path).names
+        found: list[str] = pq.read_schema(path).names
     except pa.ArrowInvalid:
         raise ValueError(f"{path} is not a parquet file, or only part of one") from None
-    for name in (image_column, caption_column):
-        if name not in columns:
-            raise ValueError(f"{path} has no column {name!r}, it has {', '.join(columns)}")
-    has_split = "split" in columns
-    table = pq.read_table(
-        path, columns=[image_column, caption_column, *(["split"] if has_split else [])]
-    )
-    records = []
-    for number, row in enumerate(table.to_pylist()):
+    for name in needed:
+        if name not in found:
+            raise ValueError(f"{path} has no column {name!r}, it has {', '.join(found)}")
+    return found
+
+
+def _rows(path: Path, names: Sequence[str], group: int = 0) -> Iterator[dict[str, Any]]:
+    """These columns of a parquet file's rows, from a row group on, with few of them in memory."""
+    import pyarrow.parquet as pq
+
+    # By default all images of a row group are read before its first row is there.
+    with pq.ParquetFile(path, buffer_size=BYTES_AT_ONCE, pre_buffer=False) as file:
+        groups = list(range(group, file.num_row_groups))
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(names)):
+            yield from batch.to_pylist()
+
+
+def _encoded(row: dict[str, Any], image_column: str, where: str) -> bytes:
+    """The image file in a row. Raises ValueError, saying where, if there is none."""
+    image = row[image_column]
+    data = image.get("bytes") if isinstance(image, dict) else None
+    if not isinstance(data, bytes):
+        raise ValueError(
+            f"{where}: column {image_column!r} holds no encoded image ({{bytes, path}}, as "
+            "Hugging Face datasets write them)"
+        )
+    return data
+
+
+def _pixels(records: Sequence[Record], resolution: int) -> "np.ndarray":
+    """The images of records, fitted: uint8, (N, resolution, resolution, 3)."""
+    import numpy as np
+
+    images = np.empty((len(records), resolution, resolution, 3), dtype=np.uint8)
+    for number, record in enumerate(records):
+        images[number] = fit(record, resolution)[0]
+    return images
+
+
+def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[Record]:
+    there = _columns(path, image_column, caption_column)
+    names = [image_column, caption_column, *(["split"] if "split" in there else [])]
+    for number, row in enumerate(_rows(path, names)):
         where = f"{path}, row {number}"
-        image = row[image_column]
-        data = image.get("bytes") if isinstance(image, dict) else None
-        if not isinstance(data, bytes):
-            raise ValueError(
-                f"{where}: column {image_column!r} holds no encoded image ({{bytes, path}}, as "
-                "Hugging Face datasets write them)"
-            )
-        records.append(Record(data, row[caption_column] or "", row.get("split"), where))
-    return records
+        data = _encoded(row, image_column, where)
+        yield Record(data, row[caption_column] or "", row.get("split"), where)
 
 
-def _read_folder(path: Path, caption_column: str) -> list[Record]:
+def _read_folder(path: Path, caption_column: str) -> Iterator[Record]:
     metadata = path / "metadata.jsonl"
-    records = []
     for number, line in enumerate(metadata.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -156,11 +246,11 @@ def _read_folder(path: Path, caption_column: str) -> list[Record]:
         try:
             entry = json.loads(line)
             image = (path / entry["file_name"]).read_bytes()
-            records.append(Record(image, entry[caption_column], entry.get("split"), where))
+            record = Record(image, entry[caption_column], entry.get("split"), where)
         except json.JSONDecodeError:
             raise ValueError(f"{where}: not JSON") from None
         except KeyError as error:
             raise ValueError(f"{where}: no {error}") from None
         except FileNotFoundError:
             raise ValueError(f"{where}: there is no {path / entry['file_name']}") from None
-    return records
+        yield record

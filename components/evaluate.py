@@ -9,6 +9,7 @@ images.json, which tells where the pictures are.
 
 import argparse
 import json
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -216,7 +217,8 @@ def sample_missing(work: Work, model: str) -> None:
 
     params = work.sampler.params
     if params.cluster.num_workers:
-        make = partial(sampling, model=model, folder=work.folder)
+        precision = work.sampler.precision
+        make = partial(sampling, model=model, folder=work.folder, precision=precision)
         row = params.models[model]
         needs = [Path(params.base), Path(row.path), work.folder, PREPARED]
         shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
@@ -234,9 +236,20 @@ def forwards(setting: Setting) -> int:
     return setting.num_steps * (2 if setting.method == "cfg" else 1) + FORWARDS_OF_DECODING
 
 
-def sampling(params: Params, model: str, folder: Path) -> Callable[[str], None]:
-    """The work of each Ray worker: it opens the model once, and then makes batches by name."""
-    return Work.of(params, model, folder).make_named
+def sampling(params: Params, model: str, folder: Path, precision: str) -> Callable[[str], None]:
+    """The work of each Ray worker: it opens the model once, and then makes batches by name.
+
+    Raises ValueError on a machine that computes in another precision than where this began: its
+    images would be others, and not be found there.
+    """
+    work = Work.of(params, model, folder)
+    if (own := work.sampler.precision) != precision:
+        raise ValueError(
+            f"evaluate.precision: {params.evaluate.precision} is {own} on {socket.gethostname()}, "
+            f"and {precision} where this began: set evaluate.precision: fp32, or begin on a "
+            "machine that is like the workers"
+        )
+    return work.make_named
 
 
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
@@ -300,6 +313,9 @@ def identity_of(work: Work) -> Mapping[str, str | int | float]:
         "judges_hash": digest([judge_hash(folder) for folder in params.evaluate.judges]),
         "num_images": len(work.tasks),
         "guidance_scale": sampler.guidance_scale,
+        "trigger": sampler.row.trigger,
+        "clip_skip": sampler.row.clip_skip,
+        "fvu_steps": sampler.config.extent.num_steps[0],
         "timestep_spacing": sampler.spacing,
         "precision": sampler.precision,
         "teacher": teacher_name(params),

@@ -30,6 +30,9 @@ NAMES = {
     "judges_hash": "the judges",
     "num_images": "the number of images",
     "guidance_scale": "the guidance scale",
+    "trigger": "the trigger words",
+    "clip_skip": "clip_skip",
+    "fvu_steps": "the number of steps that guidance_fvu is measured along",
     "timestep_spacing": "the timestep spacing",
     "precision": "the precision",
     "teacher": "the teacher's rule",
@@ -41,7 +44,7 @@ SEEN = {
     "images": "the number of images",
     "scale": "the guidance scale",
 }
-PLURAL = ("model_hash", "reference_hash", "tasks_hash", "judges_hash")
+PLURAL = ("model_hash", "reference_hash", "tasks_hash", "judges_hash", "trigger")
 # All models of a guide's evaluation have the same of these.
 OF_ALL_MODELS = (
     *("base_hash", "data_hash", "judges_hash", "timestep_spacing", "precision", "teacher"),
@@ -106,6 +109,7 @@ def differences(mine: Evaluation, theirs: Evaluation) -> list[str]:
         a, b = own.get(name), other.get(name)
         if a is not None and a == b:
             continue
+        a, b = ("none" if value == "" else value for value in (a, b))
         values = "" if name.endswith("_hash") else f": {a}, and {b} for the champion"
         differ = "differ" if name in PLURAL else "differs"
         found.append(f"{(NAMES | SEEN).get(name, name)} {differ}{values}")

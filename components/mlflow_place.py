@@ -33,7 +33,9 @@ def resolve(uri: str | None) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
     scheme = uri.split(":")[0].split("+")[0]
     if scheme in ("http", "https") and not urlsplit(uri).hostname:
-        raise ValueError(f"{named} {uri!r} names no server: write http://host:port")
+        raise ValueError(
+            f"{named} {without_secrets(uri)!r} names no server: write http://host:port"
+        )
     if scheme in (*SERVERS, *DATABASE_SERVERS):
         return uri
     if scheme != "sqlite":

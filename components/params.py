@@ -18,8 +18,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
+from components.places import Cluster, Tracking
 from components.rules import Promote
-from components.section import Count, Positive, Section, not_json
+from components.section import Count, CountOrZero, Positive, Section, not_json
 from pnp_core.settings import (
     CacheConfig,
     CacheSettings,
@@ -32,7 +33,6 @@ from pnp_core.settings import (
     TrainConfig,
 )
 
-CountOrZero = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Guided = Annotated[float, Field(gt=1)]  # at 1 there is no guidance
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # what is counted up from it has 64 bits
@@ -174,23 +174,6 @@ class Register(Section, frozen=True):
     name: RegisteredName
 
 
-class Tracking(Section, frozen=True):
-    """Where runs are recorded."""
-
-    uri: str | None  # None: MLFLOW_TRACKING_URI, and without that mlflow.db in this folder
-    experiment: Annotated[str, Field(min_length=1)]
-
-
-class Cluster(Section, frozen=True):
-    """The Ray workers that the cache and training are spread over."""
-
-    num_workers: CountOrZero  # 0: in this process, without Ray
-    address: str | None = None  # host:port to join; None: RAY_ADDRESS, without it this machine
-    shared_folder: bool = True  # whether workers see this folder; else files go by `storage`
-    max_failures: CountOrZero  # how many lost workers a training run survives
-    wait_minutes: Positive  # for workers that lack or do not answer, or another's lock
-
-
 class Params(Section, frozen=True):
     """All of params.yaml, checked as it is read."""
 
@@ -216,6 +199,17 @@ class Params(Section, frozen=True):
                 "cluster.shared_folder is false, and then `storage` must name the place by which "
                 "data, models and checkpoints travel"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_shared_out(self) -> Self:
+        num_workers = self.cluster.num_workers
+        for name, section in (("distill", self.distill), ("halve", self.halve)):
+            if num_workers and section.batch_size % num_workers:
+                raise ValueError(
+                    f"{name}.batch_size: {section.batch_size} can't be shared out equally among "
+                    f"the {num_workers} workers of cluster.num_workers"
+                )
         return self
 
     @model_validator(mode="after")

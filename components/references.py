@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 OF_A_JUDGE = (".safetensors", ".json", ".txt", ".pt")
 KEPT = ("features", "kernel_mean")
+# A multiple of what judges look at in one go, so that they see the same batches as of all at once.
+IMAGES_AT_ONCE = 256
 # By whose code pictures become features.
 PACKAGES = ("torch", "transformers", "pillow", "torchvision", "timm", "clean-fid")
 
@@ -51,7 +53,7 @@ class References:
         path = kept_at(recipe["judge"], recipe["reference"])
         found = read(path, recipe) if path.exists() else None
         if found is None:
-            features = judge.features(self._images)
+            features = self._features(judge)
             found = {
                 "features": features,
                 "kernel_mean": np.array(RealImages(features).kernel_mean),
@@ -59,9 +61,12 @@ class References:
             write(path, recipe, found)
         return RealImages(found["features"], kernel_mean=float(found["kernel_mean"]))
 
-    @cached_property
-    def _images(self) -> "np.ndarray":
-        return dataset.reference_images(self._path, self._params)
+    def _features(self, judge: "Judge") -> "np.ndarray":
+        """Of all images, `IMAGES_AT_ONCE` of which are in memory."""
+        import numpy as np
+
+        batches = dataset.reference_batches(self._path, self._params, IMAGES_AT_ONCE)
+        return np.concatenate(list(map(judge.features, batches)))
 
     @cached_property
     def _recipe(self) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Sampling a model by each of the methods that are compared, always from the same seeds."""
 
 import platform
+import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from components.dataset import own_prompts, read_records
+from components.dataset import own_prompts, read_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
 from components.methods import METHODS
 from components.params import Evaluate, Model, Params, teacher_guider
@@ -41,6 +43,7 @@ NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
 NUM_TIMED_STEPS = 2
 TIMING_REPEATS = 5
 MEGABYTE = 10**6
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
@@ -53,8 +56,7 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     chosen: dict[str, list[str]] = {}
     for split in ("heldout", "train"):
         path = PREPARED / f"{split}.parquet"
-        records = read_records(path, image_column="image", caption_column="prompt")
-        prompts = sorted({record.caption for record in records})
+        prompts = sorted(set(read_prompts(path)))
         if not prompts:
             raise ValueError(
                 f"evaluate: {path} has no prompts: images are sampled for held-out and for trained "
@@ -290,7 +292,7 @@ class Sampler:
         """What times depend on besides the model."""
         on_gpu = self.device.type == "cuda"
         return {
-            "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+            "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "torch": torch.__version__,
             "batch_size": self.config.timed_batch_size,
         }
@@ -342,3 +344,10 @@ def shares(tasks: Sequence[Task], num_parts: int) -> list[Sequence[Task]]:
 def teacher_name(params: Params) -> str:
     """The teacher's rule with its arguments, as results name it."""
     return f"{params.teacher.guider} {dict(sorted(params.teacher.arguments.items()))}"
+
+
+def processor() -> str:
+    """This machine's processor by name; by its architecture where the system doesn't tell more."""
+    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    models: list[str] = re.findall(r"^model name\s*: *(\S.*)", text, re.MULTILINE)
+    return models[0] if models else platform.processor() or platform.machine()

@@ -6,6 +6,7 @@ that its checkpoints are in, lie under a name of this checkout's own until the s
 
 import fcntl
 import hashlib
+import os
 import socket
 import tarfile
 import tempfile
@@ -33,6 +34,7 @@ class Shipment:
         storage: where it travels by.
         inputs: the SHA-256 of files by their paths.
         folders: that are there, and may be empty.
+        home: of this checkout, whose work is in a folder of this name on every node.
         name: of this checkout and stage.
         kept: the folder of checkpoints, which the workers go on from and send.
         made: the folder that they make.
@@ -41,6 +43,7 @@ class Shipment:
     storage: str
     inputs: dict[str, str]
     folders: tuple[str, ...]
+    home: str
     name: str
     kept: Path | None
     made: Path | None
@@ -50,11 +53,20 @@ class Shipment:
         return Mirror(self.storage, f"{WORK}/{self.name}/{part}")
 
     def unpack(self) -> None:
-        """On a worker: have the inputs and the last checkpoints below the working directory."""
+        """On a worker: go to a folder that has the inputs, no others, and the last checkpoints.
+
+        Ray's own is shared by all who run the same code on a cluster, and outlives them.
+        """
+        if Path.cwd().name != self.home:
+            Path(self.home).mkdir(exist_ok=True)
+            os.chdir(self.home)
         with open(".unpacking", "w") as lock:  # workers of a node share the folder
             fcntl.flock(lock, fcntl.LOCK_EX)
             for folder in self.folders:
                 Path(folder).mkdir(parents=True, exist_ok=True)
+                for path in Path(folder).rglob("*"):
+                    if path.is_file() and path.as_posix() not in self.inputs:
+                        path.unlink()
             files = Mirror(self.storage, FILES)
             for name, sha256 in self.inputs.items():
                 path = Path(name)
@@ -127,11 +139,13 @@ def pack(
             if inputs[name] not in there:
                 files.send(path, inputs[name])
     place = f"{socket.gethostname()}:{Path.cwd()}"
+    home = hashlib.sha256(place.encode()).hexdigest()[:16]
     shipment = Shipment(
         storage=params.storage,
         inputs=inputs,
         folders=tuple(_inside(need) for need in needs if need.is_dir()),
-        name=f"{hashlib.sha256(place.encode()).hexdigest()[:16]}-{stage}",
+        home=home,
+        name=f"{home}-{stage}",
         kept=kept,
         made=made,
     )

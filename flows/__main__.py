@@ -17,6 +17,7 @@ from urllib.request import urlopen
 from components import interrupt
 from components.cli import MAY_PASS, leave, stop
 from components.environment import quiet
+from components.mlflow_place import without_secrets
 from components.overrides import overridden
 from components.params import Params, ParamsError, load_params
 from components.paths import REPORT
@@ -170,7 +171,7 @@ def summary(params: Params) -> str:
     python = os.path.relpath(sys.executable)
     model = list(params.models.values())[-1].path
     elsewhere = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    mlflow = f"at {elsewhere}" if elsewhere else "make mlflow"
+    mlflow = f"at {without_secrets(elsewhere)}" if elsewhere else "make mlflow"
     return f"""
 What to decide by, a page:     {REPORT / "index.html"}
 Images, CFG beside the guide:  {REPORT / "grid.png"}

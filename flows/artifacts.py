@@ -23,7 +23,7 @@ from prefect.artifacts import (
 
 from components.curves import headline
 from components.evaluation import Evaluation
-from components.mlflow_place import resolve
+from components.mlflow_place import resolve, without_secrets
 from components.params import Params
 from components.paths import REPORT
 from pnp_core.files import read_json
@@ -141,7 +141,7 @@ def version_page(params: Params, registered: Mapping[str, Any]) -> tuple[str, st
     """The page of a registered version, and what has to be said beside its address."""
     uri = resolve(params.tracking.uri)
     is_server = uri.startswith(("http://", "https://"))
-    place = uri.rstrip("/") if is_server else LOCAL_MLFLOW
+    place = without_secrets(uri).rstrip("/") if is_server else LOCAL_MLFLOW
     note = "" if is_server else " (after: make mlflow)"
     page = f"{place}/#/models/{registered['name']}/versions/{registered['version']}"
     return f"{page}?workflowType=machine_learning", note  # MLflow opens on another kind

@@ -97,9 +97,10 @@ def names_in_dvc(params: Params, stages: Sequence[Stage]) -> tuple[str, ...]:
 def evaluate_all(models: Sequence[str], checkout: Checkout) -> None:
     """Measure these models side by side, each on a GPU of its own; without GPUs one by one.
 
-    Each measures wall time, which a neighbour on the same hardware would disturb.
+    Each measures wall time, which a neighbour on the same hardware would disturb. Ray workers have
+    all the GPUs that there are for one model.
     """
-    side_by_side = min(len(gpus()), len(models))
+    side_by_side = 1 if checkout.num_workers else min(len(gpus()), len(models))
     if side_by_side < 2:
         for model in models:
             evaluate(model, checkout)

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -88,6 +88,7 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
         if commit and inside.exists():
             log("An earlier run with these overrides broke off: going on with what it made")
             _git("reset", "--soft", commit, cwd=place)
+            _bring_inputs(inside, params)  # one that was at fault may have been mended
         else:
             note.truncate(0)
             commit = _make(place, inside, source, params, title)
@@ -123,9 +124,10 @@ def _make(place: Path, inside: Path, source: str, params: str, title: str) -> st
     _dvc("config", "--local", "cache.dir", str((checkout / cache).resolve()), cwd=inside)
     if LOCK.exists():
         shutil.copy(LOCK, inside / LOCK)
-    made = [Path(name) for name in OUTPUTS if Path(name).exists()]
-    for path in (*_inputs(YAML(typ="safe", pure=True).load(params)), *made):
-        bring(checkout / path, inside / path)
+    _bring_inputs(inside, params)
+    for name in OUTPUTS:
+        if Path(name).exists():
+            bring(checkout / name, inside / name)
     _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=place)
     return _git("rev-parse", "HEAD", cwd=place)
 
@@ -145,21 +147,61 @@ def _inputs(value: Any) -> Iterator[Path]:
             yield path
 
 
-def bring(source: Path, target: Path) -> None:
-    """Have the files of a file or folder at `target` too, where there is none of the name.
+def _bring_inputs(inside: Path, params: str) -> None:
+    """Have in a workspace what its params.yaml names, as it is in the checkout now."""
+    checkout = Path.cwd()
+    tracked = {inside / name for name in _git("ls-files", "-z", cwd=inside).split("\0")}
+    for path in _inputs(YAML(typ="safe", pure=True).load(params)):
+        bring(checkout / path, inside / path, tracked)
 
-    Without a second copy where the disk allows. Nothing that is brought is ever written into: the
-    pipeline replaces files.
+
+def bring(source: Path, target: Path, tracked: Set[Path] = frozenset()) -> None:
+    """Have at `target` what a file or folder is, but for files that git has there.
+
+    Without a second copy where the disk allows; a link to a folder becomes a link to that folder.
+    Nothing that is brought is ever written into: the pipeline replaces files.
     """
-    for file in source.rglob("*") if source.is_dir() else (source,):
-        place = target / file.relative_to(source) if file != source else target
-        if file.is_dir() or place.exists():
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
+    if target in tracked:
+        return
+    is_link, is_folder = source.is_symlink() and source.is_dir(), source.is_dir()
+    if target.is_symlink() or (target.exists() and (is_link or target.is_dir() != is_folder)):
+        _remove(target, tracked)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_link and not target.exists():
+        target.symlink_to(source.resolve())
+    elif is_folder:
+        target.mkdir(exist_ok=True)
+        for path in source.iterdir():
+            bring(path, target / path.name, tracked)
+        for path in [path for path in target.iterdir() if not (source / path.name).exists()]:
+            _remove(path, tracked)
+    elif not _is_same(source, target):
+        target.unlink(missing_ok=True)
         try:
-            os.link(file, place)
+            os.link(source.resolve(), target)
         except OSError:  # another disk
-            shutil.copy2(file, place)
+            shutil.copy2(source, target)
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    """Whether a file is there as it was brought, as far as can be told without reading it."""
+    if not target.exists():
+        return False
+    own, other = source.stat(), target.stat()
+    if (own.st_dev, own.st_ino) == (other.st_dev, other.st_ino):
+        return True
+    return (own.st_size, own.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
+
+
+def _remove(path: Path, tracked: Set[Path]) -> None:
+    """Delete a file, a link, or a folder, but for what git has there."""
+    if path.is_dir() and not path.is_symlink():
+        for each in path.iterdir():
+            _remove(each, tracked)
+        if not any(path.iterdir()):
+            path.rmdir()
+    elif path not in tracked:
+        path.unlink()
 
 
 def _save(name: str, commit: str) -> str:

@@ -6,11 +6,12 @@ flow makes it. Which of them is free is told by a lock on this machine, which en
 
 import fcntl
 import os
+import random
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,14 @@ def room(
             held.enter_context(_limit(len(there), count, 60 * wait_minutes))
         except TimeoutError:
             raise _taken(stage, wait_minutes) from None
-        taken: list[str] = []
         told = False
-        while len(taken) < count:
-            for name in (name for name in there if name not in taken):
-                if len(taken) < count and (lock := _lock(name)) is not None:
-                    held.callback(os.close, lock)
-                    taken.append(name)
-            if len(taken) < count:
-                if time.monotonic() > deadline:
-                    raise _taken(stage, wait_minutes)
-                if not told:
-                    log(f"{stage}: waiting for a GPU, {clock(60 * wait_minutes)} at most")
-                    told = True
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+        while (taken := _take(there, count, held)) is None:
+            if time.monotonic() > deadline:
+                raise _taken(stage, wait_minutes)
+            if not told:
+                log(f"{stage}: waiting for a GPU, {clock(60 * wait_minutes)} at most")
+                told = True
+            time.sleep(SECONDS_BETWEEN_LOOKS * random.uniform(0.5, 1.5))
         yield {"CUDA_VISIBLE_DEVICES": ",".join(taken)}
 
 
@@ -84,6 +79,23 @@ def _limit(total: int, count: int, timeout_s: float) -> Any:
     return concurrency(
         name, occupy=count, timeout_seconds=timeout_s, raise_on_lease_renewal_failure=False
     )
+
+
+def _take(there: Sequence[str], count: int, held: ExitStack) -> list[str] | None:
+    """Lock so many GPUs, or none: two runs that each keep a part would wait for one another.
+
+    The locks go with `held`.
+    """
+    with ExitStack() as locks:
+        taken: list[str] = []
+        for name in there:
+            if len(taken) < count and (lock := _lock(name)) is not None:
+                locks.callback(os.close, lock)
+                taken.append(name)
+        if len(taken) < count:
+            return None
+        held.enter_context(locks.pop_all())
+    return taken
 
 
 def _lock(name: str) -> int | None:

@@ -131,7 +131,7 @@ def halve(checkout: Checkout) -> None:
 @stage("evaluate-{model}")
 def evaluate(model: str, checkout: Checkout) -> None:
     """Measure unguided, CFG and guided sampling side by side on one model."""
-    checkout.bring_up_to_date(f"evaluate@{model}", uses_gpus=1)
+    checkout.bring_up_to_date(f"evaluate@{model}", uses_gpus=max(1, checkout.num_workers))
 
 
 @stage("register")

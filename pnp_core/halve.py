@@ -197,7 +197,9 @@ def halve(  # noqa: PLR0913, a base, its guide, data and settings, then a place
 
         def report_round(num_images: int, metrics: Any, this: Round = this) -> None:
             before = this.number * config.train.num_images
-            report(before + num_images, {**metrics, "num_steps": this.num_steps})
+            # the last step of a round may go beyond it
+            seen = min(num_images, config.train.num_images)
+            report(before + seen, {**metrics, "num_steps": this.num_steps})
 
         guides[this.num_steps] = train_round(
             unet,

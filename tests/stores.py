@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED, TEMPORARILY_UNAVAILABLE
 
 from components.evaluation import FORMAT, Evaluation
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking import Registry, Run, Store
 from pnp_core.files import write_json
 from tests.evaluations import evaluation

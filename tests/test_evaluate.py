@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, evaluate, judging, prepare, references, register
+from components import dataset, evaluate, judging, prepare, references, register, sampling
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
@@ -213,7 +213,7 @@ def test_a_judge_looks_at_real_images_once_for_all_runs(
     kept.unlink()
     before, (features, first) = result(), seen_in("base", looks)
     assert (len(features), first) == (len(toy.PROMPTS), len(toy.PROMPTS))
-    monkeypatch.delattr(dataset, "reference_images")  # they are not even read
+    monkeypatch.delattr(dataset, "reference_batches")  # they are not even read
     evaluate.run(params_with(), "base")
     again, second = seen_in("base", looks)
     assert second == 0 and result().cells == before.cells
@@ -284,6 +284,47 @@ def test_features_of_something_else_are_not_taken_for_these(
             monkeypatch.setattr(Judge, "device", "cuda")
     assert seen_in("tuned", looks)[1] == len(toy.PROMPTS)
     assert seen_in("tuned", looks)[1] == 0
+
+
+@pytest.fixture
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What Linux says of its processors; nothing yet."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(sampling, "CPUINFO", path)
+    return path
+
+
+def test_a_processor_is_told_by_its_model_name(cpuinfo: Path) -> None:
+    cpuinfo.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: A Fast One @ 2 GHz\n" * 2)
+    assert sampling.processor() == "A Fast One @ 2 GHz"
+
+
+@pytest.mark.parametrize("said", [None, "processor\t: 0\nmodel name\t:\nCPU part\t: 0xd0c\n"])
+@pytest.mark.parametrize(("name", "expected"), [("arm", "arm"), ("", "aarch64")])
+def test_a_processor_without_a_model_name_is_told_by_its_architecture(
+    cpuinfo: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, name: str, expected: str
+) -> None:
+    if said:
+        cpuinfo.write_text(said)
+    monkeypatch.setattr("platform.processor", lambda: name)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert sampling.processor() == expected
+
+
+def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
+    inside: Path, cpuinfo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured, cost = [], result().cost
+
+    def noting(self: Sampler, tasks: Any) -> Mapping[str, float]:
+        measured.append(self.machine()["device"])
+        return cost
+
+    monkeypatch.setattr(Sampler, "cost", noting)
+    for name in ("one", "one", "another"):
+        cpuinfo.write_text(f"model name\t: {name}\n")
+        evaluate.run(params_with(), "base")
+    assert measured == ["one", "another"]
 
 
 def test_more_images_sample_only_those_that_are_not_there(inside: Path, made: Made) -> None:

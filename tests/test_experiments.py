@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -217,7 +218,81 @@ def test_what_is_brought_is_not_a_second_copy_and_replacing_it_leaves_the_first(
     assert (tmp_path / "a/file").read_text() == "old"
 
 
+def test_what_was_mended_since_comes_with_the_next_go_and_what_git_has_stays(
+    tmp_path: Path,
+) -> None:
+    source, target = tmp_path / "a", tmp_path / "there/a"
+    source.mkdir()
+    for name in ("bad", "deleted", "tracked"):
+        (source / name).write_text(f"old {name}")
+    bring(source, target)
+    write_text(source / "bad", "good")  # a new file of the name
+    write_text(source / "tracked", "changed")
+    (source / "deleted").unlink()
+    (source / "new").write_text("new")
+    bring(source, target, {target / "tracked"})
+    assert {path.name: path.read_text() for path in target.iterdir()} == {
+        "bad": "good",
+        "new": "new",
+        "tracked": "old tracked",
+    }
+
+
+def test_empty_folders_and_links_are_brought(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("far")
+    source, target = tmp_path / "a", tmp_path / "there/a"
+    (source / "empty").mkdir(parents=True)
+    (source / "folder").symlink_to("../elsewhere")
+    (source / "file").symlink_to("../elsewhere/file")
+    for _ in range(2):
+        bring(source, target)
+        assert (target / "empty").is_dir() and not list((target / "empty").iterdir())
+        assert (target / "folder").resolve() == elsewhere
+        assert (target / "file").read_text() == "far"
+
+
+def test_a_failed_run_goes_on_with_an_input_that_was_mended(repository: Path) -> None:
+    reference = Path("models/base/reference.parquet")
+    for content in ("bad", "good"):
+        write_text(repository / reference, content)
+        with suppress(RuntimeError), experiment(["distill.seed=7"], "a", print):
+            assert reference.read_text() == content
+            raise RuntimeError("of the stage")
+
+
 # GPUs
+
+
+def test_of_gpus_a_run_has_all_that_it_needs_or_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+    def refused(count: int) -> None:
+        with (
+            pytest.raises(StageFailed, match="are taken"),
+            room.room("b", count, 0.01, print),
+        ):
+            pass
+
+    def one_is_free(line: str) -> None:
+        with room.room("c", 1, 0.0, print):
+            waiting.append(line)
+
+    waiting: list[str] = []
+    with (
+        room.room("a", 1, 1.0, print),
+        pytest.raises(StageFailed, match="are taken"),
+        room.room("b", 2, 0.01, one_is_free),
+    ):
+        pass
+    assert waiting, "the one that is free is nobody's while another waits for both"
+    with room.room("d", 2, 1.0, print):
+        refused(1)
 
 
 def test_a_gpu_is_one_runs_at_a_time_and_the_wait_for_it_is_told_and_ends(

@@ -34,8 +34,8 @@ TRAINED = {"distill", "halve"}
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
 PLUMBING = {"cli", "cluster", "environment", "errors", "following", "interrupt", "joining"}
-PLUMBING |= {"liveness", "mlflow_place", "params", "paths", "progress", "rules", "section"}
-PLUMBING |= {"shipping", "snapshot"}
+PLUMBING |= {"liveness", "mlflow_place", "params", "paths", "places", "progress", "rules"}
+PLUMBING |= {"section", "shipping", "snapshot"}
 # Nor a guide: what records its training, and what brings shards, whose checksums are compared.
 CHANGES_NO_GUIDE = {"components/storage.py", "components/tracking"}
 

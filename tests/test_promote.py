@@ -9,7 +9,8 @@ from mlflow import MlflowClient
 
 from components import promote
 from components.cli import main
-from components.params import Cluster, Evaluate, Params, Register, Tracking, load_params
+from components.params import Evaluate, Params, Register, load_params
+from components.places import Cluster, Tracking
 from components.promote import Options
 from components.tracking import Decision, Registry, TrackingError
 from tests.stores import ERRORS, NAME, TOY, Calls, register

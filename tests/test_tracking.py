@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from components.mlflow_place import checkout, without_secrets
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
 from components.tracking.store import store_uri
 from tests.stores import ERRORS, NAME, TOY, Calls, make_checkout, register
@@ -312,7 +312,7 @@ def test_a_moved_checkout_goes_on_with_its_own(
 
 KILLED = """
 import os, signal, sys
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking import Run, Store, TrainingRun
 tracking = Tracking(uri=None, experiment="toy")
 if sys.argv[1] == "register":

@@ -7,7 +7,8 @@ import pytest
 from mlflow.entities import ViewType
 
 from components import promote
-from components.params import Params, Register, Tracking
+from components.params import Params, Register
+from components.places import Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
 from tests import test_promote
 from tests.stores import NAME, Server, make_checkout, proxy, register

@@ -17,7 +17,8 @@ from components import fetch, mlflow_place
 from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
-from components.params import ParamsError, Tracking, load_params
+from components.params import ParamsError, load_params
+from components.places import Tracking
 from components.storage import Mirror
 from components.tracking import delivery
 from components.tracking.journal import Owner, owner

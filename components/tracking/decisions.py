@@ -12,7 +12,7 @@ from typing import Any
 
 from mlflow.entities import ViewType
 
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking.runs import Run
 from components.tracking.store import Store
 

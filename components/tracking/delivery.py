@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from mlflow.entities import Metric, Param, ViewType
 from mlflow.exceptions import MlflowException
 
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking import pipeline as pipelines
 from components.tracking.journal import (
     ATTEMPT,

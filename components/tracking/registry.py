@@ -11,7 +11,7 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from components.mlflow_place import without_secrets
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking.decisions import (
     NOBODY,
     REFUSED,

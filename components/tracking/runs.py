@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking.delivery import METRICS_A_CALL, Delivery, begin, in_batches, settle
 from components.tracking.pipeline import Pipeline
 from components.tracking.store import IMPATIENT, Store

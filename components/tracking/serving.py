@@ -11,6 +11,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
 import pnp_core
+from components.mlflow_place import checkout
 
 CODE = Path(__file__).with_name("served_guide.py")
 REQUIRED = ("mlflow", "torch", "diffusers", "transformers", "accelerate", "peft", "safetensors")
@@ -38,7 +39,9 @@ def make_servable(folder: Path, *, base: str) -> None:
         folder: of the bundle; gets MLmodel, the code and its requirements.
         base: where the base is, for callers that don't name one.
     """
-    where = str(Path(base).resolve()) if Path(base).exists() else base
+    # In the checkout, which stays when a workspace that runs with overrides goes.
+    place = checkout() / base
+    where = str(place.resolve()) if place.exists() else base
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "model"
         # It warns, whatever the filters, that there is no hint, which it would take for the schema

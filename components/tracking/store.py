@@ -20,7 +20,7 @@ from mlflow.entities import Experiment, LifecycleStage
 from mlflow.exceptions import MlflowException
 
 from components.mlflow_place import DATABASE_SERVERS, SERVERS, resolve, without_secrets
-from components.params import Tracking
+from components.places import Tracking
 from components.tracking.moved import ARTIFACTS, bring_artifacts_along
 
 # The tag by which MLflow's pages know what an experiment is about, and its value for one that opens

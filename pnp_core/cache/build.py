@@ -42,7 +42,7 @@ IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size 
 class Example:
     """One training image and its prompt."""
 
-    image: bytes  # an encoded image file
+    image: bytes | Callable[[], bytes]  # an encoded image file, or what reads it
     prompt: str
 
 
@@ -176,7 +176,8 @@ class CacheBuilder:
     def to_tensor(self, example: Example) -> Tensor:
         """RGB in [-1, 1] at the base's resolution, cropped at the centre where it is not square."""
         size = self.image_size
-        image = Image.open(io.BytesIO(example.image)).convert("RGB")
+        encoded = example.image() if callable(example.image) else example.image
+        image = Image.open(io.BytesIO(encoded)).convert("RGB")
         if image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
