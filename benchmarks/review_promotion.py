@@ -15,7 +15,8 @@ from typing import Any
 
 from components import promote
 from components.evaluation import Cell, Estimate, Evaluation
-from components.params import Params, Register, Tracking, load_params
+from components.params import Params, Register, load_params
+from components.places import Tracking
 from components.rules import Promote, ScoreRule
 from components.tracking import Registry
 from tests.evaluations import estimate, evaluation

@@ -21,7 +21,6 @@ from benchmarks.frontier.settings import (
     CONSISTENT,
     FREE,
     GUIDES,
-    LABELS,
     NEAR_BEST,
     PLACES,
     TRAINED_LABELS,
@@ -29,6 +28,7 @@ from benchmarks.frontier.settings import (
     climb,
     contenders,
     layouts,
+    row_name,
 )
 from benchmarks.frontier.trained import trained
 from benchmarks.frontier.workbench import Workbench, tasks_of
@@ -220,7 +220,7 @@ class Maker:
 
         def change(results: dict[str, Any]) -> None:
             results["cells"].setdefault(name, {}).setdefault(place, {})[setting.method] = cell
-            note(results, f"{name}, {place}, {LABELS[setting.method]}", made_by)
+            note(results, row_name(name, place, setting.method), made_by)
 
         self.table.change(change)
 

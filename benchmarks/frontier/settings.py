@@ -52,6 +52,11 @@ GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact
 NEAR_BEST = 1.015
 
 
+def row_name(model: str, place: str, method: str) -> str:
+    """By which a row's records go."""
+    return f"{model}, {place}, {LABELS[method]}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """How an image is made.

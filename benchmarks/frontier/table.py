@@ -1,7 +1,7 @@
 """What the table says: the numbers that the project answers for, and the page."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,9 @@ from benchmarks.frontier.settings import (
     TRAINED_LABELS,
     Setting,
     contenders,
+    row_name,
 )
-from benchmarks.record import header
+from benchmarks.record import Record, as_line
 from components.evaluation import Estimate
 
 COSTS = ("16", "8", "4")
@@ -244,19 +245,36 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "brackets 95 % intervals, by resampling images: rows of one table are resampled alike, so "
         "a difference of two can be surer than their intervals. PSNR is to CFG of 64 DDIM steps at "
         "the row's own scale; ms is processor time of one thread, denoising alone, beside other "
-        "jobs. FID is biased upwards by few images: compare within a table.",
-        "",
-        header(results, results.get("records", {})),
+        "jobs: compare rows of one precision. FID is biased upwards by few images: compare within "
+        "a table. The last column is the run that made a row, [below](#runs).",
     ]
+    runs = runs_of(results.get("records", {}))
     for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
         places = results["cells"][model]
         found = Found(results, [model])
         for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
             words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
-            lines += ["", f"## {model}, {words}", "", *rows(places[place], place)]
+            of = {method: runs.get(row_name(model, place, method)) for method in places[place]}
+            lines += ["", f"## {model}, {words}", "", *rows(places[place], place, of)]
             lines += compared(found, model, place)
     lines += beside_trained(results)
+    lines += ["", "## Runs", ""]
+    lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
     return "\n".join(lines) + "\n"
+
+
+class Run(NamedTuple):
+    """That made rows: its record, and its number on the page."""
+
+    line: str
+    number: int
+
+
+def runs_of(records: Mapping[str, Sequence[Record]]) -> dict[str, Run]:
+    """The last run that made what goes by each name."""
+    lines = {name: as_line(made_by[-1]) for name, made_by in records.items()}
+    numbers = {line: number for number, line in enumerate(dict.fromkeys(lines.values()), 1)}
+    return {name: Run(line, numbers[line]) for name, line in lines.items()}
 
 
 def compared(found: Found, model: str, place: str) -> list[str]:
@@ -309,10 +327,10 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def rows(cells: Cells, place: str) -> list[str]:
-    """The table of one model at one cost."""
+def rows(cells: Cells, place: str, runs: Mapping[str, Run | None]) -> list[str]:
+    """The table of one model at one cost; ``runs`` by method."""
     head = ["method", "setting", "w", "forwards", "FID", "KID x1000", "CLIP score", "diversity"]
-    head += ["foreign FID", "PSNR", "ms"]
+    head += ["foreign FID", "PSNR", "ms", "run"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method in (name for name in LABELS if name in cells):
         cell = cells[method]
@@ -332,6 +350,7 @@ def rows(cells: Cells, place: str) -> list[str]:
             with_interval(from_json(cell["scores"]["foreign"]["fid"]), 1),
             f"{close['value']:.1f} dB" if close else "",
             f"{cell['cpu_ms']:.0f}",
+            str(run.number) if (run := runs[method]) else "",
         ]
         lines.append(f"| {' | '.join(words)} |")
     return lines
