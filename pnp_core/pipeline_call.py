@@ -87,6 +87,8 @@ class PipelineCall(Call):
         self.prepared: Prepared | None = None
         self.ahead = StepsAhead()
         self.prepared_for: tuple[Any, ...] = ()
+        # by name: what a callback was shown doubled, of its own and as shown, and how to know that
+        self.doubled: dict[str, tuple[Tensor, Tensor, tuple[Any, ...] | None]] = {}
         self.halved: tuple[Any, ...] | None = None  # the text states of both that were last seen
 
     @property
@@ -311,8 +313,15 @@ class PipelineCall(Call):
         """A callback that sees the states of both prompts, as CFG has them, and may change them."""
 
         def called(*args: Any) -> Any:
+            self.doubled.clear()
             with suspended():
-                return callback(*map(self.shown, args))
+                returned = callback(*map(self.shown, args))
+            if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
+                raise ValueError(
+                    f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
+                    "of a call, where a guide can't follow: do that between calls."
+                )
+            return self.taken_back(returned)
 
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             return OfficialCallback(callback, called)
@@ -328,8 +337,26 @@ class PipelineCall(Call):
         for name, negative in beside.items():
             if negative is not None and len(given.get(name, ())) == self.num_samples:
                 own = given[name]
-                given[name] = torch.cat([negative.to(own).expand_as(own), own])
+                given[name] = both = torch.cat([negative.to(own).expand_as(own), own])
+                self.doubled[name] = own, both, key_of(both)
         return given
+
+    def taken_back(self, returned: Any) -> Any:
+        """What a callback returns as the pipeline goes on with it: what was doubled for it is not.
+
+        The UNet is not the only one to be given it: a ControlNet comes first.
+        """
+        for name, (own, both, key) in self.doubled.items():
+            value = returned.get(name) if isinstance(returned, dict) else None
+            if value is both and key_of(value) == key and not value.is_inference():
+                returned[name] = own
+            elif isinstance(value, Tensor) and len(value) == 2 * self.num_samples:
+                negative, returned[name] = value.chunk(2)
+                if name == "prompt_embeds":
+                    self.negative = shared(negative)
+                elif name == "add_text_embeds":
+                    self.negative_pooled = negative
+        return returned
 
 
 class OfficialCallback(PipelineCallback):

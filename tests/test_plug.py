@@ -31,6 +31,7 @@ from diffusers import (
     UNet2DConditionModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from pnp_core.bundle import GuideBundle
@@ -154,9 +155,8 @@ def test_inpainting_works_with_four_and_nine_channels(
     assert np.array_equal(generate(inpaint, **call), before)
 
 
-def test_a_controlnets_residuals_and_the_guides_both_act(
-    pipe: StableDiffusionPipeline, tiny: Guide
-) -> None:
+@pytest.fixture
+def control(pipe: StableDiffusionPipeline) -> StableDiffusionControlNetPipeline:
     torch.manual_seed(0)
     controlnet = ControlNetModel.from_unet(
         pipe.unet, conditioning_embedding_out_channels=(8, 8, 8, 8)
@@ -167,6 +167,41 @@ def test_a_controlnets_residuals_and_the_guides_both_act(
     parts = {**pipe.components, "controlnet": controlnet}
     control = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
     control.set_progress_bar_config(disable=True)
+    return control
+
+
+def test_a_controlnet_and_a_callback_that_is_given_the_text_go_together(
+    control: StableDiffusionControlNetPipeline, tiny: Guide
+) -> None:
+    plug(control, tiny)
+    call = {"image": [picture()] * 2, "prompt": ["a cat", "a dog"], "negative_prompt": ["x", "y"]}
+    expected = generate(control, **call)
+    other, _ = control.encode_prompt(["a cow", "a hen"], "cpu", 1, False)
+
+    def given_back(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        assert len(given["prompt_embeds"]) == 4
+        return given
+
+    def switched(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        negative = given["prompt_embeds"].chunk(2)[0]
+        return given | {"prompt_embeds": torch.cat([negative, other])}
+
+    def made(callback: Any) -> np.ndarray:
+        named = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        return generate(control, **call, callback_on_step_end=callback, **named)
+
+    assert np.array_equal(made(given_back), expected)
+    assert not np.array_equal(made(switched), expected)
+    cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
+    assert not np.array_equal(
+        generate(control, image=picture(), callback_on_step_end=cut),
+        generate(control, image=picture()),
+    )
+
+
+def test_a_controlnets_residuals_and_the_guides_both_act(
+    control: StableDiffusionControlNetPipeline, tiny: Guide
+) -> None:
     plug(control, tiny)
     both = generate(control, image=picture())
     without_control = generate(control, image=picture(), controlnet_conditioning_scale=0.0)

@@ -183,6 +183,23 @@ def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
     np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
 
 
+def test_another_unet_in_the_middle_of_a_call_is_told_where_a_guide_acts(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    own = pipe.unet
+    other = copy.deepcopy(own)
+
+    def switch(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        running.unet = other
+        return given
+
+    plug(pipe, tiny)
+    with pytest.raises(ValueError, match="another UNet in the middle of a call"):
+        generate(pipe, callback_on_step_end=switch)
+    pipe.unet = own
+    generate(pipe, guidance_scale=1.0, callback_on_step_end=switch)
+
+
 def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
