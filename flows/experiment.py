@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -88,7 +88,7 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
         if commit and inside.exists():
             log("An earlier run with these overrides broke off: going on with what it made")
             _git("reset", "--soft", commit, cwd=place)
-            _bring_inputs(inside, params)  # one that was at fault may have been mended
+            _bring_all(_inputs(params), inside)  # one that was at fault may have been mended
         else:
             note.truncate(0)
             commit = _make(place, inside, source, params, title)
@@ -124,22 +124,24 @@ def _make(place: Path, inside: Path, source: str, params: str, title: str) -> st
     _dvc("config", "--local", "cache.dir", str((checkout / cache).resolve()), cwd=inside)
     if LOCK.exists():
         shutil.copy(LOCK, inside / LOCK)
-    _bring_inputs(inside, params)
-    for name in OUTPUTS:
-        if Path(name).exists():
-            bring(checkout / name, inside / name)
+    made = [Path(name) for name in OUTPUTS if Path(name).exists()]
+    _bring_all([*_inputs(params), *made], inside)
     _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=place)
     return _git("rev-parse", "HEAD", cwd=place)
 
 
-def _inputs(value: Any) -> Iterator[Path]:
-    """What params.yaml names that is here, outside of what the pipeline writes."""
+def _inputs(params: str) -> Iterator[Path]:
+    """What the text of a params.yaml names that is here, but for what the pipeline writes."""
+    return _named(YAML(typ="safe", pure=True).load(params))
+
+
+def _named(value: Any) -> Iterator[Path]:
     if isinstance(value, Mapping):
         for below in value.values():
-            yield from _inputs(below)
+            yield from _named(below)
     elif isinstance(value, list):
         for below in value:
-            yield from _inputs(below)
+            yield from _named(below)
     elif isinstance(value, str):
         path = Path(value)
         inside = path.parts and not path.is_absolute() and ".." not in path.parts
@@ -147,12 +149,11 @@ def _inputs(value: Any) -> Iterator[Path]:
             yield path
 
 
-def _bring_inputs(inside: Path, params: str) -> None:
-    """Have in a workspace what its params.yaml names, as it is in the checkout now."""
-    checkout = Path.cwd()
+def _bring_all(paths: Iterable[Path], inside: Path) -> None:
+    """Have in a workspace what is at these paths of the checkout now."""
     tracked = {inside / name for name in _git("ls-files", "-z", cwd=inside).split("\0")}
-    for path in _inputs(YAML(typ="safe", pure=True).load(params)):
-        bring(checkout / path, inside / path, tracked)
+    for path in paths:
+        bring(Path.cwd() / path, inside / path, tracked)
 
 
 def bring(source: Path, target: Path, tracked: Set[Path] = frozenset()) -> None:

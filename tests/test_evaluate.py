@@ -25,6 +25,7 @@ from components.images import Gallery, KeptImages, Setting, Task
 from components.judging import Judge
 from components.measuring import Sampled, measure_negatives
 from components.params import Params, load_params
+from components.paths import BUNDLE
 from components.pictures import grid
 from components.references import References
 from components.sampling import Sampler
@@ -556,9 +557,18 @@ def test_what_the_gate_will_lack_is_told_before_sampling(
     assert evaluate.lacking(load_params(Path("params.yaml")), reads_text=True) == []
 
 
-def sample_and_lose_a_worker(params: Params, model: str, folder: Path) -> Callable[[str], None]:
+def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
+    params = params_with()
+    own = evaluate.Work.of(params, "base").sampler.precision
+    other = "bf16" if own == "fp32" else "fp32"
+    evaluate.sampling(params, "base", BUNDLE, own)
+    with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
+        evaluate.sampling(params, "base", BUNDLE, other)
+
+
+def sample_and_lose_a_worker(params: Params, **named: Any) -> Callable[[str], None]:
     """The stage's work; a worker is killed once in the middle of it."""
-    make = evaluate.sampling(params, model, folder)
+    make = evaluate.sampling(params, **named)
 
     def make_or_die(name: str) -> None:
         if '"guided"' in name and not Path("killed").exists():

@@ -265,12 +265,15 @@ def test_a_failed_run_goes_on_with_an_input_that_was_mended(repository: Path) ->
 # GPUs
 
 
-def test_of_gpus_a_run_has_all_that_it_needs_or_none(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with the GPUs 2 and 5."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.01)
+
+
+def test_of_gpus_a_run_has_all_that_it_needs_or_none(two_gpus: None) -> None:
 
     def refused(count: int) -> None:
         with (
@@ -296,11 +299,8 @@ def test_of_gpus_a_run_has_all_that_it_needs_or_none(
 
 
 def test_a_gpu_is_one_runs_at_a_time_and_the_wait_for_it_is_told_and_ends(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    two_gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.01)
     lines: list[str] = []
     with room.room("a", 1, 1.0, lines.append) as first, room.room("b", 1, 1.0, print) as second:
         assert [first, second] == [{"CUDA_VISIBLE_DEVICES": n} for n in ("2", "5")]

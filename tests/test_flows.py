@@ -25,7 +25,10 @@ from prefect.client.orchestration import get_client
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
+from components.params import load_params
 from flows import distill, lost, process, room, stages
+from flows.__main__ import summary
+from flows.artifacts import version_page
 from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
@@ -155,6 +158,19 @@ def test_models_are_measured_side_by_side_on_a_gpu_each_and_a_failure_is_told(
     distill.distill_flow("evaluate")
     used = {Path(f"e-{name}/gpu").read_text().strip() for name in others}
     assert used == {"3", "7"}
+
+    # Ray's workers share them out themselves.
+    several = SimpleNamespace(
+        models={"base": None, "tuned": None},
+        cluster=SimpleNamespace(wait_minutes=1, num_workers=2),
+    )
+    monkeypatch.setattr(distill, "begin", lambda: nullcontext(several))
+    pipeline["evaluate"]["do"]["cmd"] = (
+        "mkdir -p e-${key} && echo $CUDA_VISIBLE_DEVICES > e-${key}/gpu"
+    )
+    write_stages(pipeline)
+    distill.distill_flow("evaluate")
+    assert {Path(f"e-{name}/gpu").read_text().strip() for name in others} == {"3,7"}
 
     pipeline["evaluate"]["do"]["cmd"] = "echo 'error: no such judge'; exit 1"
     write_stages(pipeline)
@@ -500,6 +516,14 @@ def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_repository(repository)
     monkeypatch.chdir(repository)
     return repository
+
+
+def test_the_page_of_a_version_has_no_password_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow.example/x/")
+    params = load_params(ROOT / "params.yaml")
+    page, _ = version_page(params, {"name": "guide", "version": 3})
+    assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
+    assert "secret" not in summary(params)
 
 
 @contextmanager

@@ -53,6 +53,26 @@ def changed(dotted: str, value: Any) -> dict[str, Any]:
     return params
 
 
+def test_a_password_in_the_address_of_mlflow_is_refused_and_not_told(tmp_path: Path) -> None:
+    for uri in ("https://ann:secret@mlflow.example", "postgresql+psycopg2://ann:secret@db/mlflow"):
+        with pytest.raises(ParamsError, match="MLFLOW_TRACKING_PASSWORD") as error:
+            load(tmp_path, changed("tracking.uri", uri))
+        assert "secret" not in str(error.value)
+    load(tmp_path, changed("tracking.uri", "postgresql://ann@db/mlflow"))
+
+
+@pytest.mark.parametrize("section", ["distill", "halve"])
+def test_a_batch_that_workers_can_not_share_out_is_refused(tmp_path: Path, section: str) -> None:
+    params = changed(f"{section}.batch_size", 512)
+    params["cluster"]["num_workers"] = 4
+    other = "halve" if section == "distill" else "distill"
+    params[other]["batch_size"] = 12
+    load(tmp_path, params)
+    params["cluster"]["num_workers"] = 6
+    with pytest.raises(ParamsError, match=f"{section}.batch_size: 512 can't be shared out .* 6"):
+        load(tmp_path, params)
+
+
 def test_shipped_params_are_valid_and_frozen() -> None:
     params = load_params(ROOT / "params.yaml")
     assert params.models

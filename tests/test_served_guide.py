@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
+from ruamel.yaml import YAML
 
 import pnp_core
 from components.tracking.serving import make_servable
@@ -115,6 +116,19 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
 def test_a_base_that_is_not_there_is_asked_for(answers: dict[str, Any]) -> None:
     said = answers["missing"]
     assert "nowhere/base can't be opened here" in said and "PNP_GUIDE_BASE" in said
+
+
+def test_a_version_of_an_experiment_names_the_base_of_the_checkout(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = tmp_path / ".dvc/tmp/exps/pnp-1"
+    for place in (tmp_path, workspace):
+        (place / "models/base").mkdir(parents=True)
+    monkeypatch.chdir(workspace)
+    GuideBundle.load(version).save(tmp_path / "guide")
+    make_servable(tmp_path / "guide", base="models/base")
+    about = YAML(typ="safe").load(tmp_path / "guide/MLmodel")
+    assert about["flavors"]["python_function"]["config"]["base"] == f"{tmp_path}/models/base"
 
 
 def test_a_version_has_nothing_to_unpickle(version: Path, tmp_path: Path) -> None:

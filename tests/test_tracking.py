@@ -468,10 +468,12 @@ def test_a_relative_database_is_the_checkouts_from_a_workspace_too(
     assert store_uri(TOY) == f"sqlite:///{place}/own.db"
 
 
-def test_a_database_server_has_no_place_for_files(place: Path) -> None:
-    tracking = Tracking(uri="postgresql://ann:secret@db/mlflow", experiment="toy")
+def test_a_database_server_has_no_place_for_files(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://ann:secret@db/mlflow")
     store = object.__new__(Store)
-    store.uri, store.name = store_uri(tracking), without_secrets(store_uri(tracking))
+    store.uri, store.name = store_uri(TOY), without_secrets(store_uri(TOY))
     with pytest.raises(TrackingError, match="--artifacts-destination") as error:
         store._artifacts()
     assert "secret" not in str(error.value)
@@ -497,10 +499,10 @@ def test_an_experiment_whose_files_are_a_servers_is_told_at_the_start(
 
 
 def test_secrets_are_not_told(place: Path) -> None:
-    tracking = Tracking(uri="http://ann:secret@127.0.0.1:1/x", experiment="toy")
     with pytest.raises(TrackingError) as error, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@127.0.0.1:1/x")
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        Registry(tracking, NAME).champion()
+        Registry(TOY, NAME).champion()
     assert "127.0.0.1:1" in str(error.value) and "secret" not in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -376,6 +377,21 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
         report=lambda done, metrics: losses.append(metrics["loss"]),
     )
     assert sum(losses[-20:]) < 0.95 * sum(losses[:20])
+
+
+def test_the_last_point_of_a_round_is_at_its_end_where_a_batch_goes_beyond_it(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    training = dataclasses.replace(HALVE_TRAIN, num_images=HALVE_TRAIN.batch_size + 1)
+    config = dataclasses.replace(HALVE, end_steps=HALVE.start_steps // 4, train=training)
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    ends: dict[int, int] = {}
+
+    def report(done: int, metrics: Mapping[str, float]) -> None:
+        ends[int(metrics["num_steps"])] = done
+
+    halve(pipe.unet, pipe.scheduler, guide, cache, config, directory=tmp_path, report=report)
+    assert list(ends.values()) == [training.num_images, 2 * training.num_images]
 
 
 def test_a_raised_guidance_scale_rises_by_the_gain_and_by_less_towards_the_highest() -> None:
