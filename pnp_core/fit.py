@@ -1,9 +1,11 @@
 """Whether a guide and a pipeline go together, said before anything runs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pnp_core.bundle import GuideBundle
@@ -70,13 +72,24 @@ def check_weights(unet: UNet2DConditionModel) -> None:
         )
     devices = {str(device) for device in (getattr(unet, "hf_device_map", None) or {}).values()}
     if len(devices) < 2:
-        devices = {str(p.device) for p in unet.parameters() if p.device.type != "meta"}
+        own = own_parameters(unet)
+        devices = {str(p.device) for p in own if p.device.type != "meta"}
     if len(devices) > 1:
         raise ValueError(
             f"A guide works beside a UNet on one device, but this UNet is spread over "
             f"{', '.join(sorted(devices))}: load it without device_map, or use "
             "pipe.enable_model_cpu_offload()."
         )
+
+
+def own_parameters(unet: nn.Module) -> Iterator[nn.Parameter]:
+    """Those of the UNet, and none of an adapter's: one that rests may lie on another device."""
+    adapters: set[nn.Parameter] = set()
+    for layer in unet.modules():
+        if isinstance(layer, BaseTunerLayer):
+            tables = (getattr(layer, name) for name in layer.adapter_layer_names)
+            adapters.update(p for table in tables for p in table.parameters())
+    return (p for p in unet.parameters() if p not in adapters)
 
 
 def check_keeps_nothing(unet: Any) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pnp_core.pipelines import ASKS, VIEWS
 
 NEGATIVE, POSITIVE = 0, 1
+WITHOUT_ROWS = ("ip_adapter_masks",)  # a tensor of one row an adapter
 
 
 class Forwards:
@@ -93,7 +94,10 @@ def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> 
             return value
         return value.unflatten(0, (-1, 2, num_samples))[:, which].flatten(0, 1)
     if isinstance(value, Mapping):
-        return {k: half(each, num_rows, num_samples, which) for k, each in value.items()}
+        return {
+            k: each if k in WITHOUT_ROWS else half(each, num_rows, num_samples, which)
+            for k, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return type(value)(half(each, num_rows, num_samples, which) for each in value)
     return value
@@ -116,28 +120,43 @@ def doubled(output: Any, num_samples: int) -> Any:
     return changed(output, both)
 
 
-def forwards_left(pipe: Any, timestep: Tensor) -> int:
+def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
     """How many forwards a run has that is at its first.
 
-    Image-to-image and the like begin late in the scheduler's timesteps. Most pipelines note how
-    many they go through; of others it is those from this one on.
+    Image-to-image and the like begin late in the scheduler's timesteps, and some end early. Most
+    pipelines note how many they go through, SDXL's with a ControlNet before they leave out the
+    last; of others it is those from this one on.
 
     Args:
         pipe: runs.
         timestep: of the first forward, ``(1,)``.
+        end: the call's ``denoising_end``.
 
     Raises:
         ValueError: the scheduler has no such timestep.
     """
-    noted = getattr(pipe, "_num_timesteps", None)
-    if noted is not None:
-        return int(noted)
-    timesteps = getattr(pipe.scheduler, "timesteps", None)
-    if timesteps is not None:
+    counts = []
+    if (noted := getattr(pipe, "_num_timesteps", None)) is not None:
+        counts.append(int(noted))
+    if (timesteps := getattr(pipe.scheduler, "timesteps", None)) is not None:
         found = (timesteps == timestep.to(timesteps.device)).nonzero()
-        if len(found):
-            return len(timesteps) - int(found[0])
+        left = timesteps[int(found[0]) :] if len(found) else timesteps[:0]
+        if isinstance(end, float) and 0 < end < 1:  # the rule of diffusers
+            num_train_timesteps = pipe.scheduler.config.num_train_timesteps
+            left = left[left >= round((1 - end) * num_train_timesteps)]
+        if len(left):
+            counts.append(len(left))
+    if counts:
+        return min(counts)
     raise ValueError(
         f"{type(pipe).__name__} does not say how many steps it takes, among which exact_steps are "
         "to be spread: plug it with exact_steps=0."
     )
+
+
+def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    """Tells whether a tensor is the one of the step before, without looking at its values."""
+    if tensor is None:
+        return None
+    version = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version

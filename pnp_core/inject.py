@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
-from torch._dynamo import reset_code  # type: ignore[attr-defined]
+from torch._dynamo import OptimizedModule, reset_code  # type: ignore[attr-defined]
 
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.features import GatherHook, Reached, decoder_inputs
@@ -42,7 +42,9 @@ class UNetHook:
         self.layers: list[Attention] = []
         self.projections: list[nn.Module] = []
         self.blocks: list[tuple[nn.Module, Span]] = []
-        self.reach(unet)
+        self.first_attention: dict[int, int] = {}
+        unet.register_forward_pre_hook(self.before, with_kwargs=True)
+        unet.register_forward_hook(self.after, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copied or pickled UNet, whose users are not known yet."""
@@ -108,8 +110,7 @@ class UNetHook:
             if getattr(module, "_is_replica", False):
                 raise ValueError(REPLICA)
             for user in list(self.users.values()):  # other threads' come and go
-                if (told := getattr(user(), "tell_others", None)) is not None:
-                    told(module)
+                if (told := getattr(user(), "tell_others", None)) is not None and told(module):
                     break
             return None
         names = parameter_names(type(module).forward)[1 : 1 + len(args)]
@@ -326,17 +327,12 @@ def use(unet: UNet2DConditionModel, user: Any) -> None:
     Args:
         unet: the one to have hooks; compiled code of it is forgotten if they are new.
         user: if it has a method ``tell_others(unet)``, that is called in forwards of the UNet that
-            are no call's.
+            are no call's, of users one after another until one says yes.
     """
     with lock:
-        hook = hook_in(unet)
-        if hook is None:
-            hook = UNetHook(unet)
-            unet.register_forward_pre_hook(hook.before, with_kwargs=True)
-            unet.register_forward_hook(hook.after, always_call=True)
-            forget_compiled(unet)
-        else:
-            hook.reach(unet)
+        there = hook_in(unet)
+        hook = there or UNetHook(unet)
+        # first of all: the last user but this one may go at any time, with the hooks
         if id(user) not in hook.users:
             place_of, key = weakref.ref(unet), id(user)
 
@@ -345,6 +341,9 @@ def use(unet: UNet2DConditionModel, user: Any) -> None:
                     leave(still, key)
 
             hook.users[key] = weakref.ref(user, gone)
+        hook.reach(unet)
+        if there is None:
+            forget_compiled(unet)
 
 
 def unuse(unet: nn.Module, user: Any) -> None:
@@ -368,7 +367,12 @@ def leave(unet: nn.Module, key: int) -> None:
 
 def is_compiled(unet: nn.Module) -> bool:
     """Whether it, or a part of it, runs compiled."""
-    return unet in optimized or any(m._compiled_call_impl is not None for m in unet.modules())
+    return unet in optimized or any(
+        m._compiled_call_impl is not None
+        or isinstance(m, OptimizedModule)
+        or hasattr(m.forward, "_torchdynamo_orig_callable")
+        for m in unet.modules()
+    )
 
 
 optimized: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()

@@ -1,6 +1,5 @@
 """What one call of a plugged pipeline knows, and what the guide does in its forwards."""
 
-import inspect
 import logging
 import weakref
 from collections.abc import Callable, Mapping
@@ -13,12 +12,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from pnp_core.ahead import StepsAhead
+from pnp_core.arguments import Arguments, signature_with
 from pnp_core.bundle import GuideBundle
+from pnp_core.callbacks import CONTROL_IMAGES, IMAGES, Halves, OfficialCallback
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.exact import ExactSteps, spread
 from pnp_core.fit import bare_unet
-from pnp_core.forwards import NEGATIVE, Forwards, changed, doubled, forwards_left, half
+from pnp_core.forwards import NEGATIVE, Forwards, changed, doubled, forwards_left, half, key_of
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
@@ -69,6 +70,7 @@ class PipelineCall(Call):
         self.plug = plug
         self.asked_scale: float = arguments.get("guidance_scale", 1.0)
         self.unet = bare_unet(pipe)
+        self.denoising_end = arguments.get("denoising_end")
         way = way_in(plug.stock_class)
         self.asks = way == ASKS
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
@@ -87,8 +89,7 @@ class PipelineCall(Call):
         self.prepared: Prepared | None = None
         self.ahead = StepsAhead()
         self.prepared_for: tuple[Any, ...] = ()
-        # by name: what a callback was shown doubled, of its own and as shown, and how to know that
-        self.doubled: dict[str, tuple[Tensor, Tensor, tuple[Any, ...] | None]] = {}
+        self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
         self.halved: tuple[Any, ...] | None = None  # the text states of both that were last seen
 
     @property
@@ -102,13 +103,13 @@ class PipelineCall(Call):
 
     def encode_prompt(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encode the negative prompt too, which a pipeline without CFG would not."""
-        signature = inspect.signature(self.plug.stock_class.encode_prompt)
+        signature = signature_with(self.plug.stock_class, "encode_prompt", CFG)
         self.began_unguided = self.began_unguided or self.guidance_scale <= 1
-        if self.has_encoded or self.guidance_scale <= 1 or CFG not in signature.parameters:
+        if self.has_encoded or self.guidance_scale <= 1 or signature is None:
             return method(*args, **kwargs)
-        bound = signature.bind(self.pipe, *args, **kwargs)
-        bound.arguments[CFG] = True
-        result = method(*bound.args[1:], **bound.kwargs)
+        given = Arguments(signature, args, kwargs)
+        given.put(CFG, True)
+        result = method(*given.args, **given.kwargs)
         self.has_encoded = True
         self.num_prompts = len(result[0])
         self.negative = shared(result[1])
@@ -119,18 +120,14 @@ class PipelineCall(Call):
         self, method: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         """Of embeddings kept for CFG, which come in two halves, the image's own."""
-        if self.doubles or self.guidance_scale <= 1:
+        name = "ip_adapter_image_embeds"
+        signature = signature_with(self.plug.stock_class, "prepare_ip_adapter_image_embeds", name)
+        if self.doubles or self.guidance_scale <= 1 or signature is None:
             return method(*args, **kwargs)
-        stock: Any = self.plug.stock_class
-        bound = inspect.signature(stock.prepare_ip_adapter_image_embeds).bind(
-            self.pipe, *args, **kwargs
-        )
-        kept = bound.arguments.get("ip_adapter_image_embeds")
-        if kept is not None:
-            bound.arguments["ip_adapter_image_embeds"] = [
-                each if len(each) % 2 else each.chunk(2)[1] for each in kept
-            ]
-        return method(*bound.args[1:], **bound.kwargs)
+        given = Arguments(signature, args, kwargs)
+        if (kept := given.get(name)) is not None:
+            given.put(name, [each if len(each) % 2 else each.chunk(2)[1] for each in kept])
+        return method(*given.args, **given.kwargs)
 
     def _get_add_time_ids(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Say what has no effect.
@@ -138,14 +135,15 @@ class PipelineCall(Call):
         Text-to-image pipelines call it again for a negative size that is given; image-to-image and
         inpainting pass both sizes in one call.
         """
-        stock: Any = self.plug.stock_class
-        given = inspect.signature(stock._get_add_time_ids).bind(self.pipe, *args, **kwargs)
         names = ["original_size", "crops_coords_top_left", "target_size"]
+        signature = signature_with(self.plug.stock_class, "_get_add_time_ids", names[0])
+        if signature is None:
+            return method(*args, **kwargs)
+        given = Arguments(signature, args, kwargs)
         if self.pipe.config.get("requires_aesthetics_score"):  # a refiner
             names.append("aesthetic_score")
         differs = any(
-            given.arguments.get(f"negative_{name}") not in (None, given.arguments.get(name))
-            for name in names
+            given.get(f"negative_{name}") not in (None, given.get(name)) for name in names
         )
         if self.guidance_scale > 1 and (differs or self.has_time_ids):
             self.plug.warn_once(
@@ -215,10 +213,14 @@ class PipelineCall(Call):
         self.timestep = timestep_of(arguments)[:1]
         if self.exact is None:
             scheduler = self.pipe.scheduler
-            steps = spread(self.plug.exact_steps, forwards_left(self.pipe, self.timestep))
+            steps = spread(self.plug.exact_steps, self.num_forwards())
             quantity = scheduler.config.get("prediction_type", "epsilon")
             self.exact = ExactSteps(steps, NoiseSchedule.from_scheduler(scheduler), quantity)
         return self.exact.begin()
+
+    def num_forwards(self) -> int:
+        """Of the whole call, which is at its first."""
+        return forwards_left(self.pipe, self.timestep, self.denoising_end)
 
     def check_both(self, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError if a callback has left states of the prompt alone in a doubled batch."""
@@ -263,7 +265,9 @@ class PipelineCall(Call):
         """Have the guide read the conditions, where they are not those of the step before."""
         negative, pooled = self.negative, added.get("text_embeds")
         mixed = is_mixed(sample.device.type)
-        now_for = (key_of(text), key_of(negative), key_of(pooled), scale, sample.device, mixed)
+        time_ids = added.get("time_ids")
+        tensors = (text, negative, pooled, time_ids)
+        now_for = (*map(key_of, tensors), scale, sample.device, mixed)
         if now_for == self.prepared_for:
             return
         assert negative is not None
@@ -282,7 +286,7 @@ class PipelineCall(Call):
             )
         self.prepared = guide.prepare(conditions, self.plug.strength)
         self.prepared_for = now_for
-        self.held = (text, negative, pooled)  # so that no other tensor gets their addresses
+        self.held = tensors  # so that no other tensor gets their addresses
         self.negatives = Negatives(conditions.n_BLD)
 
     def guide_in_use(self, device: torch.device, scale: float) -> Guide:
@@ -313,67 +317,42 @@ class PipelineCall(Call):
         """A callback that sees the states of both prompts, as CFG has them, and may change them."""
 
         def called(*args: Any) -> Any:
-            self.doubled.clear()
+            halves = Halves()
+            if not (self.doubles or self.guidance_scale <= 1 or self.negative is None):
+                for given in args:
+                    if isinstance(given, dict):
+                        halves.show(given, self.first_halves(), self.num_samples)
             with suspended():
-                returned = callback(*map(self.shown, args))
+                returned = callback(*args)
             if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
                 raise ValueError(
                     f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
                     "of a call, where a guide can't follow: do that between calls."
                 )
-            return self.taken_back(returned)
+            changed = halves.take_back(returned)
+            if "prompt_embeds" in changed:
+                self.negative = shared(changed["prompt_embeds"])
+            self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
+            return returned
 
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             return OfficialCallback(callback, called)
         return called
 
-    def shown(self, given: Any) -> Any:
-        """An argument of a callback as the stock pipeline would give it."""
-        is_stock = self.doubles or self.guidance_scale <= 1 or self.negative is None
-        if is_stock or not isinstance(given, dict):
-            return given
-        beside = {"prompt_embeds": self.negative, "add_text_embeds": self.negative_pooled}
-        beside["add_time_ids"] = given.get("add_time_ids")
-        for name, negative in beside.items():
-            if negative is not None and len(given.get(name, ())) == self.num_samples:
-                own = given[name]
-                given[name] = both = torch.cat([negative.to(own).expand_as(own), own])
-                self.doubled[name] = own, both, key_of(both)
-        return given
-
-    def taken_back(self, returned: Any) -> Any:
-        """What a callback returns as the pipeline goes on with it: what was doubled for it is not.
-
-        The UNet is not the only one to be given it: a ControlNet comes first.
-        """
-        for name, (own, both, key) in self.doubled.items():
-            value = returned.get(name) if isinstance(returned, dict) else None
-            if value is both and key_of(value) == key and not value.is_inference():
-                returned[name] = own
-            elif isinstance(value, Tensor) and len(value) == 2 * self.num_samples:
-                negative, returned[name] = value.chunk(2)
-                if name == "prompt_embeds":
-                    self.negative = shared(negative)
-                elif name == "add_text_embeds":
-                    self.negative_pooled = negative
-        return returned
+    def first_halves(self) -> dict[str, Tensor | None]:
+        """Of all that CFG has in two halves; None: the same as the second."""
+        of_text = {"prompt_embeds": self.negative, "add_text_embeds": self.negative_pooled}
+        known = {name: half for name, half in of_text.items() if half is not None}
+        return {**known, **dict.fromkeys(("add_time_ids", *self.images))}
 
 
-class OfficialCallback(PipelineCallback):
-    """Stands in for one of diffusers' own callbacks, which pipelines know by their class."""
-
-    def __init__(self, callback: Any, called: Callable[..., Any]) -> None:
-        self.callback = callback
-        self.called = called
-
-    @property
-    def tensor_inputs(self) -> list[str]:
-        """Names of what it wants to be given."""
-        return self.callback.tensor_inputs
-
-    def __call__(self, *args: Any) -> Any:
-        """Call what stands in for the callback, with the pipeline's arguments."""
-        return self.called(*args)
+def guesses(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether its ControlNet sees the prompts alone, in the stock pipeline too."""
+    net = getattr(pipe, "controlnet", None)
+    net = getattr(net, "_orig_mod", net)
+    first = getattr(net, "nets", [net])[0]
+    pools = getattr(getattr(first, "config", None), "global_pool_conditions", False)
+    return bool(arguments.get("guess_mode") or pools)
 
 
 def timestep_of(arguments: Mapping[str, Any]) -> Tensor:
@@ -389,11 +368,3 @@ def shared(negative: Tensor) -> Tensor:
     first = negative[:1]
     is_shared = len(negative) == 1 or torch.equal(negative, first.expand_as(negative))
     return first if is_shared else negative
-
-
-def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
-    """Tells whether a tensor is the one of the step before, without looking at its values."""
-    if tensor is None:
-        return None
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version

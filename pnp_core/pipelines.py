@@ -13,9 +13,10 @@ ancestor speaks for a subclass. One that has none, but whose code looks as if it
 its word, and found out in its first forward if it does otherwise.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
+
+from pnp_core.arguments import signature_with
 
 ASKS = "asks"
 DOUBLES = "doubles"
@@ -247,8 +248,8 @@ def way_in(pipeline_class: type[Any]) -> str:
     if name is not None:
         return SERVED[name]
     asks = isinstance(getattr(pipeline_class, CFG, None), property)
-    asks = asks and takes(pipeline_class, "__call__", "guidance_scale")
-    if not asks or not takes(pipeline_class, "encode_prompt", CFG):
+    needed = (("__call__", "guidance_scale"), ("encode_prompt", CFG))
+    if not asks or not all(signature_with(pipeline_class, *each) for each in needed):
         raise ValueError(
             f"{pipeline_class.__name__} can't have a guide: it derives from no known pipeline, and "
             "does not decide on guidance as Stable Diffusion does, by guidance_scale, "
@@ -266,12 +267,6 @@ def check_exact_steps(pipeline_class: type[Any]) -> None:
         )
 
 
-def takes(pipeline_class: type[Any], method: str, argument: str) -> bool:
-    """Whether it has such a method with such an argument."""
-    found = getattr(pipeline_class, method, None)
-    return callable(found) and argument in inspect.signature(found).parameters
-
-
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ValueError if a call asks for what needs the unguided prediction.
 
@@ -284,21 +279,3 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
                 f"{name} does not work with a guide: it needs the unguided prediction, which a "
                 f"guide does away with. Pass {name}={type(arguments[name])()}."
             )
-
-
-def rest_of(signature: inspect.Signature) -> str:
-    """What a method calls the keyword arguments that it does not name; empty if it takes none."""
-    parameters = signature.parameters.values()
-    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
-
-
-def told_to(stock: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
-    """The arguments of a pipeline's call, those that an ancestor's ``__call__`` names included."""
-    told: dict[str, Any] = {}
-    for ancestor in reversed(stock.__mro__):
-        if "__call__" in vars(ancestor):
-            for name, parameter in inspect.signature(vars(ancestor)["__call__"]).parameters.items():
-                told[name] = parameter.default
-    told.update(bound.arguments)
-    told.update(bound.arguments.get(rest_of(bound.signature), {}))
-    return told

@@ -14,11 +14,12 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
+from pnp_core.arguments import rest_of, told_to
 from pnp_core.calls import entered, now
 from pnp_core.fit import bare_unet, check_keeps_nothing, check_prediction_type, check_unet
 from pnp_core.inject import optimized, unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
-from pnp_core.pipelines import ASKS, check_arguments, rest_of, told_to, way_in
+from pnp_core.pipelines import ASKS, check_arguments, way_in
 
 STATE = "_pnp_plug"  # attribute of a plugged pipeline
 CALLBACKS = ("callback_on_step_end", "callback")
@@ -73,6 +74,15 @@ def call_under_way(pipe: Any) -> PipelineCall | None:
 class Plugged:
     """Mixed into a pipeline's class by :func:`plug`."""
 
+    _pnp_stock: type[DiffusionPipeline]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What a plugged pipeline's class is called for, as ``type(pipe)(**pipe.components)``.
+
+        That is a stock pipeline: another one, which has not been plugged.
+        """
+        return cls._pnp_stock(*args, **kwargs)
+
     encode_prompt = Intercepted("encode_prompt", PipelineCall.encode_prompt)
     prepare_ip_adapter_image_embeds = Intercepted(
         "prepare_ip_adapter_image_embeds", PipelineCall.prepare_ip_adapter_image_embeds
@@ -94,17 +104,23 @@ class Plugged:
         assert plug is not None
         return blank, (plug.stock_class,), vars(self)
 
-    @staticmethod
-    def tell_others(unet: nn.Module) -> None:
-        """Raise ValueError if the UNet is being run by a pipeline that has not been plugged."""
-        frame = inspect.currentframe()
+    def tell_others(self, unet: nn.Module) -> bool:
+        """Raise ValueError if the UNet is being run by a pipeline that has not been plugged.
+
+        Whether it is this one's; if not, nothing has been looked at.
+        """
+        if bare_unet(self) is not unet:
+            return False
+        own = inspect.currentframe()
+        frame = own and own.f_back
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
                 if state_of_plug(owner) is None:
                     raise ValueError(NOT_PLUGGED)
-                return
+                break
             frame = frame.f_back
+        return True
 
 
 def blank(stock: Any) -> Any:
@@ -137,7 +153,7 @@ def get_ready(pipe: Any, plug: Plug) -> None:
 def plugged_class(stock: Any) -> Any:
     """The subclass, of the same name, that a plugged pipeline is of."""
     names: dict[str, Any] = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    names["__doc__"] = stock.__doc__
+    names |= {"__doc__": stock.__doc__, "_pnp_stock": stock}
     signature = inspect.signature(stock.__call__)
 
     @functools.wraps(stock.__call__)
@@ -163,9 +179,10 @@ def plugged_class(stock: Any) -> Any:
 
         def do_classifier_free_guidance(self: Any) -> bool:
             """Whether the batch is doubled: in a call only if it has exact steps."""
-            asked: Any = super(plugged_class(stock), self).do_classifier_free_guidance
+            asked: Any = super(made, self).do_classifier_free_guidance
             call = call_under_way(self)
             return bool(asked) and (call is None or call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
-    return type(stock.__name__, (Plugged, stock), names)
+    made: Any = type(stock.__name__, (Plugged, stock), names)
+    return made

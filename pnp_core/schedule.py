@@ -31,7 +31,9 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
     final_alpha_cumprod: float
     prediction_type: str
-    copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    copies: dict[tuple[torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "NoiseSchedule":
@@ -52,7 +54,7 @@ class NoiseSchedule:
                 f"The scheduler's prediction_type is {prediction_type!r}; supported: "
                 f"{', '.join(PREDICTION_TYPES)}."
             )
-        alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
+        alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
         alphas_cumprod = torch.where(alphas_cumprod < NO_SIGNAL, 0, alphas_cumprod)
         if prediction_type == "epsilon" and not alphas_cumprod.all():
             raise ValueError(
@@ -96,14 +98,24 @@ class NoiseSchedule:
         A timestep below zero stands for the end of the last DDIM step.
         """
         # Looked up where `like` is: to ask a GPU for the timesteps would be to wait for it.
-        table = self.copies.get(like.device)
+        key = like.device, like.dtype
+        table = self.copies.get(key)
         if table is None:
-            table = self.copies[like.device] = self.alphas_cumprod.to(like.device)
-        t_B = timestep_B.to(like.device).long()
-        alpha2_B = torch.where(t_B < 0, self.final_alpha_cumprod, table[t_B.clamp(min=0)])
+            table = self.copies[key] = self.alphas_sigmas.to(like.dtype).to(like.device)
         shape = (-1,) + (1,) * (like.ndim - 1)
-        alpha, sigma = alpha2_B.sqrt(), (1 - alpha2_B).sqrt()
-        return alpha.to(like.dtype).reshape(shape), sigma.to(like.dtype).reshape(shape)
+        t_B = timestep_B.to(like.device).long().clamp(min=-1)
+        alpha, sigma = table[:, t_B]
+        return alpha.reshape(shape), sigma.reshape(shape)
+
+    @cached_property
+    def alphas_sigmas(self) -> Tensor:
+        """``alpha_t`` and ``sigma_t`` at each timestep and, last, where the last DDIM step ends.
+
+        Float64, shape ``(2, num_train_timesteps + 1)``, on the CPU: not every device has that.
+        """
+        final = self.alphas_cumprod.new_tensor([self.final_alpha_cumprod])
+        alpha2 = torch.cat([self.alphas_cumprod, final])
+        return torch.stack([alpha2.sqrt(), (1 - alpha2).sqrt()])
 
     def add_noise(self, x: Tensor, eps: Tensor, timestep_B: Tensor) -> Tensor:
         """``z_t = alpha_t x + sigma_t eps``."""

@@ -37,6 +37,7 @@ from PIL import Image
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
+from pnp_core.fit import own_parameters
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import encode_prompts
 from pnp_core.plug import plug, unplug
@@ -345,6 +346,37 @@ def test_a_compiled_unet_gives_the_same_image(pipe: StableDiffusionPipeline, tin
     expected = generate(pipe)
     pipe.unet.compile(backend="eager")
     np.testing.assert_allclose(generate(pipe), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["unet", "block", "wrapped block"])
+def test_what_was_compiled_in_another_way_and_has_run_is_guided_once_plugged(
+    pipe: StableDiffusionPipeline, tiny: Guide, part: str
+) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    unplug(pipe)
+    torch._dynamo.reset()
+    unet = pipe.unet
+    if part == "wrapped block":
+        unet.up_blocks[0] = torch.compile(unet.up_blocks[0], backend="eager")
+    else:
+        compiled = unet if part == "unet" else unet.up_blocks[0]
+        compiled.forward = torch.compile(compiled.forward, backend="eager")
+    unguided = generate(pipe, guidance_scale=1.0)
+    plug(pipe, tiny)
+    np.testing.assert_allclose(generate(pipe), expected, atol=1e-4)
+    unplug(pipe)
+    np.testing.assert_allclose(generate(pipe, guidance_scale=1.0), unguided, atol=1e-5)
+
+
+def test_an_adapter_that_rests_on_another_device_is_no_part_of_the_unets_place(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    own = {id(p) for p in pipe.unet.parameters()}
+    save_lora(pipe.unet, tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    assert {id(p) for p in own_parameters(pipe.unet)} == own
+    assert len(list(pipe.unet.parameters())) > len(own)
 
 
 def test_a_plugged_pipeline_saves_the_unet_config_as_it_was(

@@ -23,6 +23,7 @@ from pnp_core.guide import Guide
 from pnp_core.models import encode_prompts
 from pnp_core.placing import on_device
 from pnp_core.plug import plug, unplug
+from pnp_core.plugged import plugged_class
 from pnp_core.schedule import NoiseSchedule
 from tests.plugged import generate
 
@@ -106,6 +107,60 @@ def test_a_shallow_copy_is_plugged_and_unplugs_alone(
     unplug(twin)
     assert np.array_equal(generate(pipe), stock)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("how", ["components", "from_pipe"])
+def test_a_plugged_pipelines_class_makes_stock_ones_which_can_be_plugged(
+    pipe: StableDiffusionPipeline, tiny: Guide, how: str
+) -> None:
+    stock = generate(pipe)
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    components = {**pipe.components, "requires_safety_checker": False}
+    cls: Any = type(pipe)
+    other = cls(**components) if how == "components" else cls.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert type(other) is StableDiffusionPipeline
+    with pytest.raises(ValueError, match="has not been plugged"):
+        generate(other)
+    np.testing.assert_allclose(generate(copy.deepcopy(other)), stock, atol=1e-5)
+    assert np.array_equal(generate(plug(other, tiny)), expected)
+    unplug(pipe)
+    assert np.array_equal(generate(unplug(other)), stock)
+
+
+def test_a_pipeline_that_has_another_unet_since_says_nothing_of_its_old_one(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    expected = generate(pipe)
+    stock = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    stock.set_progress_bar_config(disable=True)
+    plug(pipe, tiny)
+    pipe.unet = copy.deepcopy(pipe.unet)
+    assert np.array_equal(generate(stock), expected)
+
+
+def test_pipelines_plugged_at_once_in_several_threads_are_guided(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    call: dict[str, Any] = {"num_inference_steps": 2}
+    plug(pipe, tiny)
+    expected = generate(pipe, **call)
+    unplug(pipe)
+
+    def one(_: int) -> np.ndarray:
+        mine = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+        mine.set_progress_bar_config(disable=True)
+        mine.scheduler = copy.deepcopy(pipe.scheduler)
+        mine.tokenizer = copy.deepcopy(pipe.tokenizer)
+        made = generate(plug(mine, tiny), **call)
+        del mine  # with the hooks, if no other thread needs them
+        return made
+
+    plugged_class.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        for image in pool.map(one, range(40)):
+            np.testing.assert_allclose(image, expected, atol=1e-5)
 
 
 def test_what_encodes_a_prompt_in_a_callback_changes_nothing(

@@ -1,8 +1,11 @@
 """The maths, against diffusers' schedulers and explicit steps."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pnp_core.schedule import (
     NoiseSchedule,
@@ -116,6 +119,28 @@ def test_a_scheduler_without_a_discrete_schedule_is_refused() -> None:
 
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler())
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on Apple's GPUs: tensors elsewhere than on the CPU can't have float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **kwargs or {})
+        for each in made if isinstance(made, list | tuple) else [made]:
+            if isinstance(each, torch.Tensor) and each.device.type != "cpu":
+                assert each.dtype != torch.float64
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_on_another_device_the_schedule_asks_for_no_float64(dtype: torch.dtype) -> None:
+    schedule = NoiseSchedule.from_scheduler(scheduler())
+    like = torch.zeros(3, 4, 8, 8, dtype=dtype, device="meta")
+    with NoFloat64():
+        alpha, sigma = schedule.alpha_sigma(torch.tensor([999, 0, -1]), like)
+    for found in (alpha, sigma):
+        assert found.shape == (3, 1, 1, 1) and found.dtype == dtype
+        assert found.device.type == "meta"
 
 
 def test_a_number_of_steps_out_of_range_is_refused() -> None:

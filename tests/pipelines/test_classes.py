@@ -1,6 +1,7 @@
 """Every class of SD and SDXL pipeline in diffusers: served, refused or not affected."""
 
 import copy
+import inspect
 from typing import Any
 
 import diffusers
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from torch.utils._pytree import tree_map
 
 from pnp_core.guide import Guide
 from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
@@ -87,6 +89,90 @@ def test_a_served_class_gives_the_guided_prediction_in_one_forward_a_step(
     unplug(pipe)
     assert type(pipe) is cls
     assert np.array_equal(run(pipe, call), stock)
+
+
+WITH_CALLBACKS = [
+    name
+    for name in SERVED
+    if "callback_on_step_end" in inspect.signature(class_named(name).__call__).parameters
+]
+
+
+@pytest.mark.parametrize("name", WITH_CALLBACKS)
+def test_a_callback_sees_what_it_would_of_the_stock_pipeline_and_may_give_it_back_anew(
+    name: str, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    call = call_of(pipe, CASES[name])
+    seen: list[dict[str, Any]] = []
+
+    def look(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append({k: tree_map(shape, value) for k, value in given.items()})
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, given)
+
+    asked = {
+        "callback_on_step_end": look,
+        "callback_on_step_end_tensor_inputs": pipe._callback_tensor_inputs,
+    }
+    run(pipe, {**call, **asked})
+    stock = [*seen]
+    plug(pipe, guide_for(pipe.unet))
+    expected = run(pipe, call)
+    seen.clear()
+    # not bit for bit: what is given anew may be aligned otherwise
+    np.testing.assert_allclose(run(pipe, {**call, **asked}), expected, atol=1e-4, rtol=1e-4)
+    assert seen == stock and len(seen) == 2
+
+
+def shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("StableDiffusionInpaintPipeline", "mask"),
+        ("StableDiffusionDepth2ImgPipeline", "depth_mask"),
+        ("StableDiffusionControlNetPipeline", "image"),
+        ("StableDiffusionXLControlNetPipeline", "image"),
+    ],
+)
+def test_what_a_callback_gives_for_both_prompts_counts_under_the_prompt(
+    name: str, entry: str, parts: Parts
+) -> None:
+    """Compared with our own denoiser, which the stock pipeline runs with the same callback."""
+    case, pipe = CASES[name], made(name, parts)
+    unet = pipe.unet
+    guide = guide_for(unet)
+
+    def change(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {entry: torch.cat([1 - given[entry][:1]] * 2)}
+
+    asked = {
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": [entry],
+    }
+    call = {**call_of(pipe, case), **asked}
+    stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
+
+
+def test_in_guess_mode_a_callback_sees_the_control_image_once(parts: Parts) -> None:
+    name = "StableDiffusionControlNetPipeline"
+    pipe = made(name, parts)
+    plug(pipe, guide_for(pipe.unet))
+    rows: list[int] = []
+
+    def look(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        rows.append(len(given["image"]))
+        return given
+
+    asked = {"callback_on_step_end": look, "callback_on_step_end_tensor_inputs": ["image"]}
+    run(pipe, {**call_of(pipe, CASES[name]), **asked, "guess_mode": True})
+    assert rows == [1, 1]
 
 
 def test_every_class_with_such_a_unet_is_known() -> None:
@@ -209,6 +295,23 @@ class NeverEncodes(StableDiffusionPipeline):
         self.unet(torch.zeros(1, 4, 4, 4), torch.tensor(5), torch.zeros(1, 16, 32))
 
 
+class PassingEncoding(StableDiffusionPipeline):
+    """Hands on what its methods are given."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        return super().encode_prompt(*args, **kwargs)
+
+    def prepare_ip_adapter_image_embeds(self, *args: Any, **kwargs: Any) -> Any:
+        return super().prepare_ip_adapter_image_embeds(*args, **kwargs)
+
+
+class OneOfItsOwn(StableDiffusionPipeline):
+    """Takes an argument of its own, and hands on the rest."""
+
+    def encode_prompt(self, prompt: Any, *args: Any, suffix: str = "", **kwargs: Any) -> Any:
+        return super().encode_prompt(prompt + suffix, *args, **kwargs)
+
+
 def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
     """A class with this code that diffusers does not know of."""
     members = {k: v for k, v in vars(stock).items() if k not in ("__dict__", "__weakref__")}
@@ -217,7 +320,31 @@ def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
 
 def test_a_users_subclass_goes_as_its_ancestor(parts: Parts, guide: Guide) -> None:
     expected = plugged_run(StableDiffusionPipeline, parts, guide)
-    assert np.array_equal(plugged_run(Passing, parts, guide), expected)
+    for cls in (Passing, PassingEncoding, OneOfItsOwn):
+        assert np.array_equal(plugged_run(cls, parts, guide), expected)
+
+
+def test_an_sdxl_subclass_that_hands_on_its_methods_arguments_goes_as_its_ancestor(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
+    class PassingXL(diffusers.StableDiffusionXLPipeline):
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            return super().encode_prompt(*args, **kwargs)
+
+        def _get_add_time_ids(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._get_add_time_ids(*args, **kwargs)
+
+    images = []
+    for cls in (diffusers.StableDiffusionXLPipeline, PassingXL):
+        pipe = made("StableDiffusionXLPipeline", parts)
+        pipe.__class__ = cls
+        plug(pipe, guide_for(pipe.unet))
+        call = call_of(pipe, CASES["StableDiffusionXLPipeline"])
+        sizes = dict.fromkeys(("negative_original_size", "negative_target_size"), (8, 8))
+        images.append(run(pipe, {**call, **sizes}))
+    assert np.array_equal(*images)
+    said = [record for record in caplog.records if "negative_original_size" in record.message]
+    assert len(said) == 2  # one a pipeline
 
 
 def test_a_subclass_that_hands_on_the_scale_of_a_class_that_doubles_is_guided(

@@ -5,16 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, StableDiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
 from pnp_core.guide import Guide
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule
-from tests.pipeline_zoo import CASES, Parts
+from tests.pipeline_zoo import CASES, PHOTO, SIZE, Parts
+from tests.pipelines.test_addons import ip_adapter
 from tests.pipelines.test_classes import call_of, made
-from tests.reference import SCALE, Reference, guide_for, rows_run, run, stand_in
+from tests.reference import CALL, SCALE, Reference, guide_for, rows_run, run, stand_in
 
 # Of each way to have a batch, to begin late, and to be told more than a prompt.
 NAMES = [
@@ -125,3 +126,42 @@ def test_a_block_that_keeps_features_from_step_to_step_is_refused(parts: Parts) 
     pipe.unet.mid_block.forward = pipe.unet.mid_block.forward
     with pytest.raises(ValueError, match=r"as DeepCache does.*exact_steps=0"):
         run(pipe, call)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLAdapterPipeline",
+    ],
+)
+def test_a_run_that_ends_early_has_its_exact_steps_among_those_it_takes(
+    name: str, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    call = asked(pipe, name) | {"num_inference_steps": 2 * NUM_STEPS, "denoising_end": 0.5}
+    plug(pipe, guide_for(pipe.unet), exact_steps=2)
+    rows = rows_run(pipe.unet)
+    run(pipe, call)
+    assert rows == [2, 1, 2, 1]
+
+
+def test_the_masks_of_two_ip_adapters_are_none_of_a_doubled_batch(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pipe.load_ip_adapter([ip_adapter(pipe.unet)] * 2, subfolder="", weight_name=["", ""])
+    masks = torch.zeros(2, 1, SIZE, SIZE)
+    masks[0, ..., : SIZE // 2] = masks[1, ..., SIZE // 2 :] = 1
+    images = {"ip_adapter_image": [PHOTO, PHOTO.rotate(90)]}
+    call = {**CALL, **images, "cross_attention_kwargs": {"ip_adapter_masks": masks}}
+    unet = pipe.unet
+    stand_in(pipe, PartlyExact(unet, guide, pipe.scheduler, (0,)))
+    as_list = {"ip_adapter_masks": [mask[None] for mask in masks]}
+    expected = run(pipe, {**call, "cross_attention_kwargs": as_list})
+    stand_in(pipe, unet)
+    plug(pipe, guide, exact_steps=1)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=1e-3)

@@ -79,6 +79,22 @@ def test_an_xl_pipeline_works_with_a_full_guide_too(parts: Parts) -> None:
     guided(xl, guide_for(xl.unet, "full"), {**CALL, "height": SIZE, "width": SIZE})
 
 
+@pytest.mark.parametrize("kind", ["encoder", "full"])
+def test_sizes_that_a_callback_changes_reach_the_guide(parts: Parts, kind: str) -> None:
+    xl = StableDiffusionXLPipeline(**parts.xl.components, add_watermarker=False)
+    xl.set_progress_bar_config(disable=True)
+
+    def change(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {"add_time_ids": given["add_time_ids"] + 100}
+
+    asked = {
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": ["add_time_ids"],
+    }
+    call = {**CALL, "height": SIZE, "width": SIZE, "num_inference_steps": 3, **asked}
+    guided(xl, guide_for(xl.unet, kind), call)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -1,0 +1,71 @@
+"""What a pipeline's methods are given, by the names that its classes have for it.
+
+A subclass may take ``*args, **kwargs`` and hand them on: the names are then an ancestor's.
+"""
+
+import inspect
+from typing import Any
+
+
+class Arguments:
+    """Of one call of a pipeline's method, which a name may be looked up in and changed.
+
+    Args:
+        signature: has the names, ``self`` first.
+        args: by position, without ``self``.
+        kwargs: by name.
+    """
+
+    def __init__(
+        self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.names = list(signature.parameters)[1:]
+        self.args, self.kwargs = args, kwargs
+
+    def get(self, name: str) -> Any:
+        """What is given under this name, None if nothing is."""
+        at = self.names.index(name) if name in self.names else len(self.args)
+        return self.args[at] if at < len(self.args) else self.kwargs.get(name)
+
+    def put(self, name: str, value: Any) -> None:
+        """Give this instead, in the way in which it has been given."""
+        at = self.names.index(name)
+        if at < len(self.args):
+            self.args = (*self.args[:at], value, *self.args[at + 1 :])
+        else:
+            self.kwargs = {**self.kwargs, name: value}
+
+
+def signature_with(pipeline_class: type[Any], method: str, name: str) -> inspect.Signature | None:
+    """The signature of a method in the nearest class that has an argument of this name.
+
+    None if there is no such method or name, or if a nearer class does not hand on what it is given.
+    """
+    for ancestor in pipeline_class.__mro__:
+        found = vars(ancestor).get(method)
+        if not callable(found):
+            continue
+        signature = inspect.signature(found)
+        if name in signature.parameters:
+            return signature
+        if not rest_of(signature):
+            return None
+    return None
+
+
+def rest_of(signature: inspect.Signature) -> str:
+    """What a method calls the keyword arguments that it does not name; empty if it takes none."""
+    parameters = signature.parameters.values()
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
+
+
+def told_to(pipeline_class: type[Any], bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments of a pipeline's call, those that an ancestor's ``__call__`` names included."""
+    told: dict[str, Any] = {}
+    for ancestor in reversed(pipeline_class.__mro__):
+        if "__call__" in vars(ancestor):
+            parameters = inspect.signature(vars(ancestor)["__call__"]).parameters
+            told |= {name: parameter.default for name, parameter in parameters.items()}
+    told.update(bound.arguments)
+    told.update(bound.arguments.get(rest_of(bound.signature), {}))
+    return told
