@@ -34,6 +34,7 @@ from benchmarks.record import as_line, precision_on, record
 from components.environment import quiet
 from components.evaluation import FILE, Evaluation
 from components.paths import EVALUATED
+from components.sampling import processor
 from pnp_core.files import read_json, write_json
 from pnp_core.precision import has_bf16
 
@@ -115,10 +116,8 @@ def stages(folder: Path, environment: dict[str, str]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What the times are of."""
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return {
-        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": psutil.cpu_count(),
         "has_bf16": has_bf16("cpu"),
         "instructions": torch.backends.cpu.get_cpu_capability(),  # that PyTorch uses

@@ -42,18 +42,30 @@ def read_records(path: Path, *, image_column: str, caption_column: str) -> list[
     return list(each_record(path, image_column=image_column, caption_column=caption_column))
 
 
+def count_records(path: Path, *, image_column: str, caption_column: str) -> int:
+    """How many images are at `path`, which are not read.
+
+    Raises ValueError, naming the file, for one that can't be read or lacks a column, and for a
+    folder of neither kind.
+    """
+    if (path / "metadata.jsonl").exists():
+        lines = (path / "metadata.jsonl").read_text().splitlines()
+        return sum(1 for line in lines if line.strip())
+
+    import pyarrow.parquet as pq
+
+    files = _parquet_files(path)
+    for file in files:
+        _columns(file, image_column, caption_column)
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
 def each_record(path: Path, *, image_column: str, caption_column: str) -> Iterator[Record]:
     """The same one after another, for more images than there is memory for."""
-    if not path.is_dir():
-        yield from _read_parquet(path, image_column, caption_column)
-        return
     if (path / "metadata.jsonl").exists():
         yield from _read_folder(path, caption_column)
         return
-    files = sorted(path.glob("*.parquet"))
-    if not files:
-        raise ValueError(f"{path} has neither parquet files nor a metadata.jsonl")
-    for file in files:
+    for file in _parquet_files(path):
         yield from _read_parquet(file, image_column, caption_column)
 
 
@@ -143,14 +155,7 @@ def reference_batches(reference: str, params: Params, size: int) -> "Iterator[np
 
     Raises ValueError for an image that can't be read, and if there are fewer than two.
     """
-    if Path(reference) == PREPARED:
-        columns = {"image_column": "image", "caption_column": "prompt"}
-    else:
-        columns = {
-            "image_column": params.prepare.image_column,
-            "caption_column": params.prepare.caption_column,
-        }
-    records = each_record(Path(reference), **columns)
+    records = each_record(Path(reference), **columns_of(reference, params))
     resolution = read_json(PREPARED / "manifest.json")["resolution"]
     num_images = 0
     while part := list(islice(records, size)):
@@ -158,6 +163,21 @@ def reference_batches(reference: str, params: Params, size: int) -> "Iterator[np
         yield _pixels(part, resolution)
     if num_images < 2:
         raise ValueError(f"models: the reference {reference} has {num_images} images: too few")
+
+
+def columns_of(reference: str, params: Params) -> dict[str, str]:
+    """Where a reference's images and captions are: as prepared ones have them, or the data set."""
+    if Path(reference) == PREPARED:
+        return {"image_column": "image", "caption_column": "prompt"}
+    config = params.prepare
+    return {"image_column": config.image_column, "caption_column": config.caption_column}
+
+
+def check_reference(reference: str, params: Params) -> None:
+    """Raise ValueError if there are no two images in a reference, as far as no image is read."""
+    num_images = count_records(Path(reference), **columns_of(reference, params))
+    if num_images < 2:
+        raise ValueError(f"{reference} has {num_images} images: too few")
 
 
 def own_prompts(model: Model) -> tuple[str, ...]:
@@ -178,6 +198,16 @@ def own_prompts(model: Model) -> tuple[str, ...]:
     if not prompts:
         raise ValueError(f"there is no prompt in {where}")
     return prompts
+
+
+def _parquet_files(path: Path) -> list[Path]:
+    """A file itself, or those of a folder; ValueError if that has none."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(path.glob("*.parquet"))
+    if not files:
+        raise ValueError(f"{path} has neither parquet files nor a metadata.jsonl")
+    return files
 
 
 def _columns(path: Path, *needed: str) -> list[str]:

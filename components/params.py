@@ -297,7 +297,7 @@ def check_files(params: Params) -> None:
         if not Path(judge).is_dir():
             raise ParamsError(f"params.yaml: evaluate.judges[{i}]: {judge} is no folder")
 
-    from components.dataset import own_prompts
+    from components.dataset import check_reference, own_prompts
     from pnp_core.model_files import check_model_files, check_same_kind
 
     try:
@@ -324,6 +324,11 @@ def check_files(params: Params) -> None:
             own_prompts(model)
         except (ValueError, OSError) as error:
             raise ParamsError(f"params.yaml: models.{name}.prompts: {error}") from None
+        try:
+            if Path(model.reference) != PREPARED:  # which a stage makes, and checks
+                check_reference(model.reference, params)
+        except (ValueError, OSError) as error:
+            raise ParamsError(f"params.yaml: models.{name}.reference: {error}") from None
 
 
 def companion_paths(params: Params) -> list[Path]:

@@ -7,76 +7,119 @@ manifest.json (counts, and a hash of the content).
 
 import hashlib
 from collections.abc import Set
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from components.cli import main
-from components.dataset import encode, fit, read_records
-from components.params import Params
+from components.dataset import Record, count_records, each_record, encode, fit
+from components.params import Params, Prepare
 from components.paths import PREPARED
 from components.progress import Progress
 from pnp_core.files import atomic_folder, write_json
 
+ROWS_IN_A_GROUP = 64  # of a parquet file; the unit that is read at a time
+
 
 def run(params: Params) -> None:
     """Write data/prepared. Raises ValueError that names the file and row of a bad image."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     config = params.prepare
     dataset = Path(config.dataset)
-    records = [
-        record
-        for path in [dataset / name for name in config.files] or [dataset]
-        for record in read_records(
-            path, image_column=config.image_column, caption_column=config.caption_column
-        )
-    ]
-    progress = Progress("prepare", len(records), "images")
+    paths = [dataset / name for name in config.files] or [dataset]
+    columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    num_records = sum(count_records(path, **columns) for path in paths)
+    progress = Progress("prepare", num_records, "images")
     digest = hashlib.sha256()
-    splits: dict[str, list[tuple[bytes, str]]] = {"train": [], "heldout": []}
-    for number, record in enumerate(records):
-        if not record.caption.strip():
-            raise ValueError(f"prepare.dataset: {record.where}: the caption is empty")
-        try:
-            image, as_is = fit(record, config.resolution)
-        except ValueError as error:
-            raise ValueError(f"prepare.dataset: {error}") from None
-        data = record.image if as_is else encode(image)
-        if record.split is None:
-            split = "heldout" if falls_out(record.caption, config.heldout_fraction) else "train"
-        else:
-            split = "train" if record.split == "train" else "heldout"
-        splits[split].append((data, record.caption))
-        digest.update(hashlib.sha256(data).digest() + f"{split}\0{record.caption}\0".encode())
-        progress(number + 1)
-    for name, rows in splits.items():
-        if not rows:
-            raise ValueError(
-                f"prepare.dataset: {dataset} has no {name} images, and {len(records)} in all"
-            )
-    further = further_prompts(
-        Path(config.prompts), known={prompt for rows in splits.values() for _, prompt in rows}
-    )
-    digest.update("\0".join(further).encode())
-    with atomic_folder(PREPARED) as folder:
-        for name, rows in splits.items():
-            images = [{"bytes": data, "path": None} for data, _ in rows]
-            table = pa.table({"image": images, "prompt": [prompt for _, prompt in rows]})
-            pq.write_table(table, folder / f"{name}.parquet")
+    with atomic_folder(PREPARED) as folder, ExitStack() as stack:
+        splits = {
+            name: stack.enter_context(Split(folder / f"{name}.parquet"))
+            for name in ("train", "heldout")
+        }
+        records = (record for path in paths for record in each_record(path, **columns))
+        for number, record in enumerate(records):
+            data, name = prepared(record, config)
+            splits[name].add(data, record.caption)
+            digest.update(hashlib.sha256(data).digest() + f"{name}\0{record.caption}\0".encode())
+            progress(number + 1)
+        for name, split in splits.items():
+            if not split.num_images:
+                raise ValueError(
+                    f"prepare.dataset: {dataset} has no {name} images, and {num_records} in all"
+                )
+        known = splits["train"].prompts | splits["heldout"].prompts
+        further = further_prompts(Path(config.prompts), known=known)
+        digest.update("\0".join(further).encode())
         text = "".join(f"{prompt}\n" for prompt in further)
         (folder / "prompts.txt").write_text(text, encoding="utf-8")
         manifest = {
             "hash": digest.hexdigest(),
             "resolution": config.resolution,
-            "num_images": {name: len(rows) for name, rows in splits.items()},
+            "num_images": {name: split.num_images for name, split in splits.items()},
             "num_prompts": {
-                **{name: len({p for _, p in rows}) for name, rows in splits.items()},
+                **{name: len(split.prompts) for name, split in splits.items()},
                 "further": len(further),
             },
         }
         write_json(folder / "manifest.json", manifest)
-    counts = ", ".join(f"{len(rows)} {name}" for name, rows in splits.items())
+    counts = ", ".join(f"{split.num_images} {name}" for name, split in splits.items())
     print(f"prepare: images of {config.resolution} px: {counts}")
+
+
+def prepared(record: Record, config: Prepare) -> tuple[bytes, str]:
+    """An image as an encoded file of the resolution, and its split.
+
+    Raises ValueError for one that can't be read or has no caption.
+    """
+    if not record.caption.strip():
+        raise ValueError(f"prepare.dataset: {record.where}: the caption is empty")
+    try:
+        image, as_is = fit(record, config.resolution)
+    except ValueError as error:
+        raise ValueError(f"prepare.dataset: {error}") from None
+    data = record.image if as_is else encode(image)
+    if record.split is None:
+        is_train = not falls_out(record.caption, config.heldout_fraction)
+    else:
+        is_train = record.split == "train"
+    return data, "train" if is_train else "heldout"
+
+
+class Split:
+    """One file of prepared images, written by row groups: all may be more than memory holds."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        image = pa.struct({"bytes": pa.binary(), "path": pa.null()})
+        self._schema = pa.schema({"image": image, "prompt": pa.string()})
+        self._writer = pq.ParquetWriter(path, self._schema)
+        self._rows: list[dict[str, Any]] = []
+        self.prompts: set[str] = set()
+        self.num_images = 0
+
+    def add(self, image: bytes, prompt: str) -> None:
+        """An encoded image, as the last row."""
+        self._rows.append({"image": {"bytes": image, "path": None}, "prompt": prompt})
+        self.prompts.add(prompt)
+        self.num_images += 1
+        if len(self._rows) == ROWS_IN_A_GROUP:
+            self._write()
+
+    def _write(self) -> None:
+        import pyarrow as pa
+
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
+            self._rows = []
+
+    def __enter__(self) -> "Split":
+        return self
+
+    def __exit__(self, failed: type[BaseException] | None, *about: object) -> None:
+        if failed is None:
+            self._write()
+        self._writer.close()
 
 
 def further_prompts(path: Path, *, known: Set[str]) -> list[str]:

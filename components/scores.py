@@ -144,7 +144,7 @@ class RealImages:
     def kernel_mean(self) -> float:
         """Mean of KID's kernel over ordered pairs of two different real images."""
         y = self.features_MD
-        within = sum(float(kernel(part, y).sum()) for part in self.parts())
+        within = sum(float(kernel(a, b).sum()) for a in self.parts() for b in self.parts())
         itself = float((((y**2).sum(axis=1) / y.shape[1] + 1) ** 3).sum())
         return (within - itself) / (len(y) * (len(y) - 1))
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -252,6 +253,27 @@ def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) 
     with pytest.raises(ParamsError) as caught:
         check_files(load(world, changed(key, value)))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("models/base", "models/base has neither parquet files nor a metadata.jsonl"),
+        ("params.yaml", "params.yaml is not a parquet file"),
+        ("few.parquet", "few.parquet has 1 images: too few"),
+        ("other.parquet", "other.parquet has no column 'image', it has picture"),
+    ],
+)
+def test_references_without_images_are_named_before_anything_runs(
+    world: Path, reference: str, message: str
+) -> None:
+    toy.write_params(world, toy.toy_params())
+    images = pq.read_table(world / "art/main.parquet")
+    pq.write_table(images.slice(0, 1), world / "few.parquet")
+    pq.write_table(images.select(["image"]).rename_columns(["picture"]), world / "other.parquet")
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, changed("models.tuned.reference", reference)))
+    assert str(caught.value).startswith(f"params.yaml: models.tuned.reference: {message}")
 
 
 def test_a_teacher_that_cannot_be_distilled_is_named(world: Path) -> None:

@@ -2,9 +2,11 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import socket
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,28 @@ def test_prepare_names_a_bad_row(world: Path, row: Mapping[str, Any], message: s
 def test_prepare_refuses(world: Path, section: Mapping[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         prepare.run(params_with(prepare=section))
+
+
+def test_prepare_holds_few_of_the_images_and_writes_small_row_groups(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pq.read_table("art/main.parquet")
+    pq.write_table(pa.concat_tables([source] * 10), "art/main.parquet")
+    of_real, size = prepare.prepared, 200_000
+
+    def prepared(*arguments: Any) -> tuple[bytes, str]:
+        return os.urandom(size), of_real(*arguments)[1]
+
+    monkeypatch.setattr(prepare, "prepared", prepared)
+    monkeypatch.setattr(prepare, "ROWS_IN_A_GROUP", 8)
+    tracemalloc.start()
+    prepare.run(params_with())
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 24 * size  # of 240: a group of each split, and one that is written
+    about = pq.read_metadata("data/prepared/train.parquet")
+    sizes = [about.row_group(number).num_rows for number in range(about.num_row_groups)]
+    assert sizes == [8] * 25
 
 
 def test_prepare_refuses_an_empty_dataset(world: Path) -> None:
