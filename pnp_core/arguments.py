@@ -65,7 +65,13 @@ def told_to(pipeline_class: type[Any], bound: inspect.BoundArguments) -> dict[st
     for ancestor in reversed(pipeline_class.__mro__):
         if "__call__" in vars(ancestor):
             parameters = inspect.signature(vars(ancestor)["__call__"]).parameters
-            told |= {name: parameter.default for name, parameter in parameters.items()}
-    told.update(bound.arguments)
-    told.update(bound.arguments.get(rest_of(bound.signature), {}))
+            given = {name: parameter.default for name, parameter in parameters.items()}
+            told |= {name: value for name, value in given.items() if is_told(value, told, name)}
+    for given in (bound.arguments, bound.arguments.get(rest_of(bound.signature), {})):
+        told |= {name: value for name, value in given.items() if is_told(value, told, name)}
     return told
+
+
+def is_told(value: Any, told: dict[str, Any], name: str) -> bool:
+    """Whether it says more than an ancestor: a default of None leaves it to that."""
+    return value is not None or name not in told

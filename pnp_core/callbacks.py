@@ -65,14 +65,19 @@ class Halves:
     def take_back(self, returned: Any) -> dict[str, Tensor]:
         """Leave the second halves alone in what a callback returns; the first ones it has changed.
 
-        The UNet is not the only one to be given them: a ControlNet comes first.
+        The UNet is not the only one to be given them: a ControlNet comes first. What a callback has
+        written into a tensor counts, returned or not: the stock pipeline shows its own.
         """
         changed: dict[str, Tensor] = {}
         for name, shown in self.shown.items():
             value = returned.get(name) if isinstance(returned, dict) else None
             parts = list(value) if isinstance(value, list) else [value]
-            for at, (part, (own, both, key)) in enumerate(zip(parts, shown, strict=False)):
-                if part is both and key_of(part) == key and not part.is_inference():
+            for at, (own, both, key) in enumerate(shown):
+                if key_of(both) != key or both.is_inference():
+                    changed[name], second = both.chunk(2)
+                    own.copy_(second)
+                part = parts[at] if at < len(parts) else None
+                if part is both:
                     parts[at] = own
                 elif isinstance(part, Tensor) and len(part) == 2 * len(own):
                     changed[name], parts[at] = part.chunk(2)

@@ -191,6 +191,7 @@ class Negatives:
         self.n_BLD = n_BLD
         self.kept: list[KeyValue | None] = []
         self.made_by: list[tuple[Any, ...]] = []
+        self.has_adapters = False
 
     def follow(self, layers: list[Attention], more: Any = None) -> None:
         """Forget what these layers would now make in another way.
@@ -203,6 +204,13 @@ class Negatives:
         if made_by != self.made_by:
             self.made_by = made_by
             self.kept = [None] * len(layers)
+            parts = (part for a in layers for part in (a.to_k, a.to_v))
+            self.has_adapters = any("base_layer" in part._modules for part in parts)
+
+    def doubt(self) -> None:
+        """Forget all if there are adapters: what a hotswap writes into them can't be seen."""
+        if self.has_adapters:
+            self.made_by = []
 
     def fill(self, index: int, layer: Attention) -> KeyValue:
         """What ``layer`` makes of them."""
@@ -227,7 +235,8 @@ def state_of(linear: nn.Module) -> tuple[Any, ...]:
         lora: Any = linear
         weights = [w for name in lora.active_adapters for w in weights_of(lora, name)]
         scales = getattr(lora, "scaling", {})
-        state += (lora.disable_adapters, *lora.active_adapters, *scales.values())
+        state += (lora.disable_adapters, *lora.active_adapters)
+        state += tuple(version_of(s) if isinstance(s, Tensor) else s for s in scales.values())
         state += tuple(lora.merged_adapters)
         state += tuple(part for weight in weights for part in version_of(weight))
     return state

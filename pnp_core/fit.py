@@ -32,6 +32,7 @@ def check_unet(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
             f"{type(unet).__name__}."
         )
     check_weights(unet)
+    check_processors(unet)
     for guide in bundle.guides.values():
         guide.check_fits(unet)
     if unet.config.time_cond_proj_dim is not None:
@@ -90,6 +91,30 @@ def own_parameters(unet: nn.Module) -> Iterator[nn.Parameter]:
             tables = (getattr(layer, name) for name in layer.adapter_layer_names)
             adapters.update(p for table in tables for p in table.parameters())
     return (p for p in unet.parameters() if p not in adapters)
+
+
+def check_processors(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if the text's keys and values are made where a guide does not see it."""
+    for layer in text_attentions(unet):
+        if hasattr(layer.processor, "to_k_custom_diffusion"):
+            raise ValueError(
+                f"A guide makes the negative prompt's keys by each attention's own to_k, and a "
+                f"{type(layer.processor).__name__} has another: use Custom Diffusion unplugged."
+            )
+
+
+def check_face_embeddings(unet: Any, num_samples: int) -> None:
+    """Raise ValueError if an IP-Adapter FaceID-Plus has CLIP embeddings for a doubled batch."""
+    projections = getattr(unet.encoder_hid_proj, "image_projection_layers", ())
+    for number, layer in enumerate(projections):
+        kept = getattr(layer, "clip_embeds", None)
+        if kept is not None and len(kept) == 2 * num_samples:
+            raise ValueError(
+                "The clip_embeds of an IP-Adapter FaceID-Plus are of both prompts, and a guided "
+                "step runs under the prompt alone: take their second half, "
+                f"layer.clip_embeds = layer.clip_embeds.chunk(2)[1] with layer = pipe.unet."
+                f"encoder_hid_proj.image_projection_layers[{number}], without exact steps."
+            )
 
 
 def check_keeps_nothing(unet: Any) -> None:

@@ -9,7 +9,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import is_
 from typing import Any
 
@@ -23,7 +23,13 @@ from torch._dynamo import OptimizedModule, reset_code  # type: ignore[attr-defin
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.features import GatherHook, Reached, decoder_inputs
 from pnp_core.guide.kind import DecoderInput
-from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
+from pnp_core.guide.unet import (
+    Span,
+    conv_in_of,
+    modulated_layers,
+    repeated_blocks,
+    text_attentions,
+)
 
 REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
@@ -52,7 +58,7 @@ class UNetHook:
 
     def reach(self, unet: UNet2DConditionModel) -> None:
         """Be in every place where a guide acts, also in parts that have been replaced."""
-        for part in (unet.conv_in, *unet.down_blocks):
+        for part in (conv_in_of(unet), *unet.down_blocks):
             place(part, GatherHook())
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
@@ -70,6 +76,12 @@ class UNetHook:
             place(layer, NegativeHook(index, first_attention.get(index, 0)))
         self.first_attention = first_attention
         self.follow()
+
+    def come_last(self, unet: UNet2DConditionModel) -> None:
+        """Be the last hook before the UNet's forward: an encoder that it runs needs the others."""
+        hooks = unet._forward_pre_hooks
+        (key,) = (key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self)
+        hooks.move_to_end(key)
 
     def follow(self) -> None:
         """Be in the projections as they are now: loading a LoRA puts others in place."""
@@ -113,7 +125,8 @@ class UNetHook:
                 if (told := getattr(user(), "tell_others", None)) is not None and told(module):
                     break
             return None
-        names = parameter_names(type(module).forward)[1 : 1 + len(args)]
+        unet_class: Any = type(module)  # mypy thinks that it can't be hashed
+        names = parameter_names(unet_class)[1 : 1 + len(args)]
         arguments = {**dict(zip(names, args, strict=True)), **kwargs}
         effect = call.begin(arguments)
         if effect is not None:
@@ -151,9 +164,14 @@ class UNetHook:
 
 
 @functools.cache
-def parameter_names(function: Callable[..., Any]) -> list[str]:
-    """In order. Reading a UNet's takes as long as one of its layers."""
-    return list(inspect.signature(function).parameters)
+def parameter_names(unet_class: type[nn.Module]) -> list[str]:
+    """Of the forward, in order; of an ancestor's that a subclass hands on to.
+
+    Reading them takes as long as one of the UNet's layers.
+    """
+    forwards = [vars(cls)["forward"] for cls in unet_class.__mro__ if "forward" in vars(cls)]
+    named = [list(inspect.signature(forward).parameters) for forward in forwards]
+    return next((names for names in named if "sample" in names), named[0])
 
 
 class EnterHook:
@@ -342,6 +360,7 @@ def use(unet: UNet2DConditionModel, user: Any) -> None:
 
             hook.users[key] = weakref.ref(user, gone)
         hook.reach(unet)
+        hook.come_last(unet)
         if there is None:
             forget_compiled(unet)
 

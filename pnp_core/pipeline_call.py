@@ -18,7 +18,7 @@ from pnp_core.callbacks import CONTROL_IMAGES, IMAGES, Halves, OfficialCallback
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.exact import ExactSteps, spread
-from pnp_core.fit import bare_unet
+from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import NEGATIVE, Forwards, changed, doubled, forwards_left, half, key_of
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
@@ -68,7 +68,7 @@ class PipelineCall(Call):
     def __init__(self, pipe: Any, plug: Plug, arguments: Mapping[str, Any]) -> None:
         self.pipe = pipe
         self.plug = plug
-        self.asked_scale: float = arguments.get("guidance_scale", 1.0)
+        self.asked_scale = float(arguments.get("guidance_scale") or 1.0)
         self.unet = bare_unet(pipe)
         self.denoising_end = arguments.get("denoising_end")
         way = way_in(plug.stock_class)
@@ -97,7 +97,8 @@ class PipelineCall(Call):
         """As it is now: a callback may change it, where the pipeline looks at it again."""
         if not self.asks:
             return float(self.asked_scale)
-        return float(getattr(self.pipe, "_guidance_scale", self.asked_scale))
+        own = getattr(self.pipe, "_guidance_scale", self.asked_scale)
+        return float(getattr(self.pipe, "guidance_scale", own))
 
     # What the pipeline's own methods are made to do.
 
@@ -277,6 +278,7 @@ class PipelineCall(Call):
                 f"{len(text)} prompts and {len(negative)} negative prompts: a guide needs one of "
                 "each a sample."
             )
+        check_face_embeddings(self.unet, len(sample))
         guide = self.guide_in_use(sample.device, scale)
         conditions = Conditions.at_scale(scale, c_BLD=text, n_BLD=negative.to(text))
         if pooled is not None and self.negative_pooled is not None:
@@ -324,6 +326,8 @@ class PipelineCall(Call):
                         halves.show(given, self.first_halves(), self.num_samples)
             with suspended():
                 returned = callback(*args)
+            if self.prepared is not None:
+                self.negatives.doubt()
             if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
                 raise ValueError(
                     f"A callback has given {type(self.pipe).__name__} another UNet in the middle "

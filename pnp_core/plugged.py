@@ -6,9 +6,11 @@ nothing of a call on the pipeline: what a call is told belongs to it, and goes w
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
@@ -16,16 +18,22 @@ from torch import nn
 
 from pnp_core.arguments import rest_of, told_to
 from pnp_core.calls import entered, now
-from pnp_core.fit import bare_unet, check_keeps_nothing, check_prediction_type, check_unet
+from pnp_core.fit import (
+    bare_unet,
+    check_keeps_nothing,
+    check_prediction_type,
+    check_processors,
+    check_unet,
+)
 from pnp_core.inject import optimized, unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
-from pnp_core.pipelines import ASKS, check_arguments, way_in
+from pnp_core.pipelines import ASKS, check_arguments, check_class, way_in
 
 STATE = "_pnp_plug"  # attribute of a plugged pipeline
 CALLBACKS = ("callback_on_step_end", "callback")
 NOT_PLUGGED = (
     "This UNet carries a guide, but the pipeline that runs it has not been plugged, so it would "
-    "run two forwards a step and no guide: call plug(pipe, guide) on this pipeline too."
+    "run two forwards a step and no guide."
 )
 
 
@@ -111,16 +119,28 @@ class Plugged:
         """
         if bare_unet(self) is not unet:
             return False
-        own = inspect.currentframe()
-        frame = own and own.f_back
+        # no name for the frame that runs: it would hold itself, and all tensors above it
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
                 if state_of_plug(owner) is None:
-                    raise ValueError(NOT_PLUGGED)
+                    raise ValueError(f"{NOT_PLUGGED} {what_to_do(owner)}")
                 break
             frame = frame.f_back
         return True
+
+
+def what_to_do(pipe: Any) -> str:
+    """With a pipeline that runs a plugged UNet and has not been plugged."""
+    try:
+        check_class(type(pipe))
+    except ValueError as error:
+        return (
+            f"{error} Unplug the pipeline that it shares its UNet with, or give it a copy of the "
+            "UNet."
+        )
+    return "Call plug(pipe, guide) on this pipeline too."
 
 
 def blank(stock: Any) -> Any:
@@ -142,6 +162,7 @@ def get_ready(pipe: Any, plug: Plug) -> None:
         if known is not None:
             unuse(known, pipe)
         plug.unet = weakref.ref(unet)
+    check_processors(unet)
     if plug.exact_steps:
         check_keeps_nothing(unet)
     if pipe.unet is not unet:

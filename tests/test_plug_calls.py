@@ -263,7 +263,7 @@ def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
     stock.set_progress_bar_config(disable=True)
 
     def inside(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        with pytest.raises(ValueError, match=r"call plug\(pipe, guide\) on this pipeline too"):
+        with pytest.raises(ValueError, match=r"Call plug\(pipe, guide\) on this pipeline too"):
             generate(stock)
         return given
 
@@ -285,7 +285,12 @@ def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(
     gc.disable()
     try:
         plug(mine, tiny)
-        generate(mine, callback_on_step_end=lambda running, step, timestep, given: given)
+
+        def look(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            running.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32))
+            return given
+
+        generate(mine, callback_on_step_end=look)
         gone = weakref.ref(mine)
         del mine
         assert gone() is None

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch._dynamo.testing import CompileCounter
 
+from pnp_core.calls import now
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guide.unet import text_attentions
 from pnp_core.inject import Negatives
@@ -69,6 +70,30 @@ def test_keys_and_values_of_the_negative_prompt_are_made_once_a_call(
     layer.register_forward_hook(lambda module, args, output: asked.append(len(args[0])))
     generate(pipe, negative_prompt="a dog")
     assert len(asked) == 4 + 1  # the prompt's at each step, which the guide steers
+
+
+def test_they_are_made_again_when_a_callback_writes_into_a_lora(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path
+) -> None:
+    """As peft's hotswap does: through `data`, which no version counts."""
+    save_lora(pipe.unet, tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    plug(pipe, tiny)
+    written = [p for name, p in pipe.unet.named_parameters() if "attn2.to_v.lora_B" in name]
+    seen: list[list[torch.Tensor]] = []
+
+    def swap(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        call = now.calls[-2]
+        seen.append([made.value for made in call.negatives.kept])
+        for weight in written:
+            weight.data.copy_(-3 * weight.data)
+        return given
+
+    generate(pipe, negative_prompt="a dog", num_inference_steps=2, callback_on_step_end=swap)
+    for first, second in zip(*seen, strict=True):
+        assert not torch.allclose(first, second, atol=1e-4)
+    assert written
 
 
 def test_they_are_made_again_when_a_lora_or_its_scale_changes(

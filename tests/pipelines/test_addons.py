@@ -20,12 +20,21 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    CustomDiffusionAttnProcessor,
+    SlicedAttnProcessor,
+)
+from diffusers.models.embeddings import (
+    IPAdapterFaceIDPlusImageProjection,
+    MultiIPAdapterImageProjection,
+)
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from pnp_core.guide import Guide
+from pnp_core.guide.unet import text_attentions
 from pnp_core.plug import plug, unplug
 from tests.pipeline_zoo import PHOTO, SIZE, Parts, controlnet
 from tests.reference import CALL, guide_for, guided, rows_run, run
@@ -127,6 +136,54 @@ def test_an_ip_adapters_scale_and_masks_work(pipe: StableDiffusionPipeline, guid
     assert not np.allclose(masked, weak, atol=1e-3)
 
 
+def test_face_embeddings_for_both_prompts_are_refused_and_their_half_works(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    load_ip_adapter(pipe)
+    width = pipe.unet.config.cross_attention_dim
+    torch.manual_seed(5)
+    faces = IPAdapterFaceIDPlusImageProjection(
+        embed_dims=width, output_dims=width, hidden_dims=32, id_embeddings_dim=16,
+        depth=1, dim_head=8, heads=2, num_tokens=4,
+    ).eval()  # fmt: skip
+    pipe.unet.encoder_hid_proj = MultiIPAdapterImageProjection([faces])
+    faces.clip_embeds = both = torch.randn(2, 1, 5, 32)
+    call = {**CALL, "ip_adapter_image_embeds": [torch.randn(2, 1, 16)]}
+    unet = pipe.unet
+    stock = run(pipe, call)
+    plug(pipe, guide)
+    with pytest.raises(ValueError, match=r"image_projection_layers\[0\]"):
+        run(pipe, call)
+    faces.clip_embeds = both.chunk(2)[1]
+    made = run(pipe, call)
+    assert np.isfinite(made).all() and not np.allclose(made, stock, atol=1e-3)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(made, run(pipe, {**call, "negative_prompt": "red"}), atol=1e-3)
+    assert pipe.unet is unet
+
+
+def test_custom_diffusion_is_refused_before_and_after_plugging(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    plug(pipe, guide)
+    before = run(pipe, CALL)
+    layer = text_attentions(pipe.unet)[0]
+    own = layer.processor
+    layer.set_processor(
+        CustomDiffusionAttnProcessor(
+            train_q_out=False, hidden_size=layer.inner_dim, cross_attention_dim=32
+        )
+    )
+    with pytest.raises(ValueError, match="use Custom Diffusion unplugged"):
+        run(pipe, CALL)
+    unplug(pipe)
+    with pytest.raises(ValueError, match="use Custom Diffusion unplugged"):
+        plug(pipe, guide)
+    layer.set_processor(own)
+    plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, CALL), before, atol=1e-5)
+
+
 # Prompts.
 
 
@@ -204,6 +261,22 @@ def add_adapter(unet: UNet2DConditionModel, kind: str) -> None:
             if ".style" in name and "magnitude" not in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     unet.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "encoder"])
+def test_a_lora_on_the_first_convolution_is_added_before_or_after_plugging(
+    parts: Parts, pipe: StableDiffusionPipeline, kind: str
+) -> None:
+    guide = guide_for(pipe.unet, kind)
+    twin = copy.deepcopy(pipe)
+    plug(twin, guide)
+    for each in (pipe, twin):
+        torch.manual_seed(7)
+        config = LoraConfig(r=4, target_modules=["conv_in", "to_k"], init_lora_weights=False)
+        each.unet.add_adapter(config)
+        each.unet.requires_grad_(False)
+    made = guided(pipe, guide, CALL)
+    np.testing.assert_allclose(run(twin, CALL), made, atol=1e-4)
 
 
 @pytest.mark.parametrize("first", ["adapter", "guide"])

@@ -135,6 +135,8 @@ def shape(value: Any) -> Any:
         ("StableDiffusionDepth2ImgPipeline", "depth_mask"),
         ("StableDiffusionControlNetPipeline", "image"),
         ("StableDiffusionXLControlNetPipeline", "image"),
+        ("StableDiffusionXLPipeline", "add_text_embeds"),
+        ("StableDiffusionPipeline", "prompt_embeds"),
     ],
 )
 def test_what_a_callback_gives_for_both_prompts_counts_under_the_prompt(
@@ -145,19 +147,25 @@ def test_what_a_callback_gives_for_both_prompts_counts_under_the_prompt(
     unet = pipe.unet
     guide = guide_for(unet)
 
-    def change(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def anew(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
         return {entry: torch.cat([1 - given[entry][:1]] * 2)}
 
-    asked = {
-        "callback_on_step_end": change,
-        "callback_on_step_end_tensor_inputs": [entry],
-    }
-    call = {**call_of(pipe, case), **asked}
-    stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
-    expected = run(pipe, call)
-    stand_in(pipe, unet)
-    plug(pipe, guide)
-    np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
+    def in_place(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        given[entry].neg_().add_(1)
+        return {}
+
+    for change in (anew, in_place):
+        asked = {
+            "callback_on_step_end": change,
+            "callback_on_step_end_tensor_inputs": [entry],
+        }
+        call = {**call_of(pipe, case), **asked}
+        stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
+        expected = run(pipe, call)
+        stand_in(pipe, unet)
+        plug(pipe, guide)
+        np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
+        unplug(pipe)
 
 
 def test_in_guess_mode_a_callback_sees_the_control_image_once(parts: Parts) -> None:
@@ -211,6 +219,20 @@ def test_what_is_refused_is_told_by_name_and_left_as_it_was(
     assert type(pipe) is cls and vars(pipe) == before
     assert dict(parts.base.unet.config) == config
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in parts.base.unet.modules())
+
+
+def test_a_refused_class_over_a_plugged_unet_is_told_its_way_out(
+    parts: Parts, pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pag = diffusers.StableDiffusionPAGPipeline.from_pipe(pipe)
+    pag.set_progress_bar_config(disable=True)
+    call = {"prompt": "a cat", "num_inference_steps": 2, "output_type": "latent"}
+    before = run(pag, call)
+    plug(pipe, guide)
+    with pytest.raises(ValueError, match=r"has not been plugged.*can't have.*Unplug the pipeline"):
+        run(pag, call)
+    pag.unet = copy.deepcopy(pipe.unet)
+    np.testing.assert_allclose(run(pag, call), before, atol=1e-4)
 
 
 def test_a_real_pipeline_of_a_refused_class_goes_on_as_it_was(parts: Parts, guide: Guide) -> None:
@@ -312,6 +334,21 @@ class OneOfItsOwn(StableDiffusionPipeline):
         return super().encode_prompt(prompt + suffix, *args, **kwargs)
 
 
+class Ramp(StableDiffusionPipeline):
+    """Has a guidance scale that is not what it was given."""
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale * 1.5
+
+
+class OwnDefault(StableDiffusionPipeline):
+    """Leaves the guidance scale to itself."""
+
+    def __call__(self, *args: Any, guidance_scale: float | None = None, **kwargs: Any) -> Any:
+        return super().__call__(*args, guidance_scale=guidance_scale or SCALE, **kwargs)
+
+
 def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
     """A class with this code that diffusers does not know of."""
     members = {k: v for k, v in vars(stock).items() if k not in ("__dict__", "__weakref__")}
@@ -322,6 +359,10 @@ def test_a_users_subclass_goes_as_its_ancestor(parts: Parts, guide: Guide) -> No
     expected = plugged_run(StableDiffusionPipeline, parts, guide)
     for cls in (Passing, PassingEncoding, OneOfItsOwn):
         assert np.array_equal(plugged_run(cls, parts, guide), expected)
+    own = plugged_run(OwnDefault, parts, guide, guidance_scale=None)
+    assert np.array_equal(own, expected)
+    ramped = plugged_run(StableDiffusionPipeline, parts, guide, guidance_scale=6.0)
+    assert np.array_equal(plugged_run(Ramp, parts, guide), ramped)
 
 
 def test_an_sdxl_subclass_that_hands_on_its_methods_arguments_goes_as_its_ancestor(

@@ -1,9 +1,11 @@
 """UNets of every kind beneath a plugged pipeline: each works, or is refused in one sentence."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -21,7 +23,7 @@ from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.plug import plug
 from pnp_core.schedule import NoiseSchedule
 from tests.pipeline_zoo import PHOTO, SIZE, Parts
-from tests.reference import CALL, SCALE, guide_for, guided, with_unet
+from tests.reference import CALL, SCALE, guide_for, guided, run, with_unet
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,33 @@ def test_a_replica_on_another_device_is_refused(
     replica = pipe.unet._replicate_for_data_parallel()
     with pytest.raises(ValueError, match="DataParallel"):
         replica(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32))
+
+
+class HandsOn(UNet2DConditionModel):
+    """A user's subclass that hands everything on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+def test_a_unets_subclass_that_hands_on_its_arguments_goes_as_its_ancestor(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    expected = guided(pipe, guide, CALL)
+    pipe.unet.__class__ = HandsOn
+    np.testing.assert_allclose(guided(pipe, guide, CALL), expected, atol=1e-5)
+
+
+def test_an_encoder_guide_runs_after_hooks_that_came_later(parts: Parts) -> None:
+    """As those of ToMe, which note the size of what comes in before the UNet's forward."""
+    pipe = with_unet(parts, copy.deepcopy(parts.base.unet))
+    guide = guide_for(pipe.unet, "encoder")
+    plug(pipe, guide)
+    order: list[str] = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: order.append("user"))
+    pipe.unet.conv_in.register_forward_pre_hook(lambda module, args: order.append("forward"))
+    run(pipe, {**CALL, "num_inference_steps": 1})
+    assert order == ["user", "forward", "forward"]
 
 
 def test_layerwise_casting_works(pipe: StableDiffusionPipeline, guide: Guide) -> None:
