@@ -131,7 +131,7 @@ def test_img2img_made_with_from_pipe_works_once_plugged_too(
     plug(pipe, tiny)
     image_pipe = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     image_pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match=r"call plug\(pipe, guide\) on this pipeline too"):
+    with pytest.raises(ValueError, match=r"Call plug\(pipe, guide\) on this pipeline too"):
         generate(image_pipe, image=picture())
     plug(image_pipe, tiny)
     one, other = (generate(image_pipe, image=picture(), negative_prompt=n) for n in ("", "a dog"))
