@@ -164,6 +164,7 @@ OUT_OF_RANGE = [
     ("halve", TrainConfig, {"seed": -1}),
     ("distill.guide", GuideConfig, {"max_parameters_ratio": 1.0}),
     ("halve", HalveConfig, {"timestep_spacing": "even"}),
+    ("halve", HalveConfig, {"timestep_spacing": "linspace"}),
     ("halve", HalveConfig, {"end_steps": 8}),
     ("halve", HalveConfig, {"start_steps": -8}),
 ]
