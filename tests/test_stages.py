@@ -25,6 +25,7 @@ from components.dataset import Record, fit
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, Setting
+from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
 from components.params import Params, load_params
 from components.progress import Progress, clock
@@ -168,6 +169,13 @@ def test_a_failed_run_leaves_the_last_result(world: Path) -> None:
 
 
 # cache, distill, halve
+
+
+def test_cache_refuses_images_of_another_size_than_the_bases(world: Path) -> None:
+    prepare.run(params_with(prepare={"resolution": 24}))
+    with pytest.raises(ValueError, match=r"prepare.resolution: 24 pixels, but .* images of 32,"):
+        cache.run(params_with())
+    assert not list(Path("data").glob("cache/*"))
 
 
 def test_cache_builds_only_what_is_missing(world: Path) -> None:
@@ -648,6 +656,7 @@ def test_an_inception_beside_the_judge_gives_fid_and_kid(inside: Path) -> None:
 
     shutil.copytree("models/judge", "models/published", dirs_exist_ok=True)
     torch.jit.script(InceptionLike()).save(f"models/published/{INCEPTION}")
+    check_judge("models/published")
     judge = Judge("models/published", torch.device("cpu"))
     assert judge.name == "models/published (Inception V3; CLIP score by CLIP)"
     assert judge.features(images).shape == (5, 2048)

@@ -352,9 +352,7 @@ def test_where_a_step_keeps_the_noise_the_halving_target_is_the_teachers_eps(
     conditions = Conditions(c_BLD=c, n_BLD=c, w_B=torch.ones(2))
     teacher = PlainDenoiser(pipe.unet, schedule)
     t_B, s_B = torch.tensor([0, 0]), torch.tensor([-1, -1])
-    eps = halving_target(
-        teacher, schedule, z_t=z, t_B=t_B, m_B=t_B, s_B=s_B, conditions=conditions
-    )
+    eps = halving_target(teacher, schedule, z_t=z, t_B=t_B, m_B=t_B, s_B=s_B, conditions=conditions)
     assert torch.equal(eps, teacher(z, t_B, conditions))
 
 
