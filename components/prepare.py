@@ -46,6 +46,12 @@ def run(params: Params) -> None:
                 raise ValueError(
                     f"prepare.dataset: {dataset} has no {name} images, and {num_records} in all"
                 )
+        in_both = splits["train"].prompts & splits["heldout"].prompts
+        if in_both == splits["heldout"].prompts:
+            raise ValueError(
+                f"prepare.dataset: every held-out caption of {dataset} is also one of train, so no "
+                "prompt is held out: change the column `split`, or leave it out"
+            )
         known = splits["train"].prompts | splits["heldout"].prompts
         further = further_prompts(Path(config.prompts), known=known)
         digest.update("\0".join(further).encode())
@@ -63,6 +69,8 @@ def run(params: Params) -> None:
         write_json(folder / "manifest.json", manifest)
     counts = ", ".join(f"{split.num_images} {name}" for name, split in splits.items())
     print(f"prepare: images of {config.resolution} px: {counts}")
+    if in_both:
+        print(f"prepare: {len(in_both)} captions are in both parts, and count as trained")
 
 
 def prepared(record: Record, config: Prepare) -> tuple[bytes, str]:

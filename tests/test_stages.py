@@ -99,6 +99,42 @@ def test_prepare_keeps_further_prompts_that_no_image_has(world: Path) -> None:
     assert before["hash"] != after["hash"]
 
 
+def with_trained_captions(num_rows: int) -> list[str]:
+    """Give the first held-out rows of art/main.parquet captions of train; the others' captions."""
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    trained = [row["caption"] for row in rows if row["split"] == "train"]
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    for row, caption in zip(heldout[:num_rows], trained, strict=False):
+        row["caption"] = caption
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    return [row["caption"] for row in heldout[num_rows:]]
+
+
+def test_a_caption_of_both_parts_counts_as_trained(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still_held_out = with_trained_captions(3)
+    trained = pq.read_table("art/main.parquet").to_pylist()[1]["caption"]
+    params = params_with(evaluate={"grid_prompts": [trained, still_held_out[0]]})
+    prepare.run(params)
+    assert "prepare: 3 captions are in both parts, and count as trained" in capsys.readouterr().out
+    tasks = choose_tasks(params.evaluate)
+    assert [task.is_heldout for task in tasks[:2]] == [False, True]
+    assert {task.prompt for task in tasks if task.is_heldout} == set(still_held_out)
+    num_heldout = sum(task.is_heldout for task in tasks)
+    assert num_heldout == len(tasks) / 2, "in turns, as ever"
+
+
+def test_data_without_a_prompt_of_its_own_to_hold_out_is_refused(world: Path) -> None:
+    prepare.run(params_with())
+    assert not with_trained_captions(4)
+    with pytest.raises(ValueError, match="every held-out caption of art is also one of train"):
+        prepare.run(params_with())
+    shutil.copy("data/prepared/train.parquet", "data/prepared/heldout.parquet")
+    with pytest.raises(ValueError, match="every prompt of .*heldout.parquet is also in train"):
+        choose_tasks(params_with().evaluate)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
