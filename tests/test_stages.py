@@ -153,6 +153,42 @@ def test_prepare_names_a_bad_row(world: Path, row: Mapping[str, Any], message: s
     assert not Path("data/prepared").exists()
 
 
+def test_prepare_names_the_first_bad_rows_and_counts_all_before_it_decodes_any(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    small = toy.encoded(np.zeros((9, 64, 3), np.uint8))
+    for number, row in enumerate(rows[1:21]):
+        row |= ({"caption": " "}, {"image": None}, {"image": small})[number % 3]
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    monkeypatch.setattr(prepare, "prepared", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with())
+    first, *others, last = str(caught.value).split("; ")
+    start = "prepare.dataset: 20 of 24 images can't be used: "
+    assert first == f"{start}art/main.parquet, row 1: the caption is empty"
+    assert "row 2: column 'image' holds no encoded image" in others[0]
+    assert others[1].startswith("art/main.parquet, row 3: 64x9 pixels, fewer")
+    assert [int(re.findall(r"row (\d+)", each)[0]) for each in others] == list(range(2, 11))
+    assert last == "and 10 more"
+
+
+def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
+    Path("pictures").mkdir()
+    Image.new("RGB", (50, 40)).save("pictures/0.png")
+    lines = ['{"file_name": "0.png", "caption": "thing"}', "{", '{"file_name": "1.png"}']
+    lines += ['{"file_name": "0.png"}', '{"file_name": "0.png", "caption": null}']
+    Path("pictures/metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
+    assert str(caught.value).split(": ", 2)[2].split("; ") == [
+        "pictures/metadata.jsonl, line 2: not JSON",
+        "pictures/metadata.jsonl, line 3: there is no pictures/1.png",
+        "pictures/metadata.jsonl, line 4: no 'caption'",
+        "pictures/metadata.jsonl, line 5: the caption is empty",
+    ]
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
