@@ -53,9 +53,11 @@ docs: $(INSTALLED)  ## build the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
+# Of data/ what stages write alone: one's own images and prompts may lie beside it.
 clean:  ## remove the environment and everything the pipeline wrote
-	rm -rf $(VENV) .prefect data guides results runs mlflow.db* mlruns mlartifacts \
-	    .dvc/cache .dvc/tmp build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .prefect data/prepared data/cache data/.prepared.* data/.cache.* \
+	    guides results runs mlflow.db* mlruns mlartifacts .dvc/cache .dvc/tmp build *.egg-info \
+	    .pytest_cache .ruff_cache .mypy_cache
 
 $(INSTALLED):
 	@free=$$(df -Pk . 2>/dev/null | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*%.*/\1/p'); \

@@ -28,9 +28,9 @@ from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
 from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.metrics import count_flops, time_ratio
+from pnp_core.model_files import LAYOUTS
 from pnp_core.models import pooled_width
 from pnp_core.schedule import NoiseSchedule
-from pnp_core.single_file import LAYOUTS
 
 ARCHITECTURES = ("sd15", "sd21", "sdxl")
 # SDXL's parameters lie where its pixels are few; a guide of 1 % would cost more than 1 % of FLOPs.

@@ -127,7 +127,8 @@ def cache_builder(params: Params) -> "CacheBuilder":
     """The builder of the whole cache: the base, its companions and the prepared examples.
 
     Images are read as they are encoded: there may be more than a worker's memory has room for.
-    Raises ValueError for prepared data that can't be read.
+    Raises ValueError for prepared data that can't be read, and for images of another size than the
+    base makes.
     """
     from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, Example
@@ -136,7 +137,8 @@ def cache_builder(params: Params) -> "CacheBuilder":
     path = PREPARED / "train.parquet"
     images = PreparedImages(path)
     pipe = load_base(params.base)
-    return CacheBuilder(
+    manifest = read_json(PREPARED / "manifest.json")
+    builder = CacheBuilder(
         pipe,
         [
             Example(image=partial(images.read, number), prompt=prompt)
@@ -145,10 +147,16 @@ def cache_builder(params: Params) -> "CacheBuilder":
         cache_config(params),
         CACHE,
         base=base_identity(params.base),
-        data_hash=read_json(PREPARED / "manifest.json")["hash"],
+        data_hash=manifest["hash"],
         companions=load_companions(companion_paths(params), pipe),
         further_prompts=(PREPARED / "prompts.txt").read_text(encoding="utf-8").splitlines(),
     )
+    if builder.image_size != manifest["resolution"]:  # configs on disk need not say it
+        raise ValueError(
+            f"prepare.resolution: {manifest['resolution']} pixels, but {params.base} makes images "
+            f"of {builder.image_size}, to which all would be scaled: set it to {builder.image_size}"
+        )
+    return builder
 
 
 def cache_mirror(params: Params, builder: "CacheBuilder") -> Mirror | None:

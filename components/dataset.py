@@ -3,7 +3,8 @@
 import io
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,9 @@ from pnp_core.files import read_json
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
+
+Refuse = Callable[[ValueError], None]
 
 # Of a parquet file, which may hold more than memory does, in one row group.
 ROWS_AT_ONCE = 64
@@ -60,13 +64,22 @@ def count_records(path: Path, *, image_column: str, caption_column: str) -> int:
     return sum(pq.read_metadata(file).num_rows for file in files)
 
 
-def each_record(path: Path, *, image_column: str, caption_column: str) -> Iterator[Record]:
-    """The same one after another, for more images than there is memory for."""
+def _raised(error: ValueError) -> None:
+    raise error
+
+
+def each_record(
+    path: Path, refuse: Refuse = _raised, /, *, image_column: str, caption_column: str
+) -> Iterator[Record]:
+    """The same one after another, for more images than there is memory for.
+
+    `refuse` hears of a row without an image or a caption; if it returns, the next one is read.
+    """
     if (path / "metadata.jsonl").exists():
-        yield from _read_folder(path, caption_column)
+        yield from _read_folder(path, caption_column, refuse)
         return
     for file in _parquet_files(path):
-        yield from _read_parquet(file, image_column, caption_column)
+        yield from _read_parquet(file, image_column, caption_column, refuse)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -108,32 +121,57 @@ class PreparedImages:
         return _encoded(row, "image", f"{self._path}, row {number}")
 
 
+def check_record(record: Record, resolution: int) -> None:
+    """Raise ValueError for an empty caption, and as far as the header tells for a bad image."""
+    if not record.caption.strip():
+        raise ValueError(f"{record.where}: the caption is empty")
+    with _opened(record) as image:
+        size = image.size
+    _check_size(record, size, resolution)
+
+
 def fit(record: Record, resolution: int) -> tuple[Any, bool]:
     """The record's image as RGB, `resolution` pixels square; and whether it was so already.
 
-    A larger one is scaled down and cropped at its centre, transparency becomes white. Raises
-    ValueError if it can't be decoded or is smaller.
+    It is turned as its EXIF orientation says. A larger one is scaled down and cropped at its
+    centre, transparency becomes white. Raises ValueError if it can't be decoded or is smaller.
     """
     from PIL import Image, ImageOps
+    from PIL.ExifTags import Base
 
-    try:
-        with Image.open(io.BytesIO(record.image)) as opened:
-            opened.load()
-            image: Image.Image = opened.copy()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{record.where}: not a readable image") from error
-    if min(image.size) < resolution:
-        raise ValueError(
-            f"{record.where}: {image.width}x{image.height} pixels, fewer than the resolution of "
-            f"{resolution}"
-        )
+    with _opened(record) as opened:
+        opened.load()
+        is_turned = opened.getexif().get(Base.Orientation, 1) != 1
+        image: Image.Image = ImageOps.exif_transpose(opened)
+    _check_size(record, image.size, resolution)
     if image.mode == "RGB" and image.size == (resolution, resolution):
-        return image, True
+        return image, not is_turned
     if image.mode != "RGB":
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS), False
+
+
+@contextmanager
+def _opened(record: Record) -> "Iterator[Image.Image]":
+    """The record's image, not decoded yet. Raises ValueError if that or the block fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(record.image)) as opened:
+            yield opened
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{record.where}: not a readable image") from error
+
+
+def _check_size(record: Record, size: tuple[int, int], resolution: int) -> None:
+    """Raise ValueError if an image of so many pixels is smaller than the resolution."""
+    if min(size) < resolution:
+        width, height = size
+        raise ValueError(
+            f"{record.where}: {width}x{height} pixels, fewer than the resolution of {resolution}"
+        )
 
 
 def encode(image: Any) -> bytes:
@@ -258,29 +296,42 @@ def _pixels(records: Sequence[Record], resolution: int) -> "np.ndarray":
     return images
 
 
-def _read_parquet(path: Path, image_column: str, caption_column: str) -> Iterator[Record]:
+def _read_parquet(
+    path: Path, image_column: str, caption_column: str, refuse: Refuse
+) -> Iterator[Record]:
     there = _columns(path, image_column, caption_column)
     names = [image_column, caption_column, *(["split"] if "split" in there else [])]
     for number, row in enumerate(_rows(path, names)):
         where = f"{path}, row {number}"
-        data = _encoded(row, image_column, where)
+        try:
+            data = _encoded(row, image_column, where)
+        except ValueError as error:
+            refuse(error)
+            continue
         yield Record(data, row[caption_column] or "", row.get("split"), where)
 
 
-def _read_folder(path: Path, caption_column: str) -> Iterator[Record]:
+def _read_folder(path: Path, caption_column: str, refuse: Refuse) -> Iterator[Record]:
     metadata = path / "metadata.jsonl"
     for number, line in enumerate(metadata.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{metadata}, line {number}"
-        try:
-            entry = json.loads(line)
-            image = (path / entry["file_name"]).read_bytes()
-            record = Record(image, entry[caption_column], entry.get("split"), where)
-        except json.JSONDecodeError:
-            raise ValueError(f"{where}: not JSON") from None
-        except KeyError as error:
-            raise ValueError(f"{where}: no {error}") from None
-        except FileNotFoundError:
-            raise ValueError(f"{where}: there is no {path / entry['file_name']}") from None
-        yield record
+        if line.strip():
+            try:
+                record = _read_line(path, line, f"{metadata}, line {number}", caption_column)
+            except ValueError as error:
+                refuse(error)
+                continue
+            yield record
+
+
+def _read_line(path: Path, line: str, where: str, caption_column: str) -> Record:
+    """What a line of a folder's metadata.jsonl says. Raises ValueError if it lacks something."""
+    try:
+        entry = json.loads(line)
+        image = (path / entry["file_name"]).read_bytes()
+        return Record(image, entry[caption_column] or "", entry.get("split"), where)
+    except json.JSONDecodeError:
+        raise ValueError(f"{where}: not JSON") from None
+    except KeyError as error:
+        raise ValueError(f"{where}: no {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"{where}: there is no {path / entry['file_name']}") from None

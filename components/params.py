@@ -7,7 +7,8 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from types import NoneType
@@ -293,42 +294,48 @@ def check_files(params: Params) -> None:
     for key, path in named.items():
         if not Path(path).exists() and Path(path) != PREPARED:
             raise ParamsError(f"params.yaml: {key}: there is no {path}")
-    for i, judge in enumerate(params.evaluate.judges):
-        if not Path(judge).is_dir():
-            raise ParamsError(f"params.yaml: evaluate.judges[{i}]: {judge} is no folder")
 
     from components.dataset import check_reference, own_prompts
-    from pnp_core.model_files import check_model_files, check_same_kind
+    from components.inputs import check_judge, check_resolution
+    from pnp_core.model_files import check_clip_skip, check_model_files, check_same_kind
 
-    try:
+    with _named_in_errors("teacher"):
         teacher_guider(params)
-    except ValueError as error:
-        raise ParamsError(f"params.yaml: teacher: {error}") from None
     models = {"base": params.base}
     models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
     models |= {f"companions/{path.name}": str(path) for path in companion_paths(params)}
     for key, path in models.items():
-        try:
+        with _named_in_errors(key):
             check_model_files(path)
             check_same_kind(path, params.base)
-        except (ValueError, OSError) as error:
-            raise ParamsError(f"params.yaml: {key}: {error}") from None
         if not Path(path).exists():
             raise ParamsError(
                 f"params.yaml: {key}: {path} is the name of a model on a hub, and the pipeline "
                 "works on files that DVC can version: download it (hf download "
                 f"{path} --local-dir models/{Path(path).name}) and name that folder"
             )
+    with _named_in_errors("prepare.resolution"):
+        check_resolution(params.prepare.resolution, params.base)
+    for i, judge in enumerate(params.evaluate.judges):
+        with _named_in_errors(f"evaluate.judges[{i}]"):
+            check_judge(judge)
     for name, model in params.models.items():
-        try:
+        with _named_in_errors(f"models.{name}.clip_skip"):
+            check_clip_skip(model.path, params.base, model.clip_skip)
+        with _named_in_errors(f"models.{name}.prompts"):
             own_prompts(model)
-        except (ValueError, OSError) as error:
-            raise ParamsError(f"params.yaml: models.{name}.prompts: {error}") from None
-        try:
-            if Path(model.reference) != PREPARED:  # which a stage makes, and checks
+        if Path(model.reference) != PREPARED:  # which a stage makes, and checks
+            with _named_in_errors(f"models.{name}.reference"):
                 check_reference(model.reference, params)
-        except (ValueError, OSError) as error:
-            raise ParamsError(f"params.yaml: models.{name}.reference: {error}") from None
+
+
+@contextmanager
+def _named_in_errors(key: str) -> Iterator[None]:
+    """Have what is wrong with a value told with its key, as a ParamsError."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ParamsError(f"params.yaml: {key}: {error}") from None
 
 
 def companion_paths(params: Params) -> list[Path]:

@@ -6,28 +6,30 @@ manifest.json (counts, and a hash of the content).
 """
 
 import hashlib
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from components.cli import main
-from components.dataset import Record, count_records, each_record, encode, fit
+from components.dataset import Record, check_record, count_records, each_record, encode, fit
 from components.params import Params, Prepare
 from components.paths import PREPARED
 from components.progress import Progress
 from pnp_core.files import atomic_folder, write_json
 
 ROWS_IN_A_GROUP = 64  # of a parquet file; the unit that is read at a time
+NUM_TOLD = 10  # of bad images
 
 
 def run(params: Params) -> None:
-    """Write data/prepared. Raises ValueError that names the file and row of a bad image."""
+    """Write data/prepared. Raises ValueError that names the files and rows of bad images."""
     config = params.prepare
     dataset = Path(config.dataset)
     paths = [dataset / name for name in config.files] or [dataset]
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     num_records = sum(count_records(path, **columns) for path in paths)
+    check_records(paths, columns, config.resolution, num_records)
     progress = Progress("prepare", num_records, "images")
     digest = hashlib.sha256()
     with atomic_folder(PREPARED) as folder, ExitStack() as stack:
@@ -46,6 +48,12 @@ def run(params: Params) -> None:
                 raise ValueError(
                     f"prepare.dataset: {dataset} has no {name} images, and {num_records} in all"
                 )
+        in_both = splits["train"].prompts & splits["heldout"].prompts
+        if in_both == splits["heldout"].prompts:
+            raise ValueError(
+                f"prepare.dataset: every held-out caption of {dataset} is also one of train, so no "
+                "prompt is held out: change the column `split`, or leave it out"
+            )
         known = splits["train"].prompts | splits["heldout"].prompts
         further = further_prompts(Path(config.prompts), known=known)
         digest.update("\0".join(further).encode())
@@ -63,15 +71,49 @@ def run(params: Params) -> None:
         write_json(folder / "manifest.json", manifest)
     counts = ", ".join(f"{split.num_images} {name}" for name, split in splits.items())
     print(f"prepare: images of {config.resolution} px: {counts}")
+    if in_both:
+        print(f"prepare: {len(in_both)} captions are in both parts, and count as trained")
+
+
+def check_records(
+    paths: Sequence[Path], columns: Mapping[str, str], resolution: int, num_records: int
+) -> None:
+    """Look at every caption and at every image's header: minutes, where decoding takes hours.
+
+    Raises ValueError that names the first images that are bad, and says how many there are.
+    """
+    told: list[str] = []
+    num_bad = 0
+
+    def refuse(error: ValueError) -> None:
+        nonlocal num_bad
+        num_bad += 1
+        if len(told) < NUM_TOLD:
+            told.append(str(error))
+
+    progress = Progress("prepare", num_records, "images looked at")
+    records = (record for path in paths for record in each_record(path, refuse, **columns))
+    for number, record in enumerate(records):
+        try:
+            check_record(record, resolution)
+        except ValueError as error:
+            refuse(error)
+        progress(number + 1)
+    if num_bad > 1:
+        more = f"; and {num_bad - len(told)} more" if num_bad > len(told) else ""
+        raise ValueError(
+            f"prepare.dataset: {num_bad} of {num_records} images can't be used: "
+            f"{'; '.join(told)}{more}"
+        )
+    if told:
+        raise ValueError(f"prepare.dataset: {told[0]}")
 
 
 def prepared(record: Record, config: Prepare) -> tuple[bytes, str]:
     """An image as an encoded file of the resolution, and its split.
 
-    Raises ValueError for one that can't be read or has no caption.
+    Raises ValueError for one that can't be decoded.
     """
-    if not record.caption.strip():
-        raise ValueError(f"prepare.dataset: {record.where}: the caption is empty")
     try:
         image, as_is = fit(record, config.resolution)
     except ValueError as error:

@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 from components.device import frozen, load_base
 from components.params import Model
 from pnp_core.fine_tunes import load_model, skip_layers
-from pnp_core.single_file import configs_of
+from pnp_core.model_files import configs_of
 
 
 def load_row(row: Model, base: str) -> DiffusionPipeline:

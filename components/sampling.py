@@ -50,18 +50,28 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     """The grid's prompts, then held-out and trained ones in turns; each image has its own seed.
 
     The same for every model but one that has prompts of its own, which come in their place.
-    Prompts come again, with other seeds, where there are fewer than images. Raises ValueError if
-    the prepared data holds no prompts of a kind.
+    Prompts come again, with other seeds, where there are fewer than images. One that stands in both
+    parts of the data is a trained one. Raises ValueError if the prepared data holds no prompts of a
+    kind.
     """
-    chosen: dict[str, list[str]] = {}
-    for split in ("heldout", "train"):
+    found: dict[str, set[str]] = {}
+    for split in ("train", "heldout"):
         path = PREPARED / f"{split}.parquet"
-        prompts = sorted(set(read_prompts(path)))
-        if not prompts:
+        found[split] = set(read_prompts(path))
+        if not found[split]:
             raise ValueError(
                 f"evaluate: {path} has no prompts: images are sampled for held-out and for trained "
                 "ones; change prepare.heldout_fraction, or the data's column `split`"
             )
+    found["heldout"] -= found["train"]  # a caption may stand in both
+    if not found["heldout"]:
+        raise ValueError(
+            f"evaluate: every prompt of {path} is also in train.parquet, so none is held out: "
+            "change the data's column `split`, or leave it out"
+        )
+    chosen: dict[str, list[str]] = {}
+    for split, among in found.items():
+        prompts = sorted(among)
         order = np.random.default_rng(config.seed).permutation(len(prompts))
         chosen[split] = [prompts[i] for i in order]
     num_images = config.extent.num_images
@@ -71,10 +81,10 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     else:
         prompts = list(config.grid_prompts)
         for number in range(num_images - len(prompts)):
-            among = chosen["train" if number % 2 else "heldout"]
-            prompts.append(among[number // 2 % len(among)])
+            turn = chosen["train" if number % 2 else "heldout"]
+            prompts.append(turn[number // 2 % len(turn)])
     negative = row.negative_prompt if row else ""
-    trained, heldout = set(chosen["train"]), set(chosen["heldout"])
+    trained, heldout = found["train"], found["heldout"]
     return [
         Task(p, config.seed + number, p not in trained if own else p in heldout, negative)
         for number, p in enumerate(prompts)

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pnp_core.model_files import is_whole
+from pnp_core.model_files import is_whole, refuse_clip_skip
 from pnp_core.models import check_is_fine_tune, is_xl, load_pipeline, load_unet
 
 # What configs say of where and by what they were written.
@@ -62,15 +62,9 @@ def skip_layers(pipe: DiffusionPipeline, clip_skip: int) -> None:
     """
     if clip_skip == 0:
         return
-    if is_xl(pipe):
-        raise ValueError(
-            "clip_skip is for bases with one text encoder: SDXL's are read before the last layer "
-            "as they are. Leave it out for this model."
-        )
     encoder = pipe.text_encoder
     num_layers = encoder.config.num_hidden_layers
-    if clip_skip >= num_layers:
-        raise ValueError(f"clip_skip is {clip_skip}: the text encoder has {num_layers} layers.")
+    refuse_clip_skip(clip_skip, is_xl=is_xl(pipe), num_layers=num_layers)
     config = copy.deepcopy(encoder.config)
     config.num_hidden_layers = num_layers - clip_skip
     shorter = type(encoder)(config).to(encoder.device, encoder.dtype).eval()

@@ -37,6 +37,9 @@ from pnp_core.train import (
     train,
 )
 
+MIDDLE = "a middle between t and s"
+"""Beside the recipe of the spacings whose rounds, in an earlier one, halved no step."""
+
 
 def raised_guidance_scale(w_B: Tensor, gain: float, highest: float) -> Tensor:
     """What the first teacher is asked for: ``w + (gain - 1) u (1 - u / u_max)``, ``u = w - 1``.
@@ -60,10 +63,34 @@ def halving_target(  # noqa: PLR0913, the quantities of a step, by name
     s_B: Tensor,
     conditions: Conditions,
 ) -> Tensor:
-    """The eps with which one step ``t -> s`` lands where two teacher steps ``t -> m -> s`` do."""
-    z_m = schedule.ddim_step(z_t, teacher(z_t, t_B, conditions).float(), t_B, m_B)
+    """The eps with which one step ``t -> s`` lands where two teacher steps ``t -> m -> s`` do.
+
+    Where ``s`` has the noise of ``t``, as the last step from timestep 0 may have, every eps does,
+    and the teacher's at ``t`` is given.
+    """
+    eps_t = teacher(z_t, t_B, conditions).float()
+    z_m = schedule.ddim_step(z_t, eps_t, t_B, m_B)
     z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, conditions).float(), m_B, s_B)
-    return two_step_target(schedule, z_t=z_t, z_s=z_s, t_B=t_B, s_B=s_B)
+    eps = two_step_target(schedule, z_t=z_t, z_s=z_s, t_B=t_B, s_B=s_B)
+    is_still = schedule.alpha_sigma(t_B, z_t)[0] == schedule.alpha_sigma(s_B, z_t)[0]
+    return torch.where(is_still, eps_t, eps)
+
+
+def middle_times(grid: Tensor, fine: Tensor) -> Tensor:
+    """Where the first of the teacher's two steps ends, for each step of the student.
+
+    Args:
+        grid: the student's timesteps and -1, ``(num_steps + 1,)``.
+        fine: the teacher's, ``(2 num_steps + 1,)``.
+
+    Returns:
+        int64, ``(num_steps,)``, at least 0.
+    """
+    if torch.equal(fine[::2], grid):  # trailing
+        return fine[1::2]
+    # Leading: the teacher's times line up with the student's at the other end, or nearly so where
+    # the steps don't divide the timesteps. Rounded up, as the end is no time to ask the teacher at.
+    return (grid[:-1] + grid[1:] + 1) // 2
 
 
 def truncated_snr_loss(
@@ -124,6 +151,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     schedule, batch_size = cache.schedule, config.train.batch_size
     grid = sampling_timesteps(scheduler, this.num_steps, config.timestep_spacing)
     fine = sampling_timesteps(scheduler, 2 * this.num_steps, config.timestep_spacing)
+    middle = middle_times(grid, fine)
 
     @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
     def drawn(step: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
@@ -136,7 +164,7 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     def read(step: int, part: slice) -> tuple[Latents, list[Tensor]]:
         indices, w_B, interval_B, draws = drawn(step)
         w_B, interval_B = w_B[part], interval_B[part]
-        times = grid[interval_B], fine[2 * interval_B + 1], grid[interval_B + 1]
+        times = grid[interval_B], middle[interval_B], grid[interval_B + 1]
         pin = pinning(device)
         return cache.latents(indices, draws, part).map(pin), [pin(x) for x in (w_B, *times)]
 
@@ -187,9 +215,10 @@ def halve(  # noqa: PLR0913, a base, its guide, data and settings, then a place
     """
     unet.requires_grad_(False).eval()
     guides = {config.start_steps: guide}
+    recipe = RECIPE if config.timestep_spacing == "trailing" else f"{RECIPE}; {MIDDLE}"
     for this in rounds_of(config):
         teacher = guides[2 * this.num_steps]
-        run_hash = config_hash(config, cache.content_hash, teacher.weights_digest(), RECIPE)
+        run_hash = config_hash(config, cache.content_hash, teacher.weights_digest(), recipe)
         finished = directory / f"steps-{this.num_steps}-{run_hash}"
         if finished.exists():
             guides[this.num_steps] = Guide.from_pretrained(finished).to(unet.device)

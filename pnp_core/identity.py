@@ -8,8 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from pnp_core.files import read_json, sha256_file
-from pnp_core.model_files import check_model_files, is_hub_id, is_whole, weights_hash
-from pnp_core.single_file import LAYOUTS, config_folder, configs_of
+from pnp_core.model_files import (
+    LAYOUTS,
+    check_model_files,
+    config_folder,
+    configs_of,
+    is_hub_id,
+    is_whole,
+    weights_hash,
+)
 
 PARTS = {  # and their folders
     "unet": ("unet",),

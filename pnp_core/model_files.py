@@ -5,9 +5,11 @@ once.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -24,10 +26,18 @@ ARCHITECTURE = (
     "down_block_types",
     "up_block_types",
 )
+# A LoRA's matrix (rank, text width) where attention reads text, by diffusers or by kohya's tools.
+READS_TEXT = re.compile(r"attn2.*to_[kv][._].*(lora_A|down)\b.*\.weight$")
 PARTS = {
     "VAE": ("first_stage_model.",),
     "text encoder": ("cond_stage_model.", "conditioner."),
 }
+
+# Of single files in the original layout, see :mod:`pnp_core.single_file`.
+LAYOUTS = Path(__file__).parent / "layouts"
+LAYOUT_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT_TO_KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 def check_model_files(path: str | Path) -> None:
@@ -69,17 +79,42 @@ def check_model_files(path: str | Path) -> None:
 
 
 def check_same_kind(path: str | Path, base: str | Path) -> None:
-    """Raise ValueError if configs on disk tell that a UNet is none of the base's architecture."""
-    ours, theirs = (Path(folder, "unet", "config.json") for folder in (base, path))
-    if not (ours.exists() and theirs.exists()):  # kept in another way: loading will tell
+    """Raise ValueError if files on disk tell that a UNet is none of the base's architecture.
+
+    Of a single file and of a LoRA, shapes of weights tell; of a folder, its config.
+    """
+    path = Path(path)
+    ours = (configs_of(base) or Path(base)) / "unet" / "config.json"
+    if path == Path(base) or not ours.exists():  # kept in another way: loading will tell
         return
-    base_config, config = read_json(ours), read_json(theirs)
-    for field in ARCHITECTURE:
-        if base_config.get(field) != config.get(field):
+    config = read_json(ours)
+    for field, value in architecture_of(path).items():
+        own = config.get(field)
+        if field == "block_out_channels" and len(value) == 1:  # the first is what shapes tell
+            own = (own or [])[:1]
+        if value != own and not (field == "cross_attention_dim" and isinstance(own, list)):
             raise ValueError(
-                f"{path} is no fine-tune of {base}: its UNet has {field} {config.get(field)}, the "
-                f"base's {base_config.get(field)}"
+                f"{path} is no fine-tune of {base}: its UNet has {field} {value}, the base's {own}"
             )
+
+
+def architecture_of(path: Path) -> dict[str, Any]:
+    """What a fine-tune's files tell of the UNet that it has or is for, of `ARCHITECTURE`."""
+    config = path / "unet" / "config.json"
+    if config.exists():
+        return {field: read_json(config).get(field) for field in ARCHITECTURE}
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        return {}
+    found: dict[str, Any] = {}
+    with safe_open(file, "np") as weights:
+        for key in weights.keys():  # noqa: SIM118
+            if key == CONV_IN:
+                width, found["in_channels"] = weights.get_slice(key).get_shape()[:2]
+                found["block_out_channels"] = [width]
+            elif key == TEXT_TO_KEY or READS_TEXT.search(key):
+                found["cross_attention_dim"] = weights.get_slice(key).get_shape()[1]
+    return found
 
 
 def model_folders(path: Path) -> Iterator[Path]:
@@ -163,6 +198,93 @@ def hub_revision(hub_id: str) -> str:
     if not revision:
         raise ValueError(f"{hub_id}: which revision it is can't be told, and none is here: {why}")
     return revision
+
+
+def configs_of(path: str | Path) -> Path | None:
+    """The folder of configs of a model on disk; None of a hub id."""
+    path = Path(path)
+    if path.is_file():
+        return config_folder(path)
+    return path if (path / "model_index.json").exists() else None
+
+
+def config_folder(path: Path, like: Path | None = None) -> Path:
+    """The folder of configs that a single file's pipeline is made by.
+
+    Args:
+        path: of the file.
+        like: configs of the base that the file is a fine-tune of: its own, where it has none.
+
+    Raises:
+        ValueError: the file is no whole checkpoint, or of a kind whose configs aren't known.
+    """
+    with safe_open(path, "np") as file:
+        keys = list(file.keys())
+        if CONV_IN not in keys or TEXT_TO_KEY not in keys:
+            raise ValueError(
+                f"{path} is not a checkpoint in the original Stable Diffusion layout: it has no "
+                f"{CONV_IN if CONV_IN not in keys else TEXT_TO_KEY}."
+            )
+        channels, in_channels = file.get_slice(CONV_IN).get_shape()[:2]
+        text_width = file.get_slice(TEXT_TO_KEY).get_shape()[1]
+    for part, prefixes in PARTS.items():
+        if not any(key.startswith(prefixes) for key in keys):
+            raise ValueError(
+                f"{path} has no {part}: it can be a fine-tune of a base, but not a base."
+            )
+    beside = path.with_suffix("")
+    if (beside / "model_index.json").exists():
+        return beside
+    if like is not None:
+        return like
+    layout = LAYOUT_OF_TEXT_WIDTH.get(text_width)
+    if layout is None or (channels, in_channels) != (320, 4):
+        raise ValueError(
+            f"The UNet in {path} ({in_channels} input channels, {channels} wide, text width "
+            f"{text_width}) is not that of Stable Diffusion 1.5, 2.1 or XL. Put the configs and "
+            f"the tokenizer of its diffusers folder into {beside}, beginning with model_index.json."
+        )
+    return LAYOUTS / layout
+
+
+def image_size(base: str | Path) -> int | None:
+    """How wide and high a base's images are, in pixels; None where no configs here say it.
+
+    Raises:
+        ValueError: see :func:`config_folder`.
+    """
+    configs = configs_of(base)
+    if configs is None:
+        return None
+    unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
+    if not (unet.exists() and vae.exists()):
+        return None
+    size, widths = read_json(unet).get("sample_size"), read_json(vae).get("block_out_channels")
+    return size * 2 ** (len(widths) - 1) if isinstance(size, int) and widths else None
+
+
+def check_clip_skip(path: str | Path, base: str | Path, clip_skip: int) -> None:
+    """Raise ValueError if configs on disk tell that a model can't leave out so many layers."""
+    configs, path = configs_of(base), Path(path)
+    if configs is None or not (configs / "unet" / "config.json").exists():
+        return
+    own = config_folder(path, configs) if path.is_file() and is_whole(path) else path
+    text = own if (own / "text_encoder" / "config.json").exists() else configs
+    text /= "text_encoder/config.json"
+    kind = read_json(configs / "unet" / "config.json").get("addition_embed_type")
+    num_layers = read_json(text).get("num_hidden_layers") if text.exists() else None
+    refuse_clip_skip(clip_skip, is_xl=kind == "text_time", num_layers=num_layers)
+
+
+def refuse_clip_skip(clip_skip: int, *, is_xl: bool, num_layers: int | None) -> None:
+    """Raise ValueError if a text encoder of so many layers, None if unknown, has not as many."""
+    if clip_skip and is_xl:
+        raise ValueError(
+            "clip_skip is for bases with one text encoder: SDXL's are read before the last layer "
+            "as they are. Leave it out for this model."
+        )
+    if clip_skip and num_layers is not None and clip_skip >= num_layers:
+        raise ValueError(f"clip_skip is {clip_skip}: the text encoder has {num_layers} layers.")
 
 
 def weights_hash(path: str | Path) -> str:

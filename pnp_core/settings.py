@@ -13,8 +13,7 @@ from typing import Any, Literal, get_args
 
 Precision = Literal["bf16", "fp32"]
 PRECISIONS = get_args(Precision)
-Spacing = Literal["leading", "linspace", "trailing"]
-SPACINGS = get_args(Spacing)
+SPACINGS = ("leading", "trailing")  # whose steps halve
 KINDS = ("tiny", "encoder", "full")
 
 CFG = "ClassifierFreeGuidance"
@@ -317,10 +316,11 @@ class HalveSettings:
         end_steps: the last student's.
         guidance_gain: see :func:`pnp_core.halve.raised_guidance_scale`; 1 leaves the guide as it
             is.
-        timestep_spacing: of the sampler, in diffusers' terms.
+        timestep_spacing: of the sampler, in diffusers' terms, leading or trailing.
 
     Raises:
-        ValueError: step counts that halving does not connect; a gain outside [1, 2).
+        ValueError: step counts that halving does not connect; a gain outside [1, 2); a spacing
+            whose steps do not halve.
     """
 
     start_steps: int = 64
@@ -334,6 +334,13 @@ class HalveSettings:
             raise SettingError("guidance_gain", f"is {self.guidance_gain}; it must lie in [1, 2).")
         if not halving_rounds(self.start_steps, self.end_steps):
             raise ValueError(f"start_steps and end_steps are both {self.end_steps}: no halving.")
+        if self.timestep_spacing == "linspace":
+            # 2 N times have 2 N - 1 steps between them, and N have N - 1; nor does diffusers' DDIM
+            # step from one of them to the next.
+            raise SettingError(
+                "timestep_spacing",
+                "is 'linspace', where two steps of 2 N are not one of N; take trailing or leading.",
+            )
         one_of(self, SPACINGS, "timestep_spacing")
 
 

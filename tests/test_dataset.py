@@ -272,3 +272,31 @@ def test_a_shard_reads_its_own_images_alone(
     assert asked.pop("moments-00000") == list(range(16))
     assert asked.pop("moments-00001") == list(range(16, 20))
     assert not any(asked.values())
+
+
+# Where an image's 0th row and 0th column are to be seen, by the EXIF standard.
+SIDES = ["top left", "top right", "bottom right", "bottom left"]
+SIDES += ["left top", "right top", "right bottom", "left bottom"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_orientation_says(params: Params, orientation: int) -> None:
+    stored = np.zeros((toy.RESOLUTION, toy.RESOLUTION, 3), np.uint8)
+    stored[0], stored[0, 0] = 128, 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(stored).save(file, "PNG", exif=exif)
+    row, column = SIDES[orientation - 1].split()
+
+    def edge(image: np.ndarray, side: str) -> np.ndarray:
+        image = image.swapaxes(0, 1) if side in ("left", "right") else image
+        return image[-1 if side in ("bottom", "right") else 0]
+
+    fitted, as_is = dataset.fit(dataset.Record(file.getvalue(), "", None, ""), toy.RESOLUTION)
+    assert as_is == (orientation == 1)
+    builder = cache.cache_builder(params)
+    cached = builder.to_tensor(Example(image=file.getvalue(), prompt=""))
+    for image in (np.asarray(fitted), (cached.permute(1, 2, 0).numpy() + 1) * 127.5):
+        assert edge(image, row).min() > 127 and edge(image, row).max() > 254
+        assert edge(image, column).max() > 254 and np.median(edge(image, column)) < 1

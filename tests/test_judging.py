@@ -21,7 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from components.judging import Judge
+from components.inputs import check_judge
+from components.judging import INCEPTION, Judge
 from components.references import judge_hash
 
 CPU = torch.device("cpu")
@@ -68,6 +69,7 @@ def test_an_image_model_of_transformers_gives_one_vector_an_image(
     model: Any, num_features: int, tmp_path: Path
 ) -> None:
     folder = saved(model(), tmp_path / "judge")
+    check_judge(str(folder))
     judge = Judge(str(folder), CPU, batch_size=2)
     features = judge.features(IMAGES)
     assert features.shape == (5, num_features) and not judge.reads_text
@@ -89,6 +91,7 @@ def test_an_image_model_of_timm_is_a_judge(tmp_path: Path) -> None:
         "pretrained_cfg": {**model.pretrained_cfg, "input_size": [3, 32, 32]},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
+    check_judge(str(tmp_path))
     assert Judge(str(tmp_path), CPU).features(IMAGES).shape == (5, 512)
 
 
@@ -106,6 +109,16 @@ def test_a_folder_without_safetensors_or_without_a_processor_is_refused_by_name(
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="evaluate.judges: .*bare is not a CLIP or another image"):
         Judge(str(tmp_path / "bare"), CPU)
+
+
+def test_files_that_a_judge_can_not_open_are_refused_without_opening_them(tmp_path: Path) -> None:
+    folder = saved(ViTModel(ViTConfig(**SMALL)), tmp_path / "judge")
+    (folder / INCEPTION).write_bytes(b"half of a download")
+    with pytest.raises(ValueError, match=f"{INCEPTION} is damaged or only partly downloaded"):
+        check_judge(str(folder))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickled weights alone \(.*pytorch_model.bin\)"):
+        check_judge(str(folder))
 
 
 def test_a_model_of_text_is_refused_as_a_judge(tmp_path: Path) -> None:

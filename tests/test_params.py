@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel, ValidationError
+from safetensors.torch import save_file
 
 from components.params import (
     Cache,
@@ -21,6 +22,7 @@ from components.params import (
     check_files,
     load_params,
 )
+from pnp_core.models import load_pipeline
 from pnp_core.settings import (
     MEMORY_ONLY,
     CacheConfig,
@@ -31,6 +33,7 @@ from pnp_core.settings import (
     TrainConfig,
 )
 from tests import toy
+from tests.test_single_file import original_layout, save_configs
 
 pytest_plugins = ["tests.toy"]
 
@@ -164,6 +167,7 @@ OUT_OF_RANGE = [
     ("halve", TrainConfig, {"seed": -1}),
     ("distill.guide", GuideConfig, {"max_parameters_ratio": 1.0}),
     ("halve", HalveConfig, {"timestep_spacing": "even"}),
+    ("halve", HalveConfig, {"timestep_spacing": "linspace"}),
     ("halve", HalveConfig, {"end_steps": 8}),
     ("halve", HalveConfig, {"start_steps": -8}),
 ]
@@ -312,6 +316,67 @@ def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("beside", ["", ".safetensors"], ids=["folder", "single file"])
+def test_images_of_another_size_than_the_bases_are_refused_with_both_sizes(
+    world: Path, beside: str
+) -> None:
+    base = as_single_file(world) if beside else "models/base"
+    check_files(load(world, changed("base", base)))
+    params = changed("prepare.resolution", 48)
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, params | {"base": base}))
+    assert str(caught.value) == (
+        f"params.yaml: prepare.resolution: 48 pixels, but {base} makes images of 32, to which all "
+        "would be scaled: set it to 32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("config.json", "models/judge has no config.json: a judge is a CLIP or another"),
+        ("processor_config.json", "models/judge has no preprocessor_config.json, by which"),
+        ("tokenizer.json", "models/judge is a CLIP model without a tokenizer"),
+        ("model.safetensors", "models/judge has no weights: a judge's are in .safetensors"),
+        (None, "models/judge/model.safetensors is damaged or only partly downloaded"),
+    ],
+)
+def test_a_judge_that_lacks_a_file_is_named_before_anything_runs(
+    world: Path, lacks: str | None, message: str
+) -> None:
+    check_files(load(world, toy.toy_params()))
+    if lacks:
+        (world / "models/judge" / lacks).unlink()
+    else:
+        weights = world / "models/judge/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, toy.toy_params()))
+    assert str(caught.value).startswith(f"params.yaml: evaluate.judges[0]: {message}")
+
+
+def test_layers_that_the_text_encoder_has_not_are_named_before_anything_runs(world: Path) -> None:
+    for skipped in (0, 1):  # of one
+        params = toy.toy_params()
+        params["models"]["tuned"]["clip_skip"] = skipped
+        if not skipped:
+            check_files(load(world, params))
+            continue
+        with pytest.raises(ParamsError) as caught:
+            check_files(load(world, params))
+        assert str(caught.value) == (
+            "params.yaml: models.tuned.clip_skip: clip_skip is 1: the text encoder has 1 layers."
+        )
+
+
+def as_single_file(world: Path) -> str:
+    """The base of a world in the original layout, with its configs beside it."""
+    pipe = load_pipeline(world / "models/base")
+    save_file(original_layout(pipe), world / "models/one.safetensors")
+    save_configs(pipe, world / "models/one")
+    return "models/one.safetensors"
+
+
 HEAVY = "print(sorted({'torch', 'diffusers', 'mlflow', 'ray'} & set(sys.modules)))\n"
 
 
@@ -343,8 +408,11 @@ def test_a_mistake_is_found_before_anything_heavy_loads(tmp_path: Path, stage: s
     )
 
 
-def test_what_params_yaml_points_at_is_checked_without_loading_anything_heavy(world: Path) -> None:
-    toy.write_params(world, toy.toy_params())
+@pytest.mark.parametrize("beside", ["", ".safetensors"], ids=["folder", "single file"])
+def test_what_params_yaml_points_at_is_checked_without_loading_anything_heavy(
+    world: Path, beside: str
+) -> None:
+    toy.write_params(world, changed("base", as_single_file(world) if beside else "models/base"))
     done = run_code(
         "import sys\n"
         "from pathlib import Path\n"

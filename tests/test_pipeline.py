@@ -33,9 +33,9 @@ STAGES = ("prepare", "cache", "distill", "halve", "evaluate", "register")
 TRAINED = {"distill", "halve"}
 CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
-PLUMBING = {"cli", "cluster", "environment", "errors", "following", "interrupt", "joining"}
-PLUMBING |= {"liveness", "mlflow_place", "params", "paths", "places", "progress", "rules"}
-PLUMBING |= {"section", "shipping", "snapshot"}
+PLUMBING = {"cli", "cluster", "environment", "errors", "following", "inputs", "interrupt"}
+PLUMBING |= {"joining", "liveness", "mlflow_place", "params", "paths", "places", "progress"}
+PLUMBING |= {"rules", "section", "shipping", "snapshot"}
 # Nor a guide: what records its training, and what brings shards, whose checksums are compared.
 CHANGES_NO_GUIDE = {"components/storage.py", "components/tracking"}
 

@@ -14,13 +14,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from pnp_core.model_files import weights_hash
+from pnp_core.model_files import (
+    LAYOUTS,
+    LORA_FILE,
+    check_clip_skip,
+    check_same_kind,
+    image_size,
+    weights_hash,
+)
 from pnp_core.models import load_pipeline, load_unet
-from pnp_core.single_file import LAYOUTS
 from tests.conftest import changed, same_weights, save_lora
 
 RESNET = {
@@ -347,3 +353,52 @@ def test_a_single_file_loads_as_a_fine_tune(
     base.unet = UNet2DConditionModel.from_config({**base.unet.config, "cross_attention_dim": 16})
     with pytest.raises(ValueError, match="is not a fine-tune of the base"):
         load_unet(tmp_path / "tuned.safetensors", base=base)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21", "sdxl"])
+def test_the_size_of_a_bases_images_is_told_by_its_configs(
+    pipe: StableDiffusionPipeline, tmp_path: Path, name: str
+) -> None:
+    assert image_size(LAYOUTS / name) == {"sd15": 512, "sd21": 768, "sdxl": 1024}[name]
+    pipe.save_pretrained(tmp_path / "base")
+    assert image_size(tmp_path / "base") == pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+def lora_by_kohya(lora: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's weights under the names of kohya's tools."""
+    found = {}
+    for key, value in lora.items():
+        module, matrix = key.removeprefix("unet.").removesuffix(".weight").rsplit(".lora_", 1)
+        end = {"A": "lora_down", "B": "lora_up"}[matrix]
+        found[f"lora_unet_{module.replace('.', '_')}.{end}.weight"] = value
+    return found
+
+
+@pytest.mark.parametrize("form", ["single file", "LoRA", "kohya's LoRA"])
+def test_of_a_file_shapes_tell_without_loading_whether_it_is_for_the_base(
+    pipe: StableDiffusionPipeline, tmp_path: Path, form: str
+) -> None:
+    file = tmp_path / "tuned.safetensors"
+    if form == "single file":
+        save_file(original_unet(pipe.unet), file)
+    else:
+        save_lora(pipe.unet, tmp_path)
+        weights = load_file(tmp_path / LORA_FILE)
+        save_file(weights if form == "LoRA" else lora_by_kohya(weights), file)
+    pipe.save_pretrained(tmp_path / "base")
+    check_same_kind(file, tmp_path / "base")
+    with_other = {**pipe.unet.config, "cross_attention_dim": 16}
+    pipe.unet = UNet2DConditionModel.from_config(with_other)
+    pipe.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="no fine-tune of .*cross_attention_dim 32, the base's 16"):
+        check_same_kind(file, tmp_path / "other")
+
+
+@pytest.mark.parametrize(("name", "skipped"), [("sd15", 12), ("sd21", 23), ("sdxl", 1)])
+def test_configs_tell_how_many_layers_can_be_skipped(name: str, skipped: int) -> None:
+    tuned = LAYOUTS / name / "unet"  # without a text encoder of its own
+    if name != "sdxl":
+        check_clip_skip(tuned, LAYOUTS / name, skipped - 1)
+    check_clip_skip(tuned, LAYOUTS / name, 0)
+    with pytest.raises(ValueError, match="clip_skip is"):
+        check_clip_skip(tuned, LAYOUTS / name, skipped)

@@ -25,6 +25,7 @@ from components.dataset import Record, fit
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, Setting
+from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
 from components.params import Params, load_params
 from components.progress import Progress, clock
@@ -98,6 +99,42 @@ def test_prepare_keeps_further_prompts_that_no_image_has(world: Path) -> None:
     assert before["hash"] != after["hash"]
 
 
+def with_trained_captions(num_rows: int) -> list[str]:
+    """Give the first held-out rows of art/main.parquet captions of train; the others' captions."""
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    trained = [row["caption"] for row in rows if row["split"] == "train"]
+    heldout = [row for row in rows if row["split"] == "heldout"]
+    for row, caption in zip(heldout[:num_rows], trained, strict=False):
+        row["caption"] = caption
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    return [row["caption"] for row in heldout[num_rows:]]
+
+
+def test_a_caption_of_both_parts_counts_as_trained(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still_held_out = with_trained_captions(3)
+    trained = pq.read_table("art/main.parquet").to_pylist()[1]["caption"]
+    params = params_with(evaluate={"grid_prompts": [trained, still_held_out[0]]})
+    prepare.run(params)
+    assert "prepare: 3 captions are in both parts, and count as trained" in capsys.readouterr().out
+    tasks = choose_tasks(params.evaluate)
+    assert [task.is_heldout for task in tasks[:2]] == [False, True]
+    assert {task.prompt for task in tasks if task.is_heldout} == set(still_held_out)
+    num_heldout = sum(task.is_heldout for task in tasks)
+    assert num_heldout == len(tasks) / 2, "in turns, as ever"
+
+
+def test_data_without_a_prompt_of_its_own_to_hold_out_is_refused(world: Path) -> None:
+    prepare.run(params_with())
+    assert not with_trained_captions(4)
+    with pytest.raises(ValueError, match="every held-out caption of art is also one of train"):
+        prepare.run(params_with())
+    shutil.copy("data/prepared/train.parquet", "data/prepared/heldout.parquet")
+    with pytest.raises(ValueError, match="every prompt of .*heldout.parquet is also in train"):
+        choose_tasks(params_with().evaluate)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -114,6 +151,42 @@ def test_prepare_names_a_bad_row(world: Path, row: Mapping[str, Any], message: s
     with pytest.raises(ValueError, match=re.escape(f"art/main.parquet, {message}")):
         prepare.run(params_with())
     assert not Path("data/prepared").exists()
+
+
+def test_prepare_names_the_first_bad_rows_and_counts_all_before_it_decodes_any(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    small = toy.encoded(np.zeros((9, 64, 3), np.uint8))
+    for number, row in enumerate(rows[1:21]):
+        row |= ({"caption": " "}, {"image": None}, {"image": small})[number % 3]
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    monkeypatch.setattr(prepare, "prepared", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with())
+    first, *others, last = str(caught.value).split("; ")
+    start = "prepare.dataset: 20 of 24 images can't be used: "
+    assert first == f"{start}art/main.parquet, row 1: the caption is empty"
+    assert "row 2: column 'image' holds no encoded image" in others[0]
+    assert others[1].startswith("art/main.parquet, row 3: 64x9 pixels, fewer")
+    assert [int(re.findall(r"row (\d+)", each)[0]) for each in others] == list(range(2, 11))
+    assert last == "and 10 more"
+
+
+def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
+    Path("pictures").mkdir()
+    Image.new("RGB", (50, 40)).save("pictures/0.png")
+    lines = ['{"file_name": "0.png", "caption": "thing"}', "{", '{"file_name": "1.png"}']
+    lines += ['{"file_name": "0.png"}', '{"file_name": "0.png", "caption": null}']
+    Path("pictures/metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
+    assert str(caught.value).split(": ", 2)[2].split("; ") == [
+        "pictures/metadata.jsonl, line 2: not JSON",
+        "pictures/metadata.jsonl, line 3: there is no pictures/1.png",
+        "pictures/metadata.jsonl, line 4: no 'caption'",
+        "pictures/metadata.jsonl, line 5: the caption is empty",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -168,6 +241,13 @@ def test_a_failed_run_leaves_the_last_result(world: Path) -> None:
 
 
 # cache, distill, halve
+
+
+def test_cache_refuses_images_of_another_size_than_the_bases(world: Path) -> None:
+    prepare.run(params_with(prepare={"resolution": 24}))
+    with pytest.raises(ValueError, match=r"prepare.resolution: 24 pixels, but .* images of 32,"):
+        cache.run(params_with())
+    assert not list(Path("data").glob("cache/*"))
 
 
 def test_cache_builds_only_what_is_missing(world: Path) -> None:
@@ -648,6 +728,7 @@ def test_an_inception_beside_the_judge_gives_fid_and_kid(inside: Path) -> None:
 
     shutil.copytree("models/judge", "models/published", dirs_exist_ok=True)
     torch.jit.script(InceptionLike()).save(f"models/published/{INCEPTION}")
+    check_judge("models/published")
     judge = Judge("models/published", torch.device("cpu"))
     assert judge.name == "models/published (Inception V3; CLIP score by CLIP)"
     assert judge.features(images).shape == (5, 2048)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from components import lineage, snapshot
+from components import lineage, paths, snapshot
 from components.cli import main
 from components.environment import quiet
 from components.lineage import git_commit, lock_hash
@@ -354,6 +354,25 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     said = run("make", "-C", str(folder), "demo", "INSTALLED=Makefile", "PY=echo")
     assert said.returncode == 0, said.stderr
     assert "-m flows distill" in said.stdout
+
+
+def test_make_clean_and_git_take_no_input_for_what_stages_write(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", ".gitignore"):
+        shutil.copy(ROOT / name, tmp_path)
+    inputs = ["data/captioned/0.parquet", "data/references/comics/0.png", "data/prompts.txt"]
+    written = [path for path in vars(paths).values() if isinstance(path, Path)]
+    assert paths.PREPARED in written and paths.CACHE in written
+    written += [f"data/.{name}.{end}" for name in ("prepared", "cache") for end in ("old", "1.new")]
+    for name in (*inputs, *(Path(path, "file") for path in written)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    listed = ["git", "-C", str(tmp_path), "ls-files", "--others", "--exclude-standard", "data"]
+    assert sorted(run(*listed).stdout.split()) == sorted(inputs)
+    assert run("make", "-C", str(tmp_path), "clean").returncode == 0
+    assert all((tmp_path / name).exists() for name in inputs)
+    assert not any((tmp_path / name).exists() for name in written)
 
 
 ROOM, FULL = (f"echo; echo '//a server/disk 9 9 {free} 9% /'" for free in (99999999, 4999999))

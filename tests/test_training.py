@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.cache import CacheBuilder, Example, TeacherCache, build_cache
@@ -30,6 +30,7 @@ from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, train
 from tests.conftest import BASE, CACHE_CONFIG, changed, roused
+from tests.toy import ddim
 from tests.workers import run_workers
 
 TRAIN = TrainConfig(
@@ -312,6 +313,47 @@ def test_the_halving_target_takes_the_student_where_two_teacher_steps_go(
         z_s = schedule.ddim_step(z_m, teacher(z_m, m_B, conditions), m_B, s_B)
         landed = schedule.ddim_step(z, eps, t_B, s_B)
         torch.testing.assert_close(landed, z_s, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps_offset", [0, 1])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_the_teachers_two_steps_share_each_step_of_the_student(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, spacing: str, steps_offset: int
+) -> None:
+    asked: list[torch.Tensor] = []
+
+    def zeros(z: torch.Tensor, t_B: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        asked.append(t_B)
+        return torch.zeros_like(z)
+
+    training = dataclasses.replace(HALVE_TRAIN, batch_size=64)
+    config = HalveConfig(train=training, start_steps=32, end_steps=4, timestep_spacing=spacing)
+    scheduler = ddim(steps_offset=steps_offset, set_alpha_to_one=False)  # as Stable Diffusion's
+    for this in rounds_of(config):
+        own = DDIMScheduler.from_config(scheduler.config, timestep_spacing=spacing)
+        own.set_timesteps(this.num_steps)
+        ends = dict(zip(own.timesteps.tolist(), [*own.timesteps[1:].tolist(), -1], strict=True))
+        loss_fn = halving_objective(zeros, zeros, cache, scheduler, config, this, pipe.unet.device)
+        asked.clear()
+        assert loss_fn(0, slice(0, 64)).isfinite().all()
+        for t, m, own_t in zip(*(each.long().tolist() for each in asked), strict=True):
+            assert t == own_t and t in ends
+            # to a timestep, as they are whole; and no teacher is asked at the end
+            assert abs((t - m) - (m - ends[t])) <= 1.5 and m >= 0, (this.num_steps, t)
+
+
+@torch.no_grad()
+def test_where_a_step_keeps_the_noise_the_halving_target_is_the_teachers_eps(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    schedule = NoiseSchedule.from_scheduler(ddim(set_alpha_to_one=False))
+    z = torch.randn((2, 4, 4, 4), generator=torch.Generator().manual_seed(0))
+    c = torch.zeros(2, 16, 32)
+    conditions = Conditions(c_BLD=c, n_BLD=c, w_B=torch.ones(2))
+    teacher = PlainDenoiser(pipe.unet, schedule)
+    t_B, s_B = torch.tensor([0, 0]), torch.tensor([-1, -1])
+    eps = halving_target(teacher, schedule, z_t=z, t_B=t_B, m_B=t_B, s_B=s_B, conditions=conditions)
+    assert torch.equal(eps, teacher(z, t_B, conditions))
 
 
 def test_the_truncated_snr_loss_is_the_larger_of_x_and_eps_error(

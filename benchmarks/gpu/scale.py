@@ -21,7 +21,7 @@ from benchmarks.cost import TINY_SHARE, unet_config
 from benchmarks.plan import NAMES, PRESETS
 from components.params import Params, load_params
 from pnp_core.files import read_json
-from pnp_core.single_file import LAYOUTS
+from pnp_core.model_files import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)

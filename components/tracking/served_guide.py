@@ -79,9 +79,9 @@ class ServedGuide(PythonModel):
     def _pipeline(self, asked: dict[str, Any]) -> Any:
         """The pipeline of a base or fine-tune with the guide in it, opened once."""
         from pnp_core.fine_tunes import load_model
+        from pnp_core.model_files import configs_of
         from pnp_core.models import load_pipeline
         from pnp_core.plug import plug, unplug
-        from pnp_core.single_file import configs_of
 
         base = asked.get("base") or os.environ.get(BASE) or self._base
         if not base:

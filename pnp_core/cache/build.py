@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -174,10 +174,10 @@ class CacheBuilder:
         return {"mean": torch.cat(means), "std": torch.cat(stds), "prompt": rows}
 
     def to_tensor(self, example: Example) -> Tensor:
-        """RGB in [-1, 1] at the base's resolution, cropped at the centre where it is not square."""
+        """RGB in [-1, 1] at the base's resolution, upright, cropped at the centre if not square."""
         size = self.image_size
         encoded = example.image() if callable(example.image) else example.image
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
         if image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
