@@ -1,8 +1,10 @@
 """The teacher cache holds what the teacher says, and notices when it does not."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -435,3 +437,44 @@ def test_a_cache_made_with_another_scheduler_is_refused_naming_the_difference(
 def test_no_examples_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data set is empty"):
         builder(pipe, [], tmp_path)
+
+
+def test_a_key_is_the_hash_of_all_that_its_shard_depends_on_as_json() -> None:
+    """Written out for each name by itself: caches that there are keep their keys."""
+    nasty = replace(IDENTITY, prompts=("", '"name": "text", ', "naïve\n"), size=7)
+    common = {
+        "version": 1,
+        "prompts": nasty.prompts,
+        "size": 7,
+        "dtypes": nasty.dtypes,
+        "precision": "fp32",
+    }
+    of_moments = {"vae": "vae", "data": "data", "shard_size": 16}
+    for name in (*ALL, "moments-00001", "pairs-00001"):
+        depends: dict[str, Any] = {**common, "name": name}
+        if name.startswith("moments"):
+            depends |= of_moments
+        else:
+            depends["text"] = "text"
+        if name == "" or name.startswith("pairs"):
+            depends |= asdict(nasty)
+        text = json.dumps(depends, sort_keys=True, default=str)
+        assert nasty.key(name) == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_prompts_are_written_out_once_for_all_shards_of_a_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dumps, written = json.dumps, []
+
+    def counted(value: Any, **options: Any) -> str:
+        text: str = dumps(value, **options)
+        written.append("a long prompt" in text)
+        return text
+
+    monkeypatch.setattr(json, "dumps", counted)
+    identity = replace(IDENTITY, prompts=("", "a long prompt"))
+    for number in range(50):
+        for kind in ("moments", "pairs"):
+            identity.key(f"{kind}-{number:05d}")
+    assert sum(written) <= 3
