@@ -33,7 +33,8 @@ def run(params: Params) -> None:
     """
     if params.storage:
         Mirror(params.storage).check()
-    builder = cache_builder(params)
+    # Workers compute, and this process plans: the GPU is theirs.
+    builder = cache_builder(params, on_cpu=params.cluster.num_workers > 0)
     plan = builder.plan
     mirror = cache_mirror(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -123,19 +124,22 @@ def forget_damaged() -> None:
             path.unlink()
 
 
-def cache_builder(params: Params) -> "CacheBuilder":
+def cache_builder(params: Params, *, on_cpu: bool = False) -> "CacheBuilder":
     """The builder of the whole cache: the base, its companions and the prepared examples.
 
+    `on_cpu`: it holds the models there, also where there is a GPU.
     Images are read as they are encoded: there may be more than a worker's memory has room for.
     Raises ValueError for prepared data that can't be read.
     """
+    import torch
+
     from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, Example
     from pnp_core.identity import base_identity
 
     path = PREPARED / "train.parquet"
     images = PreparedImages(path)
-    pipe = load_base(params.base)
+    pipe = load_base(params.base, torch.device("cpu") if on_cpu else None)
     return CacheBuilder(
         pipe,
         [

@@ -52,11 +52,15 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         )
     if into.exists() and not into.is_dir():
         raise ValueError(f"--into {into}: it is a file; name a folder")
+    from components.device import left_to_workers
+
     judges = open_judges(params, model)
     for line in lacking(params, reads_text=judges[0][0].reads_text):
         print(f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True)
     work = Work.of(params, model, guide)
-    sample_missing(work, model)
+    on_gpu = [work.sampler.pipe, work.sampler.bundle, *(judge for judge, _ in judges)]
+    with left_to_workers(*on_gpu if params.cluster.num_workers else ()):
+        sample_missing(work, model)
     evaluation = measure(work, model, judges)
     with atomic_folder(into / model) as folder:
         evaluation.save(folder)

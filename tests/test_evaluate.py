@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, evaluate, judging, prepare, references, register, sampling
+from components import dataset, device, evaluate, judging, prepare, references, register, sampling
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
@@ -564,6 +564,41 @@ def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
     evaluate.sampling(params, "base", BUNDLE, own)
     with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
         evaluate.sampling(params, "base", BUNDLE, other)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_while_ray_workers_sample_nothing_of_this_process_is_on_its_gpu(
+    inside: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, cpu = torch.device("cpu", 0), torch.device("cpu")  # told apart by name alone
+    on: dict[str, torch.device] = {}
+    while_sampling: list[set[torch.device]] = []
+    monkeypatch.setattr(device, "device", lambda: gpu)
+    for cls in (DiffusionPipeline, GuideBundle, Judge):
+
+        def to(self: Any, target: torch.device, cls: Any = cls, move: Any = cls.to) -> Any:
+            on[cls.__name__] = target
+            return move(self, target)
+
+        monkeypatch.setattr(cls, "to", to)
+    judge = Judge.__init__
+
+    def opened(self: Judge, folder: str, target: torch.device) -> None:
+        on["Judge"] = target
+        judge(self, folder, target)
+
+    monkeypatch.setattr(Judge, "__init__", opened)
+
+    def sample(*_: Any) -> None:
+        while_sampling.append({*on.values()})
+
+    monkeypatch.setattr(evaluate, "sample_missing", sample)
+    values = toy.toy_params()
+    values["cluster"]["num_workers"] = num_workers
+    toy.write_params(Path(), values)
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert while_sampling == [{cpu if num_workers else gpu}]
+    assert len(on) == 3 and {*on.values()} == {gpu}, "measured where there is a GPU"
 
 
 def sample_and_lose_a_worker(params: Params, **named: Any) -> Callable[[str], None]:
