@@ -5,7 +5,6 @@ checksummed shards. Shards that are there are not computed again. With `storage`
 there, whoever built them, and data/cache keeps the index only; training reads them from there.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Set
 from functools import partial
 from itertools import chain
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from components.cli import main
 from components.cluster import run_tasks
 from components.dataset import PreparedImages, read_prompts
+from components.disk import check_room, megabytes
 from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
@@ -53,7 +53,8 @@ def run(params: Params) -> None:
         f"{len(plan.num_rows) - len(missing)} shards are there",
         flush=True,
     )
-    check_room(sum(plan.num_bytes[name] for name in missing - built))
+    needed = sum(plan.num_bytes[name] for name in missing - built)
+    check_room("cache", CACHE, needed, "lower cache.num_forward or cache.num_trajectory")
     if mirror and missing:
         fetch_missing([n for n in plan.phases[0] if n in there], builder, mirror)  # for pairs
     build_missing(params, builder, mirror, missing)
@@ -99,16 +100,6 @@ def build_missing(
         builder.tell = count
         for name in chain(*phases):
             build(name, builder, mirror)
-
-
-def check_room(needed: int) -> None:
-    """Raises ValueError if the disk can't hold so many bytes."""
-    free = shutil.disk_usage(CACHE).free
-    if free < needed:
-        raise ValueError(
-            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
-            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
-        )
 
 
 def forget_damaged() -> None:
@@ -185,11 +176,6 @@ def fetch_missing(names: Iterable[str], builder: "CacheBuilder", mirror: Mirror)
     for name in names:
         if not builder.is_built(name):
             write_bytes(builder.path(name), mirror.read(builder.path(name).name))
-
-
-def megabytes(num_bytes: int) -> str:
-    """A size for people, in millions of bytes."""
-    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -284,13 +284,13 @@ class _TaskWorker:
         params: Params,
         place: Path | Shipment,
     ) -> None:
-        _settle(place)
         self._returns = place.made if isinstance(place, Shipment) else None
-        self._make, self._params = make, params
+        self._make, self._params, self._place = make, params, place
         self._work: Callable[[str], None] | None = None
 
     def do(self, task: str) -> tuple[str, dict[Path, bytes]]:
-        if self._work is None:  # not sooner: a worker that loads a model must answer too
+        if self._work is None:  # not sooner: a worker that fetches and loads must answer too
+            _settle(self._place)
             self._work = self._make(self._params)
         before = self._made()
         self._work(task)

@@ -258,6 +258,21 @@ def test_what_another_worker_is_writing_does_not_come_back(tmp_path: Path) -> No
     assert set(worker._made()) == {tmp_path / "key/made.parquet"}
 
 
+def test_a_worker_answers_before_it_has_fetched_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[Path] = []
+    monkeypatch.setattr("components.cluster._settle", settled.append)
+    done: list[tuple[str, list[Path]]] = []
+    params: Any = None
+    worker = _TaskWorker(lambda _: lambda task: done.append((task, [*settled])), params, tmp_path)
+    worker.ping()
+    assert not settled
+    for task in ("one", "two"):
+        worker.do(task)
+    assert done == [("one", [tmp_path]), ("two", [tmp_path])], "once, and before the first task"
+
+
 def test_a_file_is_sent_once_for_everybody(
     world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
