@@ -5,7 +5,6 @@ checksummed shards. Shards that are there are not computed again. With `storage`
 there, whoever built them, and data/cache keeps the index only; training reads them from there.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Set
 from functools import partial
 from itertools import chain
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from components.cli import main
 from components.cluster import run_tasks
 from components.dataset import PreparedImages, read_prompts
+from components.disk import check_room, megabytes
 from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
 from components.progress import Progress
@@ -33,7 +33,8 @@ def run(params: Params) -> None:
     """
     if params.storage:
         Mirror(params.storage).check()
-    builder = cache_builder(params)
+    # Workers compute, and this process plans: the GPU is theirs.
+    builder = cache_builder(params, on_cpu=params.cluster.num_workers > 0)
     plan = builder.plan
     mirror = cache_mirror(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,8 @@ def run(params: Params) -> None:
         f"{len(plan.num_rows) - len(missing)} shards are there",
         flush=True,
     )
-    check_room(sum(plan.num_bytes[name] for name in missing - built))
+    needed = sum(plan.num_bytes[name] for name in missing - built)
+    check_room("cache", CACHE, needed, "lower cache.num_forward or cache.num_trajectory")
     if mirror and missing:
         fetch_missing([n for n in plan.phases[0] if n in there], builder, mirror)  # for pairs
     build_missing(params, builder, mirror, missing)
@@ -100,16 +102,6 @@ def build_missing(
             build(name, builder, mirror)
 
 
-def check_room(needed: int) -> None:
-    """Raises ValueError if the disk can't hold so many bytes."""
-    free = shutil.disk_usage(CACHE).free
-    if free < needed:
-        raise ValueError(
-            f"cache: {megabytes(needed)} to write, but the disk of {CACHE} has "
-            f"{megabytes(free)} left: lower cache.num_forward or cache.num_trajectory"
-        )
-
-
 def forget_damaged() -> None:
     """Delete shards that are not what the index of an earlier run says, so that they are built."""
     from pnp_core.files import sha256_file
@@ -123,20 +115,23 @@ def forget_damaged() -> None:
             path.unlink()
 
 
-def cache_builder(params: Params) -> "CacheBuilder":
+def cache_builder(params: Params, *, on_cpu: bool = False) -> "CacheBuilder":
     """The builder of the whole cache: the base, its companions and the prepared examples.
 
+    `on_cpu`: it holds the models there, also where there is a GPU.
     Images are read as they are encoded: there may be more than a worker's memory has room for.
     Raises ValueError for prepared data that can't be read, and for images of another size than the
     base makes.
     """
+    import torch
+
     from components.device import load_base, load_companions
     from pnp_core.cache import CacheBuilder, Example
     from pnp_core.identity import base_identity
 
     path = PREPARED / "train.parquet"
     images = PreparedImages(path)
-    pipe = load_base(params.base)
+    pipe = load_base(params.base, torch.device("cpu") if on_cpu else None)
     manifest = read_json(PREPARED / "manifest.json")
     builder = CacheBuilder(
         pipe,
@@ -189,11 +184,6 @@ def fetch_missing(names: Iterable[str], builder: "CacheBuilder", mirror: Mirror)
     for name in names:
         if not builder.is_built(name):
             write_bytes(builder.path(name), mirror.read(builder.path(name).name))
-
-
-def megabytes(num_bytes: int) -> str:
-    """A size for people, in millions of bytes."""
-    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

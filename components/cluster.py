@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -284,13 +284,13 @@ class _TaskWorker:
         params: Params,
         place: Path | Shipment,
     ) -> None:
-        _settle(place)
         self._returns = place.made if isinstance(place, Shipment) else None
-        self._make, self._params = make, params
+        self._make, self._params, self._place = make, params, place
         self._work: Callable[[str], None] | None = None
 
     def do(self, task: str) -> tuple[str, dict[Path, bytes]]:
-        if self._work is None:  # not sooner: a worker that loads a model must answer too
+        if self._work is None:  # not sooner: a worker that fetches and loads must answer too
+            _settle(self._place)
             self._work = self._make(self._params)
         before = self._made()
         self._work(task)
@@ -326,13 +326,24 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(ray.train.torch.get_device())
     rank = ray.train.get_context().get_world_rank()
+    params = arguments["params"]
 
-    def report(num_images: int, metrics: Mapping[str, float]) -> None:
+    def tell(report: tuple[int, dict[str, float]] | str) -> None:
+        ray.get(arguments["reports"].add.remote(report))
+
+    sending: AbstractContextManager[Callable[[], None]] = nullcontext(lambda: None)
+    if isinstance(place, Shipment):
+        place.resume(torch.distributed.barrier)
         if rank == 0:
-            ray.get(arguments["reports"].add.remote((num_images, dict(metrics))))
+            sending = place.sending(tell=tell, limit_s=60 * params.cluster.wait_minutes)
+    with sending as check:
 
-    with place.sending() if isinstance(place, Shipment) and rank == 0 else nullcontext():
-        arguments["work"](arguments["params"], report)
+        def report(num_images: int, metrics: Mapping[str, float]) -> None:
+            if rank == 0:
+                check()
+                tell((num_images, dict(metrics)))
+
+        arguments["work"](params, report)
 
 
 def _settle(place: Path | Shipment) -> None:

@@ -1,9 +1,10 @@
 """Where this process computes, and the base model there."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,14 +48,28 @@ def gpu_memory_gb() -> float | None:
     return memory / 1e9
 
 
-def load_base(path: str) -> "DiffusionPipeline":
-    """The base at `path`, frozen, on this process's device."""
+@contextmanager
+def left_to_workers(*owners: Any) -> Iterator[None]:
+    """While open, what has a method `to` is in host memory, and this process's GPU is free.
+
+    After an error it stays there: the GPU may be full.
+    """
+    for owner in owners:
+        owner.to(torch.device("cpu"))
+    torch.cuda.empty_cache()
+    yield
+    for owner in owners:
+        owner.to(device())
+
+
+def load_base(path: str, on: torch.device | None = None) -> "DiffusionPipeline":
+    """The base at `path`, frozen, on this process's device unless another is named."""
     from pnp_core.models import load_pipeline
 
     # Where fp32 is asked for, ten bits of mantissa will do, as fp16 has them. The eight of bf16
     # would cost the teacher's guidance, a small difference of large predictions.
     torch.backends.cuda.matmul.allow_tf32 = True
-    return frozen(load_pipeline(path, device=device()))
+    return frozen(load_pipeline(path, device=on or device()))
 
 
 def load_for_training(

@@ -8,17 +8,20 @@ images.json, which tells where the pictures are.
 """
 
 import argparse
+import io
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.cli import main
 from components.cluster import run_tasks
 from components.curves import few, write_curves
+from components.dataset import PreparedImages, encode, read_prompts
+from components.disk import check_room
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, batches
 from components.methods import label_of
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 # Raised when the same images get other numbers than before: evaluations are then not compared.
 MEASURED_BY = 2
 FORWARDS_OF_DECODING = 3
+IMAGES_WEIGHED = 32  # at most, to tell what one takes on disk
 FVU_SHARE = 3  # one prompt for so many images, at most NUM_FVU_PROMPTS
 
 
@@ -52,11 +56,15 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         )
     if into.exists() and not into.is_dir():
         raise ValueError(f"--into {into}: it is a file; name a folder")
+    from components.device import left_to_workers
+
     judges = open_judges(params, model)
     for line in lacking(params, reads_text=judges[0][0].reads_text):
         print(f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True)
     work = Work.of(params, model, guide)
-    sample_missing(work, model)
+    on_gpu = [work.sampler.pipe, work.sampler.bundle, *(judge for judge, _ in judges)]
+    with left_to_workers(*on_gpu if params.cluster.num_workers else ()):
+        sample_missing(work, model)
     evaluation = measure(work, model, judges)
     with atomic_folder(into / model) as folder:
         evaluation.save(folder)
@@ -103,8 +111,17 @@ class Work:
     folder: Path
 
     @classmethod
-    def of(cls, params: Params, model: str, folder: Path = BUNDLE) -> "Work":
-        """Open the model. Raises ValueError if the guide doesn't fit it."""
+    def of(
+        cls,
+        params: Params,
+        model: str,
+        folder: Path = BUNDLE,
+        tasks: Sequence[Task] | None = None,
+    ) -> "Work":
+        """Open the model. Raises ValueError if the guide doesn't fit it.
+
+        `tasks`: where they are not chosen here, from the prepared data.
+        """
         from components.device import device
         from components.rows import load_row
         from components.sampling import Sampler, choose_tasks, settings_of, with_negatives
@@ -112,7 +129,7 @@ class Work:
         from pnp_core.identity import model_identity
 
         row = params.models[model]
-        tasks = choose_tasks(params.evaluate, row)
+        tasks = choose_tasks(params.evaluate, row) if tasks is None else list(tasks)
         pipe = load_row(row, params.base)
         bundle = GuideBundle.load(folder).to(device())
         for guide in bundle.guides.values():
@@ -201,6 +218,10 @@ def sample_missing(work: Work, model: str) -> None:
     total = len(work.tasks) * len(work.recipes) + 2 * len(work.negative_tasks)
     done = total - sum(len(tasks) for _, tasks in todo)
     print(f"evaluate {model}: {total:,} images, {done:,} are there", flush=True)
+    work.kept.folder.mkdir(parents=True, exist_ok=True)
+    needed = (total - done) * image_bytes(work)
+    remedy = "make room, or ask for fewer images (evaluate.num_images, num_steps)"
+    check_room(f"evaluate {model}", work.kept.folder, needed, remedy)
     progress = Progress(f"evaluate {model}", total, "images")
     sizes = {work.named(setting, tasks): (setting, len(tasks)) for setting, tasks in todo}
     to_do = sum(forwards(setting) * num_images for setting, num_images in sizes.values())
@@ -218,12 +239,18 @@ def sample_missing(work: Work, model: str) -> None:
     params = work.sampler.params
     if params.cluster.num_workers:
         precision = work.sampler.precision
-        make = partial(sampling, model=model, folder=work.folder, precision=precision)
-        row = params.models[model]
-        needs = [Path(params.base), Path(row.path), work.folder, PREPARED]
+        of: dict[str, Any] = {
+            "model": model,
+            "folder": work.folder,
+            "precision": precision,
+            "tasks": work.tasks,
+        }
+        needs = [Path(params.base), Path(params.models[model].path), work.folder]
         shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
         name = f"evaluate {model}"
-        run_tasks(make, params, [list(sizes)], count, name=name, shipment=shipment)
+        run_tasks(
+            partial(sampling, **of), params, [list(sizes)], count, name=name, shipment=shipment
+        )
         work.kept.look_again()
     else:
         for setting, tasks in todo:
@@ -231,18 +258,38 @@ def sample_missing(work: Work, model: str) -> None:
             count(work.named(setting, tasks))
 
 
+def image_bytes(work: Work) -> int:
+    """About what an image of the model takes on disk.
+
+    As much as prepared ones do without loss, the mean of some: the more, the more pixels it has.
+    """
+    from PIL import Image
+
+    images = PreparedImages(PREPARED / "train.parquet")
+    count = len(read_prompts(PREPARED / "train.parquet"))
+    numbers = range(0, count, -(-count // IMAGES_WEIGHED))
+    opened = (Image.open(io.BytesIO(images.read(number))) for number in numbers)
+    taken = sum(len(encode(image.convert("RGB"))) for image in opened) / len(numbers)
+    pipe = work.sampler.pipe
+    edge = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    ratio = edge / read_json(PREPARED / "manifest.json")["resolution"]
+    return round(taken * ratio**2)
+
+
 def forwards(setting: Setting) -> int:
     """About how long an image takes, in plain forwards, its decoding included."""
     return setting.num_steps * (2 if setting.method == "cfg" else 1) + FORWARDS_OF_DECODING
 
 
-def sampling(params: Params, model: str, folder: Path, precision: str) -> Callable[[str], None]:
+def sampling(
+    params: Params, model: str, folder: Path, precision: str, tasks: Sequence[Task]
+) -> Callable[[str], None]:
     """The work of each Ray worker: it opens the model once, and then makes batches by name.
 
     Raises ValueError on a machine that computes in another precision than where this began: its
     images would be others, and not be found there.
     """
-    work = Work.of(params, model, folder)
+    work = Work.of(params, model, folder, tasks)
     if (own := work.sampler.precision) != precision:
         raise ValueError(
             f"evaluate.precision: {params.evaluate.precision} is {own} on {socket.gethostname()}, "

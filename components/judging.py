@@ -71,6 +71,13 @@ class Judge:
         """The kind that it computes on, such as `cpu`."""
         return self._device.type
 
+    def to(self, device: torch.device) -> None:
+        """Compute there from now on."""
+        self._device = device
+        for network in (self._clip, self._model, self._inception):
+            if network is not None:
+                network.to(device)
+
     def features(self, images: np.ndarray) -> np.ndarray:
         """What FID and KID compare: uint8 images (N, height, width, 3) to features (N, D)."""
         return self._in_batches(self._see if self._inception else self._embed, images)

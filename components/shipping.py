@@ -11,17 +11,21 @@ import socket
 import tarfile
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from components.params import Params
+from components.progress import clock
 from components.storage import Mirror
-from pnp_core.files import sha256_file, write_directory
+from pnp_core.files import sha256_file, write_directory, write_text
 
 FILES, WORK = "files", "work"  # below `storage`
+WRITER = "writer"  # who has sent checkpoints last
 TAR = ".tar"
 SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -53,15 +57,14 @@ class Shipment:
         return Mirror(self.storage, f"{WORK}/{self.name}/{part}")
 
     def unpack(self) -> None:
-        """On a worker: go to a folder that has the inputs, no others, and the last checkpoints.
+        """On a worker: go to a folder that has the inputs, and no others.
 
         Ray's own is shared by all who run the same code on a cluster, and outlives them.
         """
         if Path.cwd().name != self.home:
             Path(self.home).mkdir(exist_ok=True)
             os.chdir(self.home)
-        with open(".unpacking", "w") as lock:  # workers of a node share the folder
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _alone():
             for folder in self.folders:
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 for path in Path(folder).rglob("*"):
@@ -74,29 +77,51 @@ class Shipment:
                     files.fetch(sha256, path)
                     if sha256_file(path) != sha256:
                         raise ValueError(f"{files.url}/{sha256} is not what was sent as {name}")
-            if self.kept:  # nobody trains before all have it
-                pull(self.mirror("kept"), self.kept, is_there=True)
+
+    def resume(self, wait_for_all: Callable[[], object]) -> None:
+        """On each worker of a group, after `unpack`: all have the last checkpoints, the same.
+
+        The node that sent the last may have later ones, which were not sent before a worker was
+        lost: it sends them first. `wait_for_all` returns when every worker has called it.
+        """
+        assert self.kept
+        with _alone():
+            if self._is_writer():
+                push(self.kept, self.mirror("kept"), {})
+        wait_for_all()
+        with _alone():
+            pull(self.mirror("kept"), self.kept, is_there=True)
+
+    def _is_writer(self) -> bool:
+        """Whether nobody has sent checkpoints since this node did."""
+        try:
+            last = self.mirror("").read(WRITER).decode()
+        except FileNotFoundError:
+            return False
+        return self._mark.exists() and self._mark.read_text() == last
+
+    @property
+    def _mark(self) -> Path:
+        """On a node that sends: under which name it did."""
+        return Path(f".{self.name}-{WRITER}")
 
     @contextmanager
-    def sending(self) -> Iterator[None]:
-        """On the worker that writes: checkpoints are sent as they come, and last what is made."""
+    def sending(
+        self, *, tell: Callable[[str], None], limit_s: float
+    ) -> Iterator[Callable[[], None]]:
+        """On the worker that writes: checkpoints are sent as they come, and last what is made.
+
+        What could not be sent is sent again with the next look, and `tell` hears of it. Yields what
+        raises OSError if nothing could be sent for `limit_s` seconds. Raises OSError at once if
+        `storage` may not be written.
+        """
         assert self.kept and self.made
-        mirror, over = self.mirror("kept"), threading.Event()
-        sent: dict[str, int] = {}
-        folder = self.kept
-
-        def follow() -> None:
-            while not over.wait(SECONDS_BETWEEN_LOOKS):
-                push(folder, mirror, sent)
-
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-        push(folder, mirror, sent)
+        write_text(self._mark, uuid.uuid4().hex)
+        self.mirror("").send(self._mark, WRITER)
+        sender = _Sender(self.kept, self.mirror("kept"), tell, limit_s)
+        with sender:
+            yield sender.check
+        sender.push()
         send(self.made, self.mirror("made"))
 
     def bring(self) -> None:
@@ -105,6 +130,62 @@ class Shipment:
         pull(self.mirror("kept"), self.kept)
         pull(self.mirror("made"), self.made.parent)
         self.mirror("").forget()
+
+
+class _Sender:
+    """Sends what comes into a folder, in a thread of its own while the block runs."""
+
+    def __init__(
+        self, folder: Path, mirror: Mirror, tell: Callable[[str], None], limit_s: float
+    ) -> None:
+        self._folder, self._mirror, self._tell, self._limit_s = folder, mirror, tell, limit_s
+        self._sent: dict[str, int] = {}
+        self._failing: tuple[float, Exception] | None = None  # since when, and why
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def push(self) -> None:
+        """Send what has come since."""
+        push(self._folder, self._mirror, self._sent)
+
+    def check(self) -> None:
+        """Raise OSError if sending has failed for the limit."""
+        if self._failing and time.monotonic() - self._failing[0] >= self._limit_s:
+            raise OSError(
+                f"{self._folder}: no checkpoint could be sent for {clock(self._limit_s)}, "
+                f"cluster.wait_minutes: {self._failing[1]}. The same command goes on from the last "
+                "that was sent, or from later ones on the node that has them"
+            ) from self._failing[1]
+
+    def _follow(self) -> None:
+        while not self._over.wait(SECONDS_BETWEEN_LOOKS):
+            try:
+                self.push()
+            except Exception as error:  # each of fsspec's backends has its own
+                before, now = self._failing, time.monotonic()
+                self._failing = before[0] if before else now, error
+                if before is None:
+                    line = f"{self._folder}: could not send checkpoints, trying again: {error}"
+                    self._tell(line)
+            else:
+                before, self._failing = self._failing, None
+                if before is not None:
+                    self._tell(f"{self._folder}: checkpoints are sent again")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Workers of a node share the folder, and come into it one after another."""
+    with open(".unpacking", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def pack(
@@ -171,8 +252,10 @@ def push(folder: Path, mirror: Mirror, sent: dict[str, int]) -> None:
     """Send what has changed of a folder since it was `sent`: files, and folders as a whole."""
     there = {path.name: path for path in folder.glob("[!.]*") if path.name != "ray"}
     for name, path in there.items():
-        changed = path.stat().st_mtime_ns
-        if sent.get(name) != changed:
+        changed = None
+        with suppress(FileNotFoundError):  # gone meanwhile
+            changed = path.stat().st_mtime_ns
+        if changed is not None and sent.get(name) != changed:
             send(path, mirror)
             sent[name] = changed
 

@@ -143,13 +143,17 @@ class TextStates(NamedTuple):
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: DiffusionPipeline, prompts: Sequence[str], batch_size: int = 64
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    batch_size: int = 64,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> TextStates:
-    """The prompts as the pipeline's UNet reads them, float32 on the CPU.
+    """The prompts as the pipeline's UNet reads them, on the CPU in this dtype.
 
     The empty prompt stands for no prompt: where the pipeline has zeros for it, so have we.
     """
-    states, pooled = [], []
+    result: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         encoded = pipe.encode_prompt(
@@ -158,16 +162,17 @@ def encode_prompts(
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
-        states.append(encoded[0].float().cpu())
-        if is_xl(pipe):
-            pooled.append(encoded[2].float().cpu())
-    result = TextStates(torch.cat(states), torch.cat(pooled) if pooled else None)
+        parts = [encoded[0], encoded[2]] if is_xl(pipe) else [encoded[0]]
+        if not result:  # of all prompts at once: they are many GB
+            result = [torch.empty((len(prompts), *x.shape[1:]), dtype=dtype) for x in parts]
+        for x, part in zip(result, parts, strict=True):
+            x[start : start + len(batch)] = part.float().cpu()
     if pipe.config.get("force_zeros_for_empty_prompt"):
-        empty_N = torch.tensor([prompt == "" for prompt in prompts])
-        for x in result:
-            if x is not None:
-                x[empty_N] = 0
-    return result
+        for row, prompt in enumerate(prompts):
+            if prompt == "":
+                for x in result:
+                    x[row] = 0
+    return TextStates(result[0], result[1] if len(result) > 1 else None)
 
 
 def pooled_width(config: Mapping[str, Any]) -> int:

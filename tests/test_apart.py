@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pytest
 import s3fs
 from safetensors.torch import load_file
 
-from components import cache, distill, evaluate, halve, prepare
+from components import cache, distill, evaluate, halve, prepare, shipping
 from components.cluster import _TaskWorker
 from components.environment import quiet
 from components.joining import joined
@@ -79,11 +79,12 @@ def test_a_worker_has_what_was_sent_and_the_driver_what_it_made(
     write(home / "models/base/of-another-run", "older")
     monkeypatch.chdir(node)
     shipment.unpack()
+    shipment.resume(alone)
     assert Path.cwd() == home and (node / "models/base/of-another-checkout").exists()
     assert {path: Path(path).read_bytes() for path in shipment.inputs} == sent
     assert not Path("models/base/of-another-run").exists()
     assert [path.name for path in RUNS.iterdir()] == ["checkpoint.pt"]
-    with shipment.sending():
+    with sending(shipment):
         write(RUNS / "checkpoint.pt", "step 2")
         write(RUNS / "steps-16/guide", "16")
         write(DISTILLED / "guide", "weights")
@@ -96,25 +97,149 @@ def test_a_worker_has_what_was_sent_and_the_driver_what_it_made(
     assert not s3fs.S3FileSystem().find(f"{s3}/work"), "nothing of the run is left there"
 
 
-def test_a_worker_that_is_lost_costs_what_was_not_yet_sent(
+def alone() -> None:
+    """What a worker waits for that has no others."""
+
+
+def sending(shipment: Shipment, told: list[str] | None = None, limit_s: float = 60.0) -> Any:
+    return shipment.sending(tell=([] if told is None else told).append, limit_s=limit_s)
+
+
+@pytest.fixture
+def nodes(
     world: Path, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shipment = packed(far(s3, num_workers=1))
-    nodes = [tmp_path / name for name in ("first", "second")]
-    for node in nodes:
-        node.mkdir()
-    monkeypatch.chdir(nodes[0])
-    shipment.unpack()
-    with suppress(ConnectionError), shipment.sending():
-        write(RUNS / "checkpoint.pt", "step 1")
-        deadline = time.monotonic() + 20
-        while not shipment.mirror("kept").names():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+) -> tuple[Shipment, Callable[[str], None]]:
+    """A shipment, and what goes to the node of a name, where a worker starts."""
+    shipment = packed(far(s3, num_workers=2))
+    monkeypatch.setattr(shipping, "SECONDS_BETWEEN_LOOKS", 0.05)
+
+    def start(name: str) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        shipment.unpack()
+        shipment.resume(alone)
+
+    return shipment, start
+
+
+Nodes = tuple[Shipment, Callable[[str], None]]
+
+
+def until(reached: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """From now on nothing may be written to `storage`."""
+
+    def send(*_: Any) -> None:
+        raise PermissionError("storage: may not write")
+
+    monkeypatch.setattr("components.storage.Mirror.send", send)
+    return monkeypatch
+
+
+CHECKPOINT = RUNS / "checkpoint.pt"
+
+
+def train_and_be_lost(shipment: Shipment, sent: str, unsent: str = "") -> None:
+    """A worker's checkpoints, the last of which does not get away."""
+    kept = shipment.mirror("kept")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        suppress(ConnectionError),
+        sending(shipment),
+    ):
+        write(CHECKPOINT, sent)
+        until(lambda: kept.names() and kept.read(CHECKPOINT.name) == sent.encode())
+        forbid(patch)
+        if unsent:
+            write(CHECKPOINT, unsent)
         raise ConnectionError
-    monkeypatch.chdir(nodes[1])
-    shipment.unpack()
-    assert (RUNS / "checkpoint.pt").read_text() == "step 1"
+
+
+def test_a_worker_that_is_lost_costs_what_was_not_yet_sent(nodes: Nodes) -> None:
+    shipment, start = nodes
+    start("first")
+    train_and_be_lost(shipment, "step 1")
+    start("second")
+    assert CHECKPOINT.read_text() == "step 1"
+
+
+def test_all_go_on_from_a_later_checkpoint_of_the_node_that_sent_the_last(nodes: Nodes) -> None:
+    shipment, start = nodes
+    start("first")
+    train_and_be_lost(shipment, "step 1", "step 2")
+    there = []
+    shipment.resume(lambda: there.append(shipment.mirror("kept").read(CHECKPOINT.name)))
+    assert there == [b"step 2"], "before any worker takes what is there"
+    assert CHECKPOINT.read_text() == "step 2"
+    start("second")
+    assert CHECKPOINT.read_text() == "step 2"
+
+
+def test_checkpoints_of_a_node_that_others_have_gone_beyond_are_replaced(nodes: Nodes) -> None:
+    shipment, start = nodes
+    start("first")
+    train_and_be_lost(shipment, "step 1", "step 2, unsent")
+    there = CHECKPOINT.absolute()
+    with pytest.MonkeyPatch.context() as patch:  # it does not come back at first
+        patch.setattr(Shipment, "_is_writer", lambda _: False)
+        start("second")
+    assert CHECKPOINT.read_text() == "step 1"
+    train_and_be_lost(shipment, "step 3")
+    assert there.read_text() == "step 2, unsent"
+    start("first")
+    assert CHECKPOINT.read_text() == "step 3"
+
+
+def test_what_could_not_be_sent_is_told_and_sent_later(nodes: Nodes) -> None:
+    shipment, start = nodes
+    start("first")
+    told: list[str] = []
+    with sending(shipment, told) as check:
+        with pytest.MonkeyPatch.context() as patch:
+            forbid(patch)
+            write(CHECKPOINT, "step 1")
+            until(lambda: told)
+            check()
+        until(lambda: len(told) == 2)
+        assert shipment.mirror("kept").read(CHECKPOINT.name) == b"step 1"
+        write(DISTILLED / "guide", "weights")
+    assert told == [
+        f"{RUNS}: could not send checkpoints, trying again: storage: may not write",
+        f"{RUNS}: checkpoints are sent again",
+    ]
+
+
+def test_training_is_stopped_if_nothing_can_be_sent_for_the_limit(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipment, start = nodes
+    start("first")
+    told: list[str] = []
+    with (
+        pytest.raises(OSError, match=r"sent for 0:00, cluster.wait_minutes: storage: may not"),
+        sending(shipment, told, limit_s=0.2) as check,
+    ):
+        forbid(monkeypatch)
+        write(CHECKPOINT, "step 1")
+        until(lambda: told)
+        time.sleep(0.3)
+        check()
+
+
+def test_a_place_that_may_not_be_written_is_told_before_training(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipment, start = nodes
+    start("first")
+    forbid(monkeypatch)
+    with pytest.raises(PermissionError, match="may not write"), sending(shipment):
+        pytest.fail("trained")
 
 
 def test_configs_beside_a_single_file_travel_with_it(world: Path, s3: str) -> None:
@@ -131,6 +256,21 @@ def test_what_another_worker_is_writing_does_not_come_back(tmp_path: Path) -> No
     write(tmp_path / "key/made.parquet", "whole")
     write(tmp_path / "key/.other.parquet.01234567.new/other.parquet", "half")
     assert set(worker._made()) == {tmp_path / "key/made.parquet"}
+
+
+def test_a_worker_answers_before_it_has_fetched_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[Path] = []
+    monkeypatch.setattr("components.cluster._settle", settled.append)
+    done: list[tuple[str, list[Path]]] = []
+    params: Any = None
+    worker = _TaskWorker(lambda _: lambda task: done.append((task, [*settled])), params, tmp_path)
+    worker.ping()
+    assert not settled
+    for task in ("one", "two"):
+        worker.do(task)
+    assert done == [("one", [tmp_path]), ("two", [tmp_path])], "once, and before the first task"
 
 
 def test_a_file_is_sent_once_for_everybody(

@@ -1,16 +1,29 @@
 """The teacher cache holds what the teacher says, and notices when it does not."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from pnp_core.cache import CacheBuilder, Example, Pairs, TeacherCache, build_cache, plan_cache
+from pnp_core.cache import (
+    CacheBuilder,
+    Example,
+    Pairs,
+    TeacherCache,
+    build,
+    build_cache,
+    plan_cache,
+)
 from pnp_core.cache.identity import CacheIdentity
 from pnp_core.models import encode_prompts
 from tests.conftest import BASE, CACHE_CONFIG, changed
@@ -72,6 +85,81 @@ def test_a_row_of_latents_does_not_depend_on_the_part_asked_for(cache: TeacherCa
     whole = latents(slice(0, 8))
     for all_rows, half in zip(whole, latents(slice(4, 8)), strict=True):
         assert torch.equal(all_rows[4:], half)
+
+
+class Made(TorchDispatchMode):
+    """What tensors are computed while it is open, by dtype and shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: set[tuple[torch.dtype, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor):
+                self.tensors.add((x.dtype, tuple(x.shape)))
+        return made
+
+
+def test_of_all_prompts_only_what_is_stored_is_held(
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "ROWS_CHECKED", 64)
+    more = [f"further {number}" for number in range(193)]
+    made = builder(pipe, examples, tmp_path, None, more)
+    with Made() as while_building:
+        made.build("text")
+    stored = load_file(made.path("text"))["states"]
+    held = {dtype for dtype, shape in while_building.tensors if shape == stored.shape}
+    assert len(stored) == 200 and held == {torch.half}
+    assert torch.equal(stored, encode_prompts(pipe, made.prompts).states_NLD.half())
+
+
+def test_text_that_half_precision_can_not_hold_is_refused_wherever_it_is(
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(build, "ROWS_CHECKED", 3)
+    encode = pipe.encode_prompt
+
+    def encoded(prompts: list[str], **options: Any) -> list[torch.Tensor]:
+        states, *others = encode(prompts, **options)
+        states[-1, 0, 0] = 1e5
+        return [states, *others]
+
+    pipe.encode_prompt = encoded
+    with pytest.raises(ValueError, match="Shard text: states has values that half precision can't"):
+        builder(pipe, examples, tmp_path).build("text")
+
+
+def test_of_images_in_several_shards_pairs_read_the_rows_of_theirs(
+    pipe: StableDiffusionPipeline, examples: list[Example], cache_folder: Path
+) -> None:
+    made = builder(pipe, examples, cache_folder)
+    names = [name for name in made.plan.phases[0] if name != "text"]
+    shards = [load_file(made.path(name)) for name in names]
+    image_B = torch.tensor([23, 0, 16, 15, 0])
+    for key in ("mean", "std", "prompt"):
+        whole = torch.cat([shard[key] for shard in shards])
+        assert len(shards) == 2 and torch.equal(made.moment_rows(key, image_B), whole[image_B])
+
+
+def test_pairs_are_made_without_the_latents_of_all_images_in_memory(
+    pipe: StableDiffusionPipeline, examples: list[Example], own_cache: Path
+) -> None:
+    made = builder(pipe, examples, own_cache)
+    for name in made.plan.phases[1]:
+        made.path(name).unlink()
+        with Made() as while_building:
+            made.build(name)
+        sizes = {shape[0] for _, shape in while_building.tensors if len(shape) == 4}
+        assert sizes and len(examples) not in sizes
 
 
 Trajectories = Callable[..., Pairs]
@@ -349,3 +437,44 @@ def test_a_cache_made_with_another_scheduler_is_refused_naming_the_difference(
 def test_no_examples_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data set is empty"):
         builder(pipe, [], tmp_path)
+
+
+def test_a_key_is_the_hash_of_all_that_its_shard_depends_on_as_json() -> None:
+    """Written out for each name by itself: caches that there are keep their keys."""
+    nasty = replace(IDENTITY, prompts=("", '"name": "text", ', "naïve\n"), size=7)
+    common = {
+        "version": 1,
+        "prompts": nasty.prompts,
+        "size": 7,
+        "dtypes": nasty.dtypes,
+        "precision": "fp32",
+    }
+    of_moments = {"vae": "vae", "data": "data", "shard_size": 16}
+    for name in (*ALL, "moments-00001", "pairs-00001"):
+        depends: dict[str, Any] = {**common, "name": name}
+        if name.startswith("moments"):
+            depends |= of_moments
+        else:
+            depends["text"] = "text"
+        if name == "" or name.startswith("pairs"):
+            depends |= asdict(nasty)
+        text = json.dumps(depends, sort_keys=True, default=str)
+        assert nasty.key(name) == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_prompts_are_written_out_once_for_all_shards_of_a_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dumps, written = json.dumps, []
+
+    def counted(value: Any, **options: Any) -> str:
+        text: str = dumps(value, **options)
+        written.append("a long prompt" in text)
+        return text
+
+    monkeypatch.setattr(json, "dumps", counted)
+    identity = replace(IDENTITY, prompts=("", "a long prompt"))
+    for number in range(50):
+        for kind in ("moments", "pairs"):
+            identity.key(f"{kind}-{number:05d}")
+    assert sum(written) <= 3

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import os
 import shutil
 import signal
@@ -11,28 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, evaluate, judging, prepare, references, register, sampling
+from components import dataset, device, evaluate, judging, prepare, references, register, sampling
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.judging import Judge
 from components.measuring import Sampled, measure_negatives
 from components.params import Params, load_params
-from components.paths import BUNDLE
+from components.paths import BUNDLE, PREPARED
 from components.pictures import grid
 from components.references import References
 from components.sampling import Sampler
 from components.scores import RealImages
 from pnp_core import cores
 from pnp_core.bundle import GuideBundle
-from pnp_core.files import read_json
+from pnp_core.files import read_json, write_json
 from pnp_core.guide import Guide, GuideConfig
 from tests import toy
 from tests.conftest import roused
@@ -40,6 +43,7 @@ from tests.conftest import roused
 pytest_plugins = ["tests.toy"]
 quiet()
 
+TRAIN = PREPARED / "train.parquet"
 Made = Counter[tuple[Setting, Task]]
 
 
@@ -561,9 +565,89 @@ def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
     params = params_with()
     own = evaluate.Work.of(params, "base").sampler.precision
     other = "bf16" if own == "fp32" else "fp32"
-    evaluate.sampling(params, "base", BUNDLE, own)
+    tasks = evaluate.Work.of(params, "base").tasks
+    evaluate.sampling(params, "base", BUNDLE, own, tasks)
     with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
-        evaluate.sampling(params, "base", BUNDLE, other)
+        evaluate.sampling(params, "base", BUNDLE, other, tasks)
+
+
+def test_a_worker_makes_its_batches_without_prepared_data(inside: Path, made: Made) -> None:
+    """Of which nothing is sent to nodes that do not see this folder."""
+    params = params_with()
+    here = evaluate.Work.of(params, "base")
+    setting = here.cfg
+    name = here.named(setting, here.tasks[3:5])
+    shutil.rmtree("data")
+    make = evaluate.sampling(params, "base", BUNDLE, here.sampler.precision, here.tasks)
+    make(name)
+    assert made == Counter((setting, task) for task in here.tasks[3:5])
+
+
+def test_a_disk_that_can_not_hold_the_images_is_refused_before_any_is_made(
+    inside: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = Path("results/sampled"), Path("data/prepared/manifest.json")
+    with Image.open(io.BytesIO(pq.read_table(TRAIN)["image"][0]["bytes"].as_py())) as image:
+        image.save(file := io.BytesIO(), "JPEG", quality=50)
+        image = Image.open(file)
+        image.save(whole := io.BytesIO(), "WEBP", lossless=True, quality=50, method=2)
+    rows = pq.read_table(TRAIN).to_pylist()
+    rows = [row | {"image": {"bytes": file.getvalue(), "path": None}} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), TRAIN)
+    shutil.rmtree(folder)
+    work = evaluate.Work.of(params_with(), "base")
+    expected = len(whole.getvalue())
+    assert evaluate.image_bytes(work) == expected != len(file.getvalue())
+    values = read_json(manifest)
+    write_json(manifest, values | {"resolution": values["resolution"] // 2})
+    assert evaluate.image_bytes(work) == 4 * expected, "four times the pixels"
+    write_json(manifest, values)
+
+    num_images = sum(len(tasks) for _, tasks in work.missing())
+    enough = num_images * evaluate.image_bytes(work)
+    free = type("Usage", (), {"free": enough - 1})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match=r"sampled/base has .* ask for fewer images"):
+        evaluate.sample_missing(work, "base")
+    assert not made
+    free.free = enough
+    monkeypatch.setattr(evaluate.Work, "make", lambda *_: None)
+    evaluate.sample_missing(work, "base")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_while_ray_workers_sample_nothing_of_this_process_is_on_its_gpu(
+    inside: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, cpu = torch.device("cpu", 0), torch.device("cpu")  # told apart by name alone
+    on: dict[str, torch.device] = {}
+    while_sampling: list[set[torch.device]] = []
+    monkeypatch.setattr(device, "device", lambda: gpu)
+    for cls in (DiffusionPipeline, GuideBundle, Judge):
+
+        def to(self: Any, target: torch.device, cls: Any = cls, move: Any = cls.to) -> Any:
+            on[cls.__name__] = target
+            return move(self, target)
+
+        monkeypatch.setattr(cls, "to", to)
+    judge = Judge.__init__
+
+    def opened(self: Judge, folder: str, target: torch.device) -> None:
+        on["Judge"] = target
+        judge(self, folder, target)
+
+    monkeypatch.setattr(Judge, "__init__", opened)
+
+    def sample(*_: Any) -> None:
+        while_sampling.append({*on.values()})
+
+    monkeypatch.setattr(evaluate, "sample_missing", sample)
+    values = toy.toy_params()
+    values["cluster"]["num_workers"] = num_workers
+    toy.write_params(Path(), values)
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert while_sampling == [{cpu if num_workers else gpu}]
+    assert len(on) == 3 and {*on.values()} == {gpu}, "measured where there is a GPU"
 
 
 def sample_and_lose_a_worker(params: Params, **named: Any) -> Callable[[str], None]:

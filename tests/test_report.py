@@ -219,6 +219,28 @@ def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) 
     assert worst in fewer[0].pictures
 
 
+def test_as_sampled_only_a_batch_of_images_is_held_at_a_time(
+    results: Path, evaluations: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = [], Gallery.files
+
+    def files(self: Gallery, setting: Setting, tasks: Any = None) -> list[bytes]:
+        found = read(self, setting, tasks)
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(Gallery, "files", files)
+    monkeypatch.setattr(gallery, "IMAGES_AT_ONCE", 7)
+    for first, worst in ((16, 16), (3, 2)):
+        monkeypatch.setattr(gallery, "NUM_FIRST", first)
+        monkeypatch.setattr(gallery, "NUM_WORST", worst)
+        asked.clear()
+        sets, kept = gallery.gather(evaluations)
+        assert max(asked) == max(7, first + worst) < NUM_TASKS
+        assert kept == shown[1], "whatever the batch"
+    assert {len(one.pictures) for one in sets} == {5}
+
+
 def test_large_images_are_made_small() -> None:
     file = io.BytesIO()
     Image.new("RGB", (768, 512)).save(file, "PNG")

@@ -362,6 +362,25 @@ def test_cache_refuses_a_disk_that_cannot_hold_it(
     assert not list(Path("data/cache").iterdir())
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_gpu_is_left_to_ray_workers_that_build_the_cache(
+    world: Path, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(cluster={"num_workers": num_workers})
+    prepare.run(params)
+    where: set[str] = set()
+
+    def build(_: Params, builder: Any, *__: Any) -> None:
+        networks = [*builder.teachers, builder.pipe.vae, builder.pipe.text_encoder]
+        where.update(x.device.type for network in networks for x in network.parameters())
+
+    monkeypatch.setattr("components.device.device", lambda: torch.device("meta"))
+    monkeypatch.setattr(cache, "build_missing", build)
+    with pytest.raises(ValueError, match="lacks text"):
+        cache.run(params)
+    assert where == {"cpu" if num_workers else "meta"}
+
+
 def test_distill_resumes_in_the_same_mlflow_run(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

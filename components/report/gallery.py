@@ -6,7 +6,7 @@ where the guide is furthest from CFG. The same task by every way of sampling.
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import numpy as np
 from PIL import Image
 
 from components.evaluation import Evaluation
-from components.images import Gallery, Setting, Task
+from components.images import Gallery, Setting, Task, batches
 from components.pictures import grid
+from components.progress import Progress
 
 FILE = "pictures.parquet"
 EDGE = 256  # pixels at most
 QUALITY = 90  # of WebP
 NUM_FIRST, NUM_WORST = 16, 16  # of a model at one number of steps
+IMAGES_AT_ONCE = 64  # of each way in memory, as they were sampled
 # Of all pictures, in bytes of their file; the page has a third more, as base64. Where there are too
 # many models and steps for it, each has fewer pictures.
 MOST_BYTES = 3 * 2**20
@@ -110,13 +112,19 @@ def gather(
     """
     kept: dict[tuple[str, int, str, int], bytes] = {}
     sets = []
+    total = sum(len(one.num_steps) * one.num_images for one in evaluations.values())
+    progress = Progress("pictures", total, "images")
     for model, evaluation in evaluations.items():
         pictures = Gallery.open(model)
         for num_steps in evaluation.num_steps:
             made = _Images(pictures, evaluation, num_steps)
-            for task, image in made.by_way["guided"].items():
-                kept[model, num_steps, task.prompt, task.seed] = small(image)
-            sets.append(_chosen(made, model, num_steps, champion))
+            psnrs: dict[Task, float] = {}
+            for batch in batches(pictures.tasks, IMAGES_AT_ONCE):
+                for task, guided, psnr in made.compared(batch):
+                    kept[model, num_steps, task.prompt, task.seed] = guided
+                    psnrs[task] = psnr
+                progress(len(kept))
+            sets.append(_chosen(made, psnrs, model, num_steps, champion))
     total = sum(len(image) for one in sets for p in one.pictures for image in p.images.values())
     if total > most_bytes:
         sets = [_fewer(one, most_bytes / total) for one in sets]
@@ -125,8 +133,11 @@ def gather(
 
 def small(image: bytes) -> bytes:
     """An image file as WebP of at most `EDGE` pixels a side."""
-    with Image.open(io.BytesIO(image)) as opened:
-        picture = opened.convert("RGB")
+    return _as_small(_opened(image))
+
+
+def _as_small(picture: Image.Image) -> bytes:
+    """The same of an open picture, which it makes small in place."""
     picture.thumbnail((EDGE, EDGE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=QUALITY, method=4)
@@ -180,48 +191,55 @@ class _Images:
 
     def __init__(self, pictures: Gallery, evaluation: Evaluation, num_steps: int) -> None:
         self.labels = {"unguided": "Unguided", "cfg": "CFG", "guided": "Guided"}
+        self._pictures = pictures
         scale, half = evaluation.guidance_scale, num_steps // 2
-        settings = {way: Setting(way, num_steps, "ddim", scale) for way in self.labels}
+        self._settings = {way: Setting(way, num_steps, "ddim", scale) for way in self.labels}
         for solver, name in {"dpmsolver++": "DPM++ 2M", "ddim": "DDIM"}.items():
             setting = Setting("cfg", half, solver, scale)
-            if EQUAL_COST not in settings and setting in pictures.settings:
-                settings[EQUAL_COST] = setting
+            if EQUAL_COST not in self._settings and setting in pictures.settings:
+                self._settings[EQUAL_COST] = setting
                 self.labels[EQUAL_COST] = f"CFG at equal cost ({half} steps, {name})"
-        self.by_way = {
-            way: dict(zip(pictures.tasks, pictures.files(setting), strict=True))
-            for way, setting in settings.items()
-        }
 
-    def psnrs(self) -> dict[Task, float]:
-        """Of guided to CFG, in dB."""
+    def files(self, way: str, tasks: Sequence[Task]) -> list[bytes]:
+        """The encoded images of these tasks, in their order."""
+        return self._pictures.files(self._settings[way], tasks)
+
+    def compared(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, bytes, float]]:
+        """Each task with its guided picture, made small, and the PSNR of guided to CFG, in dB."""
         from pnp_core.metrics import psnr
 
-        cfg = self.by_way["cfg"]
-        return {
-            task: float(psnr(_pixels(image), _pixels(cfg[task]))[0])
-            for task, image in self.by_way["guided"].items()
-        }
+        images = zip(self.files("guided", tasks), self.files("cfg", tasks), strict=True)
+        for task, (guided, cfg) in zip(tasks, images, strict=True):
+            picture = _opened(guided)
+            similar = float(psnr(np.asarray(picture)[None], _pixels(cfg))[0])
+            yield task, _as_small(picture), similar
 
 
 def _chosen(
-    made: _Images, model: str, num_steps: int, champion: GuidedPictures | None
+    made: _Images,
+    psnrs: Mapping[Task, float],
+    model: str,
+    num_steps: int,
+    champion: GuidedPictures | None,
 ) -> PictureSet:
-    psnrs = made.psnrs()
-    tasks = list(made.by_way["guided"])
-    first = set(tasks[:NUM_FIRST])
-    rest = sorted((task for task in psnrs if task not in first), key=psnrs.__getitem__)
-    pictures = []
-    for task in tasks:
-        if task in first or task in rest[:NUM_WORST]:
-            images = {way: small(found[task]) for way, found in made.by_way.items()}
-            other = champion.of(model, num_steps, task) if champion else None
-            if other is not None:
-                images["champion"] = other
-            pictures.append(Picture(task=task, psnr=psnrs[task], images=images))
+    tasks = list(psnrs)
+    first = tasks[:NUM_FIRST]
+    rest = sorted(tasks[NUM_FIRST:], key=psnrs.__getitem__)
+    shown = {*first, *rest[:NUM_WORST]}
+    chosen = [task for task in tasks if task in shown]
+    images: dict[Task, dict[str, bytes]] = {task: {} for task in chosen}
+    for way in made.labels:
+        for task, image in zip(chosen, made.files(way, chosen), strict=True):
+            images[task][way] = small(image)
+    for task in chosen:
+        other = champion.of(model, num_steps, task) if champion else None
+        if other is not None:
+            images[task]["champion"] = other
     order = ("unguided", "cfg", EQUAL_COST, "guided")
-    ways = {way: made.labels[way] for way in order if way in made.by_way}
-    if any("champion" in picture.images for picture in pictures):
+    ways = {way: made.labels[way] for way in order if way in made.labels}
+    if any("champion" in found for found in images.values()):
         ways["champion"] = "Champion"
+    pictures = [Picture(task=task, psnr=psnrs[task], images=images[task]) for task in chosen]
     return PictureSet(
         model=model, num_steps=num_steps, ways=ways, pictures=pictures, num_tasks=len(tasks)
     )
@@ -236,7 +254,11 @@ def _fewer(one: PictureSet, share: float) -> PictureSet:
     return replace(one, pictures=[picture for picture in one.pictures if picture in chosen])
 
 
+def _opened(image: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(image)) as opened:
+        return opened.convert("RGB")
+
+
 def _pixels(image: bytes) -> np.ndarray:
     """uint8 (1, height, width, 3)."""
-    with Image.open(io.BytesIO(image)) as opened:
-        return np.asarray(opened.convert("RGB"))[None]
+    return np.asarray(_opened(image))[None]

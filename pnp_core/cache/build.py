@@ -36,6 +36,7 @@ from pnp_core.settings import CacheConfig
 from pnp_core.shards import Fetch, shuffled
 
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
+ROWS_CHECKED = 1024  # at once: a check takes several times the memory of what it looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class CacheBuilder:
             mixed_precision(self.pipe.unet.device.type, self.config.precision),
         ):
             if kind == TEXT:
-                states_NLD, pooled_NP = encode_prompts(self.pipe, self.prompts)
+                states_NLD, pooled_NP = encode_prompts(self.pipe, self.prompts, dtype=torch.half)
                 tensors = {"states": states_NLD}
                 if pooled_NP is not None:
                     tensors |= {"pooled": pooled_NP, "time_ids": time_ids_of(self.pipe)}
@@ -152,7 +153,7 @@ class CacheBuilder:
         for key, tensor in tensors.items():
             if tensor.is_floating_point():
                 tensors[key] = tensor.half()
-                if not tensors[key].isfinite().all():
+                if not all(part.isfinite().all() for part in tensors[key].split(ROWS_CHECKED)):
                     raise ValueError(
                         f"Shard {name}: {key} has values that half precision can't hold."
                     )
@@ -191,12 +192,20 @@ class CacheBuilder:
         return load_file(self.path(TEXT))
 
     @cached_property
-    def moments(self) -> dict[str, Tensor]:
-        """The moments of all images, in the examples' order; their shards must be built."""
-        shards = [load_file(self.path(name)) for name in self.plan.phases[0] if name != TEXT]
-        # Autocast on a CPU can't concatenate half precision.
-        with torch.autocast("cpu", enabled=False):
-            return {key: torch.cat([shard[key] for shard in shards]) for key in shards[0]}
+    def moments(self) -> list[dict[str, Tensor]]:
+        """The shards of moments, which must be built; memory-mapped: only rows used are read."""
+        return [load_file(self.path(name)) for name in self.plan.phases[0] if name != TEXT]
+
+    def moment_rows(self, key: str, image_B: Tensor) -> Tensor:
+        """Rows of these examples in the shards of moments, of what is called ``key`` there."""
+        of_first = self.moments[0][key]
+        rows = torch.empty((len(image_B), *of_first.shape[1:]), dtype=of_first.dtype)
+        shard_B = image_B // self.config.shard_size
+        for number in shard_B.unique().tolist():
+            here = shard_B == number
+            local = image_B[here] - number * self.config.shard_size
+            rows[here] = self.moments[number][key][local]
+        return rows
 
     def build_pairs(self, number: int) -> dict[str, Tensor]:
         """One shard of teacher pairs: at noised data, or along trajectories, by its number."""
@@ -275,12 +284,12 @@ class CacheBuilder:
         """Teacher predictions at noised data."""
         positions = torch.arange(start, start + count)
         image_B = shuffled(positions, (len(self.examples),), num_shuffled=1, seed=self.config.seed)
-        mean, std = self.moments["mean"][image_B].float(), self.moments["std"][image_B].float()
+        mean, std = (self.moment_rows(key, image_B).float() for key in ("mean", "std"))
         x = mean + std * torch.randn(mean.shape, generator=generator)
         t_B = torch.randint(self.schedule.num_train_timesteps, (count,), generator=generator)
         # The teacher must see exactly the z_t that is stored, hence the rounding to half first.
         z_t = self.schedule.add_noise(x, torch.randn(x.shape, generator=generator), t_B).half()
-        prompt_B = self.moments["prompt"][image_B]
+        prompt_B = self.moment_rows("prompt", image_B)
         negative_B = self.negatives(count, generator)
         return self.predict(self.pipe.unet, z_t, t_B, prompt_B, negative_B)
 
@@ -297,13 +306,14 @@ class CacheBuilder:
         low, high = config.guidance_scale
         w_B = low + (high - low) * torch.rand(count, generator=generator)
         image_B = torch.randint(len(self.examples), (count,), generator=generator)
-        prompt_B, negative_B = self.moments["prompt"][image_B], self.negatives(count, generator)
+        prompt_B = self.moment_rows("prompt", image_B)
+        negative_B = self.negatives(count, generator)
         if self.num_further:
             first = len(self.prompts) - self.num_further
             further_B = torch.randint(first, len(self.prompts), (count,), generator=generator)
             coin_B = torch.rand(count, generator=generator) < 0.5
             prompt_B = torch.where(coin_B, further_B, prompt_B)
-        z_t = torch.randn((count, *self.moments["mean"].shape[1:]), generator=generator)
+        z_t = torch.randn((count, *self.moments[0]["mean"].shape[1:]), generator=generator)
         interval = num_timesteps / max(1, config.trajectory_steps - 1)
         grid = [torch.full((count,), num_timesteps - 1)]
         for k in range(config.trajectory_steps - 1):

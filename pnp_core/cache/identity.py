@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pnp_core.cache.plan import TEXT
@@ -38,24 +39,48 @@ class CacheIdentity:
 
     def key(self, name: str) -> str:
         """Of one shard; of the whole cache for the name ``""``."""
-        kind = name.partition("-")[0]
-        depends: dict[str, Any] = {
+        if name not in self._keys:
+            kind = name.partition("-")[0]
+            before, after = self._around_name[kind if kind in (TEXT, "moments") else ""]
+            text = f"{before}{json.dumps(name)}{after}"
+            self._keys[name] = hashlib.sha256(text.encode()).hexdigest()[:32]
+        return self._keys[name]
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        return {}
+
+    @cached_property
+    def _around_name(self) -> dict[str, tuple[str, str]]:
+        """What a key is the hash of, as JSON before and after the shard's name, by kind of shard.
+
+        All shards of a kind share it: there may be thousands, of a hundred thousand prompts.
+        """
+        common: dict[str, Any] = {
             "version": VERSION,
-            "name": name,
             "prompts": self.prompts,
             "size": self.size,
             "dtypes": self.dtypes,
             "precision": self.config.precision,
-            "text": self.base.text,
         }
-        if kind == "moments":  # a row names its prompt by number, whatever reads the prompts
-            del depends["text"]
-            depends |= {"vae": self.base.vae, "data": self.data_hash}
-            depends["shard_size"] = self.config.shard_size
-        elif kind != TEXT:
-            depends |= dataclasses.asdict(self)
-        text = json.dumps(depends, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        of_text = {**common, "text": self.base.text}
+        # A row names its prompt by number, whatever reads the prompts.
+        of_moments = {**common, "vae": self.base.vae, "data": self.data_hash}
+        of_moments["shard_size"] = self.config.shard_size
+        of_pairs = {**of_text, **dataclasses.asdict(self)}
+        return {
+            TEXT: _around("name", of_text),
+            "moments": _around("name", of_moments),
+            "": _around("name", of_pairs),
+        }
+
+
+def _around(key: str, values: dict[str, Any]) -> tuple[str, str]:
+    """JSON of an object with sorted keys, before and after the value of a further key."""
+    items = {k: json.dumps(v, sort_keys=True, default=str) for k, v in values.items()}
+    before = "".join(f"{json.dumps(k)}: {v}, " for k, v in sorted(items.items()) if k < key)
+    after = "".join(f", {json.dumps(k)}: {v}" for k, v in sorted(items.items()) if k > key)
+    return f"{{{before}{json.dumps(key)}: ", f"{after}}}"
 
 
 def differences(
