@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from components.cli import main
+from components.disk import megabytes
 from components.lineage import hash_of
 from components.params import Params
 from components.paths import CACHE, EVALUATED, JUDGED, RUNS, SAMPLED
@@ -272,11 +273,6 @@ def ask(*command: str) -> str | None:
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(command, env=os.environ | {"PATH": tools}, capture_output=True, text=True)
     return f"{done.stdout}{done.stderr}".strip() if done.returncode == 0 else None
-
-
-def megabytes(num_bytes: int) -> str:
-    """In units of 10^6 bytes."""
-    return f"{num_bytes / 1e6:,.0f} MB"
 
 
 if __name__ == "__main__":

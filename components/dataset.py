@@ -137,15 +137,16 @@ def fit(record: Record, resolution: int) -> tuple[Any, bool]:
     centre, transparency becomes white. Raises ValueError if it can't be decoded or is smaller.
     """
     from PIL import Image, ImageOps
-    from PIL.ExifTags import Base
+
+    from pnp_core.orientation import is_upright, upright
 
     with _opened(record) as opened:
         opened.load()
-        is_turned = opened.getexif().get(Base.Orientation, 1) != 1
-        image: Image.Image = ImageOps.exif_transpose(opened)
+        as_is = is_upright(opened)
+        image: Image.Image = upright(opened)
     _check_size(record, image.size, resolution)
     if image.mode == "RGB" and image.size == (resolution, resolution):
-        return image, not is_turned
+        return image, as_is
     if image.mode != "RGB":
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -213,7 +214,10 @@ def columns_of(reference: str, params: Params) -> dict[str, str]:
 
 def check_reference(reference: str, params: Params) -> None:
     """Raise ValueError if there are no two images in a reference, as far as no image is read."""
-    num_images = count_records(Path(reference), **columns_of(reference, params))
+    columns = columns_of(reference, params)
+    for _ in _entries(Path(reference), columns["caption_column"], _raised):
+        pass
+    num_images = count_records(Path(reference), **columns)
     if num_images < 2:
         raise ValueError(f"{reference} has {num_images} images: too few")
 
@@ -312,26 +316,39 @@ def _read_parquet(
 
 
 def _read_folder(path: Path, caption_column: str, refuse: Refuse) -> Iterator[Record]:
+    for entry, where in _entries(path, caption_column, refuse):
+        image = (path / entry["file_name"]).read_bytes()
+        yield Record(image, entry[caption_column] or "", entry.get("split"), where)
+
+
+def _entries(
+    path: Path, caption_column: str, refuse: Refuse
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The lines of a folder's metadata.jsonl, and where they are; none if it has no such file."""
     metadata = path / "metadata.jsonl"
-    for number, line in enumerate(metadata.read_text().splitlines(), start=1):
+    lines = metadata.read_text().splitlines() if metadata.exists() else []
+    for number, line in enumerate(lines, start=1):
         if line.strip():
+            where = f"{metadata}, line {number}"
             try:
-                record = _read_line(path, line, f"{metadata}, line {number}", caption_column)
+                entry = _entry(path, line, where, caption_column)
             except ValueError as error:
                 refuse(error)
                 continue
-            yield record
+            yield entry, where
 
 
-def _read_line(path: Path, line: str, where: str, caption_column: str) -> Record:
-    """What a line of a folder's metadata.jsonl says. Raises ValueError if it lacks something."""
+def _entry(path: Path, line: str, where: str, caption_column: str) -> dict[str, Any]:
+    """What a line of metadata.jsonl says. Raises ValueError if it lacks something."""
     try:
-        entry = json.loads(line)
-        image = (path / entry["file_name"]).read_bytes()
-        return Record(image, entry[caption_column] or "", entry.get("split"), where)
+        entry: dict[str, Any] = json.loads(line)
+        image, _ = path / entry["file_name"], entry[caption_column]
     except json.JSONDecodeError:
         raise ValueError(f"{where}: not JSON") from None
     except KeyError as error:
         raise ValueError(f"{where}: no {error}") from None
-    except FileNotFoundError:
-        raise ValueError(f"{where}: there is no {path / entry['file_name']}") from None
+    except TypeError:
+        raise ValueError(f"{where}: no object with file_name and {caption_column}") from None
+    if not image.is_file():
+        raise ValueError(f"{where}: there is no {image}")
+    return entry

@@ -219,7 +219,7 @@ def sample_missing(work: Work, model: str) -> None:
     done = total - sum(len(tasks) for _, tasks in todo)
     print(f"evaluate {model}: {total:,} images, {done:,} are there", flush=True)
     work.kept.folder.mkdir(parents=True, exist_ok=True)
-    needed = (total - done) * image_bytes(work)
+    needed = (total - done) * image_bytes(work) if todo else 0
     remedy = "make room, or ask for fewer images (evaluate.num_images, num_steps)"
     check_room(f"evaluate {model}", work.kept.folder, needed, remedy)
     progress = Progress(f"evaluate {model}", total, "images")

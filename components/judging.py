@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor
 
+from pnp_core.model_files import PICKLES
+
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ON_DISK = {"local_files_only": True}
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
 OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **ON_DISK}
@@ -170,7 +171,7 @@ def pooled_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
 def objection(folder: str, error: Exception) -> str:
     """Why a folder that can't be opened is no judge, and what to do where that is known."""
     files = [file for file in Path(folder).glob("*") if file.name != INCEPTION]
-    pickled = sorted(file.name for file in files if file.suffix in PICKLED)
+    pickled = sorted(file.name for file in files if file.suffix in PICKLES)
     if pickled and not any(file.suffix == ".safetensors" for file in files):
         return (
             f"has pickled weights ({pickled[0]}), and nothing is unpickled here: open the model "

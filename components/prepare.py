@@ -99,6 +99,7 @@ def check_records(
         except ValueError as error:
             refuse(error)
         progress(number + 1)
+    progress(num_records)
     if num_bad > 1:
         more = f"; and {num_bad - len(told)} more" if num_bad > len(told) else ""
         raise ValueError(

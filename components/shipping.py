@@ -88,6 +88,7 @@ class Shipment:
         with _alone():
             if self._is_writer():
                 push(self.kept, self.mirror("kept"), {})
+                self._mark.unlink()  # once is enough for all workers of this node
         wait_for_all()
         with _alone():
             pull(self.mirror("kept"), self.kept, is_there=True)
@@ -172,12 +173,15 @@ class _Sender:
                 before, now = self._failing, time.monotonic()
                 self._failing = before[0] if before else now, error
                 if before is None:
-                    line = f"{self._folder}: could not send checkpoints, trying again: {error}"
-                    self._tell(line)
+                    self._say(f"could not send checkpoints, trying again: {error}")
             else:
                 before, self._failing = self._failing, None
                 if before is not None:
-                    self._tell(f"{self._folder}: checkpoints are sent again")
+                    self._say("checkpoints are sent again")
+
+    def _say(self, line: str) -> None:
+        with suppress(Exception):  # to go on sending matters more
+            self._tell(f"{self._folder}: {line}")
 
 
 @contextmanager

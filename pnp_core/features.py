@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pnp_core.calls import now
 from pnp_core.guide.kind import DecoderInput
@@ -48,10 +48,24 @@ def decoder_inputs(unet: Any, arguments: dict[str, Any]) -> list[DecoderInput]:
     return found
 
 
+class FirstHook:
+    """Before the first down block: keeps what comes in, the first skip, where it is wanted."""
+
+    def __call__(
+        self,
+        module: nn.Module,  # noqa: ARG002, torch's hook
+        args: tuple[Any, ...],  # noqa: ARG002
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Begin the features under way."""
+        if now.features is not None:
+            now.features.append(kwargs["hidden_states"])
+
+
 class GatherHook:
-    """After the first convolution or a down block: keeps its skips, where they are wanted."""
+    """After a down block: keeps its skips, where they are wanted."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002, torch's hook
         """Add them to the features under way."""
         if now.features is not None:
-            now.features += [output] if isinstance(output, Tensor) else output[1]
+            now.features += output[1]

@@ -21,15 +21,9 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule, reset_code  # type: ignore[attr-defined]
 
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
-from pnp_core.features import GatherHook, Reached, decoder_inputs
+from pnp_core.features import FirstHook, GatherHook, Reached, decoder_inputs
 from pnp_core.guide.kind import DecoderInput
-from pnp_core.guide.unet import (
-    Span,
-    conv_in_of,
-    modulated_layers,
-    repeated_blocks,
-    text_attentions,
-)
+from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
 
 REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
@@ -58,8 +52,9 @@ class UNetHook:
 
     def reach(self, unet: UNet2DConditionModel) -> None:
         """Be in every place where a guide acts, also in parts that have been replaced."""
-        for part in (conv_in_of(unet), *unet.down_blocks):
-            place(part, GatherHook())
+        place(unet.down_blocks[0], FirstHook())
+        for down_block in unet.down_blocks:
+            place(down_block, GatherHook())
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
         modulated, self.layers = modulated_layers(unet), text_attentions(unet)
@@ -294,7 +289,7 @@ class AttendHook(NumberedHook):
         return (acting.effect.attend(index, query, args[0], negative), *args[1:])
 
 
-BEFORE = (EnterHook, NegativeHook, AttendHook)
+BEFORE = (FirstHook, EnterHook, NegativeHook, AttendHook)
 AFTER = (ModulateHook, QueryHook, GatherHook)
 
 
@@ -304,7 +299,7 @@ def place(module: nn.Module, hook: Any) -> None:
     there = module._forward_pre_hooks if before else module._forward_hooks
     if any(type(other) is type(hook) for other in there.values()):
         return
-    if isinstance(hook, EnterHook):
+    if isinstance(hook, FirstHook | EnterHook):
         module.register_forward_pre_hook(hook, with_kwargs=True)
     elif before:
         module.register_forward_pre_hook(hook)

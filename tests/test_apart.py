@@ -23,6 +23,7 @@ from components.joining import joined
 from components.params import Params, ParamsError, load_params
 from components.paths import BUNDLE, CACHE, DISTILLED, EVALUATED, PREPARED, RUNS, SAMPLED
 from components.shipping import Shipment, pack, unpack
+from components.storage import Mirror
 from tests import toy
 from tests.stores import free_port
 
@@ -178,6 +179,23 @@ def test_all_go_on_from_a_later_checkpoint_of_the_node_that_sent_the_last(nodes:
     assert there == [b"step 2"], "before any worker takes what is there"
     assert CHECKPOINT.read_text() == "step 2"
     start("second")
+    assert CHECKPOINT.read_text() == "step 2"
+
+
+def test_the_workers_of_a_node_send_its_checkpoints_once(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipment, start = nodes
+    start("first")
+    train_and_be_lost(shipment, "step 1", "step 2")
+    sent: list[str] = []
+    real = Mirror.send
+    monkeypatch.setattr(
+        Mirror, "send", lambda self, path, name: (sent.append(name), real(self, path, name))
+    )
+    for _ in range(3):
+        shipment.resume(lambda: None)
+    assert sent.count(CHECKPOINT.name) == 1
     assert CHECKPOINT.read_text() == "step 2"
 
 

@@ -300,3 +300,18 @@ def test_an_image_is_turned_as_its_exif_orientation_says(params: Params, orienta
     for image in (np.asarray(fitted), (cached.permute(1, 2, 0).numpy() + 1) * 127.5):
         assert edge(image, row).min() > 127 and edge(image, row).max() > 254
         assert edge(image, column).max() > 254 and np.median(edge(image, column)) < 1
+
+
+@pytest.mark.parametrize("exif", [b"", b"MM", bytes(16), b"MM\0*\0\0\0\x08\0\x05"])
+def test_an_image_with_a_damaged_exif_block_is_taken_as_it_lies(
+    params: Params, exif: bytes
+) -> None:
+    pixels = np.arange(toy.RESOLUTION**2 * 3, dtype=np.uint8).reshape(toy.RESOLUTION, -1, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=exif)
+    record = dataset.Record(file.getvalue(), "a cat", None, "")
+    dataset.check_record(record, toy.RESOLUTION)
+    fitted, as_is = dataset.fit(record, toy.RESOLUTION)
+    assert as_is and np.array_equal(np.asarray(fitted), pixels)
+    cached = cache.cache_builder(params).to_tensor(Example(image=file.getvalue(), prompt=""))
+    np.testing.assert_allclose((cached.permute(1, 2, 0).numpy() + 1) * 127.5, pixels, atol=1e-3)

@@ -1,6 +1,7 @@
 """params.yaml: frozen, typed, strict; every complaint is one line that names the key."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -266,6 +267,8 @@ def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) 
         ("params.yaml", "params.yaml is not a parquet file"),
         ("few.parquet", "few.parquet has 1 images: too few"),
         ("other.parquet", "other.parquet has no column 'image', it has picture"),
+        ("pictures", "pictures/metadata.jsonl, line 2: there is no pictures/b.png"),
+        ("captions", "captions/metadata.jsonl, line 1: no 'caption'"),
     ],
 )
 def test_references_without_images_are_named_before_anything_runs(
@@ -275,6 +278,11 @@ def test_references_without_images_are_named_before_anything_runs(
     images = pq.read_table(world / "art/main.parquet")
     pq.write_table(images.slice(0, 1), world / "few.parquet")
     pq.write_table(images.select(["image"]).rename_columns(["picture"]), world / "other.parquet")
+    for folder, key in (("pictures", "caption"), ("captions", "text")):
+        (world / folder).mkdir()
+        (world / folder / "a.png").touch()
+        lines = [json.dumps({"file_name": f"{name}.png", key: "a cat"}) for name in "ab"]
+        (world / folder / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ParamsError) as caught:
         check_files(load(world, changed("models.tuned.reference", reference)))
     assert str(caught.value).startswith(f"params.yaml: models.tuned.reference: {message}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +29,7 @@ from pnp_core.files import sha256_file, write_tensors, write_text
 from pnp_core.guiders import Guider
 from pnp_core.identity import BaseIdentity
 from pnp_core.models import encode_prompts, time_ids_of
+from pnp_core.orientation import upright
 from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.seeds import step_generator
@@ -178,7 +179,7 @@ class CacheBuilder:
         """RGB in [-1, 1] at the base's resolution, upright, cropped at the centre if not square."""
         size = self.image_size
         encoded = example.image() if callable(example.image) else example.image
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+        image = upright(Image.open(io.BytesIO(encoded))).convert("RGB")
         if image.size != (size, size):
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2

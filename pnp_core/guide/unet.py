@@ -37,7 +37,8 @@ class EntranceChannels(NamedTuple):
 
 def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
     """Channels of the hidden states and skips that enter each of the UNet's up blocks."""
-    stack = [conv_in_of(unet).out_channels]
+    conv_in: Any = getattr(unet.conv_in, "base_layer", unet.conv_in)  # in a LoRA
+    stack = [conv_in.out_channels]
     for block in unet.down_blocks:
         stack += [resnet.out_channels for resnet in block.resnets]
         stack += [down.out_channels for down in block.downsamplers or []]
@@ -49,11 +50,6 @@ def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
         del stack[-num_skips:]
         hidden = block.resnets[-1].out_channels
     return entrances
-
-
-def conv_in_of(unet: UNet2DConditionModel) -> Any:
-    """The first convolution, without a LoRA around it."""
-    return getattr(unet.conv_in, "base_layer", unet.conv_in)
 
 
 def text_attentions(unet: UNet2DConditionModel) -> list[Attention]:

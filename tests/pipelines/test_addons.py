@@ -277,6 +277,8 @@ def test_a_lora_on_the_first_convolution_is_added_before_or_after_plugging(
         each.unet.requires_grad_(False)
     made = guided(pipe, guide, CALL)
     np.testing.assert_allclose(run(twin, CALL), made, atol=1e-4)
+    twin.unet.fuse_lora()
+    np.testing.assert_allclose(run(twin, CALL), made, atol=1e-3)
 
 
 @pytest.mark.parametrize("first", ["adapter", "guide"])
