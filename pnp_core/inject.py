@@ -18,9 +18,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule, reset_code  # type: ignore[attr-defined]
 
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
+from pnp_core.compiled import forget_compiled, is_compiled
 from pnp_core.features import FirstHook, GatherHook, Reached, decoder_inputs
 from pnp_core.guide.kind import DecoderInput
 from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
@@ -377,27 +377,3 @@ def leave(unet: nn.Module, key: int) -> None:
             for module in unet.modules():
                 displace(module)
             forget_compiled(unet)
-
-
-def is_compiled(unet: nn.Module) -> bool:
-    """Whether it, or a part of it, runs compiled."""
-    return unet in optimized or any(
-        m._compiled_call_impl is not None
-        or isinstance(m, OptimizedModule)
-        or hasattr(m.forward, "_torchdynamo_orig_callable")
-        for m in unet.modules()
-    )
-
-
-optimized: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
-"""UNets that have been seen in a wrapper of ``torch.compile``."""
-
-
-def forget_compiled(unet: nn.Module) -> None:
-    """Compiled code does not look at hooks: have it compiled again if there is any."""
-    if not is_compiled(unet):
-        return
-    functions = {nn.Module._call_impl, nn.Module._wrapped_call_impl}
-    functions |= {type(module).forward for module in unet.modules()}
-    for function in functions | {inspect.unwrap(function) for function in functions}:
-        reset_code(function.__code__)

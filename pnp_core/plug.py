@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.calls import now
+from pnp_core.compiled import optimized
 from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
-from pnp_core.inject import optimized, unuse, use
+from pnp_core.inject import unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
 from pnp_core.pipelines import check_exact_steps
 from pnp_core.plugged import STATE, plugged_class, state_of_plug

@@ -18,6 +18,7 @@ from torch import nn
 
 from pnp_core.arguments import rest_of, told_to
 from pnp_core.calls import entered, now
+from pnp_core.compiled import optimized
 from pnp_core.fit import (
     bare_unet,
     check_keeps_nothing,
@@ -25,7 +26,7 @@ from pnp_core.fit import (
     check_processors,
     check_unet,
 )
-from pnp_core.inject import optimized, unuse, use
+from pnp_core.inject import unuse, use
 from pnp_core.pipeline_call import PipelineCall, Plug
 from pnp_core.pipelines import ASKS, check_arguments, check_class, way_in
 
