@@ -38,8 +38,11 @@ test: need-git $(INSTALLED)  ## run all tests
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Real servers, killed and started again, on 127.0.0.1: minutes each.
+# A process for each file: Ray joins one cluster in a process.
 test-services: need-git $(INSTALLED)  ## run the tests that need servers
-	@$(PY) -m pytest -m services --numprocesses 0
+	@failed=; for file in $$(grep -l 'mark\.services' tests/*.py); do \
+	    $(PY) -m pytest -m services --numprocesses 0 $$file || failed="$$failed $$file"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 check: $(INSTALLED)  ## lint, format, types, import contracts
 	@$(PY) -m ruff check .
