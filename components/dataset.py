@@ -342,13 +342,15 @@ def _entry(path: Path, line: str, where: str, caption_column: str) -> dict[str, 
     """What a line of metadata.jsonl says. Raises ValueError if it lacks something."""
     try:
         entry: dict[str, Any] = json.loads(line)
-        image, _ = path / entry["file_name"], entry[caption_column]
+        image = path / entry["file_name"]
+        if not image.is_file():
+            raise ValueError(f"{where}: there is no {image}")
+        if caption_column not in entry:
+            raise KeyError(caption_column)
     except json.JSONDecodeError:
         raise ValueError(f"{where}: not JSON") from None
     except KeyError as error:
         raise ValueError(f"{where}: no {error}") from None
     except TypeError:
         raise ValueError(f"{where}: no object with file_name and {caption_column}") from None
-    if not image.is_file():
-        raise ValueError(f"{where}: there is no {image}")
     return entry

@@ -93,13 +93,15 @@ def check_records(
 
     progress = Progress("prepare", num_records, "images looked at")
     records = (record for path in paths for record in each_record(path, refuse, **columns))
-    for number, record in enumerate(records):
+    num_seen = 0
+    for num_seen, record in enumerate(records, start=1):
         try:
             check_record(record, resolution)
         except ValueError as error:
             refuse(error)
-        progress(number + 1)
-    progress(num_records)
+        progress(num_seen)
+    if num_seen < num_records:  # the rest are refused rows: the line ends all the same
+        progress(num_records)
     if num_bad > 1:
         more = f"; and {num_bad - len(told)} more" if num_bad > len(told) else ""
         raise ValueError(
