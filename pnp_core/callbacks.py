@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pnp_core.forwards import key_of
 
+# What CFG has twice, the same in both halves.
 IMAGES = ("mask", "masked_image_latents", "depth_mask")
-CONTROL_IMAGES = ("image", "control_image")  # of one half in guess mode
-"""What CFG has twice, the same in both halves."""
+CONTROL_IMAGES = ("image", "control_image")  # once in guess mode
 
 
 class Shown(NamedTuple):
