@@ -4,7 +4,7 @@ import zipfile
 from pathlib import Path
 
 from pnp_core.files import read_json
-from pnp_core.model_files import PICKLES, check_safetensors, image_size
+from pnp_core.model_files import check_weight_files, image_size
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 TOKENIZERS = ("tokenizer.json", "vocab.json")
@@ -20,13 +20,7 @@ def check_judge(judge: str) -> None:
             f"{judge} has no config.json: a judge is a CLIP or another image model of transformers "
             "or timm, as save_pretrained writes it"
         )
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickled = [file.name for file in folder.iterdir() if file.suffix in PICKLES]
-        has = f"pickled weights alone ({', '.join(sorted(pickled))})" if pickled else "no weights"
-        raise ValueError(f"{judge} has {has}: a judge's are in .safetensors files")
-    for file in files:
-        check_safetensors(file)
+    check_weight_files(folder)
     config = read_json(folder / "config.json")
     is_timm = "pretrained_cfg" in config  # which says how images are prepared
     if not is_timm and not any((folder / name).exists() for name in PROCESSORS):

@@ -25,11 +25,12 @@ NUM_TOLD = 10  # of bad images
 def run(params: Params) -> None:
     """Write data/prepared. Raises ValueError that names the files and rows of bad images."""
     config = params.prepare
-    dataset = Path(config.dataset)
-    paths = [dataset / name for name in config.files] or [dataset]
+    paths = [Path(config.dataset, name) for name in config.files] or [Path(config.dataset)]
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
     num_records = sum(count_records(path, **columns) for path in paths)
-    check_records(paths, columns, config.resolution, num_records)
+    captions = check_records(paths, columns, config, num_records)
+    known = captions["train"] | captions["heldout"]
+    further = further_prompts(Path(config.prompts), known=known)
     progress = Progress("prepare", num_records, "images")
     digest = hashlib.sha256()
     with atomic_folder(PREPARED) as folder, ExitStack() as stack:
@@ -39,23 +40,10 @@ def run(params: Params) -> None:
         }
         records = (record for path in paths for record in each_record(path, **columns))
         for number, record in enumerate(records):
-            data, name = prepared(record, config)
+            data, name = prepared(record, config.resolution), split_of(record, config)
             splits[name].add(data, record.caption)
             digest.update(hashlib.sha256(data).digest() + f"{name}\0{record.caption}\0".encode())
             progress(number + 1)
-        for name, split in splits.items():
-            if not split.num_images:
-                raise ValueError(
-                    f"prepare.dataset: {dataset} has no {name} images, and {num_records} in all"
-                )
-        in_both = splits["train"].prompts & splits["heldout"].prompts
-        if in_both == splits["heldout"].prompts:
-            raise ValueError(
-                f"prepare.dataset: every held-out caption of {dataset} is also one of train, so no "
-                "prompt is held out: change the column `split`, or leave it out"
-            )
-        known = splits["train"].prompts | splits["heldout"].prompts
-        further = further_prompts(Path(config.prompts), known=known)
         digest.update("\0".join(further).encode())
         text = "".join(f"{prompt}\n" for prompt in further)
         (folder / "prompts.txt").write_text(text, encoding="utf-8")
@@ -64,24 +52,26 @@ def run(params: Params) -> None:
             "resolution": config.resolution,
             "num_images": {name: split.num_images for name, split in splits.items()},
             "num_prompts": {
-                **{name: len(split.prompts) for name, split in splits.items()},
+                **{name: len(of_split) for name, of_split in captions.items()},
                 "further": len(further),
             },
         }
         write_json(folder / "manifest.json", manifest)
     counts = ", ".join(f"{split.num_images} {name}" for name, split in splits.items())
     print(f"prepare: images of {config.resolution} px: {counts}")
-    if in_both:
+    if in_both := captions["train"] & captions["heldout"]:
         print(f"prepare: {len(in_both)} captions are in both parts, and count as trained")
 
 
 def check_records(
-    paths: Sequence[Path], columns: Mapping[str, str], resolution: int, num_records: int
-) -> None:
+    paths: Sequence[Path], columns: Mapping[str, str], config: Prepare, num_records: int
+) -> dict[str, set[str]]:
     """Look at every caption and at every image's header: minutes, where decoding takes hours.
 
-    Raises ValueError that names the first images that are bad, and says how many there are.
+    The captions of each part. Raises ValueError that names the first images that are bad, and says
+    how many there are; or if nothing is held out, or all.
     """
+    captions: dict[str, set[str]] = {"train": set(), "heldout": set()}
     told: list[str] = []
     num_bad = 0
 
@@ -96,7 +86,8 @@ def check_records(
     num_seen = 0
     for num_seen, record in enumerate(records, start=1):
         try:
-            check_record(record, resolution)
+            check_record(record, config.resolution)
+            captions[split_of(record, config)].add(record.caption)
         except ValueError as error:
             refuse(error)
         progress(num_seen)
@@ -110,23 +101,35 @@ def check_records(
         )
     if told:
         raise ValueError(f"prepare.dataset: {told[0]}")
+    for name, of_split in captions.items():
+        if not of_split:
+            raise ValueError(
+                f"prepare.dataset: {config.dataset} has no {name} images, and {num_records} in all"
+            )
+    if captions["heldout"] <= captions["train"]:
+        raise ValueError(
+            f"prepare.dataset: every held-out caption of {config.dataset} is also one of train, so "
+            "no prompt is held out: change the column `split`, or leave it out"
+        )
+    return captions
 
 
-def prepared(record: Record, config: Prepare) -> tuple[bytes, str]:
-    """An image as an encoded file of the resolution, and its split.
-
-    Raises ValueError for one that can't be decoded.
-    """
+def prepared(record: Record, resolution: int) -> bytes:
+    """An image as an encoded file of the resolution. Raises ValueError if it can't be decoded."""
     try:
-        image, as_is = fit(record, config.resolution)
+        image, as_is = fit(record, resolution)
     except ValueError as error:
         raise ValueError(f"prepare.dataset: {error}") from None
-    data = record.image if as_is else encode(image)
+    return record.image if as_is else encode(image)
+
+
+def split_of(record: Record, config: Prepare) -> str:
+    """Which part of the data an image belongs to."""
     if record.split is None:
         is_train = not falls_out(record.caption, config.heldout_fraction)
     else:
         is_train = record.split == "train"
-    return data, "train" if is_train else "heldout"
+    return "train" if is_train else "heldout"
 
 
 class Split:
@@ -140,13 +143,11 @@ class Split:
         self._schema = pa.schema({"image": image, "prompt": pa.string()})
         self._writer = pq.ParquetWriter(path, self._schema)
         self._rows: list[dict[str, Any]] = []
-        self.prompts: set[str] = set()
         self.num_images = 0
 
     def add(self, image: bytes, prompt: str) -> None:
         """An encoded image, as the last row."""
         self._rows.append({"image": {"bytes": image, "path": None}, "prompt": prompt})
-        self.prompts.add(prompt)
         self.num_images += 1
         if len(self._rows) == ROWS_IN_A_GROUP:
             self._write()

@@ -64,18 +64,23 @@ def check_model_files(path: str | Path) -> None:
     if not path.is_dir():
         raise ValueError(f"No model at {path}: the path does not exist.")
     for folder in model_folders(path):
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            pickled = [f.name for f in folder.iterdir() if f.suffix in PICKLES]
-            why = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
-            raise ValueError(f"{folder} has {why}: it needs .safetensors files.")
-        for file in files:
-            check_safetensors(file)
-        for index_file in folder.glob("*.safetensors.index.json"):
-            listed = set(read_json(index_file)["weight_map"].values())
-            missing = sorted(listed - {f.name for f in files})
-            if missing:
-                raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
+        check_weight_files(folder)
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise ValueError if a folder's weights are pickled, truncated, not all there, or none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+        why = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
+        raise ValueError(f"{folder} has {why}: it needs .safetensors files.")
+    for file in files:
+        check_safetensors(file)
+    for index_file in folder.glob("*.safetensors.index.json"):
+        listed = set(read_json(index_file)["weight_map"].values())
+        missing = sorted(listed - {f.name for f in files})
+        if missing:
+            raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
 
 
 def check_same_kind(path: str | Path, base: str | Path) -> None:

@@ -117,7 +117,7 @@ def test_files_that_a_judge_can_not_open_are_refused_without_opening_them(tmp_pa
     with pytest.raises(ValueError, match=f"{INCEPTION} is damaged or only partly downloaded"):
         check_judge(str(folder))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickled weights alone \(.*pytorch_model.bin\)"):
+    with pytest.raises(ValueError, match=r"only pickled weights \(.*pytorch_model.bin\)"):
         check_judge(str(folder))
 
 

@@ -345,7 +345,7 @@ def test_images_of_another_size_than_the_bases_are_refused_with_both_sizes(
         ("config.json", "models/judge has no config.json: a judge is a CLIP or another"),
         ("processor_config.json", "models/judge has no preprocessor_config.json, by which"),
         ("tokenizer.json", "models/judge is a CLIP model without a tokenizer"),
-        ("model.safetensors", "models/judge has no weights: a judge's are in .safetensors"),
+        ("model.safetensors", "models/judge has no weights: it needs .safetensors"),
         (None, "models/judge/model.safetensors is damaged or only partly downloaded"),
     ],
 )

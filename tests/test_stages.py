@@ -208,12 +208,8 @@ def test_prepare_holds_few_of_the_images_and_writes_small_row_groups(
 ) -> None:
     source = pq.read_table("art/main.parquet")
     pq.write_table(pa.concat_tables([source] * 10), "art/main.parquet")
-    of_real, size = prepare.prepared, 200_000
-
-    def prepared(*arguments: Any) -> tuple[bytes, str]:
-        return os.urandom(size), of_real(*arguments)[1]
-
-    monkeypatch.setattr(prepare, "prepared", prepared)
+    size = 200_000
+    monkeypatch.setattr(prepare, "prepared", lambda record, resolution: os.urandom(size))
     monkeypatch.setattr(prepare, "ROWS_IN_A_GROUP", 8)
     tracemalloc.start()
     prepare.run(params_with())
