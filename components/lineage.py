@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -28,11 +29,11 @@ NO_MATTER = (
 )
 
 
-def git_commit() -> str:
+def git_commit(no_matter: Sequence[str] = NO_MATTER) -> str:
     """The commit checked out now, or `none` outside git.
 
     `-dirty` follows if tracked files differ from it that could matter to a result: none of
-    `NO_MATTER`, and nothing outside this folder. Raises ValueError if git is missing or fails.
+    `no_matter`, and nothing outside this folder. Raises ValueError if git is missing or fails.
     """
     if not shutil.which("git"):
         raise ValueError("git is not installed: the guide's lineage names the commit")
@@ -44,7 +45,7 @@ def git_commit() -> str:
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     if head.returncode != 0:
         return "none"  # nothing is committed yet
-    excluded = [f":(exclude){pattern}" for pattern in NO_MATTER]
+    excluded = [f":(exclude){pattern}" for pattern in no_matter]
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     if changed.returncode != 0:
         raise ValueError(f"git status: {' '.join(changed.stderr.split())}")

@@ -6,26 +6,47 @@ elsewhere have a copy.
 
 import copy
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from pnp_core.guide import Guide
 
 lock = threading.Lock()
-copies: "WeakKeyDictionary[Guide, dict[torch.device, tuple[Any, Guide]]]" = WeakKeyDictionary()
+
+
+class Copy(NamedTuple):
+    """A guide on another device, and the weights that it was made from, where they were."""
+
+    original: list[Tensor]
+    guide: Guide
+
+
+copies: "WeakKeyDictionary[Guide, dict[torch.device, Copy]]" = WeakKeyDictionary()
 
 
 def on_device(guide: Guide, device: torch.device) -> Guide:
-    """The guide itself if it is on this device, or a copy, kept until its weights change."""
+    """The guide itself if it is on this device, or a copy, kept until its weights change.
+
+    Their values are compared, once a call: what is written through ``.data``, as averaged weights
+    are, leaves no other trace.
+    """
     if next(guide.parameters()).device == device:
         return guide
-    weights = [
-        (p.data_ptr(), p.dtype, 0 if p.is_inference() else p._version) for p in guide.parameters()
-    ]
     with lock:
         kept = copies.setdefault(guide, {})
-        if device not in kept or kept[device][0] != weights:
-            kept[device] = weights, copy.deepcopy(guide).to(device=device)
-        return kept[device][1]
+        if device not in kept or not is_copy_of(kept[device].original, guide):
+            original = [p.detach().clone() for p in guide.parameters()]
+            kept[device] = Copy(original, copy.deepcopy(guide).to(device=device))
+        return kept[device].guide
+
+
+def is_copy_of(weights: Sequence[Tensor], guide: Guide) -> bool:
+    """Whether a guide still has these weights."""
+    return all(
+        old.device == new.device and old.dtype == new.dtype and torch.equal(old, new)
+        for old, new in zip(weights, guide.parameters(), strict=True)
+    )

@@ -1,5 +1,6 @@
 """The benchmark at equal cost: rivals, costs, settings, what is kept, and what the table says."""
 
+import subprocess
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -296,14 +297,41 @@ def test_final_models_are_refused_but_in_a_final_run_that_is_noted_before_it_beg
         final.models_to_run(params.model_copy(update={"models": hidden}), results, final=False)
     params = params.model_copy(update={"models": {"base": params.models["base"]}})
     assert list(final.models_to_run(params, results, final=False)) == ["base"]
-    monkeypatch.setattr(final, "git_commit", lambda: "abc-dirty")
+    monkeypatch.setattr(final, "git_commit", lambda no_matter: "abc-dirty")
     with pytest.raises(ValueError, match="this is abc-dirty: commit first"):
         final.models_to_run(params, results, final=True)
     assert "final_runs" not in read_json(results)
-    monkeypatch.setattr(final, "git_commit", lambda: "abc")
+    monkeypatch.setattr(final, "git_commit", lambda no_matter: "abc")
     assert list(final.models_to_run(params, results, final=True)) == ["tuned"]
     (noted,) = read_json(results)["final_runs"]
     assert noted["commit"] == "abc" and noted["models"] == ["tuned"] and noted["when"]
+
+
+def test_a_final_run_wants_the_benchmark_committed_but_not_the_results_it_writes(
+    world: Path,
+) -> None:
+    def git(*arguments: str) -> None:
+        who = ("-c", "user.name=t", "-c", "user.email=t@localhost")
+        subprocess.run(["git", *who, *arguments], check=True, capture_output=True)
+
+    params = load_params(Path("params.yaml"))
+    Path("zoo/final").mkdir(parents=True)
+    Path("models/tuned").rename("zoo/final/tuned")
+    params = params.model_copy(update={"models": {"base": params.models["base"]}})
+    code, results = Path("benchmarks/frontier/run.py"), Path("benchmarks/results/frontier.json")
+    for path in (code, results):
+        path.parent.mkdir(parents=True)
+    code.write_text("one\n")
+    write_json(results, {"setting": {}})
+    git("init", "--quiet")
+    git("add", "benchmarks")
+    git("commit", "--quiet", "--message", "one")
+    for _ in range(2):  # the second time after the first has written
+        assert list(final.models_to_run(params, results, final=True)) == ["tuned"]
+    assert len(read_json(results)["final_runs"]) == 2
+    code.write_text("two\n")
+    with pytest.raises(ValueError, match="-dirty: commit first"):
+        final.models_to_run(params, results, final=True)
 
 
 # What the table says

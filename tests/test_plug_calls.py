@@ -363,13 +363,27 @@ def test_unplugging_in_a_callback_is_refused(pipe: StableDiffusionPipeline, tiny
     unplug(pipe)
 
 
-def test_a_guide_stays_where_it_is_and_has_one_copy_on_each_other_device(tiny: Guide) -> None:
+@pytest.mark.parametrize("through", ["in place", "data", "a new parameter", "dtype"])
+def test_a_guide_stays_where_it_is_and_has_one_copy_on_each_other_device(
+    tiny: Guide, through: str
+) -> None:
     cpu, meta = torch.device("cpu"), torch.device("meta")
     assert on_device(tiny, cpu) is tiny
     twin = on_device(tiny, meta)
     assert {p.device for p in twin.parameters()} == {meta}
     assert {p.device for p in tiny.parameters()} == {cpu}
     assert on_device(tiny, meta) is twin
+    weight = next(tiny.parameters())
     with torch.no_grad():
-        next(tiny.parameters()).mul_(2)
-    assert on_device(tiny, meta) is not twin
+        if through == "in place":
+            weight.mul_(2)
+        elif through == "data":  # as averaged weights are written
+            weight.data.copy_(weight.data * 2)
+        elif through == "a new parameter":
+            name = next(name for name, _ in tiny.named_parameters())
+            tiny.load_state_dict({**tiny.state_dict(), name: weight * 2}, assign=True)
+        else:
+            tiny.half()
+    anew = on_device(tiny, meta)
+    assert anew is not twin and next(anew.parameters()).dtype == next(tiny.parameters()).dtype
+    assert on_device(tiny, meta) is anew

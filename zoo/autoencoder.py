@@ -13,8 +13,8 @@ from torch import Tensor
 
 from zoo import training
 from zoo.dataset import (
-    ALL_STYLES,
     BACKGROUNDS,
+    WORLD_STYLES,
     data_hash,
     jitter,
     load_pictures,
@@ -184,7 +184,7 @@ def main() -> None:
         weight_decay=1e-4,
     )
     torch.manual_seed(config.seed)
-    images = load_pictures(ALL_STYLES).images_BCHW.to(config.device)
+    images = load_pictures(WORLD_STYLES).images_BCHW.to(config.device)
     vae = new_autoencoder(args.latent_channels)
     vae = vae.to(config.device, memory_format=torch.channels_last)
     painted = on_backgrounds(images[::4])
@@ -218,8 +218,8 @@ def main() -> None:
     half.half().save_pretrained(args.out)
     facts = training.run_facts(run, config, **{
         "parameters": f"{sum(p.numel() for p in kept.parameters()):,}",
-        "data": f"train split of all styles, `{data_hash(ALL_STYLES)}`",
-        "PSNR on held-out concepts, dB": psnr_by_style(kept, "heldout", ALL_STYLES),
+        "data": f"train split of all styles, `{data_hash(WORLD_STYLES)}`",
+        "PSNR on held-out concepts, dB": psnr_by_style(kept, "heldout", WORLD_STYLES),
         "latent channels": f"{kept.config.latent_channels} of the {args.latent_channels} it was "
         "trained with; the others said nothing (`pruned`)",
     })  # fmt: skip

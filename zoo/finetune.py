@@ -28,7 +28,7 @@ from zoo.base import (
     publish,
     tokenize,
 )
-from zoo.dataset import ALL_STYLES, BASE_STYLES, data_hash, load_pictures
+from zoo.dataset import BASE_STYLES, FINAL_STYLES, WORLD_STYLES, data_hash, load_pictures
 from zoo.sampling import add_samples, with_unet
 
 LORA_RANK = 16
@@ -62,7 +62,8 @@ def main() -> None:
     """Fine-tune the base on one style and write the result to ``--out``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     training.add_arguments(parser, out="", minutes=4)
-    tunable = [style for style in ALL_STYLES if style not in BASE_STYLES]
+    styles = (*WORLD_STYLES, *FINAL_STYLES)
+    tunable = [style for style in styles if style not in BASE_STYLES]
     parser.add_argument("--style", choices=tunable, required=True)
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--base", type=Path, default=Path("zoo/models/base"))

@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from zoo import training
 from zoo.base import MAX_TOKENS, publish, run_tokenizer, tokenize, training_texts
-from zoo.dataset import ALL_STYLES, Pictures, data_hash, jitter, load_pictures, may_flip, to_float
+from zoo.dataset import WORLD_STYLES, Pictures, data_hash, jitter, load_pictures, may_flip, to_float
 
 IMAGE_MEAN, IMAGE_STD = (0.7, 0.65, 0.6), (0.35, 0.35, 0.4)
 NAME = "zoo-clip"  # a number always names the judge it came from
@@ -138,7 +138,7 @@ def main() -> None:
         args, batch_size=args.batch_size, learning_rate=1e-3, ema_decay=0.995, weight_decay=0.05
     )
     torch.manual_seed(config.seed + 1)
-    pictures = load_pictures(ALL_STYLES)
+    pictures = load_pictures(WORLD_STYLES)
     tokenizer = run_tokenizer(args.runs / "judge_tokenizer", training_texts(pictures))
     judge = new_judge(tokenizer).to(config.device)
     if config.device == "cpu":  # the fused kernel is slow there
@@ -178,7 +178,7 @@ def main() -> None:
         facts = training.run_facts(run, config, **{
             "name": NAME,
             "parameters": f"{sum(p.numel() for p in ema.parameters()):,}",
-            "data": f"train split of all styles, `{data_hash(ALL_STYLES)}`",
+            "data": f"train split of all styles, `{data_hash(WORLD_STYLES)}`",
             "retrieval top-1 among 100, trained concepts": f"{top1:.3f}",
         })  # fmt: skip
         training.write_card(scratch, "Judge", facts)

@@ -17,10 +17,11 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -44,6 +45,7 @@ class Icons:
 
     icon_set: dict[str, Any]  # {"icons": {name: {"body": SVG elements}}, "width": ..., ...}
     names: dict[str, str]  # code points -> name, where the package says so
+    run_together: bool = False  # whether names are written as one word
 
 
 def read_iconify(tarball: Path) -> Icons:
@@ -53,6 +55,18 @@ def read_iconify(tarball: Path) -> Icons:
         return Icons(icon_set, json.loads(read_member(tarball, "chars.json")))
     except KeyError:  # the older packages have no table of code points
         return Icons(icon_set, {})
+
+
+def read_run_together(tarball: Path) -> Icons:
+    """An Iconify package whose names are Unicode's own, each as one word."""
+    return replace(read_iconify(tarball), run_together=True)
+
+
+def read_first_variants(tarball: Path) -> Icons:
+    """An Iconify package that numbers the drawings of one name: the first of each."""
+    icons = read_iconify(tarball)
+    drawn = {name.removesuffix("-1"): icon for name, icon in icons.icon_set["icons"].items()}
+    return replace(icons, icon_set={**icons.icon_set, "icons": drawn})
 
 
 def read_openmoji_outlines(tarball: Path) -> Icons:
@@ -204,6 +218,24 @@ SOURCES = (
         package="@fontsource/noto-emoji",
         read=read_noto_font,
     ),
+    Source(
+        style="fxemoji",
+        version="1.2.2",
+        title="Firefox OS Emoji",
+        author="Mozilla",
+        license="Apache-2.0",
+        url="https://github.com/mozilla/fxemoji",
+        read=read_run_together,
+    ),
+    Source(
+        style="streamline-emojis",
+        version="1.2.4",
+        title="Streamline Emojis",
+        author="Streamline",
+        license="CC-BY-4.0",
+        url="https://github.com/webalys-hq/streamline-vectors",
+        read=read_first_variants,
+    ),
 )
 
 HELDOUT_SHARE = 10  # one concept in ten
@@ -299,7 +331,8 @@ def match_icons(
 
     A style's own table of code points decides where it has one. The older packages have none:
     there, names are looked up among the other packages' names, the Unicode labels, and the
-    aliases by which the packages link old names to new.
+    aliases by which the packages link old names to new. Names that are written as one word are
+    looked up among all of these, and Unicode's character names, written so too.
     """
     hexcode_of = {concept.name: hexcode for hexcode, concept in concepts.items()}
     for icons in drawings.values():
@@ -322,9 +355,17 @@ def match_icons(
             seen |= aliases[current]
         return None
 
+    one_word = {one_word_of(name): hexcode for name, hexcode in reversed(hexcode_of.items())}
+    for hexcode in concepts:
+        if "-" not in hexcode:
+            character = unicodedata.name(chr(int(hexcode, 16)), "")
+            one_word.setdefault(one_word_of(character), hexcode)
+
     matched: dict[str, dict[str, Concept]] = {}
     for style, icons in drawings.items():
         own = {name: plain_hexcode(hexcode) for hexcode, name in icons.names.items()}
+        if icons.run_together:
+            own = {name: one_word.get(name, "") for name in icons.icon_set["icons"]}
         taken: dict[str, str] = {}
         for name in sorted(icons.icon_set["icons"]):
             code = own.get(name) or resolve(name)
@@ -333,6 +374,11 @@ def match_icons(
                 taken[code] = name
         matched[style] = {name: concepts[hexcode] for hexcode, name in taken.items()}
     return matched
+
+
+def one_word_of(name: str) -> str:
+    """A name without all that is between its words."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def svg_text(icon_set: dict[str, Any], name: str) -> str:

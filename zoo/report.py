@@ -20,11 +20,10 @@ from zoo import training
 from zoo.autoencoder import psnr_by_style
 from zoo.base import load_pipeline
 from zoo.dataset import (
-    ALL_STYLES,
     BASE_STYLES,
-    FINAL_STYLE,
     FINETUNE_STYLES,
     LORA_STYLE,
+    WORLD_STYLES,
     load_pictures,
     to_float,
 )
@@ -90,13 +89,11 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--final", action="store_true", help="include the style kept for the end")
     parser.add_argument("--json", action="store_true", help="numbers only, no grids")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    styles = [*FINETUNE_STYLES, *([FINAL_STYLE] if args.final else [])]
-    folders = {style: args.models / style for style in styles}
+    folders = {style: args.models / style for style in FINETUNE_STYLES}
     folders[f"{LORA_STYLE}-lora"] = args.models / f"{LORA_STYLE}-lora"
     folders = {name: folder for name, folder in folders.items() if folder.exists()}
     pipe = load_pipeline(args.models / "base", args.device)
@@ -138,14 +135,14 @@ def measure(
     vae: AutoencoderKL = pipe.vae
     result: dict[str, Any] = {"judge": NAME, "num_images": args.num_images}
 
-    by_style = psnr_by_style(vae, "heldout", ALL_STYLES)
+    by_style = psnr_by_style(vae, "heldout", WORLD_STYLES)
     result["ae_psnr"] = by_style
     result["ae_psnr_worst"] = min(by_style.values())
     training.log(f"autoencoder: {by_style}")
 
-    pool = sorted(set(load_pictures(ALL_STYLES).captions))
+    pool = sorted(set(load_pictures(WORLD_STYLES).captions))
     texts = text_features(judge, tokenizer, pool)
-    real = load_pictures(ALL_STYLES)
+    real = load_pictures(WORLD_STYLES)
     rows = list(range(0, len(real), 9))
     real_features = image_features(judge, to_float(real.images_BCHW[rows]))
     result["judge_top1"] = retrieval_top1(

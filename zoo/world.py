@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from zoo.dataset import COMPANION_STYLE, FINAL_STYLE, FINETUNE_STYLES, LORA_STYLE
+from zoo.dataset import COMPANION_STYLE, FINETUNE_STYLES, LORA_STYLE
 
 
 class Job(NamedTuple):
@@ -27,9 +27,7 @@ class Job(NamedTuple):
 
 def stages(out: Path, runs: Path, *, side_by_side: bool) -> list[list[Job]]:
     """What to train: jobs of one stage need those of the stages before."""
-    options: dict[str, tuple[str, ...]] = {
-        style: ("--style", style) for style in (*FINETUNE_STYLES, FINAL_STYLE)
-    }
+    options: dict[str, tuple[str, ...]] = {style: ("--style", style) for style in FINETUNE_STYLES}
     options[f"{LORA_STYLE}-lora"] = ("--style", LORA_STYLE, "--lora")
     options[f"companions/{COMPANION_STYLE}"] = ("--style", COMPANION_STYLE)
     each = 0.2 if side_by_side else 0.2 / len(options)
@@ -92,7 +90,7 @@ def main() -> None:
             run_stage(jobs, args, side_by_side=side_by_side)
         subprocess.run(
             [
-                sys.executable, "-m", "zoo.report", "--final", "--device", args.device,
+                sys.executable, "-m", "zoo.report", "--device", args.device,
                 "--models", str(args.out), "--out", str(args.out / "report"),
                 "--num-images", str(args.num_images),
             ],

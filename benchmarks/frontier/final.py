@@ -51,7 +51,7 @@ def models_to_run(params: Params, results: Path, *, final: bool) -> dict[str, Mo
         return development
     if not final_ones:
         raise ValueError(f"there is no final model in {FINAL}")
-    commit = git_commit()
+    commit = git_commit(no_matter=["benchmarks/results"])
     if commit == "none" or commit.endswith("-dirty"):
         raise ValueError(f"a final run is of a commit, and this is {commit}: commit first")
     if not results.exists():

@@ -39,6 +39,8 @@ TRAINED_LABELS = {
     "lcm-8": "LCM-LoRA, 8 %",
 }
 LABELS |= TRAINED_LABELS
+LARGE = ("meng", "paper-full")
+"""With far more than 8 % of the parameters: shown, but the guide does not answer for them."""
 CONSISTENT = ("lcm-1", "lcm-8")
 """Not told the scale, not halved, and sampled by diffusers' `LCMScheduler`, in few steps."""
 LCM = "lcm"

@@ -11,6 +11,7 @@ from benchmarks.frontier.settings import (
     FREE,
     GUIDES,
     LABELS,
+    LARGE,
     MOST,
     MOST_CONSISTENT,
     TRAINED_LABELS,
@@ -22,7 +23,7 @@ from benchmarks.record import Record, as_line
 from components.evaluation import Estimate
 
 COSTS = ("16", "8", "4")
-MOST_PARAMETERS = 0.08  # of a trained rival that the guide answers for
+NOT_MEASURED = "not measured"
 Cells = Mapping[str, Any]  # by method, of one model at one cost
 
 
@@ -173,23 +174,14 @@ def over_trained(
     }
 
 
-def behind(results: Mapping[str, Any], tuned: Sequence[str]) -> list[str] | None:
-    """Where this guide is not surely ahead of a rival with few parameters that trains.
-
-    None until all of them have their rows.
-    """
-    about = results.get("trained", {})
+def behind(results: Mapping[str, Any], tuned: Sequence[str]) -> list[str]:
+    """Where this guide is not known to be ahead of a rival with few parameters that trains."""
     places: list[str] = []
     for rival, by_cost in over_trained(results, tuned).items():
-        if rival not in about:
-            return None
-        if about[rival]["params_ratio"] > MOST_PARAMETERS:
-            continue
         for at, ratio in by_cost.items():
-            if ratio is None:
-                return None
-            if ratio.interval[1] >= 1:
-                places.append(f"{rival} at {at}: {with_interval(ratio, 3)}")
+            if rival not in LARGE and (ratio is None or ratio.interval[1] >= 1):
+                found = with_interval(ratio, 3) if ratio else NOT_MEASURED
+                places.append(f"{rival} at {at}: {found}")
     return places
 
 
@@ -215,7 +207,8 @@ def summary(
     numbers["fvu_base"] = fvu.get("base")
     complete = tuned and all(name in fvu for name in tuned)
     numbers["fvu_finetune_worst"] = max(fvu[name] for name in tuned) if complete else None
-    numbers["behind_trained_rivals"] = behind(results, tuned)
+    numbers["behind_trained_rivals"] = places = behind(results, tuned)
+    unknown = ["behind_trained_rivals"] if any(NOT_MEASURED in place for place in places) else []
     sampled = [name for name in final if name in results["cells"]]
     if sampled:
         ended = estimates_of(results, [], final)
@@ -227,7 +220,7 @@ def summary(
         "intervals": {
             key: [rounded(end) for end in one.interval] for key, one in found.items() if one
         },
-        "missing": [key for key, value in numbers.items() if value is None],
+        "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
         "models": sorted(results["cells"]),
     }
 
