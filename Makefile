@@ -24,8 +24,9 @@ help:  ## show this list
 install: $(INSTALLED)  ## make .venv and install everything into it
 
 # In-process: no server, and no Prefect or MLflow setting of the user's gets in the way.
+THEIRS = $$(env | sed -nE 's/^((PREFECT|MLFLOW)_[A-Z0-9_]*)=.*/-u \1/p')
 demo: need-git $(INSTALLED)  ## run the whole pipeline on the embedded world
-	@env -u PREFECT_API_URL PREFECT_HOME="$(CURDIR)/.prefect" $(PY) -m flows distill
+	@env $(THEIRS) PREFECT_HOME="$(CURDIR)/.prefect" $(PY) -m flows distill
 
 # One worker and no job runners: up in seconds.
 mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http://127.0.0.1:5000

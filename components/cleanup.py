@@ -279,4 +279,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m components.cleanup")
     parser.add_argument("--remove", action="store_true", help="remove what could go")
     arguments = parser.parse_args()
-    main(partial(run, remove=arguments.remove))
+    main(partial(run, remove=arguments.remove), reads_inputs=False)

@@ -51,4 +51,4 @@ if __name__ == "__main__":
     parser.add_argument("--version", default="champion", help="a number, or champion")
     parser.add_argument("--to", type=Path, required=True, help="the folder")
     arguments = parser.parse_args()
-    main(partial(run, version=arguments.version, folder=arguments.to))
+    main(partial(run, version=arguments.version, folder=arguments.to), reads_inputs=False)

@@ -205,4 +205,4 @@ def parsed() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main(partial(run, arguments=parsed()))
+    main(partial(run, arguments=parsed()), reads_inputs=False)

@@ -276,7 +276,10 @@ def print_log(params: Params) -> None:
     from components.tracking import Registry
 
     registry = Registry(params.tracking, params.register_.name)
-    for decision in registry.decisions():
+    decisions = registry.decisions()
+    if not decisions:
+        print(f"no decision yet about {registry.name} in MLflow at {registry.store.name}")
+    for decision in decisions:
         when = decision.when.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         broke_off = "" if decision.is_done else " (broke off: see who is champion)"
         commit = "" if decision.commit == "unknown" else f", commit {decision.commit}"
@@ -358,4 +361,4 @@ def from_command_line(params: Params, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(partial(from_command_line, arguments=parsed()))
+    main(partial(from_command_line, arguments=parsed()), reads_inputs=False)

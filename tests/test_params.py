@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +243,33 @@ def test_not_yaml(tmp_path: Path, text: str, message: str) -> None:
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="run this from the repository's root"):
         load_params(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["promote", "--log"], "no decision"),
+        (["promote", "--rollback", "--reason", "worse"], "has no previous champion"),
+        (["fetch", "--to", "there"], "has no champion yet"),
+        (["tracking"], "has all that earlier runs"),
+        (["cleanup"], "could go"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_what_reads_no_inputs_works_where_they_are_away(
+    world: Path,
+    command: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for folder in ("art", "models"):
+        shutil.rmtree(folder)
+    monkeypatch.setattr(sys, "argv", ["it", *command[1:]])
+    with suppress(SystemExit):
+        runpy.run_module(f"components.{command[0]}", run_name="__main__")
+    said = capsys.readouterr()
+    assert says in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -356,6 +356,28 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     assert "-m flows distill" in said.stdout
 
 
+def test_the_demo_has_none_of_the_users_prefect_and_mlflow_settings(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    theirs = {
+        "MLFLOW_TRACKING_URI": "https://mlflow.company",
+        "MLFLOW_EXPERIMENT_NAME": "of the team",
+        "PREFECT_API_URL": "https://prefect.company/api",
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "postgresql://company/prefect",
+        "HTTPS_PROXY": "http://proxy.company",
+    }
+    said = subprocess.run(
+        ["make", "-C", tmp_path, "demo", "INSTALLED=Makefile", "PY=env #"],
+        env=os.environ | theirs,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = dict(line.split("=", 1) for line in said.stdout.splitlines() if "=" in line)
+    assert found["HTTPS_PROXY"] == theirs["HTTPS_PROXY"], "what a network needs is left"
+    assert {name for name in found if name.startswith(("PREFECT_", "MLFLOW_"))} == {"PREFECT_HOME"}
+
+
 def test_make_clean_and_git_take_no_input_for_what_stages_write(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", ".gitignore"):
         shutil.copy(ROOT / name, tmp_path)

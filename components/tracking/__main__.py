@@ -17,4 +17,4 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, reads_inputs=False)
