@@ -213,6 +213,29 @@ class Registry:
         page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         return f"{page}?{TRAINING}"
 
+    def run_name(self, version: str) -> str:
+        """What the run that made the version is called."""
+        return f"{self.name} v{version}"
+
+    def finish_run(self, version: str, page: Path, folder: str) -> None:
+        """End the run that made the version, with its name and its page, if that broke off.
+
+        Call `settle` before, which may say of it that it failed.
+        """
+        with self.store.asking(f"finish the run of {self.name} version {version}"):
+            made = self._client.get_model_version(self.name, version).run_id
+            try:
+                run = self._client.get_run(made).info
+            except MlflowException as error:
+                if not is_absent(error):
+                    raise
+                return
+            if run.status == "FINISHED" or run.lifecycle_stage != "active":
+                return
+            self._client.log_artifact(run.run_id, str(page), folder)
+            self._client.update_run(run.run_id, name=self.run_name(version))
+            self._client.set_terminated(run.run_id, "FINISHED")
+
     def run_file(self, version: str, path: str, folder: Path) -> Path | None:
         """A file of the run that made the version, brought into `folder`; None if it has none."""
         with self.store.asking(f"read {path} of the run of {self.name} version {version}"):
