@@ -124,10 +124,12 @@ def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
 
 def row_of(model: str | None, params: Params) -> Model:
     """A model of params.yaml by its name or its path, or another by its path; None: the base."""
+    from components.rows import is_same
+
     path = model or params.base
     if path in params.models:
         return params.models[path]
-    same = [row for row in params.models.values() if row.path == path]
+    same = [row for row in params.models.values() if is_same(row.path, path)]
     return same[0] if same else Model(path=path, reference="")
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from components import generate
-from components.params import Params, load_params
+from components.params import Model, Params, load_params
 from components.tracking import Registry, Run
 from pnp_core.bundle import GuideBundle
 from pnp_core.guide import Guide, GuideConfig
@@ -58,6 +58,15 @@ def test_a_registered_guide_makes_what_its_folder_makes(
     ) in capsys.readouterr().out
     with pytest.raises(ValueError, match="write models:/<name>@<alias>"):
         made(params, monkeypatch, "--guide", "models:/pnp-guide")
+
+
+@pytest.mark.parametrize("written", ["models/tuned/", "./models/tuned", "{here}/models/tuned"])
+def test_a_model_of_params_yaml_is_known_however_its_path_is_written(
+    world: Path, written: str
+) -> None:
+    params = load_params(Path("params.yaml"))
+    assert generate.row_of(written.format(here=Path.cwd()), params) is params.models["tuned"]
+    assert generate.row_of("models/other", params) == Model(path="models/other", reference="")
 
 
 def test_compared_are_three_of_the_same_seed_with_the_time_of_each(
