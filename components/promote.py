@@ -86,7 +86,8 @@ def run(params: Params, version: str | None = None, options: Options = DEFAULT) 
         champion = registry.champion()
         for each in (candidate, champion) if candidate != champion else ():
             if each is not None:
-                anew[each] = reevaluate(registry.name, each, registry.folder(each), params)
+                with registry.folder(each) as bundle:
+                    anew[each] = reevaluate(registry.name, each, bundle, params)
 
     case = Case(params, registry, options, anew)
     if options.dry_run:

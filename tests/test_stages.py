@@ -564,9 +564,9 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     summary = read_json(Path("results/report/summary.json"))
     registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     version = summary["registered"]["version"]
-    folder = registry.folder(version)
-    assert GuideBundle.load(folder).num_steps == (2, 4, 8)
-    assert read_json(folder / "summary.json")["models"] == summary["models"]
+    with registry.folder(version) as folder:
+        assert GuideBundle.load(folder).num_steps == (2, 4, 8)
+        assert read_json(folder / "summary.json")["models"] == summary["models"]
     found = registry.store.client.get_model_version("pnp-guide", version)
     assert found.tags.keys() == {
         "git_commit",

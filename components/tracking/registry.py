@@ -37,6 +37,7 @@ TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 SUMMARY = "summary.json"
+ON_THIS_DISK = ("/", "file://")  # how URIs of such files begin
 # Of what a version was made of: its run and its files say all of it, and the list of versions is
 # as high as these are many.
 TAGS_OF_VERSION = ("git_commit", "lock_hash", "num_steps", "guidance_scale", KEY)
@@ -114,14 +115,18 @@ class Registry:
                 return str(version)
         return None
 
-    def folder(self, version: str) -> Path:
-        """The version's files, on this disk.
+    @contextmanager
+    def folder(self, version: str) -> Iterator[Path]:
+        """The version's files: the store's own if it is on this disk, else a copy while it is open.
 
         Raises ValueError if there is no such version, LostError if its files are lost.
         """
         uri = self._usable(version)
-        with self.store.asking(f"download {self.name} version {version}"):
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        with tempfile.TemporaryDirectory() as temporary:
+            into = None if uri.startswith(ON_THIS_DISK) else temporary
+            with self.store.asking(f"download {self.name} version {version}"):
+                files = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into)
+            yield Path(files)
 
     def check_files(self, version: str) -> None:
         """See that the version has its files. Raises as `folder` does."""
@@ -345,7 +350,7 @@ class Registry:
 
         Raises TrackingError if it can't be told.
         """
-        if not uri.startswith(("/", "file://")):
+        if not uri.startswith(ON_THIS_DISK):
             with self.store.asking(f"look into {uri}"):
                 return not mlflow.artifacts.list_artifacts(artifact_uri=uri)
         path = Path(uri.removeprefix("file://"))
