@@ -32,8 +32,7 @@ def run(params: Params, version: str, folder: Path) -> None:
     if number is None:
         print(f"{registry.name} has no {CHAMPION} yet: promote a version first")
         sys.exit(NO_CHAMPION)
-    source = registry.folder(number)
-    with atomic_folder(folder) as new:
+    with registry.folder(number) as source, atomic_folder(folder) as new:
         shutil.copytree(source, new, dirs_exist_ok=True)
     print(f"{registry.name} version {number}: {folder}")
 

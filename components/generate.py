@@ -11,6 +11,8 @@ import argparse
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +40,8 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     from pnp_core.plug import plug
     from pnp_core.scheduling import of_scheduler
 
-    folder, guide = guide_folder(arguments.guide, params)
-    bundle = GuideBundle.load(folder)
+    with guide_folder(arguments.guide, params) as (folder, guide):
+        bundle = GuideBundle.load(folder)
     row = row_of(arguments.model, params)
     pipe = load_row(row, params.base)
     num_steps = min(bundle.num_steps) if arguments.steps is None else arguments.steps
@@ -98,15 +100,16 @@ def check_guide(guide: str) -> None:
         )
 
 
-def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
-    """Where a guide's files are, and what it is called in a sentence.
+@contextmanager
+def guide_folder(guide: str, params: Params) -> Iterator[tuple[Path, str]]:
+    """Where a guide's files are while it is open, and what it is called in a sentence.
 
     `guide` is a folder, or `models:/<name>@<alias>` or `models:/<name>/<version>` of the registry.
     Raises ValueError if there is no such version, TrackingError if MLflow can't tell.
     """
-    guide = str(guide)
     if not guide.startswith("models:"):
-        return Path(guide), guide
+        yield Path(guide), guide
+        return
     from components.tracking import Registry
 
     asked = REGISTERED.fullmatch(guide)
@@ -119,15 +122,18 @@ def guide_folder(guide: str | Path, params: Params) -> tuple[Path, str]:
             f"{registry.store.name}: promote a version (python -m components.promote), or name one "
             f"as models:/{asked['name']}/<version>"
         )
-    return registry.folder(version), f"{asked['name']} version {version}"
+    with registry.folder(version) as folder:
+        yield folder, f"{asked['name']} version {version}"
 
 
 def row_of(model: str | None, params: Params) -> Model:
     """A model of params.yaml by its name or its path, or another by its path; None: the base."""
+    from components.rows import is_same
+
     path = model or params.base
     if path in params.models:
         return params.models[path]
-    same = [row for row in params.models.values() if row.path == path]
+    same = [row for row in params.models.values() if is_same(row.path, path)]
     return same[0] if same else Model(path=path, reference="")
 
 

@@ -83,9 +83,11 @@ def run(params: Params, version: str | None = None, options: Options = DEFAULT) 
         raise ValueError(nothing_to_promote(registry))
     anew: dict[str, Reevaluated] = {}
     if options.reevaluate:  # before anybody has to wait for it
-        for each in (candidate, registry.champion()):
-            if each is not None and each not in anew:
-                anew[each] = reevaluate(registry.name, each, registry.folder(each), params)
+        champion = registry.champion()
+        for each in (candidate, champion) if candidate != champion else ():
+            if each is not None:
+                with registry.folder(each) as bundle:
+                    anew[each] = reevaluate(registry.name, each, bundle, params)
 
     case = Case(params, registry, options, anew)
     if options.dry_run:
@@ -192,10 +194,11 @@ class Case:
         """The rules. What can't be compared with passes none; what can't be read is an error."""
         from components.tracking import LostError
 
-        if self._anew and champion is not None and champion not in self._anew:
+        judged = self._anew.keys()
+        if self._options.reevaluate and not {candidate, champion or candidate} <= judged:
             raise ValueError(
-                f"version {champion} became champion while another was judged anew: run the same "
-                "command again; what was sampled is kept"
+                f"the champion is {champion or 'none'} now, and was another when they were judged "
+                "anew: run the same command again; what was sampled is kept"
             )
         try:
             mine = self._evaluations(candidate, summary)
@@ -204,7 +207,9 @@ class Case:
         found, theirs = [], None
         if champion is not None:
             try:
-                theirs = self._evaluations(champion, self._registry.summary(champion))
+                # One that was made elsewhere has none, and needs none when it is judged anew.
+                kept = {} if champion in self._anew else self._registry.summary(champion)
+                theirs = self._evaluations(champion, kept)
             except LostError as error:
                 if not self._options.force:
                     raise

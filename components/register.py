@@ -93,7 +93,7 @@ def run(params: Params) -> None:
     Raises ValueError if git is missing or results are of another guide, TrackingError if MLflow
     fails; the report is written then, and the same command registers it.
     """
-    from components.tracking import Registry, TrackingError
+    from components.tracking import Registry, TrackingError, finish_pipeline
     from pnp_core.bundle import GuideBundle
 
     evaluations = {name: Evaluation.load(EVALUATED / name) for name in params.models}
@@ -111,8 +111,10 @@ def run(params: Params) -> None:
         raise TrackingError(f"{error}. The report is in {REPORT / PAGE}, not registered") from None
     results = gather(params, evaluations, lineage, compared)
     if version:
+        finish_pipeline()
         write(registered(registry, results, version))
         registry.settle()
+        registry.finish_run(version, REPORT / PAGE, "report")
     else:
         write(results)
         version = upload(params, registry, key, results)
@@ -254,10 +256,10 @@ def upload(params: Params, registry: "Registry", key: str, results: Results) -> 
         log_models(params, registry, whole, results)
         log_results(tracked, results)
         version = register_version(params, registry, tracked, key, results)
+        finish_pipeline()  # at once: the next guide must not be written to this one's run
         write(registered(registry, results, version))
         tracked.file(REPORT / PAGE, "report")  # it says its version now
-        tracked.rename(f"{registry.name} v{version}")
-    finish_pipeline()
+        tracked.rename(registry.run_name(version))
     return version
 
 

@@ -1,5 +1,7 @@
 """The models of params.yaml, opened as they are."""
 
+from pathlib import Path
+
 from diffusers import DiffusionPipeline
 
 from components.device import frozen, load_base
@@ -14,7 +16,12 @@ def load_row(row: Model, base: str) -> DiffusionPipeline:
     Raises ValueError if it is no fine-tune of the base at `base`, or has no layers to skip.
     """
     pipe = load_base(base)
-    if row.path != base:
+    if not is_same(row.path, base):
         pipe = load_model(row.path, base=pipe, configs=configs_of(base))
     skip_layers(pipe, row.clip_skip)
     return frozen(pipe)
+
+
+def is_same(path: str, other: str) -> bool:
+    """Whether two paths name one model, however they are written. A hub's names are paths too."""
+    return Path(path).resolve() == Path(other).resolve()

@@ -86,8 +86,15 @@ class Mirror:
 
     def check(self) -> None:
         """Raises OSError if the bucket or folder isn't there, or can't be looked at."""
-        found = self._patiently("look at", "", lambda: self._files.info(self._place), is_place=True)
-        if found["type"] != "directory":
+
+        def is_folder() -> bool:
+            try:
+                return bool(self._files.info(self._place)["type"] == "directory")
+            except PermissionError:
+                self._is_empty(self._root)  # keys for a prefix may list it, and not see the bucket
+                return True
+
+        if not self._patiently("look at", "", is_folder, is_place=True):
             raise OSError(f"storage: {self._place} is a file: name a folder")
 
     def names(self) -> set[str]:
@@ -154,7 +161,22 @@ class Mirror:
             if NO_BUCKET in _causes(error):
                 raise
             return {}
+        except PermissionError:
+            # Where nothing is, s3fs looks for a file of that name, which keys for a prefix may not.
+            if not self._is_empty(root):
+                raise
+            return {}
         return found
+
+    def _is_empty(self, root: str) -> bool:
+        """Whether nothing is listed there. Raises as listing does."""
+        self._files.invalidate_cache()
+        try:
+            return not self._files.ls(root, detail=False)
+        except FileNotFoundError as error:
+            if NO_BUCKET in _causes(error):
+                raise
+            return True
 
     def _patiently(
         self, verb: str, name: str, action: Callable[[], Result], *, is_place: bool = False

@@ -91,6 +91,12 @@ def register(  # noqa: PLR0913, a version's parts
         return registry.register(run, folder, key=key, metrics={}, tags={}, description="")
 
 
+def folder_of(version: str, tracking: Tracking = TOY) -> Path:
+    """Where a store on this disk has a version's files."""
+    with Registry(tracking, NAME).folder(version) as folder:
+        return folder
+
+
 class Calls:
     """Counts the calls to MLflow and lets one of them fail."""
 

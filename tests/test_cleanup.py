@@ -12,12 +12,12 @@ from components import cleanup
 from components.params import load_params
 from components.references import files_hash, judge_hash, kept_at
 from components.storage import Mirror
-from components.tracking import Registry, Run, Store, garbage
+from components.tracking import Run, Store, garbage
 from components.tracking.journal import KEY
 from pnp_core.files import write_text
 from tests import stores, toy
 from tests.commands import dvc
-from tests.stores import NAME, TOY
+from tests.stores import NAME, TOY, folder_of
 
 pytest_plugins = ["tests.toy", "tests.stores"]
 
@@ -120,7 +120,7 @@ def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) 
     assert not broken.exists()
     assert not any(gone.id in path.parts for path in Path("mlartifacts").rglob("*"))
     assert any(alive.id in path.parts for path in Path("mlartifacts").rglob("params.yaml"))
-    assert (Registry(TOY, NAME).folder(kept) / "summary.json").exists()
+    assert (folder_of(kept) / "summary.json").exists()
 
 
 def test_what_judges_saw_goes_unless_params_yaml_names_judge_and_reference(
@@ -175,7 +175,7 @@ def test_files_that_the_database_does_not_know_stay(checkout: Path, fresh_databa
     """They are another program's, or of this database before it was lost."""
     make(1)
     theirs = upload_that_broke_off(Store(TOY), owner="another program")
-    version = Registry(TOY, NAME).folder(stores.register(0.5))
+    version = folder_of(stores.register(0.5))
     Path("mlartifacts/7/trace").mkdir(parents=True)
     clean(remove=True)
     shutil.copy(fresh_database, "mlflow.db")

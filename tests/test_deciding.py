@@ -15,7 +15,7 @@ from components.reevaluation import Reevaluated
 from components.tracking import Decision, Registry, TrackingError, lock
 from components.tracking.lock import DecisionLock
 from tests.evaluations import evaluation
-from tests.stores import NAME, TOY, Calls, register
+from tests.stores import NAME, TOY, Calls, folder_of, register
 from tests.test_promote import champion, decide, params
 
 pytest_plugins = ["tests.stores"]
@@ -166,7 +166,50 @@ def test_a_champion_that_was_not_judged_anew_is_compared_with_nothing(
 
     monkeypatch.setattr(Registry, "deciding", after_another)
     assert decide("3", reevaluate=True) == 1 and champion() == "2"
-    assert "version 2 became champion while another was judged anew" in capsys.readouterr().err
+    assert "the champion is 2 now, and was another when they were judged" in capsys.readouterr().err
+
+
+def test_a_champion_made_elsewhere_is_compared_with_when_it_is_judged_anew(
+    anew: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = folder_of("1") / "summary.json"
+    summary.rename(summary.with_name("weights.safetensors"))
+    assert decide("3") == 3 and "champion 1: usable: " in capsys.readouterr().err
+    anew["3"] = 0.9
+    assert decide("3", reevaluate=True) == 3, "it is worse"
+    assert "usable" not in capsys.readouterr().err
+    anew["3"] = 0.3
+    assert decide("3", reevaluate=True) == 0 and aliases() == ("3", "1")
+
+
+def test_who_is_champion_already_is_told_before_it_is_judged_anew(
+    two_versions: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(promote, "reevaluate", None)  # would take hours
+    assert decide("1", reevaluate=True) == 0
+    assert "version 1 is the champion already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("alias_moves_to", ["2", None])
+def test_who_was_champion_until_it_is_decided_is_not_judged_by_what_it_was(
+    two_versions: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    alias_moves_to: str | None,
+) -> None:
+    deciding = Registry.deciding
+
+    def after_another(registry: Registry, *, wait_s: float) -> Any:
+        client = registry.store.client
+        if alias_moves_to:
+            client.set_registered_model_alias(NAME, "champion", alias_moves_to)
+        else:
+            client.delete_registered_model_alias(NAME, "champion")
+        return deciding(registry, wait_s=wait_s)
+
+    monkeypatch.setattr(Registry, "deciding", after_another)
+    assert decide("1", reevaluate=True) == 1 and champion() == alias_moves_to
+    assert f"the champion is {alias_moves_to or 'none'} now, and was" in capsys.readouterr().err
 
 
 def test_a_page_that_can_not_be_written_is_told_before_anything_is_decided(
@@ -206,7 +249,7 @@ def test_a_previous_champion_whose_files_are_lost_is_not_gone_back_to(
     two_versions: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert decide("2") == 0
-    folder = Registry(TOY, NAME).folder("1")
+    folder = folder_of("1")
     folder.rename(folder.with_name("elsewhere"))
     assert decide(rollback=True) == 1
     assert "its files are lost" in capsys.readouterr().err and aliases() == ("2", "1")
@@ -241,7 +284,7 @@ def test_a_rollback_happens_or_an_error_is_told_whichever_call_fails(
 def test_a_champion_whose_files_are_lost_can_be_replaced_by_force_alone(
     two_versions: None,
 ) -> None:
-    folder = Registry(TOY, NAME).folder("1")
+    folder = folder_of("1")
     folder.rename(folder.with_name("elsewhere"))
     assert decide("2") == 1 and champion() == "1"
     assert decide("2", force=True, reason="its files are gone") == 0 and champion() == "2"
@@ -273,7 +316,7 @@ def test_a_champion_that_was_deleted_is_not_taken_for_none(
 def test_a_version_that_does_not_say_what_it_was_measured_to_be_is_refused_and_recorded(
     two_versions: None, content: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = Registry(TOY, NAME).folder("2") / "summary.json"
+    summary = folder_of("2") / "summary.json"
     summary.with_name("weights.safetensors").touch()
     summary.unlink()
     if content is not None:

@@ -217,6 +217,15 @@ def test_trigger_words_scale_and_strength_of_a_model_are_used(prepared: Params) 
     assert not np.array_equal(made, plain.make(setting, with_trigger)), "strength plays a part"
 
 
+def test_the_base_is_opened_once_however_its_path_is_written(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_params(Path("params.yaml")).base
+    monkeypatch.setattr("components.rows.load_model", None)  # would open a fine-tune
+    for written in (base, f"{base}/", str(Path(base).resolve())):
+        load_row(Model(path=written, reference=""), base)
+
+
 def test_prompts_and_the_negative_prompt_of_a_model_make_its_tasks(prepared: Params) -> None:
     row = Model(path="", reference="", prompts=("red disc", "a new thing"), negative_prompt="ugly")
     tasks = choose_tasks(prepared.evaluate, row)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from components import generate
-from components.params import Params, load_params
+from components.params import Model, Params, load_params
 from components.tracking import Registry, Run
 from pnp_core.bundle import GuideBundle
 from pnp_core.guide import Guide, GuideConfig
@@ -39,15 +39,19 @@ def made(params: Params, monkeypatch: pytest.MonkeyPatch, *options: str) -> np.n
     return np.asarray(Image.open("out.png"))
 
 
+def register(registry: Registry, params: Params) -> None:
+    with Run(registry.store, params.tracking, "register", params={}) as run:
+        named: dict[str, Any] = {"key": "key", "metrics": {}, "tags": {}, "description": ""}
+        registry.register(run, Path("guides/bundle"), **named)
+
+
 def test_a_registered_guide_makes_what_its_folder_makes(
     params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registry = Registry(params.tracking, "pnp-guide")
     with pytest.raises(ValueError, match="pnp-guide has no champion in MLflow at .*promote"):
         made(params, monkeypatch, "--guide", "models:/pnp-guide@champion")
-    with Run(registry.store, params.tracking, "register", params={}) as run:
-        named: dict[str, Any] = {"key": "key", "metrics": {}, "tags": {}, "description": ""}
-        registry.register(run, Path("guides/bundle"), **named)
+    register(registry, params)
     registry.store.client.set_registered_model_alias("pnp-guide", "champion", "1")
     image = made(params, monkeypatch)
     for guide in ("models:/pnp-guide@champion", "models:/pnp-guide/1"):
@@ -58,6 +62,29 @@ def test_a_registered_guide_makes_what_its_folder_makes(
     ) in capsys.readouterr().out
     with pytest.raises(ValueError, match="write models:/<name>@<alias>"):
         made(params, monkeypatch, "--guide", "models:/pnp-guide")
+
+
+def test_no_copy_stays_of_a_registered_guide_that_is_kept_elsewhere(
+    params: Params, s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry(params.tracking, "pnp-guide")
+    registry.store.client.create_experiment(params.tracking.experiment, f"{s3}/mlflow")
+    register(registry, params)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    image = made(params, monkeypatch, "--guide", "models:/pnp-guide/1")
+    assert not list(temporary.iterdir())
+    assert np.array_equal(image, made(params, monkeypatch))
+
+
+@pytest.mark.parametrize("written", ["models/tuned/", "./models/tuned", "{here}/models/tuned"])
+def test_a_model_of_params_yaml_is_known_however_its_path_is_written(
+    world: Path, written: str
+) -> None:
+    params = load_params(Path("params.yaml"))
+    assert generate.row_of(written.format(here=Path.cwd()), params) is params.models["tuned"]
+    assert generate.row_of("models/other", params) == Model(path="models/other", reference="")
 
 
 def test_compared_are_three_of_the_same_seed_with_the_time_of_each(

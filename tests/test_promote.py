@@ -13,7 +13,7 @@ from components.params import Evaluate, Params, Register, load_params
 from components.places import Cluster, Tracking
 from components.promote import Options
 from components.tracking import Decision, Registry, TrackingError
-from tests.stores import ERRORS, NAME, TOY, Calls, register
+from tests.stores import ERRORS, NAME, TOY, Calls, folder_of, register
 from tests.toy import ROOT
 
 pytest_plugins = ["tests.stores"]
@@ -213,8 +213,7 @@ def test_absence_is_the_stores_own_word(place: Path) -> None:
 
 
 def test_a_version_whose_files_are_gone_is_lost(crowned: None) -> None:
-    registry = Registry(TOY, NAME)
-    folder = registry.folder("2")
+    folder = folder_of("2")
     folder.rename(folder.with_name("elsewhere"))
     with pytest.raises(TrackingError, match="version 2 is registered, but its files are lost"):
         promote.run(params(), "2")
@@ -234,7 +233,7 @@ def test_a_version_that_the_report_names_is_lost_and_not_yet_to_be_made(place: P
 def test_a_result_that_lacks_a_number_is_named(
     crowned: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = Registry(TOY, NAME).folder("2") / "summary.json"
+    summary = folder_of("2") / "summary.json"
     summary.write_text(summary.read_text().replace("flops_ratio", "flops"))
     assert decide("2") == 3
     assert "flops_ratio was not measured" in capsys.readouterr().err

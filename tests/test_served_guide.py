@@ -1,12 +1,17 @@
 """A version by itself: MLflow runs it in a fresh process elsewhere, and unpickles nothing."""
 
 import base64
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,6 +116,42 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
         assert np.array_equal(made[name], plugged(version, toy_folder, **call)), name
     assert not np.array_equal(made["base"], made["fine_tune"])
     assert np.array_equal(made["weakest"], made["unguided"])
+
+
+def test_two_requests_at_once_get_what_each_gets_alone(
+    version: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("served", version / "served_guide.py")
+    assert spec and spec.loader
+    served = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(served)
+    model = served.ServedGuide()
+    model.load_context(SimpleNamespace(model_config={"base": str(toy_folder)}))
+
+    def answer(asked: dict[str, Any]) -> list[str]:
+        return list(model.predict(None, ["a cat", "a dog"], params=asked))
+
+    requests = [
+        {"num_steps": 2, "guidance_scale": 4.0, "seed": 7, "strength": 1.0},
+        {"num_steps": 3, "guidance_scale": 2.0, "seed": 9, "strength": 0.0},
+    ]
+    alone = [answer(asked) for asked in requests]
+    first_samples, both_sample = threading.Event(), threading.Barrier(2)
+    call = StableDiffusionPipeline.__call__
+
+    def sample(pipe: StableDiffusionPipeline, *args: Any, **named: Any) -> Any:
+        first_samples.set()
+        with suppress(threading.BrokenBarrierError):  # the other has to wait for this one's end
+            both_sample.wait(timeout=1)
+        return call(pipe, *args, **named)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", sample)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(answer, requests[0])
+        assert first_samples.wait(timeout=60)
+        second = threads.submit(answer, requests[1])
+        assert [first.result(), second.result()] == alone
+    assert alone[0] != alone[1]
 
 
 def test_a_base_that_is_not_there_is_asked_for(answers: dict[str, Any]) -> None:

@@ -564,9 +564,9 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     summary = read_json(Path("results/report/summary.json"))
     registry = tracking.Registry(load_params(Path("params.yaml")).tracking, "pnp-guide")
     version = summary["registered"]["version"]
-    folder = registry.folder(version)
-    assert GuideBundle.load(folder).num_steps == (2, 4, 8)
-    assert read_json(folder / "summary.json")["models"] == summary["models"]
+    with registry.folder(version) as folder:
+        assert GuideBundle.load(folder).num_steps == (2, 4, 8)
+        assert read_json(folder / "summary.json")["models"] == summary["models"]
     found = registry.store.client.get_model_version("pnp-guide", version)
     assert found.tags.keys() == {
         "git_commit",
@@ -655,6 +655,48 @@ def test_register_that_was_killed_before_its_report_was_written_registers_once(
     register.run(params)
     assert read_json(Path("results/report/summary.json")) == report, "that one is there already"
     registry.store.client.delete_model_version("pnp-guide", version)
+
+
+def test_a_run_that_broke_off_after_its_version_is_finished_and_the_next_guide_has_its_own(
+    inside: Path,
+) -> None:
+    params = load_params(Path("params.yaml"))
+    registry = tracking.Registry(params.tracking, "pnp-guide")
+    client, upload = registry.store.client, tracking.Run.file
+
+    def newest() -> tuple[str, str]:
+        version = str(registry.newest())
+        return version, client.get_model_version("pnp-guide", version).run_id
+
+    def fails(run: tracking.Run, path: Path, folder: str | None = None) -> None:
+        if path.name == "index.html" and "not registered yet" not in path.read_text():
+            raise tracking.TrackingError("MLflow went away")
+        upload(run, path, folder)
+
+    as_it_was = with_another_result(0.765)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking.Run, "file", fails)
+        with pytest.raises(tracking.TrackingError, match="went away"):
+            register.run(params)
+    first, broken = newest()
+    assert client.get_run(broken).info.status == "FAILED"
+    with_another_result(0.654)
+    register.run(params)  # other data, the same settings
+    second, run_of_second = newest()
+    assert second != first and run_of_second != broken
+
+    with_another_result(0.765)
+    tracking.current_pipeline(params)  # as when stages before it ran again
+    register.run(params)
+    run = client.get_run(broken).info
+    assert (run.run_name, run.status) == (f"pnp-guide v{first}", "FINISHED")
+    page = Path(client.download_artifacts(broken, "report/index.html", str(inside)))
+    assert f"version {first}</span>" in page.read_text()
+    assert client.get_run(run_of_second).info.run_name == f"pnp-guide v{second}"
+    assert not Path("runs/pipeline.json").exists(), "what runs next is another run of the pipeline"
+    Path("results/evaluate/base/evaluation.json").write_text(as_it_was)
+    for version in (first, second):
+        client.delete_model_version("pnp-guide", version)
 
 
 def test_a_registry_that_is_down_leaves_the_report_and_gets_the_guide_once_when_it_is_back(

@@ -147,6 +147,50 @@ def test_the_servers_word_decides_whether_to_try_again(
     assert bool(waits) != is_mistake
 
 
+@pytest.fixture
+def keys_for_a_prefix(s3: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Keys that may list, read and write below bucket/prefix, and nothing else.
+
+    To them S3 says "403" of a file that is not there: whether it is would be a listing's to tell.
+    """
+    asks = s3fs.S3FileSystem._call_s3
+
+    async def ask(files: Any, method: str, *given: Any, **named: Any) -> Any:
+        deleted = [one["Key"] for one in named.get("Delete", {}).get("Objects", [])]
+        keys = deleted or [named.get("Prefix", named.get("Key", ""))]
+        if all(key.startswith("prefix/") for key in keys):
+            try:
+                return await asks(files, method, *given, **named)
+            except FileNotFoundError:
+                if method.startswith("list_"):
+                    raise
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", ask)
+    return s3
+
+
+def test_keys_for_a_prefix_are_enough(
+    keys_for_a_prefix: str, tmp_path: Path, waits: list[float]
+) -> None:
+    (tmp_path / "a").write_text("a")
+    Mirror(keys_for_a_prefix).check()
+    mirror = Mirror(keys_for_a_prefix, "cache/x")
+    assert mirror.names() == set() and mirror.num_bytes() == 0
+    mirror.put(tmp_path / "a", tmp_path)
+    Mirror(keys_for_a_prefix).check()
+    assert mirror.names() == {"a"} and mirror.read("a") == b"a"
+    mirror.forget()
+    assert mirror.names() == set() and not waits
+
+
+@pytest.mark.parametrize("storage", ["s3://bucket", "s3://bucket/other"])
+def test_keys_for_another_prefix_are_refused(keys_for_a_prefix: str, storage: str) -> None:
+    for ask in (Mirror(storage).check, Mirror(storage).names):
+        with pytest.raises(PermissionError, match="storage: may not .* allowed to"):
+            ask()
+
+
 def test_an_expired_shard_is_made_anew_by_the_command_that_the_message_names(
     world: Path, s3: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,7 +16,7 @@ from components.mlflow_place import checkout, without_secrets
 from components.places import Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
 from components.tracking.store import store_uri
-from tests.stores import ERRORS, NAME, TOY, Calls, make_checkout, register
+from tests.stores import ERRORS, NAME, TOY, Calls, folder_of, make_checkout, register
 
 pytest_plugins = ["tests.stores"]
 
@@ -417,9 +417,8 @@ def test_a_copied_checkout_writes_into_its_own(
     shutil.copytree(place, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     register(0.7)
-    registry = Registry(TOY, NAME)
     for version in ("1", "2"):
-        assert registry.folder(version).is_relative_to(tmp_path / "copy")
+        assert folder_of(version).is_relative_to(tmp_path / "copy")
     assert snapshot(place) == before
 
 
@@ -443,7 +442,7 @@ def test_files_lie_beside_the_database_that_is_named(
     shutil.copy(fresh_database, shared / "team.db")
     tracking = Tracking(uri=f"sqlite:///{shared}/team.db", experiment="toy")
     register(0.5, tracking=tracking)
-    assert Registry(tracking, NAME).folder("1").is_relative_to(shared / "mlartifacts")
+    assert folder_of("1", tracking).is_relative_to(shared / "mlartifacts")
     assert not Path("mlartifacts").exists() and not Registry(TOY, NAME).versions()
 
 
@@ -454,9 +453,8 @@ def test_what_a_shared_database_keeps_elsewhere_stays_there(tmp_path: Path, plac
     Path("mlflow.db").rename(shared / "team.db")
     tracking = Tracking(uri=f"sqlite:///{shared}/team.db", experiment="toy")
     register(0.7, tracking=tracking)
-    registry = Registry(tracking, NAME)
-    assert registry.folder("1").is_relative_to(place / "mlartifacts")
-    assert registry.folder("2").is_relative_to(shared / "mlartifacts")
+    assert folder_of("1", tracking).is_relative_to(place / "mlartifacts")
+    assert folder_of("2", tracking).is_relative_to(shared / "mlartifacts")
 
 
 def test_a_relative_database_is_the_checkouts_from_a_workspace_too(

@@ -37,6 +37,7 @@ TRAINING = "workflowType=machine_learning"
 CHAMPION = "champion"
 PREVIOUS = "previous"
 SUMMARY = "summary.json"
+ON_THIS_DISK = ("/", "file://")  # how URIs of such files begin
 # Of what a version was made of: its run and its files say all of it, and the list of versions is
 # as high as these are many.
 TAGS_OF_VERSION = ("git_commit", "lock_hash", "num_steps", "guidance_scale", KEY)
@@ -114,14 +115,18 @@ class Registry:
                 return str(version)
         return None
 
-    def folder(self, version: str) -> Path:
-        """The version's files, on this disk.
+    @contextmanager
+    def folder(self, version: str) -> Iterator[Path]:
+        """The version's files: the store's own if it is on this disk, else a copy while it is open.
 
         Raises ValueError if there is no such version, LostError if its files are lost.
         """
         uri = self._usable(version)
-        with self.store.asking(f"download {self.name} version {version}"):
-            return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        with tempfile.TemporaryDirectory() as temporary:
+            into = None if uri.startswith(ON_THIS_DISK) else temporary
+            with self.store.asking(f"download {self.name} version {version}"):
+                files = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=into)
+            yield Path(files)
 
     def check_files(self, version: str) -> None:
         """See that the version has its files. Raises as `folder` does."""
@@ -212,6 +217,29 @@ class Registry:
         server = without_secrets(self.store.uri).rstrip("/")
         page = f"{server}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         return f"{page}?{TRAINING}"
+
+    def run_name(self, version: str) -> str:
+        """What the run that made the version is called."""
+        return f"{self.name} v{version}"
+
+    def finish_run(self, version: str, page: Path, folder: str) -> None:
+        """End the run that made the version, with its name and its page, if that broke off.
+
+        Call `settle` before, which may say of it that it failed.
+        """
+        with self.store.asking(f"finish the run of {self.name} version {version}"):
+            made = self._client.get_model_version(self.name, version).run_id
+            try:
+                run = self._client.get_run(made).info
+            except MlflowException as error:
+                if not is_absent(error):
+                    raise
+                return
+            if run.status == "FINISHED" or run.lifecycle_stage != "active":
+                return
+            self._client.log_artifact(run.run_id, str(page), folder)
+            self._client.update_run(run.run_id, name=self.run_name(version))
+            self._client.set_terminated(run.run_id, "FINISHED")
 
     def run_file(self, version: str, path: str, folder: Path) -> Path | None:
         """A file of the run that made the version, brought into `folder`; None if it has none."""
@@ -322,7 +350,7 @@ class Registry:
 
         Raises TrackingError if it can't be told.
         """
-        if not uri.startswith(("/", "file://")):
+        if not uri.startswith(ON_THIS_DISK):
             with self.store.asking(f"look into {uri}"):
                 return not mlflow.artifacts.list_artifacts(artifact_uri=uri)
         path = Path(uri.removeprefix("file://"))

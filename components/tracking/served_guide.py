@@ -8,6 +8,7 @@ accelerate and peft are.
 import base64
 import io
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ class ServedGuide(PythonModel):
         self._bundle = GuideBundle.load(Path(__file__).parent)
         self._base = dict(context.model_config or {}).get("base", "")
         self._open: dict[tuple[str, str], Any] = {}
+        # MLflow answers requests in threads, and plugging and scheduler are the pipeline's state.
+        self._one_at_a_time = threading.Lock()
 
     def predict(  # type: ignore[no-untyped-def] # MLflow would take a hint for a schema
         self,
@@ -54,15 +57,18 @@ class ServedGuide(PythonModel):
 
         Raises ValueError if base or model can't be opened or don't fit the guide.
         """
+        with self._one_at_a_time:
+            return self._images(_prompts(model_input), params or {})
+
+    def _images(self, prompts: list[str], asked: dict[str, Any]) -> list[str]:
         import torch
 
-        asked = params or {}
         pipe = self._pipeline(asked)
         num_steps = int(asked.get("num_steps") or min(self._bundle.num_steps))
         if best := self._bundle.scheduler_for(num_steps):
             best.set(pipe)
         images = []
-        for number, prompt in enumerate(_prompts(model_input)):
+        for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(int(asked.get("seed", 0)) + number)
             (image,) = pipe(
                 prompt,
