@@ -1,5 +1,6 @@
 """The flows: in-process on a stub of a pipeline; on a server and a worker with the toy world."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -22,11 +23,13 @@ import pytest
 import s3fs
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.worker import EventsWorker
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
 from components.params import load_params
-from flows import distill, lost, process, room, stages
+from flows import distill, lost, process, room, stages, watching
 from flows.__main__ import summary
 from flows.artifacts import version_page
 from flows.process import StageFailed
@@ -430,6 +433,27 @@ def test_a_failed_stage_stops_the_flow_in_its_own_words(
     assert str(failed.value) == "cache: no such base"
     assert ran() == ["prepare", "cache"], "neither tried again nor gone past"
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.timeout(60)  # it would wait for ever
+def test_a_failure_is_raised_in_seconds_where_no_event_can_be_sent(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(self: PrefectEventsClient) -> None:
+        await asyncio.sleep(1.0)  # the event is in the queue by then
+        raise OSError("no websockets here")
+
+    monkeypatch.setattr(PrefectEventsClient, "__aenter__", refused)
+    monkeypatch.setattr(watching, "SECONDS_TO_SEND", 2.0)
+    url = f"http://127.0.0.1:{free_port()}/api"
+    EventsWorker.set_client_override(PrefectEventsClient, api_url=url)
+    began = time.monotonic()
+    try:
+        with pytest.raises(StageFailed, match="no such base"), watching.saying_why():
+            raise StageFailed("cache", 1, ["error: no such base"])
+    finally:
+        EventsWorker.set_client_override(None)
+    assert 1.0 < time.monotonic() - began < 30.0
 
 
 @pytest.mark.parametrize(
