@@ -14,6 +14,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
 from components import fetch, mlflow_place
+from components.curves import headline
 from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
@@ -27,6 +28,7 @@ from flows import evaluate, room, start
 from flows.artifacts import unwrapped
 from flows.process import StageFailed
 from pnp_core.files import read_json, write_json
+from tests.evaluations import evaluation
 from tests.toy import toy_params, write_params
 
 
@@ -73,6 +75,20 @@ def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     values = {"path": path, "reference": path}
     text = overridden(tmp_path / "params.yaml", evaluate.row_of("other", values))
     assert YAML(typ="safe").load(text)["models"]["other"] == values
+
+
+def test_a_champion_that_was_made_elsewhere_has_no_numbers_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.registered() == {}
+    write_json(evaluate.BUNDLE / evaluate.SUMMARY, {"models": {"base": {"of": "another format"}}})
+    assert evaluate.registered() == {}
+    known = evaluation("base")
+    known.save(tmp_path)
+    written = read_json(tmp_path / "evaluation.json")
+    write_json(evaluate.BUNDLE / evaluate.SUMMARY, {"models": {"base": written}})
+    assert evaluate.registered() == {"base": headline(known)}
 
 
 def test_a_fine_tune_is_refused_a_name_that_no_row_can_have() -> None:
