@@ -3,14 +3,20 @@
 import os
 import re
 import stat
+import threading
+from contextlib import nullcontext
 from datetime import date
-from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    temporary_settings,
+)
 from ruamel.yaml import YAML
 
 from components import fetch, mlflow_place
@@ -115,27 +121,36 @@ def test_fetching_a_guide_replaces_no_other_folder(
         fetch.run(load_params(Path("params.yaml")), "champion", Path(here))
 
 
-@pytest.mark.parametrize(("kind", "is_refused"), [("text/html", True), ("application/json", False)])
-def test_a_page_is_not_taken_for_prefects_api(
-    monkeypatch: pytest.MonkeyPatch, kind: str, is_refused: bool, capsys: Any
+class BehindALogin(BaseHTTPRequestHandler):
+    """A server whose proxy shows a page to whoever lacks a header."""
+
+    def do_GET(self) -> None:
+        kind = "application/json" if self.headers["X-Pass"] == "word" else "text/html"
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize(("headers", "is_refused"), [({}, True), ({"X-Pass": "word"}, False)])
+def test_prefects_api_is_asked_as_prefect_is_set_and_a_page_is_not_taken_for_it(
+    headers: dict[str, str], is_refused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Answer:
-        headers = Message()
-
-        def __enter__(self) -> "Answer":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    Answer.headers["Content-Type"] = kind
-    monkeypatch.setattr(flows, "urlopen", lambda *_, **__: Answer())
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200"}):
-        if not is_refused:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BehindALogin) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        settings = {PREFECT_API_URL: url, PREFECT_CLIENT_CUSTOM_HEADERS: headers}
+        with (
+            temporary_settings(settings),
+            pytest.raises(SystemExit) if is_refused else nullcontext(),
+        ):
             flows.check_server()
-            return
-        with pytest.raises(SystemExit):
-            flows.check_server()
-    assert "is a page, not Prefect's API: does /api lack?" in capsys.readouterr().err
+        server.shutdown()
+    told = capsys.readouterr().err
+    assert ("is a page, not Prefect's API: does /api lack?" in told) is is_refused
 
 
 @pytest.mark.parametrize(
