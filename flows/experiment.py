@@ -42,24 +42,26 @@ NOBODY = {
 
 
 @contextmanager
-def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[None]:
+def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[str | None]:
     """While open, the working directory is a workspace of an experiment with these overrides.
 
-    One that fails or is cancelled is kept, and the same overrides go on in it. Without overrides
-    nothing is done: the run is the checkout's own.
+    Yields the name that it will be saved by. One that fails or is cancelled is kept, and the same
+    overrides go on in it. Without overrides nothing is done, and None is yielded: the run is the
+    checkout's own.
 
     Raises ParamsError for an override that can't be, StageFailed where git or DVC refuse, in one
     line and before anything is computed.
     """
     if not overrides:
-        yield
+        yield None
         return
     params = overridden(PARAMS, overrides)
     with workspace(params, f"{name}: {' '.join(overrides)}", log) as here:
-        yield
-        saved = _save(name, here.commit)
-        _git("update-ref", f"{REFS}/{saved}", here.commit)
-        log(f"Saved as the experiment {saved}: dvc exp show, dvc exp apply {saved}")
+        name = _free(name)
+        yield name
+        _save(name, here.commit)
+        _git("update-ref", f"{REFS}/{name}", here.commit)
+        log(f"Saved as the experiment {name}: dvc exp show, dvc exp apply {name}")
         here.is_done = True
 
 
@@ -258,16 +260,19 @@ def _remove(path: Path, tracked: Set[Path]) -> None:
         path.unlink()
 
 
-def _save(name: str, commit: str) -> str:
-    """Save the workspace as an experiment of the checkout's commit; returns its name."""
+def _save(name: str, commit: str) -> None:
+    """Save the workspace as an experiment of the checkout's commit."""
     _git("reset", "--soft", f"{commit}~1")
+    untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
+    _dvc("exp", "save", "--name", name, *untracked)
+
+
+def _free(name: str) -> str:
+    """A name that no experiment has, as near to this one as DVC allows."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "experiment"
     taken = _git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").splitlines()
     number = next(n for n in range(1, len(taken) + 2) if _numbered(name, n) not in taken)
-    saved = _numbered(name, number)
-    untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
-    _dvc("exp", "save", "--name", saved, *untracked)
-    return saved
+    return _numbered(name, number)
 
 
 def _numbered(name: str, number: int) -> str:

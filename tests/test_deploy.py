@@ -177,6 +177,13 @@ def test_each_worker_says_itself_where_its_checkout_is(monkeypatch: pytest.Monke
     assert worker["environment"]["PNP_GUIDE_HOME"], "where runs look"
 
 
+def test_links_of_a_run_are_to_ports_that_a_browser_here_reaches() -> None:
+    services = load("compose.yaml")["services"]
+    open_here = {port.rpartition(":")[0] for s in services.values() for port in s.get("ports", ())}
+    for name in ("PREFECT_UI_URL", "PNP_MLFLOW_UI_URL"):
+        assert services["worker"]["environment"][name].removeprefix("http://") in open_here
+
+
 def test_helms_values_are_of_the_pinned_versions() -> None:
     tag = load("helm/prefect-server.yaml")["global"]["prefect"]["image"]["prefectTag"]
     assert tag.startswith(f"{PINNED['prefect']}-")

@@ -29,13 +29,14 @@ from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
 from components.params import load_params
-from flows import distill, lost, process, room, stages, watching
+from flows import artifacts, distill, lost, process, room, stages, watching
 from flows.__main__ import summary
-from flows.artifacts import version_page
+from flows.artifacts import as_seen, version_page
 from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
+from pnp_core.files import write_text
 from tests.commands import dvc
 from tests.stores import Server, free_port
 from tests.toy import make_repository, toy_params, write_params
@@ -548,6 +549,33 @@ def test_the_page_of_a_version_has_no_password_in_it(monkeypatch: pytest.MonkeyP
     page, _ = version_page(params, {"name": "guide", "version": 3})
     assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
     assert "secret" not in summary(params)
+
+
+def test_links_lead_to_where_a_browser_finds_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@mlflow:5000")
+    monkeypatch.setenv("PNP_MLFLOW_UI_URL", "https://mlflow.example/x/")
+    params = load_params(ROOT / "params.yaml")
+    page, _ = version_page(params, {"name": "guide", "version": 3})
+    assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
+    run = "/#/experiments/1/runs/2"
+    assert as_seen(f"http://mlflow:5000{run}", params) == f"https://mlflow.example/x{run}"
+    elsewhere = f"http://mlflow:50001{run}"
+    assert as_seen(elsewhere, params) == elsewhere
+
+
+def test_a_report_that_goes_with_its_workspace_is_shown_by_its_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("results/report/table.md"), "FID: one")
+    write_text(Path("results/report/index.html"), "")
+    shown: list[str] = []
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    params = load_params(ROOT / "params.yaml")
+    artifacts.publish_report(params, print)
+    artifacts.publish_report(params, print, "funny-gerbil")
+    assert str(tmp_path / "results/report/index.html") in shown[0]
+    assert str(tmp_path) not in shown[1] and "dvc exp apply funny-gerbil" in shown[1]
 
 
 @contextmanager
