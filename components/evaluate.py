@@ -23,7 +23,7 @@ from components.curves import few, write_curves
 from components.dataset import PreparedImages, encode, read_prompts
 from components.disk import check_room
 from components.evaluation import Evaluation
-from components.images import Gallery, KeptImages, Recipe, Setting, Task, batches
+from components.images import Gallery, KeptImages, Recipe, Setting, Task, alone_with, batches
 from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
@@ -48,7 +48,8 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
     """Write results/evaluate/<model>, or `into`/<model> for another `guide` than guides/bundle.
 
     Raises ValueError if params.yaml has no such model, if guide and model don't fit, and for a
-    judge or references that can't be used; all before anything is sampled.
+    judge or references that can't be used; all before anything is sampled. And if another
+    evaluation of the model here, which is waited for, goes on for `cluster.wait_minutes`.
     """
     if model not in params.models:
         raise ValueError(
@@ -58,22 +59,25 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         raise ValueError(f"--into {into}: it is a file; name a folder")
     from components.device import left_to_workers
 
-    judges = open_judges(params, model)
-    for line in lacking(params, reads_text=judges[0][0].reads_text):
-        print(f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True)
-    work = Work.of(params, model, guide)
-    on_gpu = [work.sampler.pipe, work.sampler.bundle, *(judge for judge, _ in judges)]
-    with left_to_workers(*on_gpu if params.cluster.num_workers else ()):
-        sample_missing(work, model)
-    evaluation = measure(work, model, judges)
-    with atomic_folder(into / model) as folder:
-        evaluation.save(folder)
-        write_json(folder / "metrics.json", few(evaluation))
-        write_curves(evaluation, folder)
-        write_grid(work, model, folder)
-        Gallery(model, work.tasks, work.recipes).save(folder)
-    if guide == BUNDLE:
-        work.kept.forget_all_but([*work.recipes.values(), *work.measured])
+    with alone_with(model, params.cluster.wait_minutes):
+        judges = open_judges(params, model)
+        for line in lacking(params, reads_text=judges[0][0].reads_text):
+            print(
+                f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True
+            )
+        work = Work.of(params, model, guide)
+        on_gpu = [work.sampler.pipe, work.sampler.bundle, *(judge for judge, _ in judges)]
+        with left_to_workers(*on_gpu if params.cluster.num_workers else ()):
+            sample_missing(work, model)
+        evaluation = measure(work, model, judges)
+        with atomic_folder(into / model) as folder:
+            evaluation.save(folder)
+            write_json(folder / "metrics.json", few(evaluation))
+            write_curves(evaluation, folder)
+            write_grid(work, model, folder)
+            Gallery(model, work.tasks, work.recipes).save(folder)
+        if guide == BUNDLE:
+            work.kept.forget_all_but([*work.recipes.values(), *work.measured])
     num_steps = evaluation.num_steps[0]
     fids = [
         f"{method} {cell.scores['fid'].value:.4g}"

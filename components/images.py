@@ -6,15 +6,20 @@ recipe in clear, so that what is read is what was made. Whatever else took forwa
 lies beside them in JSON.
 """
 
+import fcntl
 import hashlib
 import io
 import json
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from components.dataset import encode
-from components.paths import EVALUATED, SAMPLED
+from components.paths import EVALUATED, RUNS, SAMPLED
+from components.progress import clock
 from pnp_core.files import atomic_file, read_json, recover_all, remove, write_json
 
 if TYPE_CHECKING:
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from pnp_core.guide import Guide
 
 INDEX = "images.json"
+SECONDS_BETWEEN_LOOKS = 2.0
 
 Recipe = Mapping[str, Any]
 
@@ -56,6 +62,46 @@ def key_of(recipe: Recipe) -> str:
     """Names a recipe's folder."""
     text = json.dumps(recipe, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def alone_with(model: str, wait_minutes: float) -> Iterator[None]:
+    """While open, no other evaluation here samples the model or forgets images of it.
+
+    Another is told and waited for. Raises ValueError if it goes on for `wait_minutes`.
+    """
+    RUNS.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    told = False
+    with (RUNS / f"evaluate-{model}.lock").open("a+") as file:
+        while not _locked(file.fileno()):
+            waited = time.monotonic() - began
+            file.seek(0)
+            busy = f"another evaluation of it is at its images (PID {file.read()})"
+            if waited >= 60 * wait_minutes:
+                raise ValueError(
+                    f"evaluate {model}: {busy}: waited {clock(waited)}, cluster.wait_minutes; run "
+                    "the same command when it ends"
+                )
+            if not told:
+                limit = clock(60 * wait_minutes)
+                print(f"evaluate {model}: {busy}: waiting, {limit} at most", flush=True)
+                told = True
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        file.truncate(0)
+        print(os.getpid(), end="", file=file, flush=True)
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether nobody else has locked a file; where the file system has no locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def guide_identity(guide: "Guide") -> str:

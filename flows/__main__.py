@@ -11,8 +11,6 @@ import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib import error as url_error
-from urllib.request import urlopen
 
 from components import interrupt
 from components.cli import MAY_PASS, leave, stop
@@ -139,21 +137,26 @@ def why_not(error: "HTTPError") -> str:
 
 def check_server() -> None:
     """Leave with one line if no server answers where PREFECT_API_URL or Prefect's profile says."""
-    from prefect.settings import PREFECT_API_URL
+    from httpx import HTTPError, HTTPStatusError, InvalidURL
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     url = PREFECT_API_URL.value()
     if not url:
         return
-    try:
-        with urlopen(f"{url.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER) as answer:
-            is_page = answer.headers.get_content_type() == "text/html"
-    except url_error.HTTPError:
+    settings = {"timeout": SECONDS_TO_ANSWER}
+    try:  # by Prefect's client, which knows its settings: certificates, headers, keys
+        with (
+            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+            get_client(httpx_settings=settings, sync_client=True) as client,
+        ):
+            is_page = client.hello().headers.get("Content-Type", "").startswith("text/html")
+    except HTTPStatusError:
         return  # it answers
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (HTTPError, InvalidURL, OSError, ValueError) as error:
         stop(
             ValueError(
-                f"no Prefect server answers at PREFECT_API_URL={url} ({reason}): start it (prefect "
+                f"no Prefect server answers at PREFECT_API_URL={url} ({error}): start it (prefect "
                 "server start), or unset PREFECT_API_URL (or: prefect config unset "
                 "PREFECT_API_URL) to run without one"
             ),

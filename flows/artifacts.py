@@ -3,6 +3,7 @@
 import base64
 import contextvars
 import io
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -88,15 +89,22 @@ class _Bar:
                 continue  # the next look tries again
 
 
-def publish_report(params: Params, log: Callable[[str], None]) -> None:
-    """Show results/report: the table, the images, and where the version is in MLflow."""
+def publish_report(
+    params: Params, log: Callable[[str], None], experiment: str | None = None
+) -> None:
+    """Show results/report: the table, the images, and where the version is in MLflow.
+
+    `experiment`: what the run will be saved by, as its own folder goes when it ends.
+    """
     table = (REPORT / "table.md").read_text()
     summary = REPORT / "summary.json"
     registered = read_json(summary).get("registered") if summary.exists() else None
     run = (registered or {}).get("page")  # in MLflow, where a server shows it
     pages = [path for name in PAGES if (path := REPORT / name).exists()]
     places = [f"- `{path.absolute()}`" for path in pages]
-    places += [f"- [The run in MLflow]({run})"] if run else []
+    if experiment:
+        places = [f"- `{path}`, after `dvc exp apply {experiment}`" for path in pages]
+    places += [f"- [The run in MLflow]({as_seen(run, params)})"] if run else []
     create_markdown_artifact(
         "\n".join([unwrapped(table), "", *places, ""]),
         key="guide-report",
@@ -144,7 +152,15 @@ def version_page(params: Params, registered: Mapping[str, Any]) -> tuple[str, st
     place = without_secrets(uri).rstrip("/") if is_server else LOCAL_MLFLOW
     note = "" if is_server else " (after: make mlflow)"
     page = f"{place}/#/models/{registered['name']}/versions/{registered['version']}"
-    return f"{page}?workflowType=machine_learning", note  # MLflow opens on another kind
+    # MLflow opens on another kind.
+    return as_seen(f"{page}?workflowType=machine_learning", params), note
+
+
+def as_seen(page: str, params: Params) -> str:
+    """A page of MLflow's server by the address that a browser has for it, PNP_MLFLOW_UI_URL."""
+    own = without_secrets(resolve(params.tracking.uri)).rstrip("/")
+    seen = os.environ.get("PNP_MLFLOW_UI_URL", "").rstrip("/")
+    return seen + page.removeprefix(own) if seen and page.startswith(f"{own}/") else page
 
 
 def unwrapped(text: str) -> str:

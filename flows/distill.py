@@ -51,14 +51,14 @@ def distill_flow(
     settle_lost_runs(log)
     with (
         saying_why(),
-        experiment(overrides, flow_run.name or "run", log),
+        experiment(overrides, flow_run.name or "run", log) as saved_as,
         begin() as params,
     ):
         check_start(start_at)
         bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
         if remote := dvc_remote():
             push(remote)
-        publish_report(params, log)
+        publish_report(params, log, saved_as)
         if not overrides:
             for line in to_commit(remote):
                 log(line)

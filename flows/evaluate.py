@@ -3,9 +3,9 @@
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from json import dumps
 from pathlib import Path
-from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_table_artifact
@@ -87,10 +87,10 @@ def reevaluate_flow() -> None:
         check_files(params)
         models = list(params.models)
         evaluate_all(models, look(params, names_in_dvc(params, ["evaluate"])))
-        before = read_json(BUNDLE / SUMMARY)["models"]
+        before = registered()
         for model in models:
             publish_metrics(model, EVALUATED / model)
-            compare(model, registered(before.get(model, {})), EVALUATED / model)
+            compare(model, before.get(model, {}), EVALUATED / model)
         place.is_done = True
 
 
@@ -107,12 +107,18 @@ def fetch_champion() -> bool:
     return True
 
 
-def registered(evaluation: Mapping[str, Any]) -> Mapping[str, float]:
-    """The headline of what a version's summary has of a model; nothing of another format."""
-    try:
-        return headline(Evaluation.from_json(evaluation, where=SUMMARY))
-    except ValueError:
-        return {}
+def registered() -> Mapping[str, Mapping[str, float]]:
+    """By model the headline of what the champion's summary has; nothing of another format.
+
+    A guide that was made elsewhere has no summary.
+    """
+    path = BUNDLE / SUMMARY
+    models = read_json(path)["models"] if path.exists() else {}
+    found = {}
+    for model, evaluation in models.items():
+        with suppress(ValueError):
+            found[model] = headline(Evaluation.from_json(evaluation, where=SUMMARY))
+    return found
 
 
 def compare(model: str, before: Mapping[str, float], folder: Path) -> None:

@@ -1,9 +1,10 @@
 """A run with other parameters: a DVC experiment in a workspace of its own.
 
 The workspace is a git worktree under `.dvc/tmp/exps` of what is in the checkout now, committed with
-the overrides in its params.yaml. It shares DVC's cache and the checkout's MLflow store. What comes
-out is saved as an experiment of the checkout's commit (`dvc exp show`, `dvc exp apply NAME`); the
-checkout and its params.yaml stay as they were.
+the overrides in its params.yaml. It shares DVC's cache and remotes, `storage` and the checkout's
+MLflow store, and relative paths in params.yaml lead to the same files as in the checkout. What
+comes out is saved as an experiment of the checkout's commit (`dvc exp show`, `dvc exp apply NAME`);
+the checkout and its params.yaml stay as they were.
 """
 
 import fcntl
@@ -22,12 +23,14 @@ from ruamel.yaml import YAML
 from components.overrides import overridden
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from flows.process import DVC, StageFailed, ask
-from pnp_core.files import write_text
+from flows.sharing import dvc_settings
+from pnp_core.files import sha256_file, write_text
 
 Log = Callable[[str], None]
 
 PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 PLACE = Path(".dvc/tmp/exps")  # components.mlflow_place knows it too
+DEEPER = "checkout"
 REFS = "refs/pnp-guide"  # keep the commits that lineages name
 OUTPUTS = {path.parts[0] for path in (PREPARED, BUNDLE, EVALUATED)}
 # For whoever has told git no name, as in a container.
@@ -39,24 +42,26 @@ NOBODY = {
 
 
 @contextmanager
-def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[None]:
+def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[str | None]:
     """While open, the working directory is a workspace of an experiment with these overrides.
 
-    One that fails or is cancelled is kept, and the same overrides go on in it. Without overrides
-    nothing is done: the run is the checkout's own.
+    Yields the name that it will be saved by. One that fails or is cancelled is kept, and the same
+    overrides go on in it. Without overrides nothing is done, and None is yielded: the run is the
+    checkout's own.
 
     Raises ParamsError for an override that can't be, StageFailed where git or DVC refuse, in one
     line and before anything is computed.
     """
     if not overrides:
-        yield
+        yield None
         return
     params = overridden(PARAMS, overrides)
     with workspace(params, f"{name}: {' '.join(overrides)}", log) as here:
-        yield
-        saved = _save(name, here.commit)
-        _git("update-ref", f"{REFS}/{saved}", here.commit)
-        log(f"Saved as the experiment {saved}: dvc exp show, dvc exp apply {saved}")
+        name = _free(name)
+        yield name
+        _save(name, here.commit)
+        _git("update-ref", f"{REFS}/{name}", here.commit)
+        log(f"Saved as the experiment {name}: dvc exp show, dvc exp apply {name}")
         here.is_done = True
 
 
@@ -79,19 +84,22 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
     top = _git("rev-parse", "--show-toplevel")  # the checkout may be a folder of it
     source = _git("stash", "create") or _git("rev-parse", "HEAD")
     tree = _git("rev-parse", f"{source}^{{tree}}")
-    key = hashlib.sha256(f"{tree}\n{params}".encode()).hexdigest()[:12]
-    place = checkout / PLACE / f"pnp-{key}"
-    inside = place / checkout.relative_to(top)
+    place = checkout / PLACE / f"pnp-{_key(tree, params)}"
+    # So deep that what lies outside of the checkout can be linked into `place`.
+    worktree = place.joinpath(*[DEEPER] * max((_ups(path) for path in _outside(params)), default=0))
+    inside = worktree / checkout.relative_to(top)
     place.parent.mkdir(parents=True, exist_ok=True)
     with _alone(place.with_suffix(".lock")) as note:
         commit = note.read()  # written when the workspace is complete
         if commit and inside.exists():
             log("An earlier run with these overrides broke off: going on with what it made")
-            _git("reset", "--soft", commit, cwd=place)
+            _git("reset", "--soft", commit, cwd=worktree)
             _bring_all(_inputs(params), inside)  # one that was at fault may have been mended
+            _link(params, inside)
         else:
             note.truncate(0)
-            commit = _make(place, inside, source, params, title)
+            shutil.rmtree(place, ignore_errors=True)  # one that was being made
+            commit = _make(worktree, inside, source, params, title)
             note.write(commit)
             note.flush()
         here = Workspace(commit)
@@ -101,19 +109,28 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
         finally:
             os.chdir(checkout)
             if here.is_done:
-                _git("worktree", "remove", "--force", str(place))
+                _git("worktree", "remove", "--force", str(worktree))
+                shutil.rmtree(place, ignore_errors=True)
                 note.truncate(0)
             else:
                 log("The experiment's workspace is kept: the same overrides go on in it")
 
 
-def _make(place: Path, inside: Path, source: str, params: str, title: str) -> str:
+def _key(tree: str, params: str) -> str:
+    """Names a workspace by what is measured or trained in it: a change of that begins anew."""
+    key = hashlib.sha256(f"{tree}\n{params}".encode())
+    for path in (LOCK, *sorted(BUNDLE.rglob("*"))):  # git may know neither
+        if path.is_file():
+            key.update(f"{path} {sha256_file(path)}\n".encode())
+    return key.hexdigest()[:12]
+
+
+def _make(worktree: Path, inside: Path, source: str, params: str, title: str) -> str:
     """Make the worktree, and bring into it what git does not know; returns its commit."""
     checkout = Path.cwd()
-    shutil.rmtree(place, ignore_errors=True)  # one that was being made
     _git("worktree", "prune")
-    _git("worktree", "add", "--quiet", "--detach", str(place), "HEAD")
-    _git("restore", f"--source={source}", "--worktree", "--staged", ".", cwd=place)
+    _git("worktree", "add", "--quiet", "--detach", str(worktree), "HEAD")
+    _git("restore", f"--source={source}", "--worktree", "--staged", ".", cwd=worktree)
     write_text(inside / PARAMS, params)
     cache = ask([*DVC, "cache", "dir"])
     if cache is None:
@@ -122,20 +139,57 @@ def _make(place: Path, inside: Path, source: str, params: str, title: str) -> st
     if local.exists():
         shutil.copy(local, inside / ".dvc/config.local")
     _dvc("config", "--local", "cache.dir", str((checkout / cache).resolve()), cwd=inside)
+    for name, value in dvc_settings("start").items():
+        if name.startswith("remote.") and name.endswith(".url") and Path(value).is_absolute():
+            _dvc("config", "--local", name, value, cwd=inside)
     if LOCK.exists():
         shutil.copy(LOCK, inside / LOCK)
     made = [Path(name) for name in OUTPUTS if Path(name).exists()]
     _bring_all([*_inputs(params), *made], inside)
-    _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=place)
-    return _git("rev-parse", "HEAD", cwd=place)
+    _link(params, inside)
+    _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=worktree)
+    return _git("rev-parse", "HEAD", cwd=worktree)
+
+
+def _link(params: str, inside: Path) -> None:
+    """Have in a workspace, and around it, what is not to be brought."""
+    for path in (*sorted(_outside(params)), *_storage(params)):  # a folder before what is in it
+        link = Path(os.path.normpath(inside / path))
+        if not os.path.lexists(link):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((Path.cwd() / path).resolve())
 
 
 def _inputs(params: str) -> Iterator[Path]:
-    """What the text of a params.yaml names that is here, but for what the pipeline writes."""
-    return _named(YAML(typ="safe", pure=True).load(params))
+    """What the text of a params.yaml names in the checkout, but for what the pipeline writes."""
+    storage = set(_storage(params))
+    for path in _named(_values(params)):
+        if not _ups(path) and path.parts[0] not in OUTPUTS and path not in storage:
+            yield path
+
+
+def _storage(params: str) -> Iterator[Path]:
+    """The folder `storage` of the checkout: what is sent there stays when the workspace goes."""
+    return (path for path in _named(_values(params).get("storage")) if not _ups(path))
+
+
+def _outside(params: str) -> Iterator[Path]:
+    """What the text of a params.yaml names by a path that leads out of the checkout."""
+    return (path for path in _named(_values(params)) if _ups(path))
+
+
+def _ups(path: Path) -> int:
+    """How many folders above the checkout a path leads."""
+    return Path(os.path.normpath(path)).parts.count("..")
+
+
+def _values(params: str) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = YAML(typ="safe", pure=True).load(params)
+    return values
 
 
 def _named(value: Any) -> Iterator[Path]:
+    """The relative paths among the values that lead to something."""
     if isinstance(value, Mapping):
         for below in value.values():
             yield from _named(below)
@@ -144,9 +198,10 @@ def _named(value: Any) -> Iterator[Path]:
             yield from _named(below)
     elif isinstance(value, str):
         path = Path(value)
-        inside = path.parts and not path.is_absolute() and ".." not in path.parts
-        if inside and path.parts[0] not in OUTPUTS and path.exists():
+        if path.parts and not path.is_absolute() and os.path.exists(path):
             yield path
+            if path.is_file() and (beside := path.with_suffix("")).is_dir():
+                yield beside  # the configs of a single-file model
 
 
 def _bring_all(paths: Iterable[Path], inside: Path) -> None:
@@ -205,16 +260,19 @@ def _remove(path: Path, tracked: Set[Path]) -> None:
         path.unlink()
 
 
-def _save(name: str, commit: str) -> str:
-    """Save the workspace as an experiment of the checkout's commit; returns its name."""
+def _save(name: str, commit: str) -> None:
+    """Save the workspace as an experiment of the checkout's commit."""
     _git("reset", "--soft", f"{commit}~1")
+    untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
+    _dvc("exp", "save", "--name", name, *untracked)
+
+
+def _free(name: str) -> str:
+    """A name that no experiment has, as near to this one as DVC allows."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "experiment"
     taken = _git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").splitlines()
     number = next(n for n in range(1, len(taken) + 2) if _numbered(name, n) not in taken)
-    saved = _numbered(name, number)
-    untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
-    _dvc("exp", "save", "--name", saved, *untracked)
-    return saved
+    return _numbered(name, number)
 
 
 def _numbered(name: str, number: int) -> str:

@@ -2,6 +2,8 @@
 
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed
 
+from components.params import load_params
 from components.promote import REFUSED
 from flows.process import StageFailed, log_without_tracebacks, run
+from flows.room import room
 from flows.watching import saying_why
 
 
@@ -19,14 +23,18 @@ from flows.watching import saying_why
 def promote(options: list[str]) -> int:
     """Decide, and show the decision as an artifact; 0 or, for a refusal, 3.
 
-    Raises StageFailed if nothing could be decided.
+    Raises StageFailed if nothing could be decided, ParamsError if params.yaml is wrong.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    log = get_run_logger().info
+    with (
+        room_to_measure(log) if "--reevaluate" in options else nullcontext({}) as environment,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         page = Path(folder) / "decision.md"
         command = [sys.executable, "-m", "components.promote", *options, "--page", str(page)]
         exit_code = 0
         try:
-            run("promote", command, get_run_logger().info)
+            run("promote", command, log, environment=environment)
         except StageFailed as error:
             if error.exit_code != REFUSED:
                 raise
@@ -35,6 +43,12 @@ def promote(options: list[str]) -> int:
             page.read_text(), key="promotion", description="What was decided, and on what"
         )
     return exit_code
+
+
+def room_to_measure(log: Callable[[str], None]) -> AbstractContextManager[Mapping[str, str]]:
+    """The GPUs that a reevaluation uses, as for the stage `evaluate`."""
+    cluster = load_params(Path("params.yaml")).cluster
+    return room("promote", max(1, cluster.num_workers), cluster.wait_minutes, log)
 
 
 @flow(name="promote")

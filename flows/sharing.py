@@ -3,16 +3,20 @@
 from flows.process import DVC, StageFailed, ask
 
 
+def dvc_settings(step: str) -> dict[str, str]:
+    """DVC's settings of all its files, with whole paths. Raises StageFailed if DVC can't tell."""
+    told = ask([*DVC, "config", "--list"])
+    if told is None:
+        raise StageFailed(step, 1, ["error: `dvc config --list` fails: see what it says"])
+    return dict(line.partition("=")[::2] for line in told.splitlines())
+
+
 def dvc_remote() -> str | None:
     """The name of DVC's default remote; None if DVC's settings have none.
 
     Raises StageFailed if DVC can't tell.
     """
-    told = ask([*DVC, "config", "--list"])
-    if told is None:
-        raise StageFailed("push", 1, ["error: `dvc config --list` fails: see what it says"])
-    settings = dict(line.partition("=")[::2] for line in told.splitlines())
-    return settings.get("core.remote")
+    return dvc_settings("push").get("core.remote")
 
 
 def to_commit(remote: str | None) -> list[str]:

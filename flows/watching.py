@@ -1,5 +1,6 @@
 """For those who follow a run with `--watch`, which shows events and no log."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,6 +9,7 @@ from prefect.events.worker import EventsWorker
 from prefect.runtime import flow_run
 
 FAILED = "pnp-guide.failed"
+SECONDS_TO_SEND = 10.0
 
 
 @contextmanager
@@ -24,5 +26,9 @@ def saying_why() -> Iterator[None]:
                 "prefect.resource.name": f"{why} (prefect flow-run logs {flow_run.id})",
             },
         )
-        EventsWorker.instance().wait_until_empty()  # else the run has failed before it is sent
+        # Else the run has failed before it is sent. Prefect's wait has no limit, and does not end
+        # where events can't be sent, such as behind a proxy that refuses websockets.
+        sent = threading.Thread(target=EventsWorker.instance().wait_until_empty, daemon=True)
+        sent.start()
+        sent.join(SECONDS_TO_SEND)
         raise

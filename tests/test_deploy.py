@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from prefect.utilities.templating import apply_values
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,28 @@ def test_secrets_are_files_that_git_does_not_have() -> None:
     assert "/deploy/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
     text = (DEPLOY / "compose.yaml").read_text()
     assert not re.search(r"(PASSWORD|SECRET\w*_KEY|TOKEN): ", text), "none in clear"
+
+
+def test_each_worker_says_itself_where_its_checkout_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Prefect stores of the pull steps as it deploys has no path of the machine that does."""
+    text = (ROOT / "prefect.yaml").read_text()
+    pull = YAML(typ="safe", pure=True).load(text)["pull"]
+    monkeypatch.setenv("PNP_GUIDE_HOME", "/srv/here")
+    assert "/srv/here" in str(apply_values(pull, {}, remove_notset=False))
+    monkeypatch.delenv("PNP_GUIDE_HOME")
+    assert apply_values(pull, {}, remove_notset=False) == pull
+    for path in (DEPLOY / "compose.yaml", ROOT / "docs/server.md"):
+        (command,) = re.findall(r".*prefect --no-prompt deploy --all", path.read_text())
+        assert "env -u PNP_GUIDE_HOME prefect" in command, path
+    worker = load("compose.yaml")["services"]["worker"]
+    assert worker["environment"]["PNP_GUIDE_HOME"], "where runs look"
+
+
+def test_links_of_a_run_are_to_ports_that_a_browser_here_reaches() -> None:
+    services = load("compose.yaml")["services"]
+    open_here = {port.rpartition(":")[0] for s in services.values() for port in s.get("ports", ())}
+    for name in ("PREFECT_UI_URL", "PNP_MLFLOW_UI_URL"):
+        assert services["worker"]["environment"][name].removeprefix("http://") in open_here
 
 
 def test_helms_values_are_of_the_pinned_versions() -> None:

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from components import dataset, device, evaluate, judging, prepare, references, register, sampling
 from components.environment import quiet
 from components.evaluation import Evaluation
-from components.images import Gallery, KeptImages, Setting, Task
+from components.images import Gallery, KeptImages, Setting, Task, alone_with
 from components.judging import Judge
 from components.measuring import Sampled, measure_negatives
 from components.params import Params, load_params
@@ -533,6 +534,26 @@ def test_a_guide_that_does_not_fit_is_refused_before_sampling(inside: Path, made
     with pytest.raises(ValueError, match="was made for a UNet with channels"):
         evaluate.run(params_with(num_images=72), "base")
     assert not made
+
+
+def test_images_that_another_evaluation_is_at_are_not_forgotten(
+    inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As those of a guide that is judged anew."""
+    values = toy.toy_params()
+    values["cluster"]["wait_minutes"] = 0.001
+    toy.write_params(Path(), values)
+    params = load_params(Path("params.yaml"))
+    in_use = Path("results/sampled/base/0123456789abcdef")
+    in_use.mkdir()
+    busy = rf"evaluate base: another evaluation of it is at its images \(PID {os.getpid()}\): "
+    with alone_with("base", 0.0), alone_with("tuned", 0.0):
+        with pytest.raises(ValueError, match=busy + "waited .* when it ends"):
+            evaluate.run(params, "base")
+        assert in_use.exists()
+    assert re.search(busy + "waiting, 0:00 at most", capsys.readouterr().out)
+    evaluate.run(params, "base")
+    assert not in_use.exists()
 
 
 def test_a_file_in_place_of_the_folder_for_results_is_refused_before_sampling(

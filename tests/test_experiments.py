@@ -1,6 +1,7 @@
 """Runs with other parameters: in a workspace of their own, and the checkout stays as it was."""
 
 import os
+import re
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -320,3 +321,74 @@ def test_a_gpu_is_one_runs_at_a_time_and_the_wait_for_it_is_told_and_ends(
 def test_a_path_outside_the_checkout_is_named_in_full(world: Path) -> None:
     assert evaluate._placed("models/tuned") == "models/tuned"
     assert evaluate._placed("../x") == str(world.parent / "x")
+
+
+def test_paths_that_leave_the_checkout_lead_to_the_same_in_its_workspace(
+    repository: Path,
+) -> None:
+    (repository / "models/base").rename(repository.parent / "far")
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(re.sub(r"^base: .*$", "base: ../far", text, flags=re.MULTILINE))
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))
+    stages["stages"]["distill"] |= {
+        "cmd": f"echo ran >> '{repository}/ran' && ls ../far > guides/distilled",
+        "deps": ["../far"],
+        "params": ["distill", "base"],
+    }
+    with Path("dvc.yaml").open("w") as file:
+        YAML().dump(stages, file)
+    Path("guides").mkdir()
+    repro("distill", print)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "far")
+    with experiment(["evaluate.seed=7"], "a", print):
+        assert Path(load_params(Path("params.yaml")).base).samefile(repository.parent / "far")
+        repro("distill", print)
+        assert not Path("ran").exists()
+    assert Path("ran").read_text() == "ran\n", "nothing that DVC looks at is another"
+    assert (repository.parent / "far/model_index.json").exists(), "the link alone is removed"
+    assert not list(WORKSPACES.glob("pnp-*/")) and len(git("worktree", "list").splitlines()) == 1
+    dvc("exp", "apply", "a")
+    assert load_params(Path("params.yaml")).base == "../far"
+
+
+def test_a_long_text_is_no_path_and_configs_come_with_their_single_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("models/one.safetensors"), "")
+    write_text(Path("models/one/model_index.json"), "{}")
+    params = f"base: models/one.safetensors\nevaluate: {{grid_prompts: ['{'word ' * 100}', none]}}"
+    assert set(flows.experiment._inputs(params)) == {
+        Path("models/one.safetensors"),
+        Path("models/one"),
+    }
+
+
+def test_what_a_workspace_sends_stays_when_it_goes(repository: Path) -> None:
+    """To `storage` and to DVC's remote, also where they are relative and in the checkout."""
+    Path("shared").mkdir()
+    values = toy.toy_params() | {"storage": "shared"}
+    toy.write_params(Path(), values)
+    dvc("remote", "add", "--default", "team", "sent")
+    dvc("remote", "add", "bucket", "s3://bucket/prefix")
+    with experiment(["distill.seed=7"], "a", print):
+        Path("shared/shard").write_text("new")
+        repro("distill", print)
+        dvc("push")
+        assert dvc("config", "remote.bucket.url").strip() == "s3://bucket/prefix"
+    assert Path("shared/shard").read_text() == "new"
+    assert [path for path in Path("sent").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("path", ["guides/bundle/guide.safetensors", "dvc.lock"])
+def test_another_guide_is_measured_anew_and_not_the_one_of_a_run_that_failed(
+    repository: Path, path: str
+) -> None:
+    """Though git knows nothing of either."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for content in ("schema: '2.0'\n# old\n", "schema: '2.0'\n# new\n"):
+        write_text(repository / path, content)
+        with suppress(RuntimeError), experiment(["distill.seed=7"], "a", print):
+            assert Path(path).read_text() == content
+            raise RuntimeError("of the stage")

@@ -1,5 +1,6 @@
 """The flows: in-process on a stub of a pipeline; on a server and a worker with the toy world."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -22,17 +23,20 @@ import pytest
 import s3fs
 from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.worker import EventsWorker
 from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
 from components.params import load_params
-from flows import distill, lost, process, room, stages
+from flows import artifacts, distill, lost, process, room, stages, watching
 from flows.__main__ import summary
-from flows.artifacts import version_page
+from flows.artifacts import as_seen, version_page
 from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
+from pnp_core.files import write_text
 from tests.commands import dvc
 from tests.stores import Server, free_port
 from tests.toy import make_repository, toy_params, write_params
@@ -432,6 +436,27 @@ def test_a_failed_stage_stops_the_flow_in_its_own_words(
     assert "Traceback" not in caplog.text
 
 
+@pytest.mark.timeout(60)  # it would wait for ever
+def test_a_failure_is_raised_in_seconds_where_no_event_can_be_sent(
+    prefect_server: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refused(self: PrefectEventsClient) -> None:
+        await asyncio.sleep(1.0)  # the event is in the queue by then
+        raise OSError("no websockets here")
+
+    monkeypatch.setattr(PrefectEventsClient, "__aenter__", refused)
+    monkeypatch.setattr(watching, "SECONDS_TO_SEND", 2.0)
+    url = f"http://127.0.0.1:{free_port()}/api"
+    EventsWorker.set_client_override(PrefectEventsClient, api_url=url)
+    began = time.monotonic()
+    try:
+        with pytest.raises(StageFailed, match="no such base"), watching.saying_why():
+            raise StageFailed("cache", 1, ["error: no such base"])
+    finally:
+        EventsWorker.set_client_override(None)
+    assert 1.0 < time.monotonic() - began < 30.0
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
@@ -524,6 +549,33 @@ def test_the_page_of_a_version_has_no_password_in_it(monkeypatch: pytest.MonkeyP
     page, _ = version_page(params, {"name": "guide", "version": 3})
     assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
     assert "secret" not in summary(params)
+
+
+def test_links_lead_to_where_a_browser_finds_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@mlflow:5000")
+    monkeypatch.setenv("PNP_MLFLOW_UI_URL", "https://mlflow.example/x/")
+    params = load_params(ROOT / "params.yaml")
+    page, _ = version_page(params, {"name": "guide", "version": 3})
+    assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
+    run = "/#/experiments/1/runs/2"
+    assert as_seen(f"http://mlflow:5000{run}", params) == f"https://mlflow.example/x{run}"
+    elsewhere = f"http://mlflow:50001{run}"
+    assert as_seen(elsewhere, params) == elsewhere
+
+
+def test_a_report_that_goes_with_its_workspace_is_shown_by_its_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("results/report/table.md"), "FID: one")
+    write_text(Path("results/report/index.html"), "")
+    shown: list[str] = []
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    params = load_params(ROOT / "params.yaml")
+    artifacts.publish_report(params, print)
+    artifacts.publish_report(params, print, "funny-gerbil")
+    assert str(tmp_path / "results/report/index.html") in shown[0]
+    assert str(tmp_path) not in shown[1] and "dvc exp apply funny-gerbil" in shown[1]
 
 
 @contextmanager

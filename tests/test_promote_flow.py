@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from prefect.client.orchestration import get_client
 import flows.promote
 from components import promote
 from components.tracking import Registry
+from flows import room
 from flows.process import StageFailed
 from flows.promote import promote_flow
 from tests import toy
@@ -66,7 +66,7 @@ def test_each_option_reaches_the_command_line(
 ) -> None:
     commands: list[list[str]] = []
 
-    def stand_in(name: str, command: list[str], log: Callable[[str], None]) -> None:
+    def stand_in(name: str, command: list[str], log: Any, **_: Any) -> None:
         commands.append(command)
         Path(command[-1]).write_text("# decided")
 
@@ -78,6 +78,30 @@ def test_each_option_reaches_the_command_line(
     assert read.items() >= {**given, "version": 3, "reason": "-- because"}.items()
     assert promote_flow(rollback=True) == 0 and "--rollback" in commands[1]
     assert page() == "# decided" and last_state().name == "Completed"
+
+
+def test_only_a_reevaluation_waits_for_a_gpu_that_another_run_has(
+    prefect_server: None, world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = toy.toy_params()
+    params["cluster"]["wait_minutes"] = 0.02
+    toy.write_params(Path(), params)
+    used: list[Any] = []
+
+    def stand_in(_: str, command: list[str], log: Any, *, environment: Any) -> None:
+        used.append(environment)
+        Path(command[-1]).write_text("# decided")
+
+    monkeypatch.setattr(flows.promote, "run", stand_in)
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(world))
+    monkeypatch.setattr(room, "SECONDS_BETWEEN_LOOKS", 0.1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with room.room("distill", 1, 1.0, print):
+        assert promote_flow() == 0 and used == [{}]
+        with pytest.raises(StageFailed, match="promote: the GPUs of this machine are taken"):
+            promote_flow(reevaluate=True)
+    assert promote_flow(reevaluate=True) == 0
+    assert used[1:] == [{"CUDA_VISIBLE_DEVICES": "3"}]
 
 
 def test_what_could_not_be_decided_is_a_failed_run(

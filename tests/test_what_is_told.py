@@ -3,17 +3,24 @@
 import os
 import re
 import stat
+import threading
+from contextlib import nullcontext
 from datetime import date
-from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_CLIENT_CUSTOM_HEADERS,
+    temporary_settings,
+)
 from ruamel.yaml import YAML
 
 from components import fetch, mlflow_place
+from components.curves import headline
 from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
@@ -27,6 +34,7 @@ from flows import evaluate, room, start
 from flows.artifacts import unwrapped
 from flows.process import StageFailed
 from pnp_core.files import read_json, write_json
+from tests.evaluations import evaluation
 from tests.toy import toy_params, write_params
 
 
@@ -75,6 +83,20 @@ def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     assert YAML(typ="safe").load(text)["models"]["other"] == values
 
 
+def test_a_champion_that_was_made_elsewhere_has_no_numbers_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.registered() == {}
+    write_json(evaluate.BUNDLE / evaluate.SUMMARY, {"models": {"base": {"of": "another format"}}})
+    assert evaluate.registered() == {}
+    known = evaluation("base")
+    known.save(tmp_path)
+    written = read_json(tmp_path / "evaluation.json")
+    write_json(evaluate.BUNDLE / evaluate.SUMMARY, {"models": {"base": written}})
+    assert evaluate.registered() == {"base": headline(known)}
+
+
 def test_a_fine_tune_is_refused_a_name_that_no_row_can_have() -> None:
     with pytest.raises(ParamsError, match="name: 'sd1.5' can't be a name here: letters, digits"):
         evaluate.row_of("sd1.5", {})
@@ -99,27 +121,36 @@ def test_fetching_a_guide_replaces_no_other_folder(
         fetch.run(load_params(Path("params.yaml")), "champion", Path(here))
 
 
-@pytest.mark.parametrize(("kind", "is_refused"), [("text/html", True), ("application/json", False)])
-def test_a_page_is_not_taken_for_prefects_api(
-    monkeypatch: pytest.MonkeyPatch, kind: str, is_refused: bool, capsys: Any
+class BehindALogin(BaseHTTPRequestHandler):
+    """A server whose proxy shows a page to whoever lacks a header."""
+
+    def do_GET(self) -> None:
+        kind = "application/json" if self.headers["X-Pass"] == "word" else "text/html"
+        self.send_response(200)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.mark.parametrize(("headers", "is_refused"), [({}, True), ({"X-Pass": "word"}, False)])
+def test_prefects_api_is_asked_as_prefect_is_set_and_a_page_is_not_taken_for_it(
+    headers: dict[str, str], is_refused: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Answer:
-        headers = Message()
-
-        def __enter__(self) -> "Answer":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    Answer.headers["Content-Type"] = kind
-    monkeypatch.setattr(flows, "urlopen", lambda *_, **__: Answer())
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200"}):
-        if not is_refused:
+    with ThreadingHTTPServer(("127.0.0.1", 0), BehindALogin) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        settings = {PREFECT_API_URL: url, PREFECT_CLIENT_CUSTOM_HEADERS: headers}
+        with (
+            temporary_settings(settings),
+            pytest.raises(SystemExit) if is_refused else nullcontext(),
+        ):
             flows.check_server()
-            return
-        with pytest.raises(SystemExit):
-            flows.check_server()
-    assert "is a page, not Prefect's API: does /api lack?" in capsys.readouterr().err
+        server.shutdown()
+    told = capsys.readouterr().err
+    assert ("is a page, not Prefect's API: does /api lack?" in told) is is_refused
 
 
 @pytest.mark.parametrize(
