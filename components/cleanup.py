@@ -151,9 +151,8 @@ def workspaces() -> Pile:
     kept = sorted(path for path in WORKSPACES.glob("pnp-*") if path.is_dir())
 
     def remove() -> None:
-        for path in kept:
-            ask("git", "worktree", "remove", "--force", str(path))
-            delete([path, path.with_suffix(".lock")])
+        delete([part for path in kept for part in (path, path.with_suffix(".lock"))])
+        ask("git", "worktree", "prune")
 
     in_use = [path for path in kept if is_locked(path.with_suffix(".lock"))]
     kept = [path for path in kept if path not in in_use]
@@ -196,7 +195,7 @@ def dvc_cache(params: Params) -> Pile:
         return Pile(name, there, note="shared with others (cache.dir): left alone")
     if lacking := unknown_locks(params):
         return Pile(name, there, note=f"{lacking}: commit its dvc.lock first; left alone")
-    others = [str(path) for path in WORKSPACES.glob("pnp-*/") if (path / "dvc.lock").exists()]
+    others = sorted(str(path.parent) for path in WORKSPACES.glob("pnp-*/**/dvc.lock"))
     keep = [*KEEP, *(["--projects", *others] if others else [])]
     dry = ask(*DVC, "gc", *keep, "--dry")
     if dry is None:

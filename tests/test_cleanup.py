@@ -1,5 +1,6 @@
 """What nothing needs any more can go, and what is needed stays."""
 
+import fcntl
 import shutil
 import subprocess
 from pathlib import Path
@@ -93,6 +94,30 @@ def test_a_champion_whose_lock_no_commit_has_keeps_dvcs_cache(
 
 def _lock() -> str:
     return Path("dvc.lock").read_text()
+
+
+def test_what_a_workspaces_lock_has_stays_however_deep_it_lies_and_goes_with_it(
+    checkout: Path,
+) -> None:
+    make(1)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    place = Path(".dvc/tmp/exps/pnp-0123456789ab")
+    inside = place / "checkout/checkout"  # as where params.yaml leads two folders up
+    git("worktree", "add", "--quiet", "--detach", str(inside), "HEAD")
+    make(2)
+    shutil.copy("dvc.lock", inside)
+    make(1)
+    lock = place.with_suffix(".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a run is in it
+    clean(remove=True)
+    assert seeds() == {1, 2} and inside.exists()
+    lock.close()
+    clean(remove=True)
+    clean(remove=True)
+    assert seeds() == {1} and not place.exists()
+    worktrees = subprocess.run(["git", "worktree", "list"], capture_output=True, text=True)
+    assert len(worktrees.stdout.splitlines()) == 1
 
 
 def test_a_cache_that_others_share_is_left_alone(
