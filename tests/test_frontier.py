@@ -410,6 +410,12 @@ def test_what_can_not_be_answered_yet_is_null_and_named() -> None:
     for key in ("fid_16_base", "fid_8_mean", "fid_worst", "fvu_base", "final"):
         assert found[key] is None and key in found["missing"]
     assert found["fid_8_base"] is not None and "fid_8_base" not in found["missing"]
+    half = table.summary(results(["base", "a", "b"]), ["a"], ["b"])
+    assert half["final"]["fid_8_mean"] is not None and "final" not in half["missing"]
+    part = results(["base", "a", "b"])
+    del part["cells"]["b"]["16"]["cfg"]
+    half = table.summary(part, ["a"], ["b"])
+    assert half["final"]["fid_16_mean"] is None and "final" in half["missing"]
 
 
 def test_a_number_waits_for_the_row_of_every_rival_that_may_be_the_best() -> None:

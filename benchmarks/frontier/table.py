@@ -213,6 +213,7 @@ def summary(
     if sampled:
         ended = estimates_of(results, [], final)
         numbers["final"] = {key: one and rounded(one.value) for key, one in ended.items()}
+        unknown += ["final"] if None in ended.values() else []
     else:
         numbers["final"] = None
     return {
