@@ -29,7 +29,14 @@ FINETUNE_STYLES = (
 LORA_STYLE = "emojione-monotone"
 COMPANION_STYLE = "noto-monochrome"  # guides are trained on its fine-tune
 SPARE_STYLES = ("openmoji-black", COMPANION_STYLE)  # known to the judge, fine-tune on them
-WORLD_STYLES = (*BASE_STYLES, *FINETUNE_STYLES, LORA_STYLE, *SPARE_STYLES)
+# In the order of the models' training and report: what is drawn from them depends on it.
+WORLD_STYLES = (
+    *BASE_STYLES,
+    *FINETUNE_STYLES[:-1],
+    LORA_STYLE,
+    *FINETUNE_STYLES[-1:],
+    *SPARE_STYLES,
+)
 # No model of the world has seen them, the autoencoder and the judge included, and no decision may
 # look at them: benchmarks/frontier/final.py. The second one's is a LoRA.
 FINAL_STYLES = ("fxemoji", "streamline-emojis")
