@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from components.scores import RealImages
 
 # Raised when the same images get other numbers than before: evaluations are then not compared.
-MEASURED_BY = 2
+MEASURED_BY = 3
 FORWARDS_OF_DECODING = 3
 IMAGES_WEIGHED = 32  # at most, to tell what one takes on disk
 FVU_SHARE = 3  # one prompt for so many images, at most NUM_FVU_PROMPTS

@@ -23,10 +23,10 @@ COVERAGE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number, and the same number of resampled images.
+    """A number, and replicates that spread around it as it would over new images.
 
     Replicate i of every estimate of an evaluation, and of any evaluation of the same tasks, is of
-    the same resample of (prompt, seed) pairs: what is computed of two estimates is paired.
+    the same part of the (prompt, seed) pairs: what is computed of two estimates is paired.
     """
 
     value: float
@@ -36,8 +36,8 @@ class Estimate:
     def interval(self) -> tuple[float, float]:
         """The 95 % interval; NaN where nothing was resampled.
 
-        The percentiles of the replicates, moved so that their mean is the value: resampling with
-        replacement shifts FID upwards.
+        The percentiles of the replicates, moved so that their mean is the value: that of a ratio
+        need not be.
         """
         if not self.replicates:
             return math.nan, math.nan

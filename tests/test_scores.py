@@ -1,6 +1,8 @@
 """Scores and their intervals, against clean-fid, plain sums and spreads that are known."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +96,35 @@ def test_the_interval_of_fid_is_as_wide_as_fid_spreads_over_new_images() -> None
     ends = [estimate(real.fid(images()), resamples(150)).interval for _ in range(10)]
     width = np.mean([high - low for low, high in ends]) / (2 * 1.96)
     assert width == pytest.approx(spread, rel=0.2)
+
+
+def test_with_few_images_beside_features_an_fid_is_not_surer_than_its_spread_allows() -> None:
+    """Nor a ratio of two, or a gain; a jackknife leans to the other side, by less than twice."""
+    generator = np.random.default_rng(1)
+    num_images, dim = 72, 48
+    width_D = (1 / np.arange(1, dim + 1) ** 0.35) * generator.uniform(0.8, 1.1, dim)
+    real = RealImages(generator.normal(size=(2000, dim)) * width_D)
+
+    def images() -> list[np.ndarray]:
+        """Of the guide, CFG and no guidance: the first two share most of what a task decides."""
+        shared, own = generator.normal(size=(num_images, dim)), generator.normal
+        alike = (0.8 * shared + 0.6 * own(size=shared.shape) for _ in range(2))
+        apart = (1.3 * own(size=shared.shape) + 0.3,)
+        return [x * width_D for x in (*alike, *apart)]
+
+    def numbers(fids: Sequence[Any]) -> list[Any]:
+        ours, theirs, least = fids
+        return [ours, ours / theirs, (least - ours) / (least - theirs)]
+
+    once, counts = np.ones((1, num_images)), resamples(num_images, 60)
+    drawn = [[real.fid(x)(once)[0] for x in images()] for _ in range(200)]
+    spread = np.std([numbers(fids) for fids in drawn], axis=0)
+    told = [
+        np.std(numbers([np.array(estimate(real.fid(x), counts).replicates) for x in images()]), 1)
+        for _ in range(12)
+    ]
+    too_wide = np.mean(told, axis=0) / spread
+    assert (too_wide > 0.9).all() and (too_wide < 2).all(), too_wide
 
 
 def test_the_difference_of_two_scores_of_the_same_tasks_is_surer_than_either() -> None:

@@ -236,11 +236,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         f"layout, solver and scale chosen by FID of {setting['num_choosing']} images of other "
         "seeds. "
         f"World's judge: {setting['judge']}; the foreign one: {setting['foreign_judge']}. In "
-        "brackets 95 % intervals, by resampling images: rows of one table are resampled alike, so "
-        "a difference of two can be surer than their intervals. PSNR is to CFG of 64 DDIM steps at "
-        "the row's own scale; ms is processor time of one thread, denoising alone, beside other "
-        "jobs: compare rows of one precision. FID is biased upwards by few images: compare within "
-        "a table. The last column is the run that made a row, [below](#runs).",
+        "brackets 95 % intervals, by resampling images, which makes an FID's own several times "
+        "too wide: rows of one table are resampled alike, and a ratio of two is surer. PSNR is to "
+        "CFG of 64 DDIM steps at the row's own scale; ms is processor time of one thread, "
+        "denoising alone, beside other jobs: compare rows of one precision. FID is biased "
+        "upwards by few images: compare within a table. The last column is the run that made a row, [below](#runs).",
     ]
     runs = runs_of(results.get("records", {}))
     for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
