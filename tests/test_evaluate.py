@@ -27,7 +27,7 @@ from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task, alone_with
 from components.judging import Judge
-from components.measuring import Sampled, measure_negatives
+from components.measuring import Sampled, measure_negatives, num_at_a_time
 from components.params import Params, load_params
 from components.paths import BUNDLE, PREPARED
 from components.pictures import grid
@@ -725,3 +725,12 @@ def test_what_can_not_be_measured_is_refused_by_name(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         params_with(**change)
+
+
+@pytest.mark.parametrize("side", [64, 512, 768, 1024, 4096])
+def test_images_of_any_size_take_less_than_half_a_gigabyte_while_they_are_compared(
+    side: int,
+) -> None:
+    num = num_at_a_time(side, side)
+    assert num >= 1
+    assert num * side * side * 3 * np.dtype(np.float64).itemsize < 0.5e9

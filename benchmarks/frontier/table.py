@@ -240,7 +240,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "too wide: rows of one table are resampled alike, and a ratio of two is surer. PSNR is to "
         "CFG of 64 DDIM steps at the row's own scale; ms is processor time of one thread, "
         "denoising alone, beside other jobs: compare rows of one precision. FID is biased "
-        "upwards by few images: compare within a table. The last column is the run that made a row, [below](#runs).",
+        "upwards by few images: compare within a table. The last column is the run that made "
+        "a row, [below](#runs).",
     ]
     runs = runs_of(results.get("records", {}))
     for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
