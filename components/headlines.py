@@ -116,9 +116,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 LEGEND = """FID: unguided / CFG / guided. Gain: of what CFG gains over no guidance, in FID / KID /
-CLIP score; with × the guide's score over CFG's, where CFG's own gain is inside its interval; with
-a sign the guide's score less CFG's, where that may be zero besides. fvu: guidance left unexplained.
-FLOPs, time: of the denoising, over CFG. Rules: those that hold.
+CLIP score; with × the guide's score over CFG's, where CFG's own gain is inside its interval, or is
+a loss; with a sign the guide's score less CFG's, where that may be zero besides. fvu: guidance left
+unexplained. FLOPs, time: of the denoising, over CFG. Rules: those that hold.
 """
 
 

@@ -49,8 +49,8 @@ The guide was distilled from the frozen base's own guidance, then halved to each
 Unguided / CFG / guided, at the same number of steps, of {num_images} images each at guidance
 scale {scale}, judged by {judge}. Scores of another judge can't be
 compared with these. *Gain*: of what CFG gains over no guidance, the share that the guide gains;
-with × the guide's score over CFG's, where CFG's own gain is inside its interval; with a sign less
-CFG's, where that may be zero besides.
+with × the guide's score over CFG's, where CFG's own gain is inside its interval, or is a loss; with
+a sign less CFG's, where that may be zero besides.
 
 ![Unguided, CFG and guided of the same prompts and seeds]({picture})
 

@@ -8,12 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from components.evaluation import Estimate, Evaluation
+from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
 from components.likeness import differences, has, missing, oddities, unlike
 from components.methods import METHODS
 from components.rules import NumberRule, Promote, Rule
-
-LOWER_IS_BETTER = ("fid", "kid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +134,14 @@ def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
     Raises:
         ValueError: the score was not measured.
     """
-    is_least = score not in LOWER_IS_BETTER
     unguided, cfg, _ = (_estimate(evaluation, m, score, num_steps) for m in METHODS)
-    gain = evaluation.gain(score, num_steps)
-    if gain is not None and (cfg.value > unguided.value) == is_least:
+    if (gain := evaluation.gain(score, num_steps)) is not None:
         return Measured(estimate=gain, kind="gain", is_least=True)
+    low, high = cfg.with_other(unguided, lambda a, b: a - b).interval
     why = (
-        "CFG's own gain is inside its interval"
-        if gain is None
-        else "CFG itself is worse than no guidance"
+        "CFG itself is worse than no guidance"
+        if low > 0 or high < 0
+        else "CFG's own gain is inside its interval"
     )
     kind = "ratio" if min(cfg.value, cfg.interval[0], *cfg.replicates) > 0 else "difference"
     return _beside_cfg(evaluation, score, num_steps, kind, why)

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from components import headlines
+from components import curves, headlines
 from components.evaluation import Estimate
-from components.verdict import Check
-from tests.evaluations import evaluation
+from components.report import content
+from components.verdict import Check, measured
+from tests.evaluations import estimate, evaluation
 
 MODELS = {
     "base": evaluation("base", fid=1.0, clip_gain=0.9),
@@ -39,6 +40,24 @@ def test_a_model_on_which_cfg_gains_nothing_sure_is_no_part_of_the_gains() -> No
     assert headlines.numbers(noisy, [])["fid_gain_worst"] == pytest.approx(1.0)
 
 
+def test_a_harm_of_cfg_is_no_gain_in_any_headline() -> None:
+    # CFG's FID is 2 worse than no guidance, the guide's 1 worse: half of a harm is no gain of 50 %.
+    base = MODELS["base"]
+    fids = {"unguided": estimate(3.0), "cfg": estimate(5.0, seed=1), "guided": estimate(4.0)}
+    cells = [
+        dataclasses.replace(cell, scores={**cell.scores, "fid": fids[cell.method]})
+        for cell in base.cells
+    ]
+    harmed = dataclasses.replace(base, cells=tuple(cells))
+    assert measured(harmed, "fid", 16).kind == "ratio"
+    found = headlines.numbers({"harmed": harmed}, [])
+    assert "clip_gain_worst" in found and not any(name.startswith("fid_gain") for name in found)
+    in_dvc = curves.headline(harmed)
+    assert "clip_gain_at_16" in in_dvc and "fid_gain_at_16" not in in_dvc
+    labels = [each.label for each in content.headlines({"harmed": harmed})]
+    assert "of CFG's gain in CLIP score" in labels and "of CFG's gain in FID" not in labels
+
+
 def test_the_table_has_what_the_rules_check_in_a_hundred_columns() -> None:
     table = headlines.as_markdown(headlines.table_rows(MODELS, [PASSED, FAILED]))
     lines = table.splitlines()
@@ -66,9 +85,9 @@ def test_a_description_names_the_verdict_and_the_first_failures() -> None:
 
 
 def test_what_stands_for_the_gain_is_told_from_it() -> None:
-    estimate = Estimate(value=0.93)
+    found = Estimate(value=0.93)
     texts = {
-        kind: headlines.gain_text(headlines.Measured(estimate=estimate, kind=kind, is_least=True))
+        kind: headlines.gain_text(headlines.Measured(estimate=found, kind=kind, is_least=True))
         for kind in ("gain", "ratio", "difference")
     }
     assert texts == {"gain": "93%", "ratio": "0.93×", "difference": "+0.93"}

@@ -158,7 +158,7 @@ def test_where_cfgs_own_gain_is_noise_the_ratio_to_cfg_takes_its_place_and_is_sa
 
 def test_a_guide_that_is_as_bad_as_a_cfg_that_harms_is_not_said_to_gain() -> None:
     harming = with_scores(evaluation(fid=2.0), {("unguided", "fid"): estimate(4.0)})
-    assert harming.gain("fid", 16) is not None, "CFG loses, and the guide loses six times that"
+    assert harming.gain("fid", 16) is None, "CFG loses 1, and the guide loses 6: no gain of 600 %"
     assert "CFG itself is worse than no guidance" in failed(harming)["fid.ratio"].note
 
 

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.evaluation import Estimate, Evaluation
+from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
 from components.report import plots
 from components.verdict import Check, measured
 
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}
 SCORES = {"fid": "FID", "kid": "KID", "clip_score": "CLIP score", "diversity": "diversity"}
-FEWER_IS_BETTER = ("fid", "kid")
 OF_A_MODEL = ("model_hash", "reference_hash", "tasks_hash", "guidance_scale")
 NEGATIVE = {
     "picture": "change of the picture by a negative prompt, over that under CFG",
@@ -158,13 +157,13 @@ def matrices(evaluations: Mapping[str, Evaluation]) -> list[Matrix]:
                 evaluations,
                 f"Share of CFG’s gain, {SCORES[score]}",
                 "100 % is what CFG gains over no guidance. Where CFG’s own gain is inside its "
-                "interval, the guide’s score over CFG’s stands instead (× CFG); where that may be "
-                "zero besides, their difference (off CFG).",
+                "interval, or is a loss, the guide’s score over CFG’s stands instead (× CFG); "
+                "where that may be zero besides, their difference (off CFG).",
                 lambda e, steps, score=score: _share(e, score, steps),
             )
         )
     for score, label in SCORES.items():
-        better = "lower" if score in FEWER_IS_BETTER else "higher"
+        better = "lower" if score in LOWER_IS_BETTER else "higher"
         note = "Guided; below it CFG and unguided. "
         note += "" if score == "diversity" else f"Better is {better}; compare down a column."
         found.append(
