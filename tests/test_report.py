@@ -15,7 +15,7 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import NEGATIVE, Report, number, shares
+from components.report.content import NEGATIVE, Report, matrices, number, shares
 from components.verdict import Check
 from tests import chromium
 from tests.evaluations import evaluation
@@ -122,6 +122,17 @@ def test_the_model_on_which_the_guide_is_worst_is_named(evaluations: Any) -> Non
 def test_a_gain_inside_its_interval_gives_way_to_the_ratio_to_cfg() -> None:
     noisy = {"base": evaluation("base", fid=1.1, spread=0.3)}
     assert "1.10 × CFG" in page.render(report(noisy), [])
+
+
+def test_scores_that_each_model_has_of_its_own_references_are_not_said_to_compare(
+    evaluations: Any,
+) -> None:
+    found = matrices(evaluations)
+    assert all(list(matrix.rows) == list(evaluations) for matrix in found), "models are rows"
+    notes = {matrix.title: matrix.note for matrix in found}
+    for score in ("FID", "KID", "CLIP score"):
+        assert "compare with CFG and along a row, not between models" in notes[score]
+    assert not any("column" in note for note in notes.values())
 
 
 def test_a_share_that_was_not_measured_says_why() -> None:

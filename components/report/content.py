@@ -165,7 +165,9 @@ def matrices(evaluations: Mapping[str, Evaluation]) -> list[Matrix]:
     for score, label in SCORES.items():
         better = "lower" if score in LOWER_IS_BETTER else "higher"
         note = "Guided; below it CFG and unguided. "
-        note += "" if score == "diversity" else f"Better is {better}; compare down a column."
+        if score != "diversity":
+            # Each model has prompts and reference images of its own.
+            note += f"Better is {better}; compare with CFG and along a row, not between models."
         found.append(
             _matrix(
                 evaluations, label, note, lambda e, steps, score=score: _scores(e, score, steps)
