@@ -30,7 +30,7 @@ from components.publishing import complete
 from components.report import content, gallery, page
 from components.report.gallery import GuidedPictures, PictureSet
 from components.snapshot import check_unchanged
-from components.verdict import Check, checks, clean
+from components.verdict import Check, checks, clean, not_compared
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -171,6 +171,7 @@ def gather(
             num_steps=params.evaluate.extent.num_steps,
         ),
     ]
+    beside = not_compared(evaluations, compared.evaluations, params.promote)
     pictures, kept = gallery.gather(evaluations, champion=compared.pictures)
     now = datetime.now().astimezone()
     report = content.Report(
@@ -179,7 +180,7 @@ def gather(
         made=f"{now.day} {now:%B %Y, %H:%M %Z}",
         evaluations=evaluations,
         checks=found,
-        champion=compared.said,
+        champion=f"{compared.said} {beside}".strip(),
         no_champion_pictures=compared.no_pictures,
         lineage=lineage,
         links={IN_PREFECT: url} if (url := os.environ.get(FLOW_RUN_URL)) else {},
@@ -329,7 +330,7 @@ def register_version(
             metrics=headlines.numbers(results.evaluations, results.checks),
             tags=results.lineage,
             description=headlines.description(
-                results.checks, compared=results.champion.said, where=where
+                results.checks, compared=results.report.champion, where=where
             ),
         )
 

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 
 from components import champion
+from components import register as stage
 from components.evaluation import FORMAT, Evaluation
+from components.params import load_params
+from components.report import gallery
 from components.report.gallery import FILE, GuidedPictures
 from components.tracking import Registry, Run, TrackingError
 from tests.evaluations import evaluation
 from tests.stores import NAME, TOY, register
+from tests.toy import ROOT
 
 pytest_plugins = ["tests.stores"]
 
@@ -107,6 +111,19 @@ def test_a_registry_that_cannot_tell_who_is_champion_is_an_error(
     with pytest.raises(TrackingError):
         ask(stub)
     assert "503" in champion.unknown(TrackingError("503")).said
+
+
+def test_a_page_names_the_steps_at_which_the_champion_was_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gallery, "gather", lambda *_, **__: ([], GuidedPictures()))
+    params = load_params(ROOT / "params.yaml")
+    for num_steps, more in (((16, 8), ""), ((16,), " Not compared on base at 8 steps: ")):
+        compared = ask(Stub({"base": evaluation(num_steps=num_steps)}))
+        mine = {"base": MINE["base"]}
+        report = stage.gather(params, mine, {"git_commit": "c0ffee"}, compared).report
+        assert report.champion.startswith(f"Compared with the champion, version 2.{more}")
+        assert ("Not compared" in report.champion) == bool(more)
 
 
 def test_a_file_of_a_versions_run_is_found_and_one_that_it_lacks_is_none(

@@ -12,7 +12,7 @@ import pytest
 from components.evaluation import Cell, Estimate, Evaluation
 from components.params import load_params
 from components.rules import NumberRule, Promote, ScoreRule
-from components.verdict import Check, checks, clean, measured
+from components.verdict import Check, checks, clean, measured, not_compared
 from tests.evaluations import estimate, evaluation
 from tests.stores import results
 from tests.toy import ROOT
@@ -276,6 +276,19 @@ def test_models_that_were_not_measured_alike_are_no_evaluation_of_one_guide(
     assert failed(rows) == {}
     found = failed({**rows, "tuned": evaluation("tuned", **{name: "other"})})
     assert found.keys() == {"comparable"} and found["comparable"].note == says
+
+
+def test_where_the_champion_was_not_measured_it_is_said_that_nothing_was_compared() -> None:
+    champion = {"base": evaluation(num_steps=(16,))}
+    candidate = {"base": evaluation(guidance_fvu=0.5), "new": evaluation("new", model_hash="new")}
+    assert failed(candidate, champion) == {}
+    said = not_compared(candidate, champion, RULES)
+    assert said.startswith("Not compared on base at 8 steps, on new: ") and "--reevaluate" in said
+    assert not_compared(champion, champion, RULES) == not_compared(candidate, None, RULES) == ""
+    no_rule = replaced(RULES, at_steps={8: None})
+    assert "on base" not in not_compared(candidate, champion, no_rule)
+    unlike = {"base": evaluation(data_hash="x")}
+    assert not_compared(unlike, champion, RULES) == "", "that fails as such"
 
 
 def exactly(value: float) -> Estimate:
