@@ -77,6 +77,7 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
     lineage: Mapping[str, str],
     evaluations: Mapping[str, Evaluation],
     checks: Sequence[Check],
+    champion: str,
     picture: Path,
     dataset: Path,
 ) -> None:
@@ -88,6 +89,7 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
         lineage: what the guide was made of.
         evaluations: by model.
         checks: the verdict.
+        champion: who it was compared with, or why with nobody, in a sentence.
         picture: unguided, CFG and guided, side by side.
         dataset: what `prepare` read, beside which its licence lies.
     """
@@ -105,15 +107,16 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
         license_name="that-of-the-data",
         license_link=DATA_LICENCE if licence else None,
     )
-    text = card(name, lineage, evaluations, checks, has_licence=licence is not None)
+    text = card(name, lineage, evaluations, checks, champion, has_licence=licence is not None)
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
-def card(
+def card(  # noqa: PLR0913, what a card tells
     name: str,
     lineage: Mapping[str, str],
     evaluations: Mapping[str, Evaluation],
     checks: Sequence[Check],
+    champion: str,
     *,
     has_licence: bool,
 ) -> str:
@@ -121,6 +124,7 @@ def card(
     first = next(iter(evaluations.values()))
     failed = [check for check in checks if not check.passed]
     holds = f"{len(checks) - len(failed)} of {len(checks)} rules of the gate held when it was made."
+    holds = f"{holds} {champion}"
     verdict = "\n".join([holds, "", *(f"- not held: {check}" for check in failed)]).strip()
     data = (
         f"The training data's licences are in [{DATA_LICENCE}]({DATA_LICENCE}); some may ask for "

@@ -256,9 +256,7 @@ def conclude(name: str, decision: "Decision", dry: Sequence[Check] | None) -> No
     )
 
 
-def as_page(
-    name: str, decision: "Decision", found: Sequence[Check], not_compared: str = ""
-) -> str:
+def as_page(name: str, decision: "Decision", found: Sequence[Check], not_compared: str = "") -> str:
     """What was decided, in Markdown."""
     number = len(decision.reasons)
     rules = f"{number} of {len(found)} rules do not hold" if number else "every rule holds"

@@ -321,7 +321,15 @@ def register_version(
         folder = Path(temporary) / "guide"
         shutil.copytree(BUNDLE, folder)
         write_json(folder / "summary.json", results.summary)
-        complete(folder, params, results.lineage, results.evaluations, REPORT / "grid.png")
+        complete(
+            folder,
+            params,
+            lineage=results.lineage,
+            evaluations=results.evaluations,
+            checks=results.checks,
+            champion=results.report.champion,
+            picture=REPORT / "grid.png",
+        )
         check_unchanged()  # before anybody can see a version
         return registry.register(
             tracked,

@@ -8,6 +8,8 @@ from PIL import Image
 
 from components.model_card import write_card
 from components.params import load_params
+from components.publishing import complete
+from components.tracking import serving
 from components.verdict import checks
 from tests.evaluations import evaluation
 from tests.toy import ROOT
@@ -36,6 +38,7 @@ def made(tmp_path: Path) -> Path:
         lineage=LINEAGE,
         evaluations=evaluations,
         checks=checks(evaluations, None, rules),
+        champion="There is no champion yet.",
         picture=picture,
         dataset=ROOT / "zoo/data",
     )
@@ -46,6 +49,32 @@ def test_the_hub_can_read_its_header(made: Path) -> None:
     data = ModelCard.load(made / "README.md").data
     assert data.base_model == "zoo/models/base" and data.pipeline_tag == "text-to-image"
     assert data.license == "other" and (made / data.license_link).exists()
+
+
+def test_a_versions_card_gives_the_verdict_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "make_servable", lambda *_, **__: None)
+    params = load_params(ROOT / "params.yaml")
+    mine, champion = {"base": evaluation(guidance_fvu=0.8)}, {"base": evaluation(guidance_fvu=0.5)}
+    found = checks(mine, champion, params.promote, models=["base", "lacking"])
+    failed = {(check.model, check.rule) for check in found if not check.passed}
+    assert failed == {("lacking", "complete"), ("base", "guidance_fvu.max_loss")}
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    complete(
+        tmp_path,
+        params,
+        lineage=LINEAGE,
+        evaluations=mine,
+        checks=found,
+        champion="Compared with the champion, version 2.",
+        picture=picture,
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert f"{len(found) - 2} of {len(found)} rules" in text
+    assert "Compared with the champion, version 2." in text
+    assert all(f"- not held: {check}" in text for check in found if not check.passed)
 
 
 def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
