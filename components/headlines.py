@@ -17,15 +17,17 @@ MAX_REASONS = 4  # failed rules that a description names
 MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
 
 
-def numbers(evaluations: Mapping[str, Evaluation], checks: Sequence[Check]) -> dict[str, float]:
-    """A dozen: over all models and numbers of steps, their mean and the worst of them.
+def numbers(
+    evaluations: Mapping[str, Evaluation], checks: Sequence[Check], num_steps: Sequence[int]
+) -> dict[str, float]:
+    """A dozen: over all models and these numbers of steps, their mean and the worst of them.
 
     Gains are the share of what CFG gains over no guidance that the guide gains, of those models on
-    which CFG gains anything that is sure.
+    which CFG gains anything that is sure. What was not measured at any of these is left out.
     """
     found: dict[str, float] = {"checks_failed": sum(not check.passed for check in checks)}
     found |= _spread("guidance_fvu", [e.guidance_fvu.value for e in evaluations.values()])
-    at = [(e, steps) for e in evaluations.values() for steps in e.num_steps]
+    at = [(e, steps) for e in evaluations.values() for steps in e.num_steps if steps in num_steps]
     ratios = [e.ratio("fid", steps).value for e, steps in at if has(e, "fid", steps)]
     found |= _spread("fid_over_cfg", ratios)
     for name, score in (("fid_gain", "fid"), ("clip_gain", "clip_score")):

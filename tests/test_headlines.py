@@ -4,22 +4,25 @@ import dataclasses
 
 import pytest
 
-from components import curves, headlines
+from components import curves, headlines, register
 from components.evaluation import Estimate
+from components.params import checked
 from components.report import content
 from components.verdict import Check, measured
 from tests.evaluations import estimate, evaluation
+from tests.toy import toy_params
 
 MODELS = {
     "base": evaluation("base", fid=1.0, clip_gain=0.9),
     "fluent-emoji-with-a-long-name": evaluation("fluent", fid=1.2, clip_gain=0.5, flops_ratio=0.6),
 }
+STEPS = (16, 8)
 PASSED = Check(rule="fid.min_gain", model="base", num_steps=16, passed=True)
 FAILED = Check(rule="complete", model="base", passed=False, note="no kid")
 
 
 def test_means_and_the_worst_are_those_over_models_and_steps() -> None:
-    found = headlines.numbers(MODELS, [PASSED, FAILED])
+    found = headlines.numbers(MODELS, [PASSED, FAILED], STEPS)
     assert len(found) == 12
     assert found["fid_over_cfg_mean"] == pytest.approx(1.1)
     assert found["fid_over_cfg_worst"] == pytest.approx(1.2)
@@ -28,16 +31,39 @@ def test_means_and_the_worst_are_those_over_models_and_steps() -> None:
     assert found["flops_ratio"] == 0.6 and found["checks_failed"] == 1
 
 
+def test_a_full_reviews_numbers_are_over_the_steps_of_a_quick_one() -> None:
+    quick, few = evaluation("base", fid=1.0), evaluation("base", num_steps=(4, 2), fid=3.0)
+    full = dataclasses.replace(quick, cells=(*quick.cells, *few.cells))
+    assert full.num_steps == (16, 8, 4, 2)
+    expected = headlines.numbers({"base": quick}, [PASSED], STEPS)
+    assert headlines.numbers({"base": full}, [PASSED], STEPS) == expected
+    assert expected["fid_over_cfg_worst"] == pytest.approx(1.0)
+    assert "fid_over_cfg_worst" not in headlines.numbers({"base": few}, [PASSED], STEPS)
+
+
+@pytest.mark.parametrize(
+    ("review", "num_images", "num_steps"), [("quick", 64, "4, 2"), ("full", 72, "4, 2, 1")]
+)
+def test_runs_are_told_apart_by_what_was_sampled(
+    review: str, num_images: int, num_steps: str
+) -> None:
+    values = toy_params()
+    values["evaluate"]["review"] = review
+    found = register.told_apart(checked(values, "params.yaml"))
+    assert found["evaluate.review"] == review and found["models"] == "base, tuned"
+    assert (found["evaluate.num_images"], found["evaluate.num_steps"]) == (num_images, num_steps)
+
+
 def test_mlflows_charts_begin_with_a_number_that_every_guides_run_has() -> None:
     steps = headlines.by_steps(MODELS["base"]).values()
     of_models = {f"{group}/{way}" for at in steps for group, ways in at.items() for way in ways}
-    of_guides = headlines.numbers(MODELS, [PASSED])
+    of_guides = headlines.numbers(MODELS, [PASSED], STEPS)
     assert "fid/guided" in of_models and min(of_models | of_guides.keys()) in of_guides
 
 
 def test_a_model_on_which_cfg_gains_nothing_sure_is_no_part_of_the_gains() -> None:
     noisy = {"base": MODELS["base"], "noisy": evaluation("noisy", spread=0.5)}
-    assert headlines.numbers(noisy, [])["fid_gain_worst"] == pytest.approx(1.0)
+    assert headlines.numbers(noisy, [], STEPS)["fid_gain_worst"] == pytest.approx(1.0)
 
 
 def test_a_harm_of_cfg_is_no_gain_in_any_headline() -> None:
@@ -50,7 +76,7 @@ def test_a_harm_of_cfg_is_no_gain_in_any_headline() -> None:
     ]
     harmed = dataclasses.replace(base, cells=tuple(cells))
     assert measured(harmed, "fid", 16).kind == "ratio"
-    found = headlines.numbers({"harmed": harmed}, [])
+    found = headlines.numbers({"harmed": harmed}, [], STEPS)
     assert "clip_gain_worst" in found and not any(name.startswith("fid_gain") for name in found)
     in_dvc = curves.headline(harmed)
     assert "clip_gain_at_16" in in_dvc and "fid_gain_at_16" not in in_dvc
