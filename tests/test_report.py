@@ -217,17 +217,52 @@ def test_cfg_at_equal_cost_is_cfg_at_half_the_steps_by_its_better_solver(shown: 
     assert picture.images["cfg_equal_cost"] == gallery.small(file.getvalue())
 
 
-def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) -> None:
-    def size(sets: Any) -> int:
-        return sum(len(i) for one in sets for p in one.pictures for i in p.images.values())
+def num_bytes(one: gallery.PictureSet) -> int:
+    return sum(len(image) for picture in one.pictures for image in picture.images.values())
 
-    limit = size(shown[0]) // 3
+
+def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) -> None:
+    limit = sum(map(num_bytes, shown[0])) // 3
     fewer, kept = gallery.gather(evaluations, most_bytes=limit)
-    assert size(fewer) <= limit * 1.05
+    assert sum(map(num_bytes, fewer)) <= limit * 1.05
     assert all(len(one.pictures) >= 2 for one in fewer)
     assert kept == shown[1], "what is kept for the next guide is all"
     worst = min(shown[0][0].pictures, key=lambda picture: picture.psnr)
     assert worst in fewer[0].pictures
+
+
+def test_a_sheet_is_of_the_same_tasks_for_every_guide_whatever_the_page_has_room_for(
+    results: Path, evaluations: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[str]] = []
+    monkeypatch.setattr(gallery, "grid", lambda _, columns, **__: prompts.append(columns))
+    tasks = Gallery.open("base").tasks[: gallery.NUM_COLUMNS]
+    for sets in (shown[0], gallery.gather(evaluations, most_bytes=20_000)[0]):
+        for one in sets:
+            gallery.sheet(one)
+            assert prompts.pop() == [task.prompt for task in tasks]
+
+
+def test_where_pictures_are_few_the_first_tasks_are_among_them(
+    results: Path, evaluations: Any, shown: Any
+) -> None:
+    total = sum(map(num_bytes, shown[0]))
+    for one in gallery.gather(evaluations, most_bytes=total // 3)[0]:
+        seeds = [picture.task.seed for picture in one.pictures]
+        half = len(seeds) - len(seeds) // 2
+        assert half > 2 and seeds[:half] == list(range(half))
+
+
+def test_with_very_many_models_and_steps_pictures_still_fit_their_budget(
+    results: Path, evaluations: Any, shown: Any
+) -> None:
+    two = [2 * num_bytes(one) / len(one.pictures) for one in shown[0]]
+    limit = int(1.1 * (two[0] + two[2]))  # two pictures of each model at its first number of steps
+    fewer = gallery.gather(evaluations, most_bytes=limit)[0]
+    assert sum(map(num_bytes, fewer)) <= limit
+    numbers = {(one.model, one.num_steps): len(one.pictures) for one in fewer}
+    assert numbers == {("base", 16): 2, ("base", 8): 0, ("tuned", 16): 2, ("tuned", 8): 0}
+    assert "tuned" in page.render(report(evaluations), fewer)
 
 
 def test_as_sampled_only_a_batch_of_images_is_held_at_a_time(
