@@ -5,11 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components import champion
 from components import register as stage
 from components.evaluation import FORMAT, Evaluation
+from components.images import Task
 from components.params import load_params
 from components.report import gallery
 from components.report.gallery import FILE, GuidedPictures
@@ -22,7 +25,7 @@ pytest_plugins = ["tests.stores"]
 
 MINE = {"base": evaluation("base"), "tuned": evaluation("tuned")}
 PICTURES = GuidedPictures(
-    images={(model, 8, "a red apple", 3): model.encode() for model in ("base", "tuned")}
+    images={(model, 8, "a red apple", "", 3): model.encode() for model in ("base", "tuned")}
 )
 
 
@@ -76,12 +79,28 @@ def test_a_champion_of_another_format_is_named_and_not_compared_with() -> None:
     assert found.version == "2" and found.evaluations is None and found.pictures is None
 
 
-def test_pictures_of_another_base_are_left_out_with_a_word() -> None:
-    other = {"base": evaluation("base", base_hash="another"), "tuned": MINE["tuned"]}
+@pytest.mark.parametrize(
+    "what", ["base_hash", "trigger", "clip_skip", "timestep_spacing", "strength"]
+)
+def test_pictures_that_were_made_otherwise_are_left_out_with_a_word(what: str) -> None:
+    other = {"base": evaluation("base", **{what: "another"}), "tuned": MINE["tuned"]}
     found = ask(Stub(other))
     assert found.pictures and {key[0] for key in found.pictures.images} == {"tuned"}
     found = ask(Stub({"base": other["base"]}))
-    assert found.pictures is None and "of other models than these" in found.no_pictures
+    assert found.pictures is None and "of other models or settings" in found.no_pictures
+
+
+def test_pictures_of_another_negative_prompt_are_not_those_of_a_task() -> None:
+    task = Task("a red apple", 3, False)
+    assert PICTURES.of("base", 8, task) == b"base"
+    assert PICTURES.of("base", 8, task._replace(negative="blurry")) is None
+
+
+def test_pictures_that_do_not_say_their_negative_prompt_are_refused(tmp_path: Path) -> None:
+    rows = [{"model": "base", "num_steps": 8, "prompt": "a", "seed": 3, "image": b"base"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / FILE)
+    with pytest.raises(ValueError, match="does not say 'negative', as one of another version"):
+        GuidedPictures.load(tmp_path / FILE)
 
 
 def test_pictures_that_were_not_kept_are_left_out_with_a_word() -> None:

@@ -28,9 +28,13 @@ IMAGES_AT_ONCE = 64  # of each way in memory, as they were sampled
 # Of all pictures, in bytes of their file; the page has a third more, as base64. Where there are too
 # many models and steps for it, each has fewer pictures.
 MOST_BYTES = 12 * 2**20
+KEY = ("model", "num_steps", "prompt", "negative", "seed")  # of a guided picture
 LEAST = 2  # pictures of a set that has any: the first one, and the worst of the others
 EQUAL_COST = "cfg_equal_cost"
 NUM_COLUMNS, ROWS = 8, ("unguided", "cfg", "guided")  # of a sheet
+
+
+PictureKey = tuple[str, int, str, str, int]  # KEY's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +75,24 @@ class PictureSet:
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedPictures:
-    """All guided pictures of a guide, kept so that the next one can be put beside them."""
+    """All guided pictures of a guide, kept so that the next one can be put beside them.
 
-    images: Mapping[tuple[str, int, str, int], bytes] = field(default_factory=dict)
+    Attributes:
+        images: WebP, by model, number of steps, prompt, negative prompt and seed.
+    """
+
+    images: Mapping[PictureKey, bytes] = field(default_factory=dict)
 
     def of(self, model: str, num_steps: int, task: Task) -> bytes | None:
         """WebP; None if there is none."""
-        return self.images.get((model, num_steps, task.prompt, task.seed))
+        return self.images.get((model, num_steps, task.prompt, task.negative, task.seed))
 
     def save(self, path: Path) -> None:
         """Write a parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names = ("model", "num_steps", "prompt", "seed", "image")
+        names = (*KEY, "image")
         rows = [dict(zip(names, (*key, image), strict=True)) for key, image in self.images.items()]
         pq.write_table(pa.Table.from_pylist(rows), path)
 
@@ -95,10 +103,13 @@ class GuidedPictures:
 
         try:
             rows = pq.read_table(path).to_pylist()
-            keys = [(r["model"], r["num_steps"], r["prompt"], r["seed"]) for r in rows]
-        except (ValueError, KeyError) as error:
+            images = {tuple(row[name] for name in KEY): row["image"] for row in rows}
+        except KeyError as error:
+            why = f"it does not say {error}, as one of another version of this code"
+            raise ValueError(f"{path} has no pictures to show: {why}") from None
+        except ValueError as error:
             raise ValueError(f"{path} has no pictures of a report: {error}") from None
-        return cls(images=dict(zip(keys, (row["image"] for row in rows), strict=True)))
+        return cls(images=images)
 
 
 def gather(
@@ -114,7 +125,7 @@ def gather(
         champion: of the champion's guide, shown beside the candidate's.
         most_bytes: of all pictures together.
     """
-    kept: dict[tuple[str, int, str, int], bytes] = {}
+    kept: dict[PictureKey, bytes] = {}
     sets = []
     total = sum(len(one.num_steps) * one.num_images for one in evaluations.values())
     progress = Progress("pictures", total, "images")
@@ -125,7 +136,7 @@ def gather(
             psnrs: dict[Task, float] = {}
             for batch in batches(pictures.tasks, IMAGES_AT_ONCE):
                 for task, guided, psnr in made.compared(batch):
-                    kept[model, num_steps, task.prompt, task.seed] = guided
+                    kept[model, num_steps, task.prompt, task.negative, task.seed] = guided
                     psnrs[task] = psnr
                 progress(len(kept))
             sets.append(_chosen(made, psnrs, model, num_steps, champion))
