@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from components.evaluation import Evaluation
-from components.headlines import gain_text
+from components.headlines import by_model, gain_text
 from components.methods import METHODS
 from components.verdict import Check, measured
 
@@ -30,7 +30,7 @@ pipe = AutoPipelineForText2Image.from_pretrained("{base}")
 bundle = GuideBundle.load("path/of/this/folder")
 bundle.scheduler_for(8).set(pipe)
 plug(pipe, bundle)
-image = pipe("a red apple", guidance_scale={scale}, num_inference_steps=8).images[0]
+image = pipe("a red apple", guidance_scale={first_scale}, num_inference_steps=8).images[0]
 ```
 
 ## Base and training
@@ -135,10 +135,11 @@ def card(  # noqa: PLR0913, what a card tells
     return CARD.format(
         name=name,
         base=lineage["base"],
-        scale=f"{first.guidance_scale:g}",
+        first_scale=f"{first.guidance_scale:g}",
+        scale=by_model({m: e.guidance_scale for m, e in evaluations.items()}),
         rows=_rows(lineage),
         table=_table(evaluations),
-        num_images=first.num_images,
+        num_images=by_model({m: e.num_images for m, e in evaluations.items()}),
         judge=first.judges[0],
         picture=PICTURE,
         verdict=verdict,

@@ -94,6 +94,18 @@ def test_the_table_has_what_the_rules_check_in_a_hundred_columns() -> None:
     assert lines[3].split("|")[-2].strip() == "0/1"
 
 
+@pytest.mark.parametrize("where", ["end", "middle"])
+def test_no_two_models_have_one_name_in_the_table(where: str) -> None:
+    same = "a-fine-tune-of-which-many-were-made"
+    names = [f"{same}-{n}" if where == "end" else f"{same}-{n}-{same}" for n in (1, 2)]
+    rows = headlines.table_rows(dict.fromkeys(names, MODELS["base"]), [])
+    lines = headlines.as_markdown(rows).splitlines()
+    labels = [line.split("|")[1].strip() for line in lines[2:6]]
+    assert labels[0] == labels[1] != labels[2] == labels[3], "two numbers of steps each"
+    is_short = max(map(len, lines)) <= 100
+    assert is_short == (where == "end"), "as wide as it must be to tell them apart"
+
+
 def test_a_score_that_was_not_measured_is_a_dash() -> None:
     base = MODELS["base"]
     cells = [dataclasses.replace(c, scores={"fid": c.scores["fid"]}) for c in base.cells]

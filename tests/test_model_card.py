@@ -1,5 +1,6 @@
 """The model card: what the hub reads of it, and what a person does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def made(tmp_path: Path) -> Path:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
     evaluations = {"base": evaluation(), "tuned": evaluation("tuned", clip_gain=0.2)}
+    at = [replace(cell, guidance_scale=7.5) for cell in evaluations["tuned"].cells]
+    tuned = replace(evaluations["tuned"], guidance_scale=7.5, cells=tuple(at))
+    evaluations["tuned"] = tuned
     rules = load_params(ROOT / "params.yaml").promote
     folder = tmp_path / "guide"
     folder.mkdir()
@@ -84,6 +88,8 @@ def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     assert "| base | 16 | 10 / 5 / 5 | 100% | 40 / 48 / 47.2 | 90% |" in text
     assert "- not held: tuned, 16 steps: clip_score.min_gain: 0.200 [" in text
     assert "| git commit | `c0ffee` |" in text and "judged by judge" in text
+    assert "192 images each at guidance\nscale 3 (base), 7.5 (tuned), judged" in text
+    assert "guidance_scale=3, num_inference_steps" in text
     assert "0.50 to 0.50 of the guidance unexplained" in text
     assert (made / "grid.png").exists() and "](grid.png)" in text
     assert "OpenMoji" in (made / "DATA_LICENCE.md").read_text()

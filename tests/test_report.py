@@ -135,6 +135,15 @@ def test_scores_that_each_model_has_of_its_own_references_are_not_said_to_compar
     assert not any("column" in note for note in notes.values())
 
 
+def test_a_model_of_a_scale_of_its_own_is_named_with_it(evaluations: Any) -> None:
+    assert "images of each setting · guidance scale 3 · " in page.render(report(evaluations), [])
+    cells = tuple(dataclasses.replace(c, guidance_scale=7.5) for c in evaluations["tuned"].cells)
+    own = dataclasses.replace(evaluations["tuned"], guidance_scale=7.5, cells=cells, num_images=64)
+    html = page.render(report({"base": evaluations["base"], "tuned": own}), [])
+    assert "192 (base), 64 (tuned) images of each setting" in html
+    assert "guidance scale 3 (base), 7.5 (tuned) · " in html
+
+
 def test_a_share_that_was_not_measured_says_why() -> None:
     whole = evaluation()
     picture = {"picture": whole.negative["picture"]}
@@ -311,6 +320,21 @@ def test_a_file_that_holds_no_pictures_is_named(tmp_path: Path) -> None:
     path.write_text("no parquet")
     with pytest.raises(ValueError, match="pictures.parquet has no pictures of a report"):
         gallery.GuidedPictures.load(path)
+
+
+def test_an_image_that_is_not_whole_any_more_is_told_with_what_makes_it_again(
+    tmp_path: Path,
+    evaluations: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images("base")
+    for file in Path("results/sampled/base").rglob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"lacks 40 of .* components\.evaluate --model base"):
+        gallery.gather({"base": evaluations["base"]})
+    assert "is deleted: `evaluate` makes its images anew" in capsys.readouterr().out
 
 
 # In a browser

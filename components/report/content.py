@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
+from components.headlines import by_model
 from components.report import plots
 from components.verdict import Check, measured
 
@@ -110,8 +111,8 @@ def view(report: Report) -> dict[str, Any]:
         "scores": list(SCORES.values()),
         "judges": first.judges,
         "identity": {_of(name, first.model): value for name, value in first.identity.items()},
-        "num_images": first.num_images,
-        "guidance_scale": first.guidance_scale,
+        "num_images": by_model({m: e.num_images for m, e in evaluations.items()}),
+        "guidance_scale": by_model({m: e.guidance_scale for m, e in evaluations.items()}),
     }
 
 
