@@ -42,11 +42,12 @@ def measure(folder: Path = REPORT) -> dict[str, float]:
         name: Evaluation.from_json(values, where=f"{folder}/summary.json")
         for name, values in models.items()
     }
+    num_steps = [steps for evaluation in evaluations.values() for steps in evaluation.num_steps]
     return {
         "report_kb": round(page.stat().st_size / 1000),
         "report_requests": requests,
         "report_errors": errors,
-        "headline_metrics": len(headlines.numbers(evaluations, [])),
+        "headline_metrics": len(headlines.numbers(evaluations, [], num_steps)),
     }
 
 

@@ -13,7 +13,11 @@ from components.report.gallery import GuidedPictures
 if TYPE_CHECKING:
     from components.tracking import Registry
 
-ALIKE = ("base_hash", "model_hash", "guidance_scale")  # else its pictures say nothing beside ours
+# Else its pictures say nothing beside ours.
+ALIKE = (
+    *("base_hash", "model_hash", "guidance_scale", "strength"),
+    *("trigger", "clip_skip", "timestep_spacing"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +92,7 @@ def _pictures(
     }
     left_out = "so they are left out"
     if not alike:
-        return None, f"The champion’s pictures are of other models than these, {left_out}."
+        return None, f"The champion’s pictures are of other models or settings, {left_out}."
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = registry.run_file(version, f"report/{gallery.FILE}", Path(folder))

@@ -19,6 +19,7 @@ from pnp_core.files import read_json, write_json
 FORMAT = 2
 FILE = "evaluation.json"
 COVERAGE = 0.95
+LOWER_IS_BETTER = ("fid", "kid")  # of the scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,12 +149,12 @@ class Evaluation:
     def gain(self, score: str, num_steps: int, *, judge: str | None = None) -> Estimate | None:
         """The share of what CFG gains in a score over no guidance that the guide gains.
 
-        None where CFG's own gain is inside its interval, so that the share says nothing.
+        None where CFG's own gain is inside its interval, or is a loss: the share says nothing then.
         """
         unguided = self._score("unguided", score, num_steps, judge)
         whole = self._score("cfg", score, num_steps, judge).with_other(unguided, lambda a, b: a - b)
         low, high = whole.interval
-        if not (low > 0 or high < 0):
+        if not (high < 0 if score in LOWER_IS_BETTER else low > 0):
             return None
         part = self._score("guided", score, num_steps, judge).with_other(
             unguided, lambda a, b: a - b

@@ -17,15 +17,17 @@ MAX_REASONS = 4  # failed rules that a description names
 MAX_DESCRIPTION = 5000  # characters that MLflow's databases have room for
 
 
-def numbers(evaluations: Mapping[str, Evaluation], checks: Sequence[Check]) -> dict[str, float]:
-    """A dozen: over all models and numbers of steps, their mean and the worst of them.
+def numbers(
+    evaluations: Mapping[str, Evaluation], checks: Sequence[Check], num_steps: Sequence[int]
+) -> dict[str, float]:
+    """A dozen: over all models and these numbers of steps, their mean and the worst of them.
 
     Gains are the share of what CFG gains over no guidance that the guide gains, of those models on
-    which CFG gains anything that is sure.
+    which CFG gains anything that is sure. What was not measured at any of these is left out.
     """
     found: dict[str, float] = {"checks_failed": sum(not check.passed for check in checks)}
     found |= _spread("guidance_fvu", [e.guidance_fvu.value for e in evaluations.values()])
-    at = [(e, steps) for e in evaluations.values() for steps in e.num_steps]
+    at = [(e, steps) for e in evaluations.values() for steps in e.num_steps if steps in num_steps]
     ratios = [e.ratio("fid", steps).value for e, steps in at if has(e, "fid", steps)]
     found |= _spread("fid_over_cfg", ratios)
     for name, score in (("fid_gain", "fid"), ("clip_gain", "clip_score")):
@@ -85,7 +87,10 @@ def table_rows(
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table that also reads well as plain text, of at most `MAX_WIDTH` columns."""
+    """A table that also reads well as plain text, of at most `MAX_WIDTH` columns.
+
+    It is wider where names of models would be the same when they are shortened.
+    """
     columns = ["model", "steps", "FID", "gain", "fvu", "FLOPs", "time", "rules"]
     lines = [columns]
     for row in rows:
@@ -104,9 +109,10 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     room = MAX_WIDTH - sum(widths[1:]) - 3 * len(columns) - 1
-    widths[0] = min(widths[0], room)
-    for line in lines:
-        line[0] = line[0] if len(line[0]) <= room else line[0][: room - 1] + "…"
+    short = {line[0]: _shortened(line[0], room) for line in lines}
+    if len({*short.values()}) == len(short):  # else a wide table is better than two of one name
+        lines = [[short[line[0]], *line[1:]] for line in lines]
+    widths[0] = max(len(line[0]) for line in lines)
     text = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
@@ -116,9 +122,9 @@ def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 LEGEND = """FID: unguided / CFG / guided. Gain: of what CFG gains over no guidance, in FID / KID /
-CLIP score; with × the guide's score over CFG's, where CFG's own gain is inside its interval; with
-a sign the guide's score less CFG's, where that may be zero besides. fvu: guidance left unexplained.
-FLOPs, time: of the denoising, over CFG. Rules: those that hold.
+CLIP score; with × the guide's score over CFG's, where CFG's own gain is inside its interval, or is
+a loss; with a sign the guide's score less CFG's, where that may be zero besides. fvu: guidance left
+unexplained. FLOPs, time: of the denoising, over CFG. Rules: those that hold.
 """
 
 
@@ -159,6 +165,24 @@ def _spread(name: str, values: Sequence[float], *, is_least: bool = False) -> di
         return {}
     worst = min(values) if is_least else max(values)
     return {f"{name}_mean": fmean(values), f"{name}_worst": worst}
+
+
+def by_model(values: Mapping[str, float]) -> str:
+    """`3`, if that is the number of all models, else `3 (base), 7.5 (tuned)`."""
+    models: dict[float, list[str]] = {}
+    for model, value in values.items():
+        models.setdefault(value, []).append(model)
+    if len(models) == 1:
+        return f"{next(iter(models)):g}"
+    return ", ".join(f"{value:g} ({', '.join(names)})" for value, names in models.items())
+
+
+def _shortened(name: str, room: int) -> str:
+    """The name with its middle left out, if it is longer than `room` characters."""
+    if len(name) <= room:
+        return name
+    end = (room - 1) // 2
+    return f"{name[: room - 1 - end]}…{name[len(name) - end :]}"
 
 
 def _short(value: float | None) -> str:

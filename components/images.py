@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INDEX = "images.json"
 SECONDS_BETWEEN_LOOKS = 2.0
+ANEW = "`evaluate` makes its images anew"
 
 Recipe = Mapping[str, Any]
 
@@ -237,10 +238,17 @@ class Gallery:
         write_json(folder / INDEX, {"tasks": tasks, "settings": settings})
 
     def files(self, setting: Setting, tasks: Sequence[Task] | None = None) -> list[bytes]:
-        """Encoded pictures, one for each task; KeyError if they are not there."""
-        return self._kept.files(
-            self._recipes[setting], self.tasks if tasks is None else tuple(tasks)
-        )
+        """Encoded pictures, one for each task. Raises ValueError if they are not there any more."""
+        wanted = self.tasks if tasks is None else tuple(tasks)
+        recipe = self._recipes[setting]
+        if lost := self._kept.missing(recipe, wanted):
+            folder = self._kept.folder
+            raise ValueError(
+                f"{folder} lacks {len(lost)} of the images that were judged, of {setting.method} "
+                f"at {setting.num_steps} steps: dvc repro makes them again, or python -m "
+                f"components.evaluate --model {folder.name}"
+            )
+        return self._kept.files(recipe, wanted)
 
 
 def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
@@ -264,11 +272,11 @@ def _identities(file: Path, recipe: Recipe) -> list[tuple[str, str, int]]:
             rows = opened.read(columns).to_pylist()
             opened.read(["image"])  # so that its checksums are compared
     except (pa.ArrowException, OSError, ValueError) as error:
-        print(f"{file} is not whole ({error}): its images are made anew", flush=True)
+        print(f"{file} is not whole ({error}) and is deleted: {ANEW}", flush=True)
         file.unlink()
         return []
     if key_of(written) != key_of(recipe):
-        print(f"{file} is of another recipe than its folder: its images are made anew", flush=True)
+        print(f"{file} is of another recipe than its folder and is deleted: {ANEW}", flush=True)
         file.unlink()
         return []
     return [

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from components.evaluation import Evaluation
-from components.headlines import gain_text
+from components.headlines import by_model, gain_text
 from components.methods import METHODS
 from components.verdict import Check, measured
 
@@ -30,7 +30,7 @@ pipe = AutoPipelineForText2Image.from_pretrained("{base}")
 bundle = GuideBundle.load("path/of/this/folder")
 bundle.scheduler_for(8).set(pipe)
 plug(pipe, bundle)
-image = pipe("a red apple", guidance_scale={scale}, num_inference_steps=8).images[0]
+image = pipe("a red apple", guidance_scale={first_scale}, num_inference_steps=8).images[0]
 ```
 
 ## Base and training
@@ -49,8 +49,8 @@ The guide was distilled from the frozen base's own guidance, then halved to each
 Unguided / CFG / guided, at the same number of steps, of {num_images} images each at guidance
 scale {scale}, judged by {judge}. Scores of another judge can't be
 compared with these. *Gain*: of what CFG gains over no guidance, the share that the guide gains;
-with × the guide's score over CFG's, where CFG's own gain is inside its interval; with a sign less
-CFG's, where that may be zero besides.
+with × the guide's score over CFG's, where CFG's own gain is inside its interval, or is a loss; with
+a sign less CFG's, where that may be zero besides.
 
 ![Unguided, CFG and guided of the same prompts and seeds]({picture})
 
@@ -77,6 +77,7 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
     lineage: Mapping[str, str],
     evaluations: Mapping[str, Evaluation],
     checks: Sequence[Check],
+    champion: str,
     picture: Path,
     dataset: Path,
 ) -> None:
@@ -88,6 +89,7 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
         lineage: what the guide was made of.
         evaluations: by model.
         checks: the verdict.
+        champion: who it was compared with, or why with nobody, in a sentence.
         picture: unguided, CFG and guided, side by side.
         dataset: what `prepare` read, beside which its licence lies.
     """
@@ -105,15 +107,16 @@ def write_card(  # noqa: PLR0913, what a card tells, by name
         license_name="that-of-the-data",
         license_link=DATA_LICENCE if licence else None,
     )
-    text = card(name, lineage, evaluations, checks, has_licence=licence is not None)
+    text = card(name, lineage, evaluations, checks, champion, has_licence=licence is not None)
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", encoding="utf-8")
 
 
-def card(
+def card(  # noqa: PLR0913, what a card tells
     name: str,
     lineage: Mapping[str, str],
     evaluations: Mapping[str, Evaluation],
     checks: Sequence[Check],
+    champion: str,
     *,
     has_licence: bool,
 ) -> str:
@@ -121,6 +124,7 @@ def card(
     first = next(iter(evaluations.values()))
     failed = [check for check in checks if not check.passed]
     holds = f"{len(checks) - len(failed)} of {len(checks)} rules of the gate held when it was made."
+    holds = f"{holds} {champion}"
     verdict = "\n".join([holds, "", *(f"- not held: {check}" for check in failed)]).strip()
     data = (
         f"The training data's licences are in [{DATA_LICENCE}]({DATA_LICENCE}); some may ask for "
@@ -131,10 +135,11 @@ def card(
     return CARD.format(
         name=name,
         base=lineage["base"],
-        scale=f"{first.guidance_scale:g}",
+        first_scale=f"{first.guidance_scale:g}",
+        scale=by_model({m: e.guidance_scale for m, e in evaluations.items()}),
         rows=_rows(lineage),
         table=_table(evaluations),
-        num_images=first.num_images,
+        num_images=by_model({m: e.num_images for m, e in evaluations.items()}),
         judge=first.judges[0],
         picture=PICTURE,
         verdict=verdict,

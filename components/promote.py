@@ -19,7 +19,7 @@ from components.evaluation import Evaluation
 from components.params import Params
 from components.paths import REPORT
 from components.reevaluation import Reevaluated, reevaluate
-from components.verdict import Check, checks, clean, unusable
+from components.verdict import Check, checks, clean, not_compared, unusable
 from components.verdict_text import as_lines, as_rows, as_table
 from pnp_core.files import read_json, write_text
 
@@ -104,6 +104,8 @@ def run(params: Params, version: str | None = None, options: Options = DEFAULT) 
         print(line)
     else:
         write_page(options, decision.text)
+        if case.not_compared:
+            print(case.not_compared)
         conclude(registry.name, decision, case.checks if options.dry_run else None)
 
 
@@ -119,6 +121,7 @@ class Case:
     ) -> None:
         self._params, self._registry, self._options, self._anew = params, registry, options, anew
         self.checks: list[Check] = []
+        self.not_compared = ""
 
     def decide(self, candidate: str | None) -> "Decision | None":
         """What becomes of the candidate; without one, of the previous champion.
@@ -155,7 +158,8 @@ class Case:
             table=as_rows(self.checks),
             commit=commit,
         )
-        return replace(decision, text=as_page(self._registry.name, decision, self.checks))
+        text = as_page(self._registry.name, decision, self.checks, self.not_compared)
+        return replace(decision, text=text)
 
     def _roll_back(self, champion: str | None) -> "Decision":
         from components.tracking import PREVIOUS, ROLLED_BACK, Decision
@@ -219,6 +223,7 @@ class Case:
         expected = self._params.evaluate.extent.num_steps
         models = list(self._params.models)
         rules = self._params.promote
+        self.not_compared = not_compared(mine, theirs, rules)
         return found + checks(mine, theirs, rules, models=models, num_steps=expected)
 
     def _evaluations(self, version: str, summary: Mapping[str, Any]) -> Mapping[str, Evaluation]:
@@ -251,7 +256,7 @@ def conclude(name: str, decision: "Decision", dry: Sequence[Check] | None) -> No
     )
 
 
-def as_page(name: str, decision: "Decision", found: Sequence[Check]) -> str:
+def as_page(name: str, decision: "Decision", found: Sequence[Check], not_compared: str = "") -> str:
     """What was decided, in Markdown."""
     number = len(decision.reasons)
     rules = f"{number} of {len(found)} rules do not hold" if number else "every rule holds"
@@ -262,6 +267,7 @@ def as_page(name: str, decision: "Decision", found: Sequence[Check]) -> str:
         "refused": f"It does not become champion: {rules}. The champion stays: {before}.",
         "rolled back": f"It is champion again. The one before, {before}, is now `previous`.",
     }[decision.verdict]
+    said = f"{said} {not_compared}".strip()
     parts = [f"# {name} version {decision.candidate}: {decision.verdict}", said]
     if decision.why:
         parts.append(f"Reason given: {decision.why}")

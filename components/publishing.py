@@ -1,19 +1,22 @@
 """What a registered version carries beside its bundle: a card for people, and what MLflow runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from components.evaluation import Evaluation
 from components.model_card import write_card
 from components.params import Params
-from components.verdict import checks, clean
+from components.verdict import Check
 
 
-def complete(
+def complete(  # noqa: PLR0913, what a version says of itself, by name
     folder: Path,
     params: Params,
+    *,
     lineage: Mapping[str, str],
     evaluations: Mapping[str, Evaluation],
+    checks: Sequence[Check],
+    champion: str,
     picture: Path,
 ) -> None:
     """Add README.md, MLmodel and what they name to a bundle's folder.
@@ -23,17 +26,19 @@ def complete(
         params: those that it was made with.
         lineage: what it was made of.
         evaluations: by model.
+        checks: the verdict, as the version's page has it.
+        champion: who it was compared with, or why with nobody, in a sentence.
         picture: unguided, CFG and guided, side by side.
     """
     from components.tracking.serving import make_servable
 
-    found = checks(evaluations, None, params.promote)
     write_card(
         folder,
         name=params.register_.name,
         lineage=lineage,
         evaluations=evaluations,
-        checks=[clean(lineage["git_commit"], allow_dirty=False), *found],
+        checks=checks,
+        champion=champion,
         picture=picture,
         dataset=Path(params.prepare.dataset),
     )

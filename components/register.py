@@ -30,7 +30,7 @@ from components.publishing import complete
 from components.report import content, gallery, page
 from components.report.gallery import GuidedPictures, PictureSet
 from components.snapshot import check_unchanged
-from components.verdict import Check, checks, clean
+from components.verdict import Check, checks, clean, not_compared
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 COMMIT = ("git_commit", "lock_hash")  # of a lineage: where the code stood
 PAGE = "index.html"
 IN_MLFLOW, IN_PREFECT = "The run in MLflow", "The flow run in Prefect"  # links of the page
-# The settings that a run is told apart by; all of them are in its params.yaml.
+# The settings that a run is told apart by, beside what was sampled; all are in its params.yaml.
 TOLD_APART = (
     *("base", "teacher.guider", "cache.num_trajectory", "distill.guide.kind"),
     *("distill.guide.max_parameters_ratio", "distill.num_images", "distill.learning_rate"),
     *("halve.start_steps", "halve.end_steps", "halve.num_images", "halve.guidance_gain"),
-    *("evaluate.num_images", "evaluate.guidance_scale"),
+    *("evaluate.review", "evaluate.guidance_scale"),
 )
 
 
@@ -171,6 +171,7 @@ def gather(
             num_steps=params.evaluate.extent.num_steps,
         ),
     ]
+    beside = not_compared(evaluations, compared.evaluations, params.promote)
     pictures, kept = gallery.gather(evaluations, champion=compared.pictures)
     now = datetime.now().astimezone()
     report = content.Report(
@@ -179,7 +180,7 @@ def gather(
         made=f"{now.day} {now:%B %Y, %H:%M %Z}",
         evaluations=evaluations,
         checks=found,
-        champion=compared.said,
+        champion=f"{compared.said} {beside}".strip(),
         no_champion_pictures=compared.no_pictures,
         lineage=lineage,
         links={IN_PREFECT: url} if (url := os.environ.get(FLOW_RUN_URL)) else {},
@@ -240,17 +241,30 @@ def version_key(summary: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def told_apart(params: Params) -> dict[str, Any]:
+    """The settings that runs are told apart by; of images and steps those that were sampled."""
+    from components.tracking import flat
+
+    settings = flat(params.model_dump(mode="json", by_alias=True))
+    extent = params.evaluate.extent
+    return {name: settings[name] for name in TOLD_APART if name in settings} | {
+        "evaluate.num_images": extent.num_images,
+        "evaluate.num_steps": ", ".join(map(str, extent.num_steps)),
+        "models": ", ".join(params.models),
+    }
+
+
 def upload(params: Params, registry: "Registry", key: str, results: Results) -> str:
     """Log the run and register the bundle as a new version, which it returns."""
-    from components.tracking import Run, current_pipeline, finish_pipeline, flat
+    from components.tracking import Run, current_pipeline, finish_pipeline
 
+    check_unchanged()  # what is uploaded stays
     whole = current_pipeline(params)
-    settings = flat(params.model_dump(mode="json", by_alias=True))
     with Run(
         registry.store,
         params.tracking,
         "register",
-        params={name: settings[name] for name in TOLD_APART if name in settings},
+        params=told_apart(params),
         pipeline=replace(whole, is_itself=True),
     ) as tracked:
         log_models(params, registry, whole, results)
@@ -320,16 +334,27 @@ def register_version(
         folder = Path(temporary) / "guide"
         shutil.copytree(BUNDLE, folder)
         write_json(folder / "summary.json", results.summary)
-        complete(folder, params, results.lineage, results.evaluations, REPORT / "grid.png")
+        complete(
+            folder,
+            params,
+            lineage=results.lineage,
+            evaluations=results.evaluations,
+            checks=results.checks,
+            champion=results.report.champion,
+            picture=REPORT / "grid.png",
+        )
         check_unchanged()  # before anybody can see a version
         return registry.register(
             tracked,
             folder,
             key=key,
-            metrics=headlines.numbers(results.evaluations, results.checks),
+            # A quick and a full review's are of the same steps.
+            metrics=headlines.numbers(
+                results.evaluations, results.checks, params.evaluate.num_steps
+            ),
             tags=results.lineage,
             description=headlines.description(
-                results.checks, compared=results.champion.said, where=where
+                results.checks, compared=results.report.champion, where=where
             ),
         )
 

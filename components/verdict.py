@@ -8,12 +8,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from components.evaluation import Estimate, Evaluation
+from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
 from components.likeness import differences, has, missing, oddities, unlike
 from components.methods import METHODS
 from components.rules import NumberRule, Promote, Rule
-
-LOWER_IS_BETTER = ("fid", "kid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +111,30 @@ def checks(
     return found or [_about("complete", "no model", ["it was evaluated on no model"])]
 
 
+def not_compared(
+    candidate: Mapping[str, Evaluation], champion: Mapping[str, Evaluation] | None, rules: Promote
+) -> str:
+    """Where the champion was not measured, so that no rule compares with it, in a sentence.
+
+    Empty: nowhere, or there is none. Evaluations that differ are not meant: they fail `comparable`.
+    """
+    if champion is None:
+        return ""
+    where = []
+    for model, mine in candidate.items():
+        theirs = champion.get(model)
+        if theirs is None:
+            where.append(f"on {model}")
+        elif not differences(mine, theirs):
+            lacking = [n for n in mine.num_steps if _lacks(mine, theirs, rules, n)]
+            if lacking:
+                where.append(f"on {model} at {' and '.join(map(str, lacking))} steps")
+    if not where:
+        return ""
+    places = ", ".join(where)
+    return f"Not compared {places}: the champion was not measured there, --reevaluate measures it."
+
+
 def clean(commit: str, *, allow_dirty: bool) -> Check:
     """Whether what made the guide is in a commit, so that it can be made again."""
     is_known = re.fullmatch(r"[0-9a-f]{6,64}", commit) is not None
@@ -136,15 +158,14 @@ def measured(evaluation: Evaluation, score: str, num_steps: int) -> Measured:
     Raises:
         ValueError: the score was not measured.
     """
-    is_least = score not in LOWER_IS_BETTER
     unguided, cfg, _ = (_estimate(evaluation, m, score, num_steps) for m in METHODS)
-    gain = evaluation.gain(score, num_steps)
-    if gain is not None and (cfg.value > unguided.value) == is_least:
+    if (gain := evaluation.gain(score, num_steps)) is not None:
         return Measured(estimate=gain, kind="gain", is_least=True)
+    low, high = cfg.with_other(unguided, lambda a, b: a - b).interval
     why = (
-        "CFG's own gain is inside its interval"
-        if gain is None
-        else "CFG itself is worse than no guidance"
+        "CFG itself is worse than no guidance"
+        if low > 0 or high < 0
+        else "CFG's own gain is inside its interval"
     )
     kind = "ratio" if min(cfg.value, cfg.interval[0], *cfg.replicates) > 0 else "difference"
     return _beside_cfg(evaluation, score, num_steps, kind, why)
@@ -196,6 +217,16 @@ def _of_model(
             if own:
                 about = Check(rule=score, model=model, num_steps=steps, passed=False)
                 yield from _held(about, own, other, rule)
+
+
+def _lacks(mine: Evaluation, theirs: Evaluation, rules: Promote, num_steps: int) -> bool:
+    """Whether the champion lacks a score that a rule would compare at a number of steps."""
+    return any(
+        rule.max_loss is not None
+        and has(mine, score, num_steps)
+        and not has(theirs, score, num_steps)
+        for score, rule in rules.at(num_steps).items()
+    )
 
 
 def _held(about: Check, own: Measured, other: Measured | None, rule: Rule) -> Iterator[Check]:

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from components.curves import headline
 from components.evaluation import Evaluation
 from components.fetch import NO_CHAMPION
+from components.likeness import differences
 from components.params import ParamsError, check_files, check_model_name, load_params
 from components.paths import BUNDLE, EVALUATED
 from flows.artifacts import publish_metrics
@@ -70,8 +71,9 @@ def row_of(name: str, values: Mapping[str, str]) -> list[str]:
 def reevaluate_flow() -> None:
     """Measure the champion again, by the code and params.yaml of this checkout.
 
-    Shows each number beside the one that it was registered with. Nothing is registered or promoted,
-    and the checkout stays as it is. Without a champion there is nothing to do.
+    Shows each number beside the one that it was registered with, if that was measured alike.
+    Nothing is registered or promoted, and the checkout stays as it is. Without a champion there is
+    nothing to do.
     """
     log_without_tracebacks()
     log = get_run_logger().info
@@ -90,7 +92,7 @@ def reevaluate_flow() -> None:
         before = registered()
         for model in models:
             publish_metrics(model, EVALUATED / model)
-            compare(model, before.get(model, {}), EVALUATED / model)
+            compare(model, before.get(model), EVALUATED / model)
         place.is_done = True
 
 
@@ -107,8 +109,8 @@ def fetch_champion() -> bool:
     return True
 
 
-def registered() -> Mapping[str, Mapping[str, float]]:
-    """By model the headline of what the champion's summary has; nothing of another format.
+def registered() -> Mapping[str, Evaluation]:
+    """By model what the champion's summary has; nothing of another format.
 
     A guide that was made elsewhere has no summary.
     """
@@ -117,23 +119,35 @@ def registered() -> Mapping[str, Mapping[str, float]]:
     found = {}
     for model, evaluation in models.items():
         with suppress(ValueError):
-            found[model] = headline(Evaluation.from_json(evaluation, where=SUMMARY))
+            found[model] = Evaluation.from_json(evaluation, where=SUMMARY)
     return found
 
 
-def compare(model: str, before: Mapping[str, float], folder: Path) -> None:
-    """Show what a model's numbers were when the champion was registered, and are."""
-    now = headline(Evaluation.load(folder))
+def compare(model: str, before: Evaluation | None, folder: Path) -> None:
+    """Show what a model's numbers were when the champion was registered, and are.
+
+    What was measured otherwise then is left out, and said to be.
+    """
+    now = Evaluation.load(folder)
+    apart = differences(now, before) if before else []
+    known = headline(before) if before and not apart else {}
+    description = f"The champion on {model}, then and now"
+    if apart:
+        description = (
+            f"The champion on {model} now. When it was registered it was measured otherwise, so "
+            f"those numbers are left out: {'; '.join(apart)}"
+        )
+        print(description)
     rows = [
         {
             "metric": name,
-            "registered": f"{before[name]:.4g}" if name in before else "",
+            "registered": f"{known[name]:.4g}" if name in known else "",
             "now": f"{value:.4g}",
         }
-        for name, value in now.items()
+        for name, value in headline(now).items()
     ]
     key = f"champion-{re.sub(r'[^a-z0-9]+', '-', model.lower())}"
-    create_table_artifact(rows, key=key, description=f"The champion on {model}, then and now")
+    create_table_artifact(rows, key=key, description=description)
 
 
 def _placed(path: str) -> str:

@@ -5,20 +5,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from components import champion
+from components import register as stage
 from components.evaluation import FORMAT, Evaluation
+from components.images import Task
+from components.params import load_params
+from components.report import gallery
 from components.report.gallery import FILE, GuidedPictures
 from components.tracking import Registry, Run, TrackingError
 from tests.evaluations import evaluation
 from tests.stores import NAME, TOY, register
+from tests.toy import ROOT
 
 pytest_plugins = ["tests.stores"]
 
 MINE = {"base": evaluation("base"), "tuned": evaluation("tuned")}
 PICTURES = GuidedPictures(
-    images={(model, 8, "a red apple", 3): model.encode() for model in ("base", "tuned")}
+    images={(model, 8, "a red apple", "", 3): model.encode() for model in ("base", "tuned")}
 )
 
 
@@ -72,12 +79,28 @@ def test_a_champion_of_another_format_is_named_and_not_compared_with() -> None:
     assert found.version == "2" and found.evaluations is None and found.pictures is None
 
 
-def test_pictures_of_another_base_are_left_out_with_a_word() -> None:
-    other = {"base": evaluation("base", base_hash="another"), "tuned": MINE["tuned"]}
+@pytest.mark.parametrize(
+    "what", ["base_hash", "trigger", "clip_skip", "timestep_spacing", "strength"]
+)
+def test_pictures_that_were_made_otherwise_are_left_out_with_a_word(what: str) -> None:
+    other = {"base": evaluation("base", **{what: "another"}), "tuned": MINE["tuned"]}
     found = ask(Stub(other))
     assert found.pictures and {key[0] for key in found.pictures.images} == {"tuned"}
     found = ask(Stub({"base": other["base"]}))
-    assert found.pictures is None and "of other models than these" in found.no_pictures
+    assert found.pictures is None and "of other models or settings" in found.no_pictures
+
+
+def test_pictures_of_another_negative_prompt_are_not_those_of_a_task() -> None:
+    task = Task("a red apple", 3, False)
+    assert PICTURES.of("base", 8, task) == b"base"
+    assert PICTURES.of("base", 8, task._replace(negative="blurry")) is None
+
+
+def test_pictures_that_do_not_say_their_negative_prompt_are_refused(tmp_path: Path) -> None:
+    rows = [{"model": "base", "num_steps": 8, "prompt": "a", "seed": 3, "image": b"base"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / FILE)
+    with pytest.raises(ValueError, match="does not say 'negative', as one of another version"):
+        GuidedPictures.load(tmp_path / FILE)
 
 
 def test_pictures_that_were_not_kept_are_left_out_with_a_word() -> None:
@@ -107,6 +130,19 @@ def test_a_registry_that_cannot_tell_who_is_champion_is_an_error(
     with pytest.raises(TrackingError):
         ask(stub)
     assert "503" in champion.unknown(TrackingError("503")).said
+
+
+def test_a_page_names_the_steps_at_which_the_champion_was_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gallery, "gather", lambda *_, **__: ([], GuidedPictures()))
+    params = load_params(ROOT / "params.yaml")
+    for num_steps, more in (((16, 8), ""), ((16,), " Not compared on base at 8 steps: ")):
+        compared = ask(Stub({"base": evaluation(num_steps=num_steps)}))
+        mine = {"base": MINE["base"]}
+        report = stage.gather(params, mine, {"git_commit": "c0ffee"}, compared).report
+        assert report.champion.startswith(f"Compared with the champion, version 2.{more}")
+        assert ("Not compared" in report.champion) == bool(more)
 
 
 def test_a_file_of_a_versions_run_is_found_and_one_that_it_lacks_is_none(

@@ -1,5 +1,6 @@
 """The model card: what the hub reads of it, and what a person does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from PIL import Image
 
 from components.model_card import write_card
 from components.params import load_params
+from components.publishing import complete
+from components.tracking import serving
 from components.verdict import checks
 from tests.evaluations import evaluation
 from tests.toy import ROOT
@@ -27,6 +30,9 @@ def made(tmp_path: Path) -> Path:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
     evaluations = {"base": evaluation(), "tuned": evaluation("tuned", clip_gain=0.2)}
+    at = [replace(cell, guidance_scale=7.5) for cell in evaluations["tuned"].cells]
+    tuned = replace(evaluations["tuned"], guidance_scale=7.5, cells=tuple(at))
+    evaluations["tuned"] = tuned
     rules = load_params(ROOT / "params.yaml").promote
     folder = tmp_path / "guide"
     folder.mkdir()
@@ -36,6 +42,7 @@ def made(tmp_path: Path) -> Path:
         lineage=LINEAGE,
         evaluations=evaluations,
         checks=checks(evaluations, None, rules),
+        champion="There is no champion yet.",
         picture=picture,
         dataset=ROOT / "zoo/data",
     )
@@ -48,6 +55,32 @@ def test_the_hub_can_read_its_header(made: Path) -> None:
     assert data.license == "other" and (made / data.license_link).exists()
 
 
+def test_a_versions_card_gives_the_verdict_of_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "make_servable", lambda *_, **__: None)
+    params = load_params(ROOT / "params.yaml")
+    mine, champion = {"base": evaluation(guidance_fvu=0.8)}, {"base": evaluation(guidance_fvu=0.5)}
+    found = checks(mine, champion, params.promote, models=["base", "lacking"])
+    failed = {(check.model, check.rule) for check in found if not check.passed}
+    assert failed == {("lacking", "complete"), ("base", "guidance_fvu.max_loss")}
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    complete(
+        tmp_path,
+        params,
+        lineage=LINEAGE,
+        evaluations=mine,
+        checks=found,
+        champion="Compared with the champion, version 2.",
+        picture=picture,
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert f"{len(found) - 2} of {len(found)} rules" in text
+    assert "Compared with the champion, version 2." in text
+    assert all(f"- not held: {check}" in text for check in found if not check.passed)
+
+
 def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     text = (made / "README.md").read_text()
     for heading in ("Use", "Base and training", "Results", "Verdict", "Limits", "Licence"):
@@ -55,6 +88,8 @@ def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     assert "| base | 16 | 10 / 5 / 5 | 100% | 40 / 48 / 47.2 | 90% |" in text
     assert "- not held: tuned, 16 steps: clip_score.min_gain: 0.200 [" in text
     assert "| git commit | `c0ffee` |" in text and "judged by judge" in text
+    assert "192 images each at guidance\nscale 3 (base), 7.5 (tuned), judged" in text
+    assert "guidance_scale=3, num_inference_steps" in text
     assert "0.50 to 0.50 of the guidance unexplained" in text
     assert (made / "grid.png").exists() and "](grid.png)" in text
     assert "OpenMoji" in (made / "DATA_LICENCE.md").read_text()

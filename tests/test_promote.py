@@ -202,6 +202,20 @@ def test_an_alias_that_did_not_move_is_noticed(
     assert "was set to version 3, and is 1" in capsys.readouterr().err
 
 
+def test_steps_at_which_the_champion_was_not_measured_are_named_where_it_is_decided(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(0.5, num_steps=(16,))
+    promote.run(params(), "1")
+    register(0.4)
+    capsys.readouterr()
+    page = Path("page.md")
+    assert decide("2", page=page) == 0 and champion() == "2"
+    said = "Not compared on base at 8 steps"
+    assert said in capsys.readouterr().out and said in page.read_text()
+    assert said in Registry(TOY, NAME).decisions()[-1].text
+
+
 def test_absence_is_the_stores_own_word(place: Path) -> None:
     registry = Registry(TOY, NAME)
     assert registry.newest() is None and registry.champion() is None

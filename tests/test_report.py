@@ -15,7 +15,7 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import NEGATIVE, Report, number, shares
+from components.report.content import NEGATIVE, Report, matrices, number, shares
 from components.verdict import Check
 from tests import chromium
 from tests.evaluations import evaluation
@@ -124,6 +124,26 @@ def test_a_gain_inside_its_interval_gives_way_to_the_ratio_to_cfg() -> None:
     assert "1.10 × CFG" in page.render(report(noisy), [])
 
 
+def test_scores_that_each_model_has_of_its_own_references_are_not_said_to_compare(
+    evaluations: Any,
+) -> None:
+    found = matrices(evaluations)
+    assert all(list(matrix.rows) == list(evaluations) for matrix in found), "models are rows"
+    notes = {matrix.title: matrix.note for matrix in found}
+    for score in ("FID", "KID", "CLIP score"):
+        assert "compare with CFG and along a row, not between models" in notes[score]
+    assert not any("column" in note for note in notes.values())
+
+
+def test_a_model_of_a_scale_of_its_own_is_named_with_it(evaluations: Any) -> None:
+    assert "images of each setting · guidance scale 3 · " in page.render(report(evaluations), [])
+    cells = tuple(dataclasses.replace(c, guidance_scale=7.5) for c in evaluations["tuned"].cells)
+    own = dataclasses.replace(evaluations["tuned"], guidance_scale=7.5, cells=cells, num_images=64)
+    html = page.render(report({"base": evaluations["base"], "tuned": own}), [])
+    assert "192 (base), 64 (tuned) images of each setting" in html
+    assert "guidance scale 3 (base), 7.5 (tuned) · " in html
+
+
 def test_a_share_that_was_not_measured_says_why() -> None:
     whole = evaluation()
     picture = {"picture": whole.negative["picture"]}
@@ -206,17 +226,52 @@ def test_cfg_at_equal_cost_is_cfg_at_half_the_steps_by_its_better_solver(shown: 
     assert picture.images["cfg_equal_cost"] == gallery.small(file.getvalue())
 
 
-def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) -> None:
-    def size(sets: Any) -> int:
-        return sum(len(i) for one in sets for p in one.pictures for i in p.images.values())
+def num_bytes(one: gallery.PictureSet) -> int:
+    return sum(len(image) for picture in one.pictures for image in picture.images.values())
 
-    limit = size(shown[0]) // 3
+
+def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) -> None:
+    limit = sum(map(num_bytes, shown[0])) // 3
     fewer, kept = gallery.gather(evaluations, most_bytes=limit)
-    assert size(fewer) <= limit * 1.05
+    assert sum(map(num_bytes, fewer)) <= limit * 1.05
     assert all(len(one.pictures) >= 2 for one in fewer)
     assert kept == shown[1], "what is kept for the next guide is all"
     worst = min(shown[0][0].pictures, key=lambda picture: picture.psnr)
     assert worst in fewer[0].pictures
+
+
+def test_a_sheet_is_of_the_same_tasks_for_every_guide_whatever_the_page_has_room_for(
+    results: Path, evaluations: Any, shown: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[list[str]] = []
+    monkeypatch.setattr(gallery, "grid", lambda _, columns, **__: prompts.append(columns))
+    tasks = Gallery.open("base").tasks[: gallery.NUM_COLUMNS]
+    for sets in (shown[0], gallery.gather(evaluations, most_bytes=20_000)[0]):
+        for one in sets:
+            gallery.sheet(one)
+            assert prompts.pop() == [task.prompt for task in tasks]
+
+
+def test_where_pictures_are_few_the_first_tasks_are_among_them(
+    results: Path, evaluations: Any, shown: Any
+) -> None:
+    total = sum(map(num_bytes, shown[0]))
+    for one in gallery.gather(evaluations, most_bytes=total // 3)[0]:
+        seeds = [picture.task.seed for picture in one.pictures]
+        half = len(seeds) - len(seeds) // 2
+        assert half > 2 and seeds[:half] == list(range(half))
+
+
+def test_with_very_many_models_and_steps_pictures_still_fit_their_budget(
+    results: Path, evaluations: Any, shown: Any
+) -> None:
+    two = [2 * num_bytes(one) / len(one.pictures) for one in shown[0]]
+    limit = int(1.1 * (two[0] + two[2]))  # two pictures of each model at its first number of steps
+    fewer = gallery.gather(evaluations, most_bytes=limit)[0]
+    assert sum(map(num_bytes, fewer)) <= limit
+    numbers = {(one.model, one.num_steps): len(one.pictures) for one in fewer}
+    assert numbers == {("base", 16): 2, ("base", 8): 0, ("tuned", 16): 2, ("tuned", 8): 0}
+    assert "tuned" in page.render(report(evaluations), fewer)
 
 
 def test_as_sampled_only_a_batch_of_images_is_held_at_a_time(
@@ -265,6 +320,21 @@ def test_a_file_that_holds_no_pictures_is_named(tmp_path: Path) -> None:
     path.write_text("no parquet")
     with pytest.raises(ValueError, match="pictures.parquet has no pictures of a report"):
         gallery.GuidedPictures.load(path)
+
+
+def test_an_image_that_is_not_whole_any_more_is_told_with_what_makes_it_again(
+    tmp_path: Path,
+    evaluations: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images("base")
+    for file in Path("results/sampled/base").rglob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"lacks 40 of .* components\.evaluate --model base"):
+        gallery.gather({"base": evaluations["base"]})
+    assert "is deleted: `evaluate` makes its images anew" in capsys.readouterr().out
 
 
 # In a browser

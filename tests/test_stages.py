@@ -591,7 +591,7 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
     client = registry.store.client
     run = client.get_run(client.get_model_version("pnp-guide", "1").run_id)
     assert run.info.run_name == "pnp-guide v1" and run.info.status == "FINISHED"
-    assert len(run.data.metrics) <= 13 and len(run.data.params) <= 15
+    assert len(run.data.metrics) <= 13 and len(run.data.params) <= 16
     assert run.inputs.dataset_inputs[0].dataset.source_type == "dvc"
     files = {f.path for f in client.list_artifacts(run.info.run_id)}
     assert files >= {"grid.png", "table.md", "results.json", "checks.json", "params.yaml", "images"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from components import lineage, paths, snapshot
+from components import lineage, paths, register, snapshot, tracking
 from components.cli import main
 from components.environment import quiet
 from components.lineage import git_commit, lock_hash
@@ -89,6 +89,17 @@ def test_a_stage_ends_with_an_error_if_what_it_depends_on_changed_meanwhile(
     line = fails_with(change, capsys)
     assert line.startswith("error: distill: what it works from was changed while it ran: ")
     assert message in line
+
+
+def test_nothing_is_uploaded_of_what_changed_meanwhile(
+    stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot.begin("distill")
+    set_param("distill.seed", 7)
+    monkeypatch.setattr(tracking, "Run", lambda *_, **__: pytest.fail("a run was begun"))
+    nothing: Any = None
+    with pytest.raises(ValueError, match="was changed while it ran"):
+        register.upload(load_params(Path("params.yaml")), nothing, "key", nothing)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from components.params import load_params
 from components.tracking import (
@@ -216,6 +216,23 @@ def test_pictures_of_one_key_are_stepped_and_there_once(place: Path, tmp_path: P
         Path(client.download_artifacts(run.id, "results.json", str(tmp_path))).read_text()
     )
     assert table == {"columns": ["model", "steps"], "data": [["base", 8], ["tuned", None]]}
+
+
+def test_a_picture_that_a_former_attempt_stored_gives_way_to_todays(
+    place: Path, tmp_path: Path
+) -> None:
+    client = Store(TOY).client
+    for colour in ("red", "red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "grid.png")
+        with Run(
+            Store(TOY), TOY, "register", params={}, pipeline=replace(WHOLE, is_itself=True)
+        ) as run:
+            run.image("base", tmp_path / "grid.png", step=8)
+        there = [file.path for file in client.list_artifacts(run.id, "images")]
+        assert len(there) == 2, "a picture, and a small one of it"
+        (whole,) = (path for path in there if path.endswith(".png"))
+        with Image.open(client.download_artifacts(run.id, whole, str(tmp_path))) as shown:
+            assert shown.getpixel((0, 0)) == ImageColor.getrgb(colour)
 
 
 # Which pipeline a stage belongs to

@@ -12,7 +12,7 @@ import pytest
 from components.evaluation import Cell, Estimate, Evaluation
 from components.params import load_params
 from components.rules import NumberRule, Promote, ScoreRule
-from components.verdict import Check, checks, clean, measured
+from components.verdict import Check, checks, clean, measured, not_compared
 from tests.evaluations import estimate, evaluation
 from tests.stores import results
 from tests.toy import ROOT
@@ -158,7 +158,7 @@ def test_where_cfgs_own_gain_is_noise_the_ratio_to_cfg_takes_its_place_and_is_sa
 
 def test_a_guide_that_is_as_bad_as_a_cfg_that_harms_is_not_said_to_gain() -> None:
     harming = with_scores(evaluation(fid=2.0), {("unguided", "fid"): estimate(4.0)})
-    assert harming.gain("fid", 16) is not None, "CFG loses, and the guide loses six times that"
+    assert harming.gain("fid", 16) is None, "CFG loses 1, and the guide loses 6: no gain of 600 %"
     assert "CFG itself is worse than no guidance" in failed(harming)["fid.ratio"].note
 
 
@@ -276,6 +276,19 @@ def test_models_that_were_not_measured_alike_are_no_evaluation_of_one_guide(
     assert failed(rows) == {}
     found = failed({**rows, "tuned": evaluation("tuned", **{name: "other"})})
     assert found.keys() == {"comparable"} and found["comparable"].note == says
+
+
+def test_where_the_champion_was_not_measured_it_is_said_that_nothing_was_compared() -> None:
+    champion = {"base": evaluation(num_steps=(16,))}
+    candidate = {"base": evaluation(guidance_fvu=0.5), "new": evaluation("new", model_hash="new")}
+    assert failed(candidate, champion) == {}
+    said = not_compared(candidate, champion, RULES)
+    assert said.startswith("Not compared on base at 8 steps, on new: ") and "--reevaluate" in said
+    assert not_compared(champion, champion, RULES) == not_compared(candidate, None, RULES) == ""
+    no_rule = replaced(RULES, at_steps={8: None})
+    assert "on base" not in not_compared(candidate, champion, no_rule)
+    unlike = {"base": evaluation(data_hash="x")}
+    assert not_compared(unlike, champion, RULES) == "", "that fails as such"
 
 
 def exactly(value: float) -> Estimate:

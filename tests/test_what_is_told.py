@@ -20,7 +20,6 @@ from prefect.settings import (
 from ruamel.yaml import YAML
 
 from components import fetch, mlflow_place
-from components.curves import headline
 from components.errors import MayPassError
 from components.lineage import lock_hash
 from components.overrides import overridden
@@ -94,7 +93,27 @@ def test_a_champion_that_was_made_elsewhere_has_no_numbers_of_before(
     known.save(tmp_path)
     written = read_json(tmp_path / "evaluation.json")
     write_json(evaluate.BUNDLE / evaluate.SUMMARY, {"models": {"base": written}})
-    assert evaluate.registered() == {"base": headline(known)}
+    assert evaluate.registered() == {"base": known}
+
+
+def test_numbers_of_a_champion_that_was_measured_otherwise_do_not_stand_beside_todays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[tuple[list[dict[str, str]], str]] = []
+    monkeypatch.setattr(
+        evaluate,
+        "create_table_artifact",
+        lambda rows, *, key, description: shown.append((rows, description)),
+    )
+    evaluation("base").save(tmp_path)
+    for before in (evaluation("base"), evaluation("base", judges_hash="another"), None):
+        evaluate.compare("base", before, tmp_path)
+    (alike, _), (unlike, why), (new, _) = shown
+    assert [row["registered"] for row in alike] == [row["now"] for row in alike]
+    for rows in (unlike, new):
+        assert {row["registered"] for row in rows} == {""}
+        assert [row["now"] for row in rows] == [row["now"] for row in alike]
+    assert "the judges differ" in why and "the judges differ" in capsys.readouterr().out
 
 
 def test_a_fine_tune_is_refused_a_name_that_no_row_can_have() -> None:

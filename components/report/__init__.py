@@ -4,4 +4,5 @@
 that asks for nothing: styles, script, plots and pictures are in it. It stays small because pictures
 do: at most `gallery.EDGE` pixels a side, WebP, `gallery.NUM_FIRST` + `gallery.NUM_WORST` of each
 model and number of steps, and fewer where all of them would have more than `gallery.MOST_BYTES`.
+With very many models and steps, some have none.
 """

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.evaluation import Estimate, Evaluation
+from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
+from components.headlines import by_model
 from components.report import plots
 from components.verdict import Check, measured
 
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}
 SCORES = {"fid": "FID", "kid": "KID", "clip_score": "CLIP score", "diversity": "diversity"}
-FEWER_IS_BETTER = ("fid", "kid")
 OF_A_MODEL = ("model_hash", "reference_hash", "tasks_hash", "guidance_scale")
 NEGATIVE = {
     "picture": "change of the picture by a negative prompt, over that under CFG",
@@ -111,8 +111,8 @@ def view(report: Report) -> dict[str, Any]:
         "scores": list(SCORES.values()),
         "judges": first.judges,
         "identity": {_of(name, first.model): value for name, value in first.identity.items()},
-        "num_images": first.num_images,
-        "guidance_scale": first.guidance_scale,
+        "num_images": by_model({m: e.num_images for m, e in evaluations.items()}),
+        "guidance_scale": by_model({m: e.guidance_scale for m, e in evaluations.items()}),
     }
 
 
@@ -158,15 +158,17 @@ def matrices(evaluations: Mapping[str, Evaluation]) -> list[Matrix]:
                 evaluations,
                 f"Share of CFG’s gain, {SCORES[score]}",
                 "100 % is what CFG gains over no guidance. Where CFG’s own gain is inside its "
-                "interval, the guide’s score over CFG’s stands instead (× CFG); where that may be "
-                "zero besides, their difference (off CFG).",
+                "interval, or is a loss, the guide’s score over CFG’s stands instead (× CFG); "
+                "where that may be zero besides, their difference (off CFG).",
                 lambda e, steps, score=score: _share(e, score, steps),
             )
         )
     for score, label in SCORES.items():
-        better = "lower" if score in FEWER_IS_BETTER else "higher"
+        better = "lower" if score in LOWER_IS_BETTER else "higher"
         note = "Guided; below it CFG and unguided. "
-        note += "" if score == "diversity" else f"Better is {better}; compare down a column."
+        if score != "diversity":
+            # Each model has prompts and reference images of its own.
+            note += f"Better is {better}; compare with CFG and along a row, not between models."
         found.append(
             _matrix(
                 evaluations, label, note, lambda e, steps, score=score: _scores(e, score, steps)

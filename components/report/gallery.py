@@ -6,6 +6,7 @@ where the guide is furthest from CFG. The same task by every way of sampling.
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,9 +27,14 @@ NUM_FIRST, NUM_WORST = 16, 16  # of a model at one number of steps
 IMAGES_AT_ONCE = 64  # of each way in memory, as they were sampled
 # Of all pictures, in bytes of their file; the page has a third more, as base64. Where there are too
 # many models and steps for it, each has fewer pictures.
-MOST_BYTES = 3 * 2**20
+MOST_BYTES = 12 * 2**20
+KEY = ("model", "num_steps", "prompt", "negative", "seed")  # of a guided picture
+LEAST = 2  # pictures of a set that has any: the first one, and the worst of the others
 EQUAL_COST = "cfg_equal_cost"
 NUM_COLUMNS, ROWS = 8, ("unguided", "cfg", "guided")  # of a sheet
+
+
+PictureKey = tuple[str, int, str, str, int]  # KEY's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,8 @@ class PictureSet:
         model: its name in params.yaml.
         num_steps: of guided, CFG and unguided sampling.
         ways: key -> label, in the order in which they are shown.
-        pictures: in the order of the tasks.
+        pictures: in the order of the tasks; none where the page has no room for any.
+        first: those of the first tasks, whatever the page has room for.
         num_tasks: how many they were chosen from.
     """
 
@@ -62,25 +69,30 @@ class PictureSet:
     num_steps: int
     ways: Mapping[str, str]
     pictures: Sequence[Picture]
+    first: Sequence[Picture]
     num_tasks: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidedPictures:
-    """All guided pictures of a guide, kept so that the next one can be put beside them."""
+    """All guided pictures of a guide, kept so that the next one can be put beside them.
 
-    images: Mapping[tuple[str, int, str, int], bytes] = field(default_factory=dict)
+    Attributes:
+        images: WebP, by model, number of steps, prompt, negative prompt and seed.
+    """
+
+    images: Mapping[PictureKey, bytes] = field(default_factory=dict)
 
     def of(self, model: str, num_steps: int, task: Task) -> bytes | None:
         """WebP; None if there is none."""
-        return self.images.get((model, num_steps, task.prompt, task.seed))
+        return self.images.get((model, num_steps, task.prompt, task.negative, task.seed))
 
     def save(self, path: Path) -> None:
         """Write a parquet file."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        names = ("model", "num_steps", "prompt", "seed", "image")
+        names = (*KEY, "image")
         rows = [dict(zip(names, (*key, image), strict=True)) for key, image in self.images.items()]
         pq.write_table(pa.Table.from_pylist(rows), path)
 
@@ -91,10 +103,13 @@ class GuidedPictures:
 
         try:
             rows = pq.read_table(path).to_pylist()
-            keys = [(r["model"], r["num_steps"], r["prompt"], r["seed"]) for r in rows]
-        except (ValueError, KeyError) as error:
+            images = {tuple(row[name] for name in KEY): row["image"] for row in rows}
+        except KeyError as error:
+            why = f"it does not say {error}, as one of another version of this code"
+            raise ValueError(f"{path} has no pictures to show: {why}") from None
+        except ValueError as error:
             raise ValueError(f"{path} has no pictures of a report: {error}") from None
-        return cls(images=dict(zip(keys, (row["image"] for row in rows), strict=True)))
+        return cls(images=images)
 
 
 def gather(
@@ -110,7 +125,7 @@ def gather(
         champion: of the champion's guide, shown beside the candidate's.
         most_bytes: of all pictures together.
     """
-    kept: dict[tuple[str, int, str, int], bytes] = {}
+    kept: dict[PictureKey, bytes] = {}
     sets = []
     total = sum(len(one.num_steps) * one.num_images for one in evaluations.values())
     progress = Progress("pictures", total, "images")
@@ -121,14 +136,11 @@ def gather(
             psnrs: dict[Task, float] = {}
             for batch in batches(pictures.tasks, IMAGES_AT_ONCE):
                 for task, guided, psnr in made.compared(batch):
-                    kept[model, num_steps, task.prompt, task.seed] = guided
+                    kept[model, num_steps, task.prompt, task.negative, task.seed] = guided
                     psnrs[task] = psnr
                 progress(len(kept))
             sets.append(_chosen(made, psnrs, model, num_steps, champion))
-    total = sum(len(image) for one in sets for p in one.pictures for image in p.images.values())
-    if total > most_bytes:
-        sets = [_fewer(one, most_bytes / total) for one in sets]
-    return sets, GuidedPictures(images=kept)
+    return _within(sets, most_bytes), GuidedPictures(images=kept)
 
 
 def small(image: bytes) -> bytes:
@@ -146,17 +158,16 @@ def _as_small(picture: Image.Image) -> bytes:
 
 def sheet(one: PictureSet) -> Image.Image:
     """The first pictures by every way, in rows: the same tasks for every guide."""
-    pictures = one.pictures[:NUM_COLUMNS]
     rows = {
-        label: np.concatenate([_pixels(picture.images[way]) for picture in pictures])
+        label: np.concatenate([_pixels(picture.images[way]) for picture in one.first])
         for way, label in one.ways.items()
         if way in ROWS
     }
     return grid(
         rows,
-        [picture.task.prompt for picture in pictures],
+        [picture.task.prompt for picture in one.first],
         title=f"{one.model}, {one.num_steps} steps",
-        marked=[picture.task.is_heldout for picture in pictures],
+        marked=[picture.task.is_heldout for picture in one.first],
     )
 
 
@@ -241,16 +252,50 @@ def _chosen(
         ways["champion"] = "Champion"
     pictures = [Picture(task=task, psnr=psnrs[task], images=images[task]) for task in chosen]
     return PictureSet(
-        model=model, num_steps=num_steps, ways=ways, pictures=pictures, num_tasks=len(tasks)
+        model=model,
+        num_steps=num_steps,
+        ways=ways,
+        pictures=pictures,
+        first=pictures[:NUM_COLUMNS],
+        num_tasks=len(tasks),
     )
 
 
-def _fewer(one: PictureSet, share: float) -> PictureSet:
-    """This share of the pictures at most, the first and the worst in equal parts."""
-    number = max(2, int(share * len(one.pictures)))
-    worst = sorted(one.pictures, key=lambda picture: picture.psnr)[: number // 2]
-    first = [picture for picture in one.pictures if picture not in worst]
-    chosen = [*worst, *first[: number - len(worst)]]
+def _within(sets: Sequence[PictureSet], most_bytes: int) -> list[PictureSet]:
+    """About as many pictures as fit, the same share of every set.
+
+    Where not even `LEAST` of each do, as many sets as fit have those, and the others none: at first
+    each model's first number of steps, then each one's second.
+    """
+    total = sum(map(_num_bytes, sets))
+    if total <= most_bytes:
+        return list(sets)
+    numbers = [int(most_bytes / total * len(one.pictures)) for one in sets]
+    fewer = [_fewer(one, max(LEAST, number)) for one, number in zip(sets, numbers, strict=True)]
+    if min(numbers) >= LEAST:
+        return fewer
+    seen: Counter[str] = Counter()
+    ranks = []
+    for one in sets:
+        ranks.append(seen[one.model])
+        seen[one.model] += 1
+    room = most_bytes
+    for i in sorted(range(len(sets)), key=ranks.__getitem__):
+        room -= _num_bytes(fewer[i])
+        if room < 0:
+            fewer[i] = replace(fewer[i], pictures=())
+    return fewer
+
+
+def _num_bytes(one: PictureSet) -> int:
+    return sum(len(image) for picture in one.pictures for image in picture.images.values())
+
+
+def _fewer(one: PictureSet, number: int) -> PictureSet:
+    """So many of the pictures: the first tasks', and as many of the worst of the others."""
+    num_first = number - number // 2
+    worst = sorted(one.pictures[num_first:], key=lambda picture: picture.psnr)[: number // 2]
+    chosen = [*one.pictures[:num_first], *worst]
     return replace(one, pictures=[picture for picture in one.pictures if picture in chosen])
 
 

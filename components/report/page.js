@@ -64,7 +64,10 @@ function startGallery(sets) {
     }
     gallery.replaceChildren(...shown.map(card));
     gallery.classList.toggle("sliding", slide.checked);
-    count.textContent = `${shown.length} of ${current.total} images: the first ones, and those that are furthest from CFG.`;
+    const which = current.pictures.length
+      ? "the first ones, and those that are furthest from CFG."
+      : "the page has room for pictures of fewer models and steps only.";
+    count.textContent = `${shown.length} of ${current.total} images: ${which}`;
   }
 
   function card(one) {

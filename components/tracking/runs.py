@@ -5,18 +5,24 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Self
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from components.places import Tracking
 from components.tracking.delivery import METRICS_A_CALL, Delivery, begin, in_batches, settle
 from components.tracking.pipeline import Pipeline
 from components.tracking.store import IMPATIENT, Store
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 # Seconds for which MLflow is left alone after it failed while training, doubled each time.
 FIRST_PAUSE, LONGEST_PAUSE = 30.0, 600.0
 TABLES = "mlflow.loggedArtifacts"  # the run's tag that says which of its files are tables
+FILES_AN_IMAGE = 2  # of MLflow's: the picture, and a small one of it
 
 
 class TrainingRun:
@@ -197,19 +203,34 @@ class Run:
                 self._store.client.set_tag(self.id, name, value)
 
     def image(self, key: str, path: Path, *, step: int = 0) -> None:
-        """Show the PNG at `path` in the run's gallery as `key`, at a step of the slider."""
-        from PIL import Image
+        """Show the PNG at `path` in the run's gallery as `key`, at a step of the slider.
 
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
+        Another picture that a former attempt stored there is deleted.
+        """
+        picture = _opened(path)
+        client = self._store.client
         with self._store.asking(f"store the image {key}"):
+            there = []
             if self._delivery.was_found:
-                there = {
-                    Path(f.path).name for f in self._store.client.list_artifacts(self.id, "images")
-                }
-                if any(name.startswith(f"{key.replace('/', '~')}+step+{step}+") for name in there):
+                start = f"images/{key.replace('/', '~')}+step+{step}+"
+                files = client.list_artifacts(self.id, "images")
+                there = [file.path for file in files if file.path.startswith(start)]
+                if self._shows(there, picture):
                     return
-            self._store.client.log_image(self.id, picture, key=key, step=step)
+            client.log_image(self.id, picture, key=key, step=step)
+            if there:
+                folder = get_artifact_repository(client.get_run(self.id).info.artifact_uri)
+                for stale in there:
+                    folder.delete_artifacts(stale)
+
+    def _shows(self, files: Sequence[str], picture: "Image.Image") -> bool:
+        """Whether these files of a gallery's picture are of this one."""
+        whole = [file for file in files if file.endswith(".png")]  # the small one is lossy
+        if (len(files), len(whole)) != (FILES_AN_IMAGE, 1):  # left by one that was stopped
+            return False
+        with TemporaryDirectory() as folder:
+            stored = _opened(self._store.client.download_artifacts(self.id, whole[0], folder))
+        return (stored.size, stored.tobytes()) == (picture.size, picture.tobytes())
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Store a file among the run's artifacts, under its own name. Raises TrackingError."""
@@ -240,6 +261,14 @@ class Run:
         tags = [InputTag("mlflow.data.context", "training")]
         with self._store.asking("write what data the run is of"):
             self._store.client.log_inputs(self.id, [DatasetInput(data, tags)])
+
+
+def _opened(path: str | Path) -> "Image.Image":
+    """The pixels of an image file, RGB."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def status_of(error: type[BaseException] | None) -> str:
