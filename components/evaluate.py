@@ -364,6 +364,7 @@ def identity_of(work: Work) -> Mapping[str, str | int | float]:
         "judges_hash": digest([judge_hash(folder) for folder in params.evaluate.judges]),
         "num_images": len(work.tasks),
         "guidance_scale": sampler.guidance_scale,
+        "strength": sampler.row.strength,
         "trigger": sampler.row.trigger,
         "clip_skip": sampler.row.clip_skip,
         "fvu_steps": sampler.config.extent.num_steps[0],

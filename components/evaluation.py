@@ -86,8 +86,8 @@ class Evaluation:
         model: its name in params.yaml.
         identity: what two evaluations must have in common to be compared, by name: hashes of the
             base, the model, the reference, the data, the tasks (prompts and seeds) and the judges,
-            the number of images, the guidance scale, spacing, precision, the teacher's rule and
-            the version of the measuring code.
+            the number of images, the guidance scale, the guide's strength, spacing, precision, the
+            teacher's rule and the version of the measuring code.
         num_images: of each cell.
         guidance_scale: of the cells that are compared at every number of steps.
         cells: of every method, setting and judge; the first judge is the one that the gate asks.

@@ -22,7 +22,17 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, device, evaluate, judging, prepare, references, register, sampling
+from components import (
+    dataset,
+    device,
+    evaluate,
+    judging,
+    likeness,
+    prepare,
+    references,
+    register,
+    sampling,
+)
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task, alone_with
@@ -355,6 +365,17 @@ def test_another_guide_samples_neither_cfg_nor_no_guidance(inside: Path, made: M
     assert after.cell("cfg", 4) == before.cell("cfg", 4)
     assert after.cell("guided", 4) != before.cell("guided", 4)
     assert after.guidance_fvu != before.guidance_fvu
+
+
+def test_a_guide_at_another_strength_is_not_comparable(inside: Path, made: Made) -> None:
+    before = result()
+    values = toy.toy_params()
+    values["models"]["base"]["strength"] = 0.5
+    toy.write_params(Path(), values)
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert methods(made) == {"guided"}
+    said = "the guide's strength differs: 0.5, and 1.0 for the champion"
+    assert likeness.differences(result(), before) == [said]
 
 
 def test_results_of_another_guide_are_not_registered(inside: Path) -> None:

@@ -204,6 +204,7 @@ def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
         ({"unheard_of": 1}, "unheard_of differs"),
         ({"num_images": 12}, "the number of images differs: 12, and 192"),
         ({"guidance_scale": 1.2}, "the guidance scale differs: 1.2, and 3.0"),
+        ({"strength": 0.8}, "the guide's strength differs: 0.8, and 1.0 for the champion"),
         ({"trigger": "emoji"}, "the trigger words differ: emoji, and none for the champion"),
         ({"clip_skip": 1}, "clip_skip differs: 1, and 0"),
         ({"fvu_steps": 50}, "the number of steps that guidance_fvu is measured along differs"),

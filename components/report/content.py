@@ -16,7 +16,10 @@ from components.verdict import Check, measured
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}
 SCORES = {"fid": "FID", "kid": "KID", "clip_score": "CLIP score", "diversity": "diversity"}
 FEWER_IS_BETTER = ("fid", "kid")
-OF_A_MODEL = ("model_hash", "reference_hash", "tasks_hash", "guidance_scale")
+OF_A_MODEL = (
+    *("model_hash", "reference_hash", "tasks_hash"),
+    *("guidance_scale", "strength", "trigger", "clip_skip"),
+)
 NEGATIVE = {
     "picture": "change of the picture by a negative prompt, over that under CFG",
     "avoided": "fall of the score for what was to be avoided, over that under CFG",
