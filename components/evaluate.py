@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 MEASURED_BY = 2
 FORWARDS_OF_DECODING = 3
 IMAGES_WEIGHED = 32  # at most, to tell what one takes on disk
-FVU_SHARE = 3  # one prompt for so many images, at most NUM_FVU_PROMPTS
 
 
 def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUATED) -> None:
@@ -61,7 +60,10 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
 
     with alone_with(model, params.cluster.wait_minutes):
         judges = open_judges(params, model)
-        for line in lacking(params, reads_text=judges[0][0].reads_text):
+        extent, reads_text = params.evaluate.extent, judges[0][0].reads_text
+        for line in params.promote.lacking(
+            extent.num_images, extent.num_steps, reads_text=reads_text
+        ):
             print(
                 f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True
             )
@@ -85,8 +87,8 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         if (cell := evaluation.cell(method, num_steps))
     ]
     print(
-        f"evaluate {model}: guidance_fvu {evaluation.guidance_fvu.value:.3f}, "
-        f"FID at {num_steps} steps: {', '.join(fids)}"
+        f"evaluate {model}: guidance_fvu {evaluation.guidance_fvu.value:.3f} "
+        f"({evaluation.fvu_along}), FID at {num_steps} steps: {', '.join(fids)}"
     )
 
 
@@ -198,24 +200,6 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
     return [(judge, references.seen_by(judge)) for judge in judges]
 
 
-def lacking(params: Params, *, reads_text: bool) -> list[str]:
-    """What `promote` will want of an evaluation that this one will not have, in words.
-
-    Args:
-        params: of the evaluation.
-        reads_text: whether the first judge gives a CLIP score.
-    """
-    extent, rules = params.evaluate.extent, params.promote
-    found = []
-    if extent.num_images < rules.min_images:
-        found.append(f"{extent.num_images} images, and promote.min_images is {rules.min_images}")
-    for steps in {*rules.ruled_steps} - {*extent.num_steps}:
-        found.append(f"promote.at_steps has a rule for {steps} steps, which are not sampled")
-    if not reads_text and any("clip_score" in rules.at(steps) for steps in extent.num_steps):
-        found.append("promote has a rule for clip_score, and the first judge reads no text")
-    return found
-
-
 def sample_missing(work: Work, model: str) -> None:
     """Make the images that are not there yet, on Ray workers if `cluster` has any."""
     todo = work.missing()
@@ -306,6 +290,7 @@ def sampling(
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
     """All that is known of the model."""
     from components.measuring import Sampled, measure_cells, measure_negatives, unexplained
+    from components.sampling import count_prompts, fvu_tasks
 
     sampler, tasks = work.sampler, work.tasks
     sampled = Sampled(kept=work.kept, recipes=work.recipes, tasks=tasks)
@@ -317,19 +302,18 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         done += 1
         progress(done, what)
 
-    heldout = [task for task in tasks if task.is_heldout] or tasks
-    heldout = heldout[: -(-len(tasks) // FVU_SHARE)]
+    of_fvu = fvu_tasks(tasks)
     recipes = [work.recipes[work.cfg._replace(method=m)] for m in ("cfg", "guided")]
-    of = {"recipes": recipes, "tasks": digest(heldout), "unhalved": sampler.unhalved()}
+    of = {"recipes": recipes, "tasks": digest(of_fvu), "unhalved": sampler.unhalved()}
     work.measured.append({"what": "guidance_fvu", **of})
-    terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(heldout))
+    terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(of_fvu))
     tell("guidance_fvu")
     work.measured.append({"what": "cost", **of, **sampler.machine()})
     cost = work.kept.measured(work.measured[-1], lambda: sampler.cost(tasks))
     tell("cost")
     forwards = {m: cost[f"{m}_forwards_per_step"] for m in ("unguided", "cfg", "guided")}
     cells = measure_cells(sampled, judges, forwards, tell)
-    fvu, by_timestep = unexplained(terms, tasks, heldout, sampled.counts)
+    fvu, by_timestep = unexplained(terms, tasks, of_fvu, sampled.counts)
     avoided = [
         sampler.config.negative_prompts[i % len(sampler.config.negative_prompts)]
         for i in range(len(work.negative_tasks))
@@ -343,6 +327,7 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         guidance_fvu=fvu,
         fvu_by_timestep={t: estimate.value for t, estimate in by_timestep.items()},
         fvu_intervals={t: estimate.interval for t, estimate in by_timestep.items()},
+        fvu_prompts=count_prompts(of_fvu),
         cost=cost,
         negative=measure_negatives(sampled, work.cfg, work.negative_tasks, avoided, judges[0][0]),
     )

@@ -94,6 +94,8 @@ class Evaluation:
         guidance_fvu: the share of guidance that the guide leaves unexplained.
         fvu_by_timestep: the same at each timestep.
         fvu_intervals: its 95 % interval there.
+        fvu_prompts: how many prompts it is of, `heldout` and `trained`; empty where that was not
+            written yet.
         cost: flops_ratio, time_ratio, image_time_ratio, times in ms and memory in MB, by name. With
             `_batch_1`: of a single image, else of an image in a batch of `batch_size`.
         negative: what a negative prompt does, by name: the share of CFG's effect.
@@ -107,6 +109,7 @@ class Evaluation:
     guidance_fvu: Estimate
     fvu_by_timestep: Mapping[str, float] = field(default_factory=dict)
     fvu_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    fvu_prompts: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
     negative: Mapping[str, Estimate] = field(default_factory=dict)
 
@@ -114,6 +117,14 @@ class Evaluation:
     def judges(self) -> tuple[str, ...]:
         """In the order of params.yaml."""
         return tuple(dict.fromkeys(cell.judge for cell in self.cells))
+
+    @property
+    def fvu_along(self) -> str:
+        """Whose prompts `guidance_fvu` is of, in words."""
+        heldout, trained = (self.fvu_prompts.get(kind, 0) for kind in ("heldout", "trained"))
+        if trained:
+            return f"prompts that the guide was trained on: {trained} of {heldout + trained}"
+        return f"held-out prompts: {heldout}" if heldout else "prompts not told"
 
     @property
     def num_steps(self) -> tuple[int, ...]:

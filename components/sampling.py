@@ -38,6 +38,7 @@ from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 # Raised when this code makes other images than before of the same recipe: none is then reused. How
 # many threads compute decides the last bits, and doesn't count.
 SAMPLED_BY = 1
+FVU_SHARE = 3  # `guidance_fvu` is of one task for so many images, at most NUM_FVU_PROMPTS
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
 NUM_TIMED_STEPS = 2
@@ -51,8 +52,8 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
 
     The same for every model but one that has prompts of its own, which come in their place.
     Prompts come again, with other seeds, where there are fewer than images. One that stands in both
-    parts of the data is a trained one. Raises ValueError if the prepared data holds no prompts of a
-    kind.
+    parts of the data is a trained one, and so is one of prompts.txt. Raises ValueError if the
+    prepared data holds no prompts of a kind.
     """
     found: dict[str, set[str]] = {}
     for split in ("train", "heldout"):
@@ -76,7 +77,9 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
         chosen[split] = [prompts[i] for i in order]
     num_images = config.extent.num_images
     own = own_prompts(row) if row else ()
-    if own:
+    if own:  # no prompt of the data is in prompts.txt, one of these may be
+        further = (PREPARED / "prompts.txt").read_text(encoding="utf-8")
+        found["train"] |= set(further.splitlines())
         prompts = [own[number % len(own)] for number in range(num_images)]
     else:
         prompts = list(config.grid_prompts)
@@ -89,6 +92,19 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
         Task(p, config.seed + number, p not in trained if own else p in heldout, negative)
         for number, p in enumerate(prompts)
     ]
+
+
+def fvu_tasks(tasks: Sequence[Task]) -> list[Task]:
+    """The held-out ones, which `guidance_fvu` is of; where there is none, trained ones."""
+    found = [task for task in tasks if task.is_heldout] or list(tasks)
+    return found[: min(-(-len(tasks) // FVU_SHARE), NUM_FVU_PROMPTS)]
+
+
+def count_prompts(tasks: Sequence[Task]) -> dict[str, int]:
+    """How many prompts of these tasks are held out, and on how many the guide was trained."""
+    prompts = {task.prompt: task.is_heldout for task in tasks}
+    heldout = sum(prompts.values())
+    return {"heldout": heldout, "trained": len(prompts) - heldout}
 
 
 def settings_of(config: Evaluate, guidance_scale: float) -> list[Setting]:

@@ -467,6 +467,8 @@ def test_what_a_reviewer_asks_for_is_there(inside: Path) -> None:
     assert 1 < cost["guided_forwards_per_step"] < 2 and cost["batch_size"] == 4
     assert cost["unguided_peak_mb"] < cost["cfg_peak_mb"]
     assert list(evaluation.fvu_intervals) == list(evaluation.fvu_by_timestep)
+    heldout = {task.prompt for task in Gallery.open("base").tasks if task.is_heldout}
+    assert evaluation.fvu_prompts == {"heldout": len(heldout), "trained": 0}
     for t, (low, high) in evaluation.fvu_intervals.items():
         assert low < evaluation.fvu_by_timestep[t] < high
 
@@ -589,18 +591,22 @@ def test_what_the_gate_will_lack_is_told_before_sampling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    params = params_with()
-    assert evaluate.lacking(params, reads_text=True) == []
+
+    def lacking(params: Params, *, reads_text: bool) -> list[str]:
+        extent = params.evaluate.extent
+        return params.promote.lacking(extent.num_images, extent.num_steps, reads_text=reads_text)
+
+    assert lacking(params_with(), reads_text=True) == []
     rule = {"min_gain": 0.5, "ratio": None, "max_loss": None}
     values = toy.toy_params()
     values["promote"] |= {"min_images": 72, "scores": {"clip_score": rule}}
     values["promote"]["at_steps"] = {1: {"fid": rule}, 2: None}
     toy.write_params(Path(), values)
-    found = evaluate.lacking(load_params(Path("params.yaml")), reads_text=False)
+    found = lacking(load_params(Path("params.yaml")), reads_text=False)
     assert [line.split(" ")[0] for line in found] == ["64", "promote.at_steps", "promote"]
     values["evaluate"]["review"] = "full"
     toy.write_params(Path(), values)
-    assert evaluate.lacking(load_params(Path("params.yaml")), reads_text=True) == []
+    assert lacking(load_params(Path("params.yaml")), reads_text=True) == []
 
 
 def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:

@@ -1,5 +1,6 @@
 """The model card: what the hub reads of it, and what a person does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ def made(tmp_path: Path) -> Path:
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
     evaluations = {"base": evaluation(), "tuned": evaluation("tuned", clip_gain=0.2)}
+    evaluations["tuned"] = replace(evaluations["tuned"], fvu_prompts={"heldout": 0, "trained": 3})
     rules = load_params(ROOT / "params.yaml").promote
     folder = tmp_path / "guide"
     folder.mkdir()
@@ -56,5 +58,6 @@ def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     assert "- not held: tuned, 16 steps: clip_score.min_gain: 0.200 [" in text
     assert "| git commit | `c0ffee` |" in text and "judged by judge" in text
     assert "0.50 to 0.50 of the guidance unexplained" in text
+    assert "(`guidance_fvu`). On tuned of prompts that it was trained on.\n" in text
     assert (made / "grid.png").exists() and "](grid.png)" in text
     assert "OpenMoji" in (made / "DATA_LICENCE.md").read_text()

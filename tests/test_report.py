@@ -15,7 +15,7 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import NEGATIVE, Report, number, shares
+from components.report.content import NEGATIVE, Report, headlines, number, shares
 from components.verdict import Check
 from tests import chromium
 from tests.evaluations import evaluation
@@ -142,6 +142,22 @@ def test_a_share_that_was_not_measured_says_why() -> None:
         "the judge reads no text",
         "not measured",
     )
+
+
+def test_whose_prompts_guidance_fvu_is_of_is_told_where_it_is_known() -> None:
+    old = evaluation(guidance_fvu=0.5)
+    heldout = dataclasses.replace(old, fvu_prompts={"heldout": 21, "trained": 0})
+    trained = dataclasses.replace(
+        evaluation(guidance_fvu=0.6), fvu_prompts={"heldout": 0, "trained": 3}
+    )
+    of = {"old": old, "heldout": heldout, "trained": trained}
+    below = {
+        model: entry.below.partition("; ")[2]
+        for model, entry in shares(of)["guidance left unexplained"].items()
+    }
+    said = "prompts that the guide was trained on: 3 of 3"
+    assert below == {"old": "", "heldout": "held-out prompts: 21", "trained": said}
+    assert headlines(of)[-1].where == f"at worst, on trained, along {said}"
 
 
 def test_curves_over_scales_are_drawn_where_there_are_scales(evaluations: Any) -> None:

@@ -6,7 +6,7 @@ gains something, and ratios to CFG's score where its gain is inside its own inte
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from components.evaluation import Estimate, Evaluation
@@ -148,6 +148,8 @@ def headlines(evaluations: Mapping[str, Evaluation]) -> list[Worst]:
     model = max(by_fvu, key=by_fvu.__getitem__)
     text = percent(by_fvu[model])
     where = f"at worst, on {model}"
+    if evaluations[model].fvu_prompts.get("trained"):
+        where += f", along {evaluations[model].fvu_along}"
     found.append(Worst(label="of guidance left unexplained", text=text, where=where))
     return found
 
@@ -235,7 +237,8 @@ def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Entry]]
     """What is no matter of steps: label -> model -> share."""
     found = {
         "guidance left unexplained": {
-            m: estimate(e.guidance_fvu, as_share=True) for m, e in evaluations.items()
+            m: _with_prompts(estimate(e.guidance_fvu, as_share=True), e)
+            for m, e in evaluations.items()
         }
     }
     names = [name for e in evaluations.values() if e.negative for name in (*NEGATIVE, *e.negative)]
@@ -247,6 +250,13 @@ def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Entry]]
             for model, e in evaluations.items()
         }
     return found
+
+
+def _with_prompts(entry: Entry, evaluation: Evaluation) -> Entry:
+    """`guidance_fvu`, and whose prompts it is of, where the evaluation says so."""
+    if not evaluation.fvu_prompts:
+        return entry
+    return replace(entry, below=f"{entry.below}; {evaluation.fvu_along}".removeprefix("; "))
 
 
 def _why_no_share(evaluation: Evaluation) -> str:
