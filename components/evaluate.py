@@ -290,7 +290,7 @@ def sampling(
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
     """All that is known of the model."""
     from components.measuring import Sampled, measure_cells, measure_negatives, unexplained
-    from components.sampling import count_prompts, fvu_tasks
+    from components.sampling import code, count_prompts, fvu_tasks
 
     sampler, tasks = work.sampler, work.tasks
     sampled = Sampled(kept=work.kept, recipes=work.recipes, tasks=tasks)
@@ -304,7 +304,7 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
 
     of_fvu = fvu_tasks(tasks)
     recipes = [work.recipes[work.cfg._replace(method=m)] for m in ("cfg", "guided")]
-    of = {"recipes": recipes, "tasks": digest(of_fvu), "unhalved": sampler.unhalved()}
+    of = {"recipes": recipes, "tasks": digest(of_fvu), "unhalved": sampler.unhalved(), **code()}
     work.measured.append({"what": "guidance_fvu", **of})
     terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(of_fvu))
     tell("guidance_fvu")

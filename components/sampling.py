@@ -12,15 +12,18 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+import pnp_core
 from components.dataset import own_prompts, read_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
 from components.methods import METHODS
 from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
+from components.references import digest, installed
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
+from pnp_core.files import sha256_file
 from pnp_core.guiders import Guider
 from pnp_core.metrics import (
     FvuTerms,
@@ -370,6 +373,16 @@ def shares(tasks: Sequence[Task], num_parts: int) -> list[Sequence[Task]]:
 def teacher_name(params: Params) -> str:
     """The teacher's rule with its arguments, as results name it."""
     return f"{params.teacher.guider} {dict(sorted(params.teacher.arguments.items()))}"
+
+
+def code() -> dict[str, Any]:
+    """What denoises and what measures it; numbers of other code are not taken for those of this."""
+    files = [Path(__file__), *sorted(Path(pnp_core.__file__).parent.rglob("*.py"))]
+    packages = ("torch", "diffusers", "transformers")
+    return {
+        "code": digest([sha256_file(file) for file in files]),
+        "packages": {name: installed(name) for name in packages},
+    }
 
 
 def processor() -> str:

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import pnp_core
 from components import (
     dataset,
     device,
@@ -341,6 +342,29 @@ def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
         cpuinfo.write_text(f"model name\t: {name}\n")
         evaluate.run(params_with(), "base")
     assert measured == ["one", "another"]
+
+
+def test_what_other_code_measured_is_measured_anew(
+    inside: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the same images, the same guide, on the same machine."""
+    measured: list[str] = []
+    terms, cost = Sampler.fvu_terms, result().cost
+
+    def fvu_terms(self: Sampler, tasks: Any) -> Mapping[str, Any]:
+        measured.append("guidance_fvu")
+        return terms(self, tasks)
+
+    monkeypatch.setattr(Sampler, "fvu_terms", fvu_terms)
+    monkeypatch.setattr(Sampler, "cost", lambda *_: measured.append("cost") or cost)
+    evaluate.run(params_with(), "base")
+    assert measured == []
+    shutil.copytree(Path(pnp_core.__file__).parent, tmp_path / "pnp_core")
+    with (tmp_path / "pnp_core/guide/tiny.py").open("a") as file:
+        file.write("# faster\n")
+    monkeypatch.setattr(pnp_core, "__file__", str(tmp_path / "pnp_core/__init__.py"))
+    evaluate.run(params_with(), "base")
+    assert measured == ["guidance_fvu", "cost"] and not made
 
 
 def test_more_images_sample_only_those_that_are_not_there(inside: Path, made: Made) -> None:
