@@ -308,7 +308,8 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
     work.measured.append({"what": "guidance_fvu", **of})
     terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(of_fvu))
     tell("guidance_fvu")
-    work.measured.append({"what": "cost", **of, **sampler.machine()})
+    machine, size = sampler.machine(), sampler.config.timed_batch_size
+    work.measured.append({"what": "cost", **of, **machine, "batch_size": size})
     cost = work.kept.measured(work.measured[-1], lambda: sampler.cost(tasks))
     tell("cost")
     forwards = {m: cost[f"{m}_forwards_per_step"] for m in ("unguided", "cfg", "guided")}
@@ -329,6 +330,7 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         fvu_intervals={t: estimate.interval for t, estimate in by_timestep.items()},
         fvu_prompts=count_prompts(of_fvu),
         cost=cost,
+        machine=machine,
         negative=measure_negatives(sampled, work.cfg, work.negative_tasks, avoided, judges[0][0]),
     )
 

@@ -98,6 +98,8 @@ class Evaluation:
             written yet.
         cost: flops_ratio, time_ratio, image_time_ratio, times in ms and memory in MB, by name. With
             `_batch_1`: of a single image, else of an image in a batch of `batch_size`.
+        machine: what times were taken on: `device`, by name, and the version of `torch`; empty
+            where that was not written yet.
         negative: what a negative prompt does, by name: the share of CFG's effect.
     """
 
@@ -111,12 +113,20 @@ class Evaluation:
     fvu_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     fvu_prompts: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
     negative: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def judges(self) -> tuple[str, ...]:
         """In the order of params.yaml."""
         return tuple(dict.fromkeys(cell.judge for cell in self.cells))
+
+    @property
+    def timed_on(self) -> str:
+        """The machine that times were taken on, in words; empty: not known."""
+        if not self.machine:
+            return ""
+        return f"{self.machine.get('device')}, torch {self.machine.get('torch')}"
 
     @property
     def fvu_along(self) -> str:

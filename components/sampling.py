@@ -317,13 +317,12 @@ class Sampler:
         """Identity of the guide before halving, which `guidance_fvu` is of."""
         return guide_identity(self.bundle.guides[self.bundle.num_steps[-1]])
 
-    def machine(self) -> dict[str, Any]:
-        """What times depend on besides the model."""
+    def machine(self) -> dict[str, str]:
+        """What times depend on besides the model and the size of the batch."""
         on_gpu = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "torch": torch.__version__,
-            "batch_size": self.config.timed_batch_size,
         }
 
     def cost(self, tasks: Sequence[Task]) -> dict[str, float]:

@@ -331,7 +331,7 @@ def test_a_processor_without_a_model_name_is_told_by_its_architecture(
 def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
     inside: Path, cpuinfo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured, cost = [], result().cost
+    measured, cost, said = [], result().cost, []
 
     def noting(self: Sampler, tasks: Any) -> Mapping[str, float]:
         measured.append(self.machine()["device"])
@@ -341,6 +341,8 @@ def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
     for name in ("one", "one", "another"):
         cpuinfo.write_text(f"model name\t: {name}\n")
         evaluate.run(params_with(), "base")
+        said.append(result().timed_on)
+    assert said == [f"{name}, torch {torch.__version__}" for name in ("one", "one", "another")]
     assert measured == ["one", "another"]
 
 

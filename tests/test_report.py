@@ -15,8 +15,9 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import NEGATIVE, Report, headlines, number, shares
+from components.report.content import NEGATIVE, Report, costs, headlines, number, shares
 from components.verdict import Check
+from pnp_core.files import read_json, write_json
 from tests import chromium
 from tests.evaluations import evaluation
 
@@ -142,6 +143,23 @@ def test_a_share_that_was_not_measured_says_why() -> None:
         "the judge reads no text",
         "not measured",
     )
+
+
+def test_where_times_were_taken_is_told_and_an_evaluation_that_does_not_say_it_is_read(
+    tmp_path: Path,
+) -> None:
+    old = evaluation()
+    new = dataclasses.replace(old, machine={"device": "A Fast One", "torch": "2.9.0"})
+    assert costs({"old": old, "new": new})[-1] == (
+        "times were taken on",
+        {"new": "A Fast One, torch 2.9.0"},
+    )
+    new.save(tmp_path)
+    assert Evaluation.load(tmp_path).timed_on == new.timed_on
+    written = read_json(tmp_path / "evaluation.json")
+    del written["machine"]
+    write_json(tmp_path / "evaluation.json", written)
+    assert Evaluation.load(tmp_path).timed_on == ""
 
 
 def test_whose_prompts_guidance_fvu_is_of_is_told_where_it_is_known() -> None:

@@ -29,7 +29,7 @@ from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
 from components.params import Params, load_params
 from components.progress import Progress, clock
-from components.sampling import Sampler, choose_tasks
+from components.sampling import Sampler, choose_tasks, processor
 from components.scores import fid, kid
 from components.storage import Mirror
 from pnp_core.files import read_json, write_bytes, write_json
@@ -607,6 +607,8 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
     )
     by_name = {child.info.run_name: child for child in children}
     assert {"distill", "halve", "base", "tuned"} <= by_name.keys()
+    timed_on = f"{processor()}, torch {torch.__version__}"
+    assert run.data.tags["timed_on"] == by_name["tuned"].data.tags["timed_on"] == timed_on
     evaluation = Evaluation.load(Path("results/evaluate/tuned"))
     tuned = by_name["tuned"].info.run_id
     history = client.get_metric_history(tuned, "fid/guided")

@@ -230,6 +230,9 @@ def costs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, dict[str, st
         sizes = {f"{e.cost.get('batch_size', 1):g}" for e in evaluations.values()}
         if known:
             found.append((label.format("/".join(sorted(sizes))), known))
+    machines = {m: e.timed_on for m, e in evaluations.items() if e.timed_on}
+    if machines:
+        found.append(("times were taken on", machines))
     return found
 
 
