@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-import pnp_core
 from components.dataset import own_prompts, read_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
-from components.methods import METHODS
+from components.methods import METHODS, equal_cost_steps
 from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
-from components.references import digest, installed
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.cores import num_cores, share_out, side_by_side
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.files import sha256_file
 from pnp_core.guiders import Guider
 from pnp_core.metrics import (
     FvuTerms,
@@ -110,18 +107,24 @@ def count_prompts(tasks: Sequence[Task]) -> dict[str, int]:
     return {"heldout": heldout, "trained": len(prompts) - heldout}
 
 
-def settings_of(config: Evaluate, guidance_scale: float) -> list[Setting]:
+def settings_of(config: Evaluate, guidance_scale: float, forwards_per_step: float) -> list[Setting]:
     """All that is sampled at a model's guidance scale, and the further scales.
 
-    At each number of steps the methods side by side, and CFG at the same cost: half the steps,
-    under the solver that is usual there.
+    At each number of steps the methods side by side, and CFG at the same cost, under the solver
+    that is usual there.
+
+    Args:
+        config: says at which steps and further scales.
+        guidance_scale: the model's.
+        forwards_per_step: what a guided step costs, in plain forwards.
     """
     extent, w = config.extent, guidance_scale
     found = []
     for num_steps in extent.num_steps:
         found += [Setting(method, num_steps, "ddim", w) for method in METHODS]
         if num_steps > 1:
-            found.append(Setting("cfg", num_steps // 2, "dpmsolver++", w))
+            steps = equal_cost_steps(num_steps, forwards_per_step)
+            found.append(Setting("cfg", steps, "dpmsolver++", w))
     for scale in extent.guidance_scales:
         found += [Setting(m, extent.num_steps[0], "ddim", scale) for m in ("cfg", "guided")]
     return list(dict.fromkeys(found))
@@ -337,16 +340,22 @@ class Sampler:
         size = self.config.timed_batch_size
         full = self.inputs([tasks[i % len(tasks)] for i in range(size)])
         one = self.inputs(tasks[:1])
-        flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in METHODS}
-        found = {"flops_ratio": flops["guided"] / flops["cfg"], "batch_size": float(size)}
+        forwards = self.forwards_per_step(tasks)
+        found = {"flops_ratio": forwards["guided"] / forwards["cfg"], "batch_size": float(size)}
         for method in METHODS:
-            found[f"{method}_forwards_per_step"] = flops[method] / flops["unguided"]
+            found[f"{method}_forwards_per_step"] = forwards[method]
             peak = peak_bytes(partial(self.denoise, full, method, 1))
             found[f"{method}_peak_mb"] = peak / MEGABYTE
         with one_thread():
             for inputs, label in ((full, ""), (one, "_batch_1")):
                 found |= self._times(inputs, label)
         return found
+
+    def forwards_per_step(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """What a step of each method costs in arithmetic, in plain forwards."""
+        inputs = self.inputs(tasks[:1])
+        flops = {m: count_flops(partial(self.denoise, inputs, m, 1)) for m in METHODS}
+        return {method: counted / flops["unguided"] for method, counted in flops.items()}
 
     def _times(self, inputs: dict[str, Any], label: str) -> dict[str, float]:
         """Milliseconds an image by method, and their ratios."""
@@ -372,16 +381,6 @@ def shares(tasks: Sequence[Task], num_parts: int) -> list[Sequence[Task]]:
 def teacher_name(params: Params) -> str:
     """The teacher's rule with its arguments, as results name it."""
     return f"{params.teacher.guider} {dict(sorted(params.teacher.arguments.items()))}"
-
-
-def code() -> dict[str, Any]:
-    """What denoises and what measures it; numbers of other code are not taken for those of this."""
-    files = [Path(__file__), *sorted(Path(pnp_core.__file__).parent.rglob("*.py"))]
-    packages = ("torch", "diffusers", "transformers")
-    return {
-        "code": digest([sha256_file(file) for file in files]),
-        "packages": {name: installed(name) for name in packages},
-    }
 
 
 def processor() -> str:

@@ -43,7 +43,7 @@ from components.params import Params, load_params
 from components.paths import BUNDLE, PREPARED
 from components.pictures import grid
 from components.references import References
-from components.sampling import Sampler
+from components.sampling import Sampler, settings_of
 from components.scores import RealImages
 from pnp_core import cores
 from pnp_core.bundle import GuideBundle
@@ -443,6 +443,32 @@ def test_a_full_review_is_one_setting(inside: Path) -> None:
     assert not evaluation.cell("cfg", 0, solver="dpmsolver++")
 
 
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 8, 16, 32, 50])
+def test_cfg_at_equal_cost_takes_the_steps_that_cost_nearest_to_a_guided_run(
+    num_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = params_with(num_steps=[num_steps]).evaluate
+    for forwards_per_step in (1.036, 1.34, 1.9):
+        cost = num_steps * forwards_per_step
+        found = settings_of(config, 3.0, forwards_per_step)
+        (steps,) = (setting.num_steps for setting in found if setting.solver == "dpmsolver++")
+        off = abs(2 * steps - cost)
+        assert off <= 0.05 * cost or off == min(abs(2 * n - cost) for n in range(1, 100))
+        if forwards_per_step == 1.036 and num_steps % 2 == 0:
+            assert steps == num_steps / 2
+
+
+def test_cfg_beside_an_encoder_guide_takes_as_many_forwards_as_it(inside: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained("models/base", subfolder="unet")
+    guide = Guide.from_unet(unet, GuideConfig(kind="encoder", max_parameters_ratio=0.2))
+    GuideBundle({16: guide}).save("guides/bundle")
+    work = evaluate.Work.of(params_with(num_steps=[16]), "base")
+    cost = 16 * work.sampler.forwards_per_step(work.tasks)["guided"]
+    (steps,) = (s.num_steps for s in work.recipes if s.solver == "dpmsolver++")
+    assert steps > 8 and abs(2 * steps - cost) <= 1
+
+
 def test_a_file_of_images_that_is_damaged_is_made_anew_and_named(
     inside: Path, made: Made, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -639,20 +665,26 @@ def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
     params = params_with()
     own = evaluate.Work.of(params, "base").sampler.precision
     other = "bf16" if own == "fp32" else "fp32"
-    tasks = evaluate.Work.of(params, "base").tasks
-    evaluate.sampling(params, "base", BUNDLE, own, tasks)
+    here = evaluate.Work.of(params, "base")
+    tasks, settings = here.tasks, list(here.recipes)
+    evaluate.sampling(params, "base", BUNDLE, own, tasks, settings)
     with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
-        evaluate.sampling(params, "base", BUNDLE, other, tasks)
+        evaluate.sampling(params, "base", BUNDLE, other, tasks, settings)
 
 
-def test_a_worker_makes_its_batches_without_prepared_data(inside: Path, made: Made) -> None:
+def test_a_worker_makes_its_batches_without_prepared_data(
+    inside: Path, made: Made, forwards: list[int]
+) -> None:
     """Of which nothing is sent to nodes that do not see this folder."""
     params = params_with()
     here = evaluate.Work.of(params, "base")
     setting = here.cfg
     name = here.named(setting, here.tasks[3:5])
     shutil.rmtree("data")
-    make = evaluate.sampling(params, "base", BUNDLE, here.sampler.precision, here.tasks)
+    precision, settings = here.sampler.precision, list(here.recipes)
+    forwards.clear()
+    make = evaluate.sampling(params, "base", BUNDLE, precision, here.tasks, settings)
+    assert forwards == [], "costs are counted where this began"
     make(name)
     assert made == Counter((setting, task) for task in here.tasks[3:5])
 

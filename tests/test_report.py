@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +50,16 @@ def image_of(setting: Setting, seed: int) -> np.ndarray:
     return pixels.astype(np.uint8)
 
 
-def write_images(model: str) -> None:
+SETTINGS = [
+    *(Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 8)),
+    *(Setting("cfg", n, "dpmsolver++", 3.0) for n in (8, 4)),
+]
+
+
+def write_images(model: str, settings: Sequence[Setting] = SETTINGS) -> None:
     tasks = [
         Task(NASTY if seed == 0 else f"thing {seed}", seed, seed % 3 == 0)
         for seed in range(NUM_TASKS)
-    ]
-    settings = [
-        *(Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 8)),
-        *(Setting("cfg", n, "dpmsolver++", 3.0) for n in (8, 4)),
     ]
     recipes = {setting: {"model": model, **setting._asdict()} for setting in settings}
     for setting, recipe in recipes.items():
@@ -238,6 +240,28 @@ def test_cfg_at_equal_cost_is_cfg_at_half_the_steps_by_its_better_solver(shown: 
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     assert picture.images["cfg_equal_cost"] == gallery.small(file.getvalue())
+
+
+def test_cfg_is_at_equal_cost_only_where_it_takes_as_many_forwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of an encoder guide costs 1.34 forwards: 16 cost 21.4, 5 cost 6.7."""
+    monkeypatch.chdir(tmp_path)
+    three = [Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 5)]
+    half, nearest = (
+        [Setting("cfg", n, "dpmsolver++", 3.0) for n in counts] for counts in ((8, 2), (11, 3))
+    )
+    dear = evaluation("dear", num_steps=(16, 5), flops_ratio=0.67)
+    found = {}
+    for model, more in (("old", half), ("new", nearest)):
+        write_images(model, [*three, *more])
+        sets, _ = gallery.gather({model: dataclasses.replace(dear, model=model)})
+        found[model] = [one.ways.get("cfg_equal_cost") for one in sets]
+    assert found["old"] == [None, None], "half the steps are cheaper"
+    assert found["new"] == [
+        "CFG at equal cost (11 steps, DPM++ 2M)",
+        "CFG at nearest cost (3 steps, DPM++ 2M: 6 forwards, guided 6.7)",
+    ]
 
 
 def test_pictures_fit_their_budget(results: Path, evaluations: Any, shown: Any) -> None:
