@@ -37,4 +37,5 @@ def complete(
         picture=picture,
         dataset=Path(params.prepare.dataset),
     )
-    make_servable(folder, base=params.base)
+    first = next(iter(evaluations.values()))  # whose scale the card shows
+    make_servable(folder, base=params.base, guidance_scale=first.guidance_scale)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -567,6 +568,11 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     with registry.folder(version) as folder:
         assert GuideBundle.load(folder).num_steps == (2, 4, 8)
         assert read_json(folder / "summary.json")["models"] == summary["models"]
+        served = mlflow.models.Model.load(str(folder))
+    scale = toy.toy_params()["evaluate"]["guidance_scale"]
+    assert served.flavors["python_function"]["config"]["guidance_scale"] == scale
+    defaults = {spec.name: spec.default for spec in served.signature.params}
+    assert defaults["guidance_scale"] == scale == 4.0
     found = registry.store.client.get_model_version("pnp-guide", version)
     assert found.tags.keys() == {
         "git_commit",
