@@ -35,7 +35,7 @@ class ServedGuide(PythonModel):
             ) from error
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._bundle = GuideBundle.load(Path(__file__).parent)
-        config = dict(context.model_config or {})
+        config: dict[str, Any] = dict(context.model_config or {})
         self._base = config.get("base", "")
         self._scale = config.get("guidance_scale", 3.0)  # versions before this was written
         self._open: dict[tuple[str, str], Any] = {}
