@@ -8,7 +8,6 @@ images.json, which tells where the pictures are.
 """
 
 import argparse
-import io
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from components.cli import main
 from components.cluster import run_tasks
 from components.curves import few, write_curves
-from components.dataset import PreparedImages, encode, read_prompts
+from components.dataset import mean_bytes
 from components.disk import check_room
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, alone_with, batches
@@ -28,7 +27,7 @@ from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from components.progress import Progress
-from components.references import References, digest, files_hash, judge_hash
+from components.references import References, denoised_by, digest, files_hash, judge_hash
 from components.shipping import pack
 from pnp_core.files import atomic_folder, read_json, write_json
 
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 # Raised when the same images get other numbers than before: evaluations are then not compared.
 MEASURED_BY = 3
 FORWARDS_OF_DECODING = 3
-IMAGES_WEIGHED = 32  # at most, to tell what one takes on disk
-FVU_SHARE = 3  # one prompt for so many images, at most NUM_FVU_PROMPTS
 
 
 def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUATED) -> None:
@@ -61,7 +58,10 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
 
     with alone_with(model, params.cluster.wait_minutes):
         judges = open_judges(params, model)
-        for line in lacking(params, reads_text=judges[0][0].reads_text):
+        extent, reads_text = params.evaluate.extent, judges[0][0].reads_text
+        for line in params.promote.lacking(
+            extent.num_images, extent.num_steps, reads_text=reads_text
+        ):
             print(
                 f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True
             )
@@ -85,8 +85,8 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         if (cell := evaluation.cell(method, num_steps))
     ]
     print(
-        f"evaluate {model}: guidance_fvu {evaluation.guidance_fvu.value:.3f}, "
-        f"FID at {num_steps} steps: {', '.join(fids)}"
+        f"evaluate {model}: guidance_fvu {evaluation.guidance_fvu.value:.3f} "
+        f"({evaluation.fvu_along}), FID at {num_steps} steps: {', '.join(fids)}"
     )
 
 
@@ -121,10 +121,11 @@ class Work:
         model: str,
         folder: Path = BUNDLE,
         tasks: Sequence[Task] | None = None,
+        settings: Sequence[Setting] | None = None,
     ) -> "Work":
         """Open the model. Raises ValueError if the guide doesn't fit it.
 
-        `tasks`: where they are not chosen here, from the prepared data.
+        `tasks`, `settings`: where they are not chosen here, from the prepared data.
         """
         from components.device import device
         from components.rows import load_row
@@ -140,15 +141,26 @@ class Work:
             guide.requires_grad_(False).check_fits(pipe.unet)
         sampler = Sampler(pipe, bundle, params, row)
         identity = model_identity(row.path, params.base)
-        settings = settings_of(params.evaluate, sampler.guidance_scale)
+        kept = KeptImages(model)
+        measured: list[Recipe] = []
+        if settings is None:
+            recipe = {
+                "what": "forwards",
+                "model": identity,
+                "unhalved": sampler.unhalved(),
+                **denoised_by(),
+            }
+            forwards = kept.measured(recipe, lambda: sampler.forwards_per_step(tasks))
+            settings = settings_of(params.evaluate, sampler.guidance_scale, forwards["guided"])
+            measured = [recipe]
         return cls(
             sampler=sampler,
-            kept=KeptImages(model),
+            kept=kept,
             identity=identity,
             tasks=tasks,
             negative_tasks=with_negatives(tasks, params.evaluate.negative_prompts),
             recipes={setting: sampler.recipe(setting, identity) for setting in settings},
-            measured=[],
+            measured=measured,
             folder=folder,
         )
 
@@ -198,24 +210,6 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
     return [(judge, references.seen_by(judge)) for judge in judges]
 
 
-def lacking(params: Params, *, reads_text: bool) -> list[str]:
-    """What `promote` will want of an evaluation that this one will not have, in words.
-
-    Args:
-        params: of the evaluation.
-        reads_text: whether the first judge gives a CLIP score.
-    """
-    extent, rules = params.evaluate.extent, params.promote
-    found = []
-    if extent.num_images < rules.min_images:
-        found.append(f"{extent.num_images} images, and promote.min_images is {rules.min_images}")
-    for steps in {*rules.ruled_steps} - {*extent.num_steps}:
-        found.append(f"promote.at_steps has a rule for {steps} steps, which are not sampled")
-    if not reads_text and any("clip_score" in rules.at(steps) for steps in extent.num_steps):
-        found.append("promote has a rule for clip_score, and the first judge reads no text")
-    return found
-
-
 def sample_missing(work: Work, model: str) -> None:
     """Make the images that are not there yet, on Ray workers if `cluster` has any."""
     todo = work.missing()
@@ -248,6 +242,7 @@ def sample_missing(work: Work, model: str) -> None:
             "folder": work.folder,
             "precision": precision,
             "tasks": work.tasks,
+            "settings": list(work.recipes),
         }
         needs = [Path(params.base), Path(params.models[model].path), work.folder]
         shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
@@ -263,17 +258,8 @@ def sample_missing(work: Work, model: str) -> None:
 
 
 def image_bytes(work: Work) -> int:
-    """About what an image of the model takes on disk.
-
-    As much as prepared ones do without loss, the mean of some: the more, the more pixels it has.
-    """
-    from PIL import Image
-
-    images = PreparedImages(PREPARED / "train.parquet")
-    count = len(read_prompts(PREPARED / "train.parquet"))
-    numbers = range(0, count, -(-count // IMAGES_WEIGHED))
-    opened = (Image.open(io.BytesIO(images.read(number))) for number in numbers)
-    taken = sum(len(encode(image.convert("RGB"))) for image in opened) / len(numbers)
+    """About what an image of the model takes on disk: the more, the more pixels it has."""
+    taken = mean_bytes(PREPARED / "train.parquet")
     pipe = work.sampler.pipe
     edge = pipe.unet.config.sample_size * pipe.vae_scale_factor
     ratio = edge / read_json(PREPARED / "manifest.json")["resolution"]
@@ -285,15 +271,20 @@ def forwards(setting: Setting) -> int:
     return setting.num_steps * (2 if setting.method == "cfg" else 1) + FORWARDS_OF_DECODING
 
 
-def sampling(
-    params: Params, model: str, folder: Path, precision: str, tasks: Sequence[Task]
+def sampling(  # noqa: PLR0913, what a worker is told, by name
+    params: Params,
+    model: str,
+    folder: Path,
+    precision: str,
+    tasks: Sequence[Task],
+    settings: Sequence[Setting],
 ) -> Callable[[str], None]:
     """The work of each Ray worker: it opens the model once, and then makes batches by name.
 
     Raises ValueError on a machine that computes in another precision than where this began: its
     images would be others, and not be found there.
     """
-    work = Work.of(params, model, folder, tasks)
+    work = Work.of(params, model, folder, tasks, settings)
     if (own := work.sampler.precision) != precision:
         raise ValueError(
             f"evaluate.precision: {params.evaluate.precision} is {own} on {socket.gethostname()}, "
@@ -306,6 +297,7 @@ def sampling(
 def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") -> Evaluation:
     """All that is known of the model."""
     from components.measuring import Sampled, measure_cells, measure_negatives, unexplained
+    from components.sampling import count_prompts, fvu_tasks
 
     sampler, tasks = work.sampler, work.tasks
     sampled = Sampled(kept=work.kept, recipes=work.recipes, tasks=tasks)
@@ -317,19 +309,24 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         done += 1
         progress(done, what)
 
-    heldout = [task for task in tasks if task.is_heldout] or tasks
-    heldout = heldout[: -(-len(tasks) // FVU_SHARE)]
+    of_fvu = fvu_tasks(tasks)
     recipes = [work.recipes[work.cfg._replace(method=m)] for m in ("cfg", "guided")]
-    of = {"recipes": recipes, "tasks": digest(heldout), "unhalved": sampler.unhalved()}
+    of = {
+        "recipes": recipes,
+        "tasks": digest(of_fvu),
+        "unhalved": sampler.unhalved(),
+        **denoised_by(),
+    }
     work.measured.append({"what": "guidance_fvu", **of})
-    terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(heldout))
+    terms = work.kept.measured(work.measured[-1], lambda: sampler.fvu_terms(of_fvu))
     tell("guidance_fvu")
-    work.measured.append({"what": "cost", **of, **sampler.machine()})
+    machine, size = sampler.machine(), sampler.config.timed_batch_size
+    work.measured.append({"what": "cost", **of, **machine, "batch_size": size})
     cost = work.kept.measured(work.measured[-1], lambda: sampler.cost(tasks))
     tell("cost")
     forwards = {m: cost[f"{m}_forwards_per_step"] for m in ("unguided", "cfg", "guided")}
     cells = measure_cells(sampled, judges, forwards, tell)
-    fvu, by_timestep = unexplained(terms, tasks, heldout, sampled.counts)
+    fvu, by_timestep = unexplained(terms, tasks, of_fvu, sampled.counts)
     avoided = [
         sampler.config.negative_prompts[i % len(sampler.config.negative_prompts)]
         for i in range(len(work.negative_tasks))
@@ -343,7 +340,9 @@ def measure(work: Work, model: str, judges: "list[tuple[Judge, RealImages]]") ->
         guidance_fvu=fvu,
         fvu_by_timestep={t: estimate.value for t, estimate in by_timestep.items()},
         fvu_intervals={t: estimate.interval for t, estimate in by_timestep.items()},
+        fvu_prompts=count_prompts(of_fvu),
         cost=cost,
+        machine=machine,
         negative=measure_negatives(sampled, work.cfg, work.negative_tasks, avoided, judges[0][0]),
     )
 
@@ -364,6 +363,7 @@ def identity_of(work: Work) -> Mapping[str, str | int | float]:
         "judges_hash": digest([judge_hash(folder) for folder in params.evaluate.judges]),
         "num_images": len(work.tasks),
         "guidance_scale": sampler.guidance_scale,
+        "strength": sampler.row.strength,
         "trigger": sampler.row.trigger,
         "clip_skip": sampler.row.clip_skip,
         "fvu_steps": sampler.config.extent.num_steps[0],

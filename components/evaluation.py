@@ -87,16 +87,20 @@ class Evaluation:
         model: its name in params.yaml.
         identity: what two evaluations must have in common to be compared, by name: hashes of the
             base, the model, the reference, the data, the tasks (prompts and seeds) and the judges,
-            the number of images, the guidance scale, spacing, precision, the teacher's rule and
-            the version of the measuring code.
+            the number of images, the guidance scale, the guide's strength, spacing, precision, the
+            teacher's rule and the version of the measuring code.
         num_images: of each cell.
         guidance_scale: of the cells that are compared at every number of steps.
         cells: of every method, setting and judge; the first judge is the one that the gate asks.
         guidance_fvu: the share of guidance that the guide leaves unexplained.
         fvu_by_timestep: the same at each timestep.
         fvu_intervals: its 95 % interval there.
+        fvu_prompts: how many prompts it is of, `heldout` and `trained`; empty where that was not
+            written yet.
         cost: flops_ratio, time_ratio, image_time_ratio, times in ms and memory in MB, by name. With
             `_batch_1`: of a single image, else of an image in a batch of `batch_size`.
+        machine: what times were taken on: `device`, by name, and the version of `torch`; empty
+            where that was not written yet.
         negative: what a negative prompt does, by name: the share of CFG's effect.
     """
 
@@ -108,13 +112,30 @@ class Evaluation:
     guidance_fvu: Estimate
     fvu_by_timestep: Mapping[str, float] = field(default_factory=dict)
     fvu_intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    fvu_prompts: Mapping[str, int] = field(default_factory=dict)
     cost: Mapping[str, float] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)
     negative: Mapping[str, Estimate] = field(default_factory=dict)
 
     @property
     def judges(self) -> tuple[str, ...]:
         """In the order of params.yaml."""
         return tuple(dict.fromkeys(cell.judge for cell in self.cells))
+
+    @property
+    def timed_on(self) -> str:
+        """The machine that times were taken on, in words; empty: not known."""
+        if not self.machine:
+            return ""
+        return f"{self.machine.get('device')}, torch {self.machine.get('torch')}"
+
+    @property
+    def fvu_along(self) -> str:
+        """Whose prompts `guidance_fvu` is of, in words."""
+        heldout, trained = (self.fvu_prompts.get(kind, 0) for kind in ("heldout", "trained"))
+        if trained:
+            return f"prompts that the guide was trained on: {trained} of {heldout + trained}"
+        return f"held-out prompts: {heldout}" if heldout else "prompts not told"
 
     @property
     def num_steps(self) -> tuple[int, ...]:

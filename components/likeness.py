@@ -30,6 +30,7 @@ NAMES = {
     "judges_hash": "the judges",
     "num_images": "the number of images",
     "guidance_scale": "the guidance scale",
+    "strength": "the guide's strength",
     "trigger": "the trigger words",
     "clip_skip": "clip_skip",
     "fvu_steps": "the number of steps that guidance_fvu is measured along",

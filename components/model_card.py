@@ -60,7 +60,7 @@ a sign less CFG's, where that may be zero besides.
 
 ## Limits
 
-- The guide leaves {fvu} of the guidance unexplained (`guidance_fvu`).
+- The guide leaves {fvu} of the guidance unexplained (`guidance_fvu`).{trained}
 - It was trained for guidance scales {scales} and {num_steps} steps.
 - It fits UNets of its base's architecture only, and knows what the base and the data know.
 
@@ -144,6 +144,7 @@ def card(  # noqa: PLR0913, what a card tells
         picture=PICTURE,
         verdict=verdict,
         fvu=_fvu(evaluations),
+        trained=_trained(evaluations),
         scales=lineage["guidance_scale"],
         num_steps=lineage["num_steps"],
         data=data,
@@ -176,3 +177,9 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
 def _fvu(evaluations: Mapping[str, Evaluation]) -> str:
     found = [evaluation.guidance_fvu.value for evaluation in evaluations.values()]
     return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def _trained(evaluations: Mapping[str, Evaluation]) -> str:
+    """A sentence on models whose `guidance_fvu` is of trained prompts; empty if there are none."""
+    models = [name for name, found in evaluations.items() if found.fvu_prompts.get("trained")]
+    return f" On {', '.join(models)} of prompts that it was trained on." if models else ""

@@ -42,4 +42,5 @@ def complete(  # noqa: PLR0913, what a version says of itself, by name
         picture=picture,
         dataset=Path(params.prepare.dataset),
     )
-    make_servable(folder, base=params.base)
+    first = next(iter(evaluations.values()))  # whose scale the card shows
+    make_servable(folder, base=params.base, guidance_scale=first.guidance_scale)

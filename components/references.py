@@ -28,7 +28,8 @@ OF_A_JUDGE = (".safetensors", ".json", ".txt", ".pt")
 KEPT = ("features", "kernel_mean")
 # A multiple of what judges look at in one go, so that they see the same batches as of all at once.
 IMAGES_AT_ONCE = 256
-# By whose code pictures become features.
+# By whose code latents are denoised, and pictures become features.
+DENOISING = ("torch", "diffusers", "transformers")
 PACKAGES = ("torch", "transformers", "pillow", "torchvision", "timm", "clean-fid")
 
 
@@ -89,6 +90,18 @@ def judged_by(judge: "Judge") -> dict[str, Any]:
         "device": judge.device,
         "code": code,
         "packages": {name: installed(name) for name in PACKAGES},
+    }
+
+
+def denoised_by() -> dict[str, Any]:
+    """What denoises and measures it: what other code measured is not taken for what this does."""
+    import pnp_core
+
+    files = [Path(__file__).with_name("sampling.py")]
+    files += sorted(Path(pnp_core.__file__).parent.rglob("*.py"))
+    return {
+        "code": digest([sha256_file(file) for file in files]),
+        "packages": {name: installed(name) for name in DENOISING},
     }
 
 

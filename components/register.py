@@ -292,6 +292,7 @@ def log_models(params: Params, registry: "Registry", whole: "Pipeline", results:
                 tracked.metrics({"fvu_by_timestep": {"unexplained": share}}, step=int(timestep))
             shares = {of: estimate.value for of, estimate in evaluation.negative.items()}
             tracked.metrics({"cost": evaluation.cost, "negative_prompt": shares})
+            tracked.tags({"timed_on": evaluation.timed_on or "not told"})
             tracked.file(EVALUATED / name / "evaluation.json")
             tracked.file(EVALUATED / name / "grid.png")
 
@@ -299,6 +300,7 @@ def log_models(params: Params, registry: "Registry", whole: "Pipeline", results:
 def log_results(tracked: "Run", results: Results) -> None:
     """The run's page: data, table, pictures, report."""
     tracked.tags(results.lineage)
+    tracked.tags({"timed_on": timed_on(results.evaluations)})
     commit = results.lineage["git_commit"].removesuffix("-dirty")
     if commit != "none":  # outside git
         tracked.tags({"mlflow.source.git.commit": commit})
@@ -317,6 +319,12 @@ def log_results(tracked: "Run", results: Results) -> None:
         tracked.file(path)
     for name in (PAGE, gallery.FILE):
         tracked.file(REPORT / name, "report")
+
+
+def timed_on(evaluations: Mapping[str, Evaluation]) -> str:
+    """The machines that times were taken on, in words."""
+    machines = dict.fromkeys(one.timed_on or "not told" for one in evaluations.values())
+    return "; ".join(machines)
 
 
 def register_version(

@@ -1,5 +1,6 @@
 """The section `promote` of params.yaml: what a guide must be to become champion."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -52,3 +53,20 @@ class Promote(Section, frozen=True):
         """The rules for scores at a number of steps."""
         own = self.at_steps.get(num_steps, {})
         return {} if own is None else {**self.scores, **own}
+
+    def lacking(self, num_images: int, num_steps: Sequence[int], *, reads_text: bool) -> list[str]:
+        """What an evaluation to come will lack for these rules, in words.
+
+        Args:
+            num_images: that will be sampled of each method and setting.
+            num_steps: at which.
+            reads_text: whether the first judge gives a CLIP score.
+        """
+        found = []
+        if num_images < self.min_images:
+            found.append(f"{num_images} images, and promote.min_images is {self.min_images}")
+        for steps in {*self.ruled_steps} - {*num_steps}:
+            found.append(f"promote.at_steps has a rule for {steps} steps, which are not sampled")
+        if not reads_text and any("clip_score" in self.at(steps) for steps in num_steps):
+            found.append("promote has a rule for clip_score, and the first judge reads no text")
+        return found

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from components.dataset import own_prompts, read_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
-from components.methods import METHODS
+from components.methods import METHODS, equal_cost_steps
 from components.params import Evaluate, Model, Params, teacher_guider
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
@@ -38,6 +38,7 @@ from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 # Raised when this code makes other images than before of the same recipe: none is then reused. How
 # many threads compute decides the last bits, and doesn't count.
 SAMPLED_BY = 1
+FVU_SHARE = 3  # `guidance_fvu` is of one task for so many images, at most NUM_FVU_PROMPTS
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
 NUM_TIMED_STEPS = 2
@@ -51,8 +52,8 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
 
     The same for every model but one that has prompts of its own, which come in their place.
     Prompts come again, with other seeds, where there are fewer than images. One that stands in both
-    parts of the data is a trained one. Raises ValueError if the prepared data holds no prompts of a
-    kind.
+    parts of the data is a trained one, and so is one of prompts.txt. Raises ValueError if the
+    prepared data holds no prompts of a kind.
     """
     found: dict[str, set[str]] = {}
     for split in ("train", "heldout"):
@@ -76,7 +77,9 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
         chosen[split] = [prompts[i] for i in order]
     num_images = config.extent.num_images
     own = own_prompts(row) if row else ()
-    if own:
+    if own:  # no prompt of the data is in prompts.txt, one of these may be
+        further = (PREPARED / "prompts.txt").read_text(encoding="utf-8")
+        found["train"] |= set(further.splitlines())
         prompts = [own[number % len(own)] for number in range(num_images)]
     else:
         prompts = list(config.grid_prompts)
@@ -91,18 +94,37 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     ]
 
 
-def settings_of(config: Evaluate, guidance_scale: float) -> list[Setting]:
+def fvu_tasks(tasks: Sequence[Task]) -> list[Task]:
+    """The held-out ones, which `guidance_fvu` is of; where there is none, trained ones."""
+    found = [task for task in tasks if task.is_heldout] or list(tasks)
+    return found[: min(-(-len(tasks) // FVU_SHARE), NUM_FVU_PROMPTS)]
+
+
+def count_prompts(tasks: Sequence[Task]) -> dict[str, int]:
+    """How many prompts of these tasks are held out, and on how many the guide was trained."""
+    prompts = {task.prompt: task.is_heldout for task in tasks}
+    heldout = sum(prompts.values())
+    return {"heldout": heldout, "trained": len(prompts) - heldout}
+
+
+def settings_of(config: Evaluate, guidance_scale: float, forwards_per_step: float) -> list[Setting]:
     """All that is sampled at a model's guidance scale, and the further scales.
 
-    At each number of steps the methods side by side, and CFG at the same cost: half the steps,
-    under the solver that is usual there.
+    At each number of steps the methods side by side, and CFG at the same cost, under the solver
+    that is usual there.
+
+    Args:
+        config: says at which steps and further scales.
+        guidance_scale: the model's.
+        forwards_per_step: what a guided step costs, in plain forwards.
     """
     extent, w = config.extent, guidance_scale
     found = []
     for num_steps in extent.num_steps:
         found += [Setting(method, num_steps, "ddim", w) for method in METHODS]
         if num_steps > 1:
-            found.append(Setting("cfg", num_steps // 2, "dpmsolver++", w))
+            steps = equal_cost_steps(num_steps, forwards_per_step)
+            found.append(Setting("cfg", steps, "dpmsolver++", w))
     for scale in extent.guidance_scales:
         found += [Setting(m, extent.num_steps[0], "ddim", scale) for m in ("cfg", "guided")]
     return list(dict.fromkeys(found))
@@ -298,13 +320,12 @@ class Sampler:
         """Identity of the guide before halving, which `guidance_fvu` is of."""
         return guide_identity(self.bundle.guides[self.bundle.num_steps[-1]])
 
-    def machine(self) -> dict[str, Any]:
-        """What times depend on besides the model."""
+    def machine(self) -> dict[str, str]:
+        """What times depend on besides the model and the size of the batch."""
         on_gpu = self.device.type == "cuda"
         return {
             "device": torch.cuda.get_device_name() if on_gpu else processor(),
             "torch": torch.__version__,
-            "batch_size": self.config.timed_batch_size,
         }
 
     def cost(self, tasks: Sequence[Task]) -> dict[str, float]:
@@ -319,16 +340,22 @@ class Sampler:
         size = self.config.timed_batch_size
         full = self.inputs([tasks[i % len(tasks)] for i in range(size)])
         one = self.inputs(tasks[:1])
-        flops = {m: count_flops(partial(self.denoise, one, m, 1)) for m in METHODS}
-        found = {"flops_ratio": flops["guided"] / flops["cfg"], "batch_size": float(size)}
+        forwards = self.forwards_per_step(tasks)
+        found = {"flops_ratio": forwards["guided"] / forwards["cfg"], "batch_size": float(size)}
         for method in METHODS:
-            found[f"{method}_forwards_per_step"] = flops[method] / flops["unguided"]
+            found[f"{method}_forwards_per_step"] = forwards[method]
             peak = peak_bytes(partial(self.denoise, full, method, 1))
             found[f"{method}_peak_mb"] = peak / MEGABYTE
         with one_thread():
             for inputs, label in ((full, ""), (one, "_batch_1")):
                 found |= self._times(inputs, label)
         return found
+
+    def forwards_per_step(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """What a step of each method costs in arithmetic, in plain forwards."""
+        inputs = self.inputs(tasks[:1])
+        flops = {m: count_flops(partial(self.denoise, inputs, m, 1)) for m in METHODS}
+        return {method: counted / flops["unguided"] for method, counted in flops.items()}
 
     def _times(self, inputs: dict[str, Any], label: str) -> dict[str, float]:
         """Milliseconds an image by method, and their ratios."""

@@ -257,12 +257,14 @@ def _held(about: Check, own: Measured, other: Measured | None, rule: Rule) -> It
     if rule.max_loss is not None and other is not None:
         loss = _loss(own, other)
         low, high = _interval(loss)
-        passed = math.isfinite(loss.value) and (loss.value <= rule.max_loss or low <= 0)
+        # a rule's loss is a share; where CFG's score may be zero there is nothing to share
+        most = 0.0 if own.kind == "difference" else rule.max_loss
+        passed = math.isfinite(loss.value) and (loss.value <= most or low <= 0)
         better, worse = high < 0, low > 0
         yield replace(
             about,
             rule=f"{about.rule}.max_loss",
-            limit=rule.max_loss,
+            limit=most,
             value=loss.value,
             interval=(low, high) if loss.replicates else None,
             champion=before,

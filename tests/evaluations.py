@@ -14,6 +14,7 @@ IDENTITY: dict[str, str | int | float] = {
     "judges_hash": "judges",
     "num_images": 192,
     "guidance_scale": 3.0,
+    "strength": 1.0,
     "trigger": "",
     "clip_skip": 0,
     "fvu_steps": 16,

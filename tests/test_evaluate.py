@@ -22,7 +22,18 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from components import dataset, device, evaluate, judging, prepare, references, register, sampling
+import pnp_core
+from components import (
+    dataset,
+    device,
+    evaluate,
+    judging,
+    likeness,
+    prepare,
+    references,
+    register,
+    sampling,
+)
 from components.environment import quiet
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task, alone_with
@@ -32,7 +43,7 @@ from components.params import Params, load_params
 from components.paths import BUNDLE, PREPARED
 from components.pictures import grid
 from components.references import References
-from components.sampling import Sampler
+from components.sampling import Sampler, settings_of
 from components.scores import RealImages
 from pnp_core import cores
 from pnp_core.bundle import GuideBundle
@@ -320,7 +331,7 @@ def test_a_processor_without_a_model_name_is_told_by_its_architecture(
 def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
     inside: Path, cpuinfo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured, cost = [], result().cost
+    measured, cost, said = [], result().cost, []
 
     def noting(self: Sampler, tasks: Any) -> Mapping[str, float]:
         measured.append(self.machine()["device"])
@@ -330,7 +341,32 @@ def test_times_of_another_processor_are_not_taken_for_those_of_this_one(
     for name in ("one", "one", "another"):
         cpuinfo.write_text(f"model name\t: {name}\n")
         evaluate.run(params_with(), "base")
+        said.append(result().timed_on)
+    assert said == [f"{name}, torch {torch.__version__}" for name in ("one", "one", "another")]
     assert measured == ["one", "another"]
+
+
+def test_what_other_code_measured_is_measured_anew(
+    inside: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the same images, the same guide, on the same machine."""
+    measured: list[str] = []
+    terms, cost = Sampler.fvu_terms, result().cost
+
+    def fvu_terms(self: Sampler, tasks: Any) -> Mapping[str, Any]:
+        measured.append("guidance_fvu")
+        return terms(self, tasks)
+
+    monkeypatch.setattr(Sampler, "fvu_terms", fvu_terms)
+    monkeypatch.setattr(Sampler, "cost", lambda *_: measured.append("cost") or cost)
+    evaluate.run(params_with(), "base")
+    assert measured == []
+    shutil.copytree(Path(pnp_core.__file__).parent, tmp_path / "pnp_core")
+    with (tmp_path / "pnp_core/guide/tiny.py").open("a") as file:
+        file.write("# faster\n")
+    monkeypatch.setattr(pnp_core, "__file__", str(tmp_path / "pnp_core/__init__.py"))
+    evaluate.run(params_with(), "base")
+    assert measured == ["guidance_fvu", "cost"] and not made
 
 
 def test_more_images_sample_only_those_that_are_not_there(inside: Path, made: Made) -> None:
@@ -355,6 +391,17 @@ def test_another_guide_samples_neither_cfg_nor_no_guidance(inside: Path, made: M
     assert after.cell("cfg", 4) == before.cell("cfg", 4)
     assert after.cell("guided", 4) != before.cell("guided", 4)
     assert after.guidance_fvu != before.guidance_fvu
+
+
+def test_a_guide_at_another_strength_is_not_comparable(inside: Path, made: Made) -> None:
+    before = result()
+    values = toy.toy_params()
+    values["models"]["base"]["strength"] = 0.5
+    toy.write_params(Path(), values)
+    evaluate.run(load_params(Path("params.yaml")), "base")
+    assert methods(made) == {"guided"}
+    said = "the guide's strength differs: 0.5, and 1.0 for the champion"
+    assert likeness.differences(result(), before) == [said]
 
 
 def test_results_of_another_guide_are_not_registered(inside: Path) -> None:
@@ -394,6 +441,32 @@ def test_a_full_review_is_one_setting(inside: Path) -> None:
     assert evaluation.cell("guided", 4, guidance_scale=2.0)
     assert evaluation.cell("cfg", 1, solver="dpmsolver++")
     assert not evaluation.cell("cfg", 0, solver="dpmsolver++")
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 5, 8, 16, 32, 50])
+def test_cfg_at_equal_cost_takes_the_steps_that_cost_nearest_to_a_guided_run(
+    num_steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = params_with(num_steps=[num_steps]).evaluate
+    for forwards_per_step in (1.036, 1.34, 1.9):
+        cost = num_steps * forwards_per_step
+        found = settings_of(config, 3.0, forwards_per_step)
+        (steps,) = (setting.num_steps for setting in found if setting.solver == "dpmsolver++")
+        off = abs(2 * steps - cost)
+        assert off <= 0.05 * cost or off == min(abs(2 * n - cost) for n in range(1, 100))
+        if forwards_per_step == 1.036 and num_steps % 2 == 0:
+            assert steps == num_steps / 2
+
+
+def test_cfg_beside_an_encoder_guide_takes_as_many_forwards_as_it(inside: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained("models/base", subfolder="unet")
+    guide = Guide.from_unet(unet, GuideConfig(kind="encoder", max_parameters_ratio=0.2))
+    GuideBundle({16: guide}).save("guides/bundle")
+    work = evaluate.Work.of(params_with(num_steps=[16]), "base")
+    cost = 16 * work.sampler.forwards_per_step(work.tasks)["guided"]
+    (steps,) = (s.num_steps for s in work.recipes if s.solver == "dpmsolver++")
+    assert steps > 8 and abs(2 * steps - cost) <= 1
 
 
 def test_a_file_of_images_that_is_damaged_is_made_anew_and_named(
@@ -446,6 +519,8 @@ def test_what_a_reviewer_asks_for_is_there(inside: Path) -> None:
     assert 1 < cost["guided_forwards_per_step"] < 2 and cost["batch_size"] == 4
     assert cost["unguided_peak_mb"] < cost["cfg_peak_mb"]
     assert list(evaluation.fvu_intervals) == list(evaluation.fvu_by_timestep)
+    heldout = {task.prompt for task in Gallery.open("base").tasks if task.is_heldout}
+    assert evaluation.fvu_prompts == {"heldout": len(heldout), "trained": 0}
     for t, (low, high) in evaluation.fvu_intervals.items():
         assert low < evaluation.fvu_by_timestep[t] < high
 
@@ -568,38 +643,48 @@ def test_what_the_gate_will_lack_is_told_before_sampling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    params = params_with()
-    assert evaluate.lacking(params, reads_text=True) == []
+
+    def lacking(params: Params, *, reads_text: bool) -> list[str]:
+        extent = params.evaluate.extent
+        return params.promote.lacking(extent.num_images, extent.num_steps, reads_text=reads_text)
+
+    assert lacking(params_with(), reads_text=True) == []
     rule = {"min_gain": 0.5, "ratio": None, "max_loss": None}
     values = toy.toy_params()
     values["promote"] |= {"min_images": 72, "scores": {"clip_score": rule}}
     values["promote"]["at_steps"] = {1: {"fid": rule}, 2: None}
     toy.write_params(Path(), values)
-    found = evaluate.lacking(load_params(Path("params.yaml")), reads_text=False)
+    found = lacking(load_params(Path("params.yaml")), reads_text=False)
     assert [line.split(" ")[0] for line in found] == ["64", "promote.at_steps", "promote"]
     values["evaluate"]["review"] = "full"
     toy.write_params(Path(), values)
-    assert evaluate.lacking(load_params(Path("params.yaml")), reads_text=True) == []
+    assert lacking(load_params(Path("params.yaml")), reads_text=True) == []
 
 
 def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
     params = params_with()
     own = evaluate.Work.of(params, "base").sampler.precision
     other = "bf16" if own == "fp32" else "fp32"
-    tasks = evaluate.Work.of(params, "base").tasks
-    evaluate.sampling(params, "base", BUNDLE, own, tasks)
+    here = evaluate.Work.of(params, "base")
+    tasks, settings = here.tasks, list(here.recipes)
+    evaluate.sampling(params, "base", BUNDLE, own, tasks, settings)
     with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
-        evaluate.sampling(params, "base", BUNDLE, other, tasks)
+        evaluate.sampling(params, "base", BUNDLE, other, tasks, settings)
 
 
-def test_a_worker_makes_its_batches_without_prepared_data(inside: Path, made: Made) -> None:
+def test_a_worker_makes_its_batches_without_prepared_data(
+    inside: Path, made: Made, forwards: list[int]
+) -> None:
     """Of which nothing is sent to nodes that do not see this folder."""
     params = params_with()
     here = evaluate.Work.of(params, "base")
     setting = here.cfg
     name = here.named(setting, here.tasks[3:5])
     shutil.rmtree("data")
-    make = evaluate.sampling(params, "base", BUNDLE, here.sampler.precision, here.tasks)
+    precision, settings = here.sampler.precision, list(here.recipes)
+    forwards.clear()
+    make = evaluate.sampling(params, "base", BUNDLE, precision, here.tasks, settings)
+    assert forwards == [], "costs are counted where this began"
     make(name)
     assert made == Counter((setting, task) for task in here.tasks[3:5])
 

@@ -19,7 +19,7 @@ from components.environment import quiet
 from components.images import Setting, Task
 from components.params import Model, Params, ParamsError, check_files, load_params
 from components.rows import load_row
-from components.sampling import Sampler, choose_tasks
+from components.sampling import Sampler, choose_tasks, count_prompts, fvu_tasks
 from pnp_core.bundle import GuideBundle
 from pnp_core.fine_tunes import load_model, skip_layers
 from pnp_core.guide import Guide, GuideConfig
@@ -233,6 +233,22 @@ def test_prompts_and_the_negative_prompt_of_a_model_make_its_tasks(prepared: Par
     assert {task.negative for task in tasks} == {"ugly"} and len(tasks) == 64
     trained = {t.prompt for t in choose_tasks(prepared.evaluate) if not t.is_heldout}
     assert tasks[0].is_heldout == ("red disc" not in trained) and tasks[1].is_heldout
+
+
+def test_prompts_of_a_model_that_trajectories_followed_are_not_held_out(prepared: Params) -> None:
+    Path("data/prepared/prompts.txt").write_text("two rings\na new bar\n")
+    row = Model(path="", reference="", prompts=("two rings", "a new thing", "a new bar"))
+    tasks = choose_tasks(prepared.evaluate, row)
+    assert [task.is_heldout for task in tasks[:3]] == [False, True, False]
+    assert {task.prompt for task in fvu_tasks(tasks)} == {"a new thing"}
+
+
+def test_guidance_fvu_of_trained_prompts_alone_says_so(prepared: Params) -> None:
+    Path("data/prepared/prompts.txt").write_text("two rings\n")
+    row = Model(path="", reference="", prompts=("two rings",))
+    of_fvu = fvu_tasks(choose_tasks(prepared.evaluate, row))
+    assert len(of_fvu) == 22  # of 64 images
+    assert count_prompts(of_fvu) == {"heldout": 0, "trained": 1}
 
 
 @pytest.mark.parametrize(

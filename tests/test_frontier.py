@@ -15,7 +15,16 @@ from torch import Tensor
 from benchmarks.frontier import final, run, table, workbench
 from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
 from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
-from benchmarks.frontier.settings import FORWARDS, FREE, LABELS, SCALES, Setting, climb, layouts
+from benchmarks.frontier.settings import (
+    FORWARDS,
+    FREE,
+    LABELS,
+    SCALES,
+    Setting,
+    climb,
+    layouts,
+    row_name,
+)
 from components import prepare
 from components.dataset import fit, read_records
 from components.evaluation import Estimate
@@ -433,6 +442,23 @@ def test_the_page_has_a_table_for_each_model_and_cost() -> None:
     assert "## base, 8 forwards" in page and "## base, 16 steps" in page
     taken = "For this guide (what is taken, by the images for choosing): FID over"
     assert f"{taken} the best free rival's 0.800 (0.800 to 0.800)" in page
+
+
+def test_the_page_says_where_cfg_of_100_forwards_is_of_another_precision_than_the_guide() -> None:
+    found = results(["base", "a"])
+    precisions = {("base", "100", "cfg"): "fp32", ("base", "8", "guided"): "bf16 in sampling"}
+    precisions |= {("base", "2", "guided"): "fp32"}
+    precisions |= {
+        ("a", place, method): "bf16" for place, method in (("100", "cfg"), ("8", "guided"))
+    }
+    found["records"] = {
+        row_name(*row): [{"guide": "g", "precision": precision, "commit": "c", "command": "x"}]
+        for row, precision in precisions.items()
+    }
+    page = table.as_markdown(found)
+    assert page.count("compares precisions besides") == 1
+    of_base = page.split("## base, 100 forwards")[1].split("\n## ")[0]
+    assert "This row is in fp32, the guide's of 8 forwards in bf16: what compares" in of_base
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def made(tmp_path: Path) -> Path:
     evaluations = {"base": evaluation(), "tuned": evaluation("tuned", clip_gain=0.2)}
     at = [replace(cell, guidance_scale=7.5) for cell in evaluations["tuned"].cells]
     tuned = replace(evaluations["tuned"], guidance_scale=7.5, cells=tuple(at))
-    evaluations["tuned"] = tuned
+    evaluations["tuned"] = replace(tuned, fvu_prompts={"heldout": 0, "trained": 3})
     rules = load_params(ROOT / "params.yaml").promote
     folder = tmp_path / "guide"
     folder.mkdir()
@@ -91,5 +91,6 @@ def test_it_tells_a_person_what_there_is_to_know(made: Path) -> None:
     assert "192 images each at guidance\nscale 3 (base), 7.5 (tuned), judged" in text
     assert "guidance_scale=3, num_inference_steps" in text
     assert "0.50 to 0.50 of the guidance unexplained" in text
+    assert "(`guidance_fvu`). On tuned of prompts that it was trained on.\n" in text
     assert (made / "grid.png").exists() and "](grid.png)" in text
     assert "OpenMoji" in (made / "DATA_LICENCE.md").read_text()

@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,17 @@ from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Setting, Task
 from components.paths import EVALUATED
 from components.report import gallery, page
-from components.report.content import NEGATIVE, Report, matrices, number, shares
+from components.report.content import (
+    NEGATIVE,
+    Report,
+    costs,
+    headlines,
+    matrices,
+    number,
+    shares,
+)
 from components.verdict import Check
+from pnp_core.files import read_json, write_json
 from tests import chromium
 from tests.evaluations import evaluation
 
@@ -49,14 +58,16 @@ def image_of(setting: Setting, seed: int) -> np.ndarray:
     return pixels.astype(np.uint8)
 
 
-def write_images(model: str) -> None:
+SETTINGS = [
+    *(Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 8)),
+    *(Setting("cfg", n, "dpmsolver++", 3.0) for n in (8, 4)),
+]
+
+
+def write_images(model: str, settings: Sequence[Setting] = SETTINGS) -> None:
     tasks = [
         Task(NASTY if seed == 0 else f"thing {seed}", seed, seed % 3 == 0)
         for seed in range(NUM_TASKS)
-    ]
-    settings = [
-        *(Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 8)),
-        *(Setting("cfg", n, "dpmsolver++", 3.0) for n in (8, 4)),
     ]
     recipes = {setting: {"model": model, **setting._asdict()} for setting in settings}
     for setting, recipe in recipes.items():
@@ -164,6 +175,39 @@ def test_a_share_that_was_not_measured_says_why() -> None:
     )
 
 
+def test_where_times_were_taken_is_told_and_an_evaluation_that_does_not_say_it_is_read(
+    tmp_path: Path,
+) -> None:
+    old = evaluation()
+    new = dataclasses.replace(old, machine={"device": "A Fast One", "torch": "2.9.0"})
+    assert costs({"old": old, "new": new})[-1] == (
+        "times were taken on",
+        {"new": "A Fast One, torch 2.9.0"},
+    )
+    new.save(tmp_path)
+    assert Evaluation.load(tmp_path).timed_on == new.timed_on
+    written = read_json(tmp_path / "evaluation.json")
+    del written["machine"]
+    write_json(tmp_path / "evaluation.json", written)
+    assert Evaluation.load(tmp_path).timed_on == ""
+
+
+def test_whose_prompts_guidance_fvu_is_of_is_told_where_it_is_known() -> None:
+    old = evaluation(guidance_fvu=0.5)
+    heldout = dataclasses.replace(old, fvu_prompts={"heldout": 21, "trained": 0})
+    trained = dataclasses.replace(
+        evaluation(guidance_fvu=0.6), fvu_prompts={"heldout": 0, "trained": 3}
+    )
+    of = {"old": old, "heldout": heldout, "trained": trained}
+    below = {
+        model: entry.below.partition("; ")[2]
+        for model, entry in shares(of)["guidance left unexplained"].items()
+    }
+    said = "prompts that the guide was trained on: 3 of 3"
+    assert below == {"old": "", "heldout": "held-out prompts: 21", "trained": said}
+    assert headlines(of)[-1].where == f"at worst, on trained, along {said}"
+
+
 def test_curves_over_scales_are_drawn_where_there_are_scales(evaluations: Any) -> None:
     title = "FID against CLIP score over guidance scales, 16 steps"
     assert title not in page.render(report(evaluations), [])
@@ -224,6 +268,28 @@ def test_cfg_at_equal_cost_is_cfg_at_half_the_steps_by_its_better_solver(shown: 
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG")
     assert picture.images["cfg_equal_cost"] == gallery.small(file.getvalue())
+
+
+def test_cfg_is_at_equal_cost_only_where_it_takes_as_many_forwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of an encoder guide costs 1.34 forwards: 16 cost 21.4, 5 cost 6.7."""
+    monkeypatch.chdir(tmp_path)
+    three = [Setting(m, n, "ddim", 3.0) for m in ("unguided", "cfg", "guided") for n in (16, 5)]
+    half, nearest = (
+        [Setting("cfg", n, "dpmsolver++", 3.0) for n in counts] for counts in ((8, 2), (11, 3))
+    )
+    dear = evaluation("dear", num_steps=(16, 5), flops_ratio=0.67)
+    found = {}
+    for model, more in (("old", half), ("new", nearest)):
+        write_images(model, [*three, *more])
+        sets, _ = gallery.gather({model: dataclasses.replace(dear, model=model)})
+        found[model] = [one.ways.get("cfg_equal_cost") for one in sets]
+    assert found["old"] == [None, None], "half the steps are cheaper"
+    assert found["new"] == [
+        "CFG at equal cost (11 steps, DPM++ 2M)",
+        "CFG at nearest cost (3 steps, DPM++ 2M: 6 forwards, guided 6.7)",
+    ]
 
 
 def num_bytes(one: gallery.PictureSet) -> int:

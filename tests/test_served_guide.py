@@ -56,7 +56,7 @@ def version(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
     GuideBundle({2: guide}, {2: BEST}).save(folder)
     changed(pipe.unet).save_pretrained(folder.parent / "tuned/unet")
-    make_servable(folder, base=str(toy_folder))
+    make_servable(folder, base=str(toy_folder), guidance_scale=5.0)
     return folder
 
 
@@ -70,6 +70,7 @@ def answers(version: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "negative": {**usual, "negative_prompt": "a car"},
         "weakest": {**usual, "strength": 0.0},
         "unguided": {**usual, "guidance_scale": 0.0},
+        "no_scale": {"num_steps": 2, "seed": 7},
         "missing": {"base": "nowhere/base"},
     }
     asked = {
@@ -112,6 +113,7 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
         "base": {"guidance_scale": 4.0},
         "negative": {"guidance_scale": 4.0, "negative_prompt": "a car"},
         "unguided": {"guidance_scale": 0.0},
+        "no_scale": {"guidance_scale": 5.0},  # what it was evaluated at
     }.items():
         assert np.array_equal(made[name], plugged(version, toy_folder, **call)), name
     assert not np.array_equal(made["base"], made["fine_tune"])
@@ -167,7 +169,7 @@ def test_a_version_of_an_experiment_names_the_base_of_the_checkout(
         (place / "models/base").mkdir(parents=True)
     monkeypatch.chdir(workspace)
     GuideBundle.load(version).save(tmp_path / "guide")
-    make_servable(tmp_path / "guide", base="models/base")
+    make_servable(tmp_path / "guide", base="models/base", guidance_scale=3.0)
     about = YAML(typ="safe").load(tmp_path / "guide/MLmodel")
     assert about["flavors"]["python_function"]["config"]["base"] == f"{tmp_path}/models/base"
 
@@ -179,7 +181,7 @@ def test_a_version_has_nothing_to_unpickle(version: Path, tmp_path: Path) -> Non
     compiled.mkdir(exist_ok=True)
     (compiled / "of_a_test.pyc").touch()
     try:
-        make_servable(made, base="nowhere")
+        make_servable(made, base="nowhere", guidance_scale=3.0)
     finally:
         (compiled / "of_a_test.pyc").unlink()
     kinds = {path.suffix for path in made.rglob("*") if path.is_file()}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
 from components.params import Params, load_params
 from components.progress import Progress, clock
-from components.sampling import Sampler, choose_tasks
+from components.sampling import Sampler, choose_tasks, processor
 from components.scores import fid, kid
 from components.storage import Mirror
 from pnp_core.files import read_json, write_bytes, write_json
@@ -567,6 +568,11 @@ def test_register_writes_the_report_and_the_lineage(inside: Path) -> None:
     with registry.folder(version) as folder:
         assert GuideBundle.load(folder).num_steps == (2, 4, 8)
         assert read_json(folder / "summary.json")["models"] == summary["models"]
+        served = mlflow.models.Model.load(str(folder))
+    scale = toy.toy_params()["evaluate"]["guidance_scale"]
+    assert served.flavors["python_function"]["config"]["guidance_scale"] == scale
+    defaults = {spec.name: spec.default for spec in served.signature.params}
+    assert defaults["guidance_scale"] == scale == 4.0
     found = registry.store.client.get_model_version("pnp-guide", version)
     assert found.tags.keys() == {
         "git_commit",
@@ -607,6 +613,8 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
     )
     by_name = {child.info.run_name: child for child in children}
     assert {"distill", "halve", "base", "tuned"} <= by_name.keys()
+    timed_on = f"{processor()}, torch {torch.__version__}"
+    assert run.data.tags["timed_on"] == by_name["tuned"].data.tags["timed_on"] == timed_on
     evaluation = Evaluation.load(Path("results/evaluate/tuned"))
     tuned = by_name["tuned"].info.run_id
     history = client.get_metric_history(tuned, "fid/guided")

@@ -189,6 +189,26 @@ def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
     assert failed(worse).keys() == {"kid.ratio"}
 
 
+def test_a_kid_that_may_be_zero_may_be_no_more_than_the_champions_beyond_noise() -> None:
+    """Its rule's 0.05 is a share: of KIDs themselves it would be ten times what any guide has."""
+    noise = 0.001 * np.random.default_rng(0).standard_normal(200)
+
+    def of_kid(value: float) -> Evaluation:
+        kids = {"unguided": 0.0002, "cfg": 0.0001, "guided": value}
+        around = {
+            (method, "kid"): Estimate(value=kid, replicates=tuple((kid + noise).tolist()))
+            for method, kid in kids.items()
+        }
+        return with_scores(evaluation(), around)
+
+    champion = {"base": of_kid(0.0)}
+    lost = [
+        [c.rule for c in checks({"base": of_kid(kid)}, champion, RULES) if not c.passed]
+        for kid in (0.0, 0.004)
+    ]
+    assert lost[0] == [] and "kid.max_loss" in lost[1]
+
+
 @pytest.mark.parametrize(
     ("other", "says"),
     [
@@ -204,6 +224,7 @@ def test_a_kid_that_may_be_zero_is_compared_by_its_difference() -> None:
         ({"unheard_of": 1}, "unheard_of differs"),
         ({"num_images": 12}, "the number of images differs: 12, and 192"),
         ({"guidance_scale": 1.2}, "the guidance scale differs: 1.2, and 3.0"),
+        ({"strength": 0.8}, "the guide's strength differs: 0.8, and 1.0 for the champion"),
         ({"trigger": "emoji"}, "the trigger words differ: emoji, and none for the champion"),
         ({"clip_skip": 1}, "clip_skip differs: 1, and 0"),
         ({"fvu_steps": 50}, "the number of steps that guidance_fvu is measured along differs"),

@@ -252,6 +252,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             of = {method: runs.get(row_name(model, place, method)) for method in places[place]}
             lines += ["", f"## {model}, {words}", "", *rows(places[place], place, of)]
             lines += compared(found, model, place)
+            if place == "100":
+                lines += of_other_precision(results, model)
     lines += beside_trained(results)
     lines += ["", "## Runs", ""]
     lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
@@ -288,6 +290,28 @@ def compared(found: Found, model: str, place: str) -> list[str]:
                 f"CLIP score less that rival's {with_interval(lead, 2)}.",
             ]
     return lines
+
+
+def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
+    """A sentence if the guide's rows, which are held against CFG of 100 forwards, are not of its.
+
+    Rows are kept, whatever precision they were made in.
+    """
+    records: Mapping[str, Sequence[Record]] = results.get("records", {})
+
+    def precision(place: str, method: str) -> str | None:
+        made_by = records.get(row_name(model, place, method))
+        return made_by[-1]["precision"].split(" ")[0] if made_by else None
+
+    own, apart = precision("100", "cfg"), []
+    for place in (*COSTS, "2"):
+        made_in = {one for method in GUIDES if (one := precision(place, method))}
+        if others := sorted(made_in - {own}):
+            apart.append(f"{place} forwards in {' and '.join(others)}")
+    if own is None or not apart:
+        return []
+    said = f"This row is in {own}, the guide's of {', of '.join(apart)}"
+    return ["", f"{said}: what compares the two compares precisions besides."]
 
 
 def beside_trained(results: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ gains something, and ratios to CFG's score where its gain is inside its own inte
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from components.evaluation import LOWER_IS_BETTER, Estimate, Evaluation
@@ -16,7 +16,10 @@ from components.verdict import Check, measured
 
 METHODS = {"unguided": "unguided", "cfg": "CFG", "guided": "guided"}
 SCORES = {"fid": "FID", "kid": "KID", "clip_score": "CLIP score", "diversity": "diversity"}
-OF_A_MODEL = ("model_hash", "reference_hash", "tasks_hash", "guidance_scale")
+OF_A_MODEL = (
+    *("model_hash", "reference_hash", "tasks_hash"),
+    *("guidance_scale", "strength", "trigger", "clip_skip"),
+)
 NEGATIVE = {
     "picture": "change of the picture by a negative prompt, over that under CFG",
     "avoided": "fall of the score for what was to be avoided, over that under CFG",
@@ -145,6 +148,8 @@ def headlines(evaluations: Mapping[str, Evaluation]) -> list[Worst]:
     model = max(by_fvu, key=by_fvu.__getitem__)
     text = percent(by_fvu[model])
     where = f"at worst, on {model}"
+    if evaluations[model].fvu_prompts.get("trained"):
+        where += f", along {evaluations[model].fvu_along}"
     found.append(Worst(label="of guidance left unexplained", text=text, where=where))
     return found
 
@@ -227,6 +232,9 @@ def costs(evaluations: Mapping[str, Evaluation]) -> list[tuple[str, dict[str, st
         sizes = {f"{e.cost.get('batch_size', 1):g}" for e in evaluations.values()}
         if known:
             found.append((label.format("/".join(sorted(sizes))), known))
+    machines = {m: e.timed_on for m, e in evaluations.items() if e.timed_on}
+    if machines:
+        found.append(("times were taken on", machines))
     return found
 
 
@@ -234,7 +242,8 @@ def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Entry]]
     """What is no matter of steps: label -> model -> share."""
     found = {
         "guidance left unexplained": {
-            m: estimate(e.guidance_fvu, as_share=True) for m, e in evaluations.items()
+            m: _with_prompts(estimate(e.guidance_fvu, as_share=True), e)
+            for m, e in evaluations.items()
         }
     }
     names = [name for e in evaluations.values() if e.negative for name in (*NEGATIVE, *e.negative)]
@@ -246,6 +255,13 @@ def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Entry]]
             for model, e in evaluations.items()
         }
     return found
+
+
+def _with_prompts(entry: Entry, evaluation: Evaluation) -> Entry:
+    """`guidance_fvu`, and whose prompts it is of, where the evaluation says so."""
+    if not evaluation.fvu_prompts:
+        return entry
+    return replace(entry, below=f"{entry.below}; {evaluation.fvu_along}".removeprefix("; "))
 
 
 def _why_no_share(evaluation: Evaluation) -> str:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from components.evaluation import Evaluation
 from components.images import Gallery, Setting, Task, batches
+from components.methods import equal_cost_steps, is_same_cost
 from components.pictures import grid
 from components.progress import Progress
 
@@ -203,13 +204,17 @@ class _Images:
     def __init__(self, pictures: Gallery, evaluation: Evaluation, num_steps: int) -> None:
         self.labels = {"unguided": "Unguided", "cfg": "CFG", "guided": "Guided"}
         self._pictures = pictures
-        scale, half = evaluation.guidance_scale, num_steps // 2
+        scale = evaluation.guidance_scale
         self._settings = {way: Setting(way, num_steps, "ddim", scale) for way in self.labels}
+        guided = evaluation.cell("guided", num_steps)
+        if guided is None:
+            return
+        steps = equal_cost_steps(num_steps, guided.forwards / num_steps)
         for solver, name in {"dpmsolver++": "DPM++ 2M", "ddim": "DDIM"}.items():
-            setting = Setting("cfg", half, solver, scale)
+            setting = Setting("cfg", steps, solver, scale)
             if EQUAL_COST not in self._settings and setting in pictures.settings:
                 self._settings[EQUAL_COST] = setting
-                self.labels[EQUAL_COST] = f"CFG at equal cost ({half} steps, {name})"
+                self.labels[EQUAL_COST] = _equal_cost(steps, name, guided.forwards)
 
     def files(self, way: str, tasks: Sequence[Task]) -> list[bytes]:
         """The encoded images of these tasks, in their order."""
@@ -224,6 +229,14 @@ class _Images:
             picture = _opened(guided)
             similar = float(psnr(np.asarray(picture)[None], _pixels(cfg))[0])
             yield task, _as_small(picture), similar
+
+
+def _equal_cost(num_steps: int, solver: str, guided: float) -> str:
+    """CFG of about as many forwards as the guide's, which are named where they differ."""
+    steps, forwards = "1 step" if num_steps == 1 else f"{num_steps} steps", 2 * num_steps
+    if is_same_cost(forwards, guided):
+        return f"CFG at equal cost ({steps}, {solver})"
+    return f"CFG at nearest cost ({steps}, {solver}: {forwards} forwards, guided {guided:.1f})"
 
 
 def _chosen(

@@ -35,7 +35,9 @@ class ServedGuide(PythonModel):
             ) from error
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._bundle = GuideBundle.load(Path(__file__).parent)
-        self._base = dict(context.model_config or {}).get("base", "")
+        config: dict[str, Any] = dict(context.model_config or {})
+        self._base = config.get("base", "")
+        self._scale = config.get("guidance_scale", 3.0)  # versions before this was written
         self._open: dict[tuple[str, str], Any] = {}
         # MLflow answers requests in threads, and plugging and scheduler are the pipeline's state.
         self._one_at_a_time = threading.Lock()
@@ -52,7 +54,8 @@ class ServedGuide(PythonModel):
             context: MLflow's.
             model_input: prompts: a list, or a table whose first column they are.
             params: by name, each optional: `base` and `model` (paths; the model is a fine-tune),
-                `negative_prompt`, `guidance_scale`, `num_steps`, `seed` (of the first prompt; the
+                `negative_prompt`, `guidance_scale` (without it the one that the guide was
+                evaluated at), `num_steps`, `seed` (of the first prompt; the
                 next have the next), `strength`.
 
         Raises ValueError if base or model can't be opened or don't fit the guide.
@@ -74,7 +77,7 @@ class ServedGuide(PythonModel):
                 prompt,
                 negative_prompt=asked.get("negative_prompt") or None,
                 num_inference_steps=num_steps,
-                guidance_scale=float(asked.get("guidance_scale", 3.0)),
+                guidance_scale=float(asked.get("guidance_scale", self._scale)),
                 generator=generator,
             ).images
             file = io.BytesIO()

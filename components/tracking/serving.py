@@ -20,25 +20,29 @@ PARAMS = {
     "base": ("string", ""),
     "model": ("string", ""),
     "negative_prompt": ("string", ""),
-    "guidance_scale": ("double", 3.0),
+    "guidance_scale": ("double", 3.0),  # a version has its own
     "num_steps": ("long", 0),
     "seed": ("long", 0),
     "strength": ("double", 1.0),
 }
-SIGNATURE = ModelSignature(
-    inputs=Schema([ColSpec("string")]),
-    outputs=Schema([ColSpec("string")]),
-    params=ParamSchema([ParamSpec(name, kind, value) for name, (kind, value) in PARAMS.items()]),
-)
 
 
-def make_servable(folder: Path, *, base: str) -> None:
+def make_servable(folder: Path, *, base: str, guidance_scale: float) -> None:
     """Add to a bundle's folder what `mlflow.pyfunc.load_model` and `mlflow models serve` need.
 
     Args:
         folder: of the bundle; gets MLmodel, the code and its requirements.
         base: where the base is, for callers that don't name one.
+        guidance_scale: for callers that don't name one.
     """
+    params = PARAMS | {"guidance_scale": ("double", guidance_scale)}
+    signature = ModelSignature(
+        inputs=Schema([ColSpec("string")]),
+        outputs=Schema([ColSpec("string")]),
+        params=ParamSchema(
+            [ParamSpec(name, kind, value) for name, (kind, value) in params.items()]
+        ),
+    )
     # In the checkout, which stays when a workspace that runs with overrides goes.
     place = checkout() / base
     where = str(place.resolve()) if place.exists() else base
@@ -51,8 +55,8 @@ def make_servable(folder: Path, *, base: str) -> None:
                 str(model),
                 python_model=str(CODE),
                 code_paths=[str(Path(pnp_core.__file__).parent)],
-                model_config={"base": where},
-                signature=SIGNATURE,
+                model_config={"base": where, "guidance_scale": guidance_scale},
+                signature=signature,
                 pip_requirements=[f"{name}=={version(name).split('+')[0]}" for name in REQUIRED],
             )
         compiled = shutil.ignore_patterns("__pycache__")
