@@ -318,16 +318,6 @@ def test_a_sheet_is_of_the_same_tasks_for_every_guide_whatever_the_page_has_room
             assert prompts.pop() == [task.prompt for task in tasks]
 
 
-def test_where_pictures_are_few_the_first_tasks_are_among_them(
-    results: Path, evaluations: Any, shown: Any
-) -> None:
-    total = sum(map(num_bytes, shown[0]))
-    for one in gallery.gather(evaluations, most_bytes=total // 3)[0]:
-        seeds = [picture.task.seed for picture in one.pictures]
-        half = len(seeds) - len(seeds) // 2
-        assert half > 2 and seeds[:half] == list(range(half))
-
-
 def test_with_very_many_models_and_steps_pictures_still_fit_their_budget(
     results: Path, evaluations: Any, shown: Any
 ) -> None:

@@ -30,7 +30,7 @@ IMAGES_AT_ONCE = 64  # of each way in memory, as they were sampled
 # many models and steps for it, each has fewer pictures.
 MOST_BYTES = 12 * 2**20
 KEY = ("model", "num_steps", "prompt", "negative", "seed")  # of a guided picture
-LEAST = 2  # pictures of a set that has any: the first one, and the worst of the others
+LEAST = 2  # pictures of a set that has any: the worst, and the first of the others
 EQUAL_COST = "cfg_equal_cost"
 NUM_COLUMNS, ROWS = 8, ("unguided", "cfg", "guided")  # of a sheet
 
@@ -305,10 +305,10 @@ def _num_bytes(one: PictureSet) -> int:
 
 
 def _fewer(one: PictureSet, number: int) -> PictureSet:
-    """So many of the pictures: the first tasks', and as many of the worst of the others."""
-    num_first = number - number // 2
-    worst = sorted(one.pictures[num_first:], key=lambda picture: picture.psnr)[: number // 2]
-    chosen = [*one.pictures[:num_first], *worst]
+    """So many of the pictures, the first and the worst in equal parts."""
+    worst = sorted(one.pictures, key=lambda picture: picture.psnr)[: number // 2]
+    first = [picture for picture in one.pictures if picture not in worst]
+    chosen = [*worst, *first[: number - len(worst)]]
     return replace(one, pictures=[picture for picture in one.pictures if picture in chosen])
 
 
