@@ -101,3 +101,12 @@ class OfficialCallback(PipelineCallback):
     def __call__(self, *args: Any) -> Any:
         """Call what stands in for the callback, with the pipeline's arguments."""
         return self.called(*args)
+
+
+def guesses(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether its ControlNet sees the prompts alone, in the stock pipeline too."""
+    net = getattr(pipe, "controlnet", None)
+    net = getattr(net, "_orig_mod", net)
+    first = getattr(net, "nets", [net])[0]
+    pools = getattr(getattr(first, "config", None), "global_pool_conditions", False)
+    return bool(arguments.get("guess_mode") or pools)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch.utils._pytree import tree_map
 
 from pnp_core.guide import Guide
 from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
 from pnp_core.plug import plug, unplug
+from pnp_core.sample import initial_noise
 from tests.pipeline_page import PAGE, class_named, modules, page
-from tests.pipeline_zoo import CASES, Case, Parts
+from tests.pipeline_zoo import CASES, PHOTO, Case, Parts
 from tests.reference import (
     CALL,
     SCALE,
@@ -349,6 +351,50 @@ class OwnDefault(StableDiffusionPipeline):
         return super().__call__(*args, guidance_scale=guidance_scale or SCALE, **kwargs)
 
 
+def each_alone(stock: type[Any]) -> type[Any]:
+    """A subclass that runs its ancestor's call for each prompt, with its own negative prompt."""
+
+    class EachAlone(stock):  # type: ignore[misc]
+        def __call__(self, prompt: Any, negative_prompt: Any, **kwargs: Any) -> Any:
+            found = [
+                super(EachAlone, self).__call__(p, negative_prompt=n, **kwargs)
+                for p, n in zip(prompt, negative_prompt, strict=True)
+            ]
+            found[0].images = torch.cat([each.images for each in found])
+            return found[0]
+
+    return EachAlone
+
+
+class Between(StableDiffusionPipeline):
+    """Encodes two prompts itself, and hands on what lies between them."""
+
+    def __call__(self, prompt: Any, negative_prompt: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        c = self.encode_prompt(prompt[0], "cpu", 1, False)[0]
+        d, n = self.encode_prompt(prompt[1], "cpu", 1, True, negative_prompt)
+        kwargs |= {"prompt_embeds": (c + d) / 2, "negative_prompt_embeds": n}
+        return super().__call__(**kwargs)
+
+
+class Wanders(StableDiffusionPipeline):
+    """Encodes another prompt before each of its steps, as guidance asks for it."""
+
+    def __call__(self, prompt: Any, guidance_scale: float = 7.5, **kwargs: Any) -> Any:  # type: ignore[override]
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(len(prompt))
+        latents = initial_noise((4, 4, 4), [3])
+        negative, cfg = kwargs["negative_prompt"], self.do_classifier_free_guidance
+        for number, t in enumerate(self.scheduler.timesteps):
+            c, n = self.encode_prompt(prompt[number], "cpu", 1, cfg, negative[number])
+            text, twice = (torch.cat([n, c]), 2) if cfg else (c, 1)
+            with torch.no_grad():
+                eps = self.unet(latents.repeat(twice, 1, 1, 1), t, text).sample
+            if cfg:
+                eps = torch.lerp(*eps.chunk(2), guidance_scale)
+            latents = self.scheduler.step(eps, t, latents)[0]
+        return StableDiffusionPipelineOutput(latents, None)
+
+
 def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
     """A class with this code that diffusers does not know of."""
     members = {k: v for k, v in vars(stock).items() if k not in ("__dict__", "__weakref__")}
@@ -398,6 +444,59 @@ def test_a_subclass_that_hands_on_the_scale_of_a_class_that_doubles_is_guided(
     call = {name: value for name, value in CALL.items() if name != "guidance_scale"}
     assert np.array_equal(run(pipe, call), expected)  # 7.5 is the ancestor's default
     unplug(pipe)
+
+
+PAIRS: dict[str, Any] = {"prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
+
+
+@pytest.mark.parametrize("exact_steps", [0, 1])
+@pytest.mark.parametrize(
+    ("stock", "more"),
+    [
+        (StableDiffusionPipeline, {}),
+        # half of the scheduler's steps leave room for a second run
+        (diffusers.StableDiffusionImg2ImgPipeline, {"image": PHOTO, "strength": 0.5}),
+    ],
+)
+def test_each_run_that_a_subclass_makes_in_its_call_is_as_a_call_of_its_own(
+    stock: type[Any], more: dict[str, Any], exact_steps: int, parts: Parts, guide: Guide
+) -> None:
+    alone, together = of_class(stock, parts), of_class(each_alone(stock), parts)
+    call = {**CALL, **more, "num_inference_steps": 4}
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    for pipe in (alone, together):
+        plug(pipe, guide, exact_steps=exact_steps)
+    expected = [
+        alone(**{**call, "prompt": p, "negative_prompt": n}, generator=generators[0]).images
+        for p, n in zip(*PAIRS.values(), strict=True)
+    ]
+    made = together(**{**call, **PAIRS}, generator=generators[1]).images
+    assert torch.equal(made, torch.cat(expected))
+    for pipe in (alone, together):
+        unplug(pipe)
+
+
+def test_what_a_subclass_encodes_itself_does_not_hide_the_negative_prompt_it_hands_on(
+    parts: Parts, guide: Guide
+) -> None:
+    c, d = (parts.base.encode_prompt(p, "cpu", 1, False)[0] for p in PAIRS["prompt"])
+    n = parts.base.encode_prompt("", "cpu", 1, True, "a dog")[1]
+    handed_on = {"prompt": None, "negative_prompt": None}
+    handed_on |= {"prompt_embeds": (c + d) / 2, "negative_prompt_embeds": n}
+    expected = plugged_run(StableDiffusionPipeline, parts, guide, **handed_on)
+    made = plugged_run(Between, parts, guide, prompt=PAIRS["prompt"])
+    assert np.array_equal(made, expected)
+
+
+def test_a_prompt_encoded_at_each_step_is_guided_from_its_own_negative_prompt(
+    parts: Parts, guide: Guide
+) -> None:
+    pipe = of_class(Wanders, parts)
+    unet = pipe.unet
+    stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, {**CALL, **PAIRS})
+    stand_in(pipe, unet)
+    np.testing.assert_allclose(plugged_run(Wanders, parts, guide, **PAIRS), expected, atol=2e-4)
 
 
 def test_a_class_outside_diffusers_that_decides_as_theirs_is_served(
