@@ -154,6 +154,13 @@ def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
     )
 
 
+def steps_of(scheduler: Any) -> int | None:
+    """How many steps a scheduler is set to; None: it does not say."""
+    if getattr(scheduler, "custom_timesteps", False):  # DDPM's keeps the number of the run before
+        return len(scheduler.timesteps)
+    return getattr(scheduler, "num_inference_steps", None)
+
+
 def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """Tells whether a tensor is the one of the step before, without looking at its values."""
     if tensor is None:

@@ -29,6 +29,7 @@ from pnp_core.forwards import (
     half,
     key_of,
     shared,
+    steps_of,
     timestep_of,
 )
 from pnp_core.guide import Guide
@@ -330,8 +331,7 @@ class PipelineCall(Call):
         """The guide for the call's number of steps, on this device."""
         bundle = self.plug.bundle
         if self.guide is None:
-            num_steps = getattr(self.pipe.scheduler, "num_inference_steps", None)
-            num_steps = num_steps or max(bundle.num_steps)
+            num_steps = steps_of(self.pipe.scheduler) or max(bundle.num_steps)
             self.guide = bundle.for_steps(num_steps)
             best = bundle.scheduler_for(num_steps)
             if best is not None and not best.is_of(self.pipe.scheduler):
