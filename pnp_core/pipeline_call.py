@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from pnp_core.ahead import StepsAhead
 from pnp_core.arguments import Arguments, place_in_call, signature_with
 from pnp_core.bundle import GuideBundle
-from pnp_core.callbacks import CONTROL_IMAGES, IMAGES, Halves, OfficialCallback, guesses
+from pnp_core.callbacks import (
+    CONDITIONS,
+    CONTROL_IMAGES,
+    IMAGES,
+    Halves,
+    OfficialCallback,
+    guesses,
+)
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.exact import ExactSteps, spread
@@ -216,7 +223,6 @@ class PipelineCall(Call):
                 self.halve(arguments)
         sample = arguments["sample"]
         self.num_samples = len(sample)
-        self.take_apart(arguments)
         if scale <= 1 or self.plug.strength == 0:
             return None
         text = arguments["encoder_hidden_states"]
@@ -284,17 +290,6 @@ class PipelineCall(Call):
             self.negative_pooled = half(added["text_embeds"], num_rows, num_samples, NEGATIVE)
         for name, value in arguments.items():
             arguments[name] = half(value, num_rows, num_samples)
-
-    def take_apart(self, arguments: dict[str, Any]) -> None:
-        """Where a callback has given states of both prompts, as CFG has them: tell them apart."""
-        both = 2 * self.num_samples
-        text, added = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs")
-        if len(text) == both:
-            self.negative, arguments["encoder_hidden_states"] = text.chunk(2)
-        if added is not None and len(added.get("text_embeds", ())) == both:
-            self.negative_pooled = added["text_embeds"].chunk(2)[0]
-        if added is not None:
-            arguments["added_cond_kwargs"] = half(added, both, self.num_samples)
 
     def prepare(
         self, sample: Tensor, text: Tensor, added: Mapping[str, Tensor], scale: float
@@ -368,15 +363,30 @@ class PipelineCall(Call):
                     f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
                     "of a call, where a guide can't follow: do that between calls."
                 )
-            changed = halves.take_back(returned)
-            if "prompt_embeds" in changed:
-                self.negative = shared(changed["prompt_embeds"])
-            self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
+            self.follow_samples(returned)
+            if not self.doubles:
+                names = (*CONDITIONS, *self.images)
+                changed = halves.take_back(returned, names, self.num_samples)
+                if "prompt_embeds" in changed:
+                    self.negative = shared(changed["prompt_embeds"])
+                self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
             return returned
 
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             return OfficialCallback(callback, called)
         return called
+
+    def follow_samples(self, returned: Any) -> None:
+        """A callback may drop samples or make several of one, as in the stock pipeline."""
+        latents = returned.get("latents") if isinstance(returned, dict) else None
+        before = self.num_prompts or self.num_samples
+        if not isinstance(latents, Tensor) or len(latents) == before:
+            return
+        self.num_samples = len(latents)
+        if self.num_prompts is not None:
+            self.num_prompts = len(latents)
+        if self.exact is not None:
+            self.exact.difference = None  # which of its rows are whose can't be told
 
     def first_halves(self) -> dict[str, Tensor | None]:
         """Of all that CFG has in two halves; None: the same as the second."""

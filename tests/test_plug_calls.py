@@ -227,6 +227,28 @@ def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
     np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
 
 
+def test_an_exact_step_of_more_samples_corrects_none_after_a_callback_has_dropped_some(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    """Compared with a run that is handed over to our own denoiser."""
+    plug(pipe, tiny, exact_steps=1)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    prompts = {"prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
+
+    def drop(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return given
+        return {"latents": given["latents"][1:], "prompt_embeds": given["prompt_embeds"][[1, 3]]}
+
+    asked = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    made = generate(pipe, **prompts, **asked, output_type="latent", callback_on_step_end=drop)
+    c, n = pipe.encode_prompt(prompts["prompt"], "cpu", 1, True, prompts["negative_prompt"])
+    denoiser = GuidedDenoiser(pipe.unet, tiny, NoiseSchedule.from_scheduler(pipe.scheduler))
+    conditions = Conditions.at_scale(4.0, c_BLD=c, n_BLD=n)
+    latents = handed_over(pipe, lambda z, t: denoiser(z, t.expand(2), conditions), **prompts)
+    np.testing.assert_allclose(made, latents[1:].numpy(), atol=1e-4)
+
+
 def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pnp_core.guide import Guide
@@ -17,7 +18,7 @@ from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
 from pnp_core.plug import plug, unplug
 from pnp_core.sample import initial_noise
 from tests.pipeline_page import PAGE, class_named, modules, page
-from tests.pipeline_zoo import CASES, PHOTO, Case, Parts
+from tests.pipeline_zoo import CASES, PHOTO, SIZE, Case, Parts
 from tests.reference import (
     CALL,
     SCALE,
@@ -168,6 +169,93 @@ def test_what_a_callback_gives_for_both_prompts_counts_under_the_prompt(
         plug(pipe, guide)
         np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
         unplug(pipe)
+
+
+class WithinAnInterval(Reference):
+    """Guides where the pipeline doubles its batch, and does not where a callback has ended that."""
+
+    def forward(self, sample: Tensor, *args: Any, **more: Any) -> Any:
+        if len(sample) == self.num_prompts:
+            return self.unet(sample, *args, **more)
+        return super().forward(sample, *args, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("StableDiffusionPipeline", ["prompt_embeds"]),
+        ("StableDiffusionXLPipeline", ["prompt_embeds", "add_text_embeds", "add_time_ids"]),
+        ("StableDiffusionControlNetPipeline", ["prompt_embeds", "image"]),
+        ("StableDiffusionInpaintPipeline", ["prompt_embeds", "mask", "masked_image_latents"]),
+    ],
+)
+def test_guidance_that_a_callback_ends_and_begins_again_is_as_in_the_stock_pipeline(
+    name: str, entries: list[str], parts: Parts
+) -> None:
+    """Compared with our own denoiser, which the stock pipeline runs with the same callback."""
+    pipe = made(name, parts)
+    unet = pipe.unet
+    guide = guide_for(unet)
+    both: dict[str, Tensor] = {}
+
+    def leave_out(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            both.update({entry: given[entry] for entry in entries})
+            running._guidance_scale = 1.0
+            return {entry: value.chunk(2)[1] for entry, value in both.items()}
+        running._guidance_scale = SCALE
+        return dict(both) if step == 1 else {}
+
+    asked = {"callback_on_step_end": leave_out, "callback_on_step_end_tensor_inputs": entries}
+    call = {**call_of(pipe, CASES[name]), **asked, "num_inference_steps": 4}
+    stand_in(pipe, WithinAnInterval(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("exact_steps", [0, 2, 4])
+@pytest.mark.parametrize("how", ["drop", "branch"])
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("StableDiffusionPipeline", ["prompt_embeds"]),
+        ("StableDiffusionXLPipeline", ["prompt_embeds", "add_text_embeds", "add_time_ids"]),
+        ("StableDiffusionControlNetPipeline", ["prompt_embeds", "image"]),
+    ],
+)
+def test_samples_that_a_callback_drops_or_makes_more_of_come_out_as_alone(
+    name: str, entries: list[str], how: str, exact_steps: int, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    size = {"height": SIZE, "width": SIZE}
+    call = call_of(pipe, CASES[name]) | size | {"num_inference_steps": 4}
+    rows = {"drop": [0], "branch": [0, 0, 1]}[how]
+
+    def choose(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return given
+        chosen = {k: torch.cat([half[rows] for half in given[k].chunk(2)]) for k in entries}
+        return {"latents": given["latents"][rows], **chosen}
+
+    asked = {
+        "callback_on_step_end": choose,
+        "callback_on_step_end_tensor_inputs": ["latents", *entries],
+    }
+    pairs = [("a cat", "a dog"), ("a cow", "red")]
+    prompts = {"prompt": [c for c, _ in pairs], "negative_prompt": [n for _, n in pairs]}
+    if "image" in call:
+        prompts["image"] = [PHOTO, PHOTO]
+    latents = initial_noise((4, 4, 4), [3, 4])
+    plug(pipe, guide_for(pipe.unet), exact_steps=exact_steps)
+    made_together = run(pipe, {**call, **prompts, **asked, "latents": latents})
+    alone = [
+        run(pipe, {**call, "prompt": c, "negative_prompt": n, "latents": latents[at : at + 1]})
+        for at, (c, n) in enumerate(pairs)
+    ]
+    expected = np.concatenate([alone[row] for row in rows])
+    np.testing.assert_allclose(made_together, expected, atol=5e-4)
 
 
 def test_in_guess_mode_a_callback_sees_the_control_image_once(parts: Parts) -> None:
