@@ -143,8 +143,9 @@ class PipelineCall(Call):
             self.encoded_at, self.began_unguided = place, not is_guided
         if begins and signature is not None:
             self.num_prompts = len(result[0])
-            self.negative = shared(result[1])
-            self.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
+            # copied, as the stock pipeline does: what a callback writes into them has no effect
+            self.negative = shared(result[1]).clone()
+            self.negative_pooled = result[3].clone() if len(result) == 4 else None  # SDXL
         return result
 
     def begins_run(self, place: tuple[Any, ...] | None) -> bool:
@@ -358,6 +359,8 @@ class PipelineCall(Call):
                 returned = callback(*args)
             if self.prepared is not None:
                 self.negatives.doubt()
+            if self.prepared is not None and self.held[0].is_inference():
+                self.halved, self.prepared_for = None, ()  # writing into them leaves no trace
             if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
                 raise ValueError(
                     f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
