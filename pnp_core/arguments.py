@@ -78,6 +78,12 @@ def is_told(value: Any, told: dict[str, Any], name: str) -> bool:
     return value is not None or name not in told
 
 
+def codes_of_call(pipeline_class: type[Any]) -> set[CodeType]:
+    """Of the ``__call__`` of a class and those of its ancestors, without decorators."""
+    methods = (vars(c)["__call__"] for c in pipeline_class.__mro__ if "__call__" in vars(c))
+    return {code for m in methods if (code := getattr(inspect.unwrap(m), "__code__", None))}
+
+
 def place_in_call(
     pipeline_class: type[Any], frame: FrameType | None
 ) -> tuple[CodeType, int] | None:
@@ -90,8 +96,7 @@ def place_in_call(
     Returns:
         None: no such ``__call__`` can be found.
     """
-    methods = (vars(c)["__call__"] for c in pipeline_class.__mro__ if "__call__" in vars(c))
-    codes = {getattr(inspect.unwrap(method), "__code__", None) for method in methods}
+    codes = codes_of_call(pipeline_class)
     while frame is not None:
         if frame.f_code in codes:
             return frame.f_code, frame.f_lineno

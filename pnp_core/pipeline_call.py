@@ -25,7 +25,7 @@ from pnp_core.callbacks import (
 )
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
-from pnp_core.exact import ExactSteps, spread
+from pnp_core.exact import ExactSteps, exact_steps_with
 from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import (
     NEGATIVE,
@@ -44,7 +44,6 @@ from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
 from pnp_core.placing import on_device
 from pnp_core.precision import is_mixed
-from pnp_core.schedule import NoiseSchedule
 from pnp_core.scheduling import of_scheduler
 
 logger = logging.getLogger(__name__)
@@ -223,7 +222,10 @@ class PipelineCall(Call):
             if self.doubles:
                 self.halve(arguments)
         sample = arguments["sample"]
-        self.num_samples = len(sample)
+        self.num_samples = num_samples = len(sample)
+        if scale <= 1:  # a callback may have ended guidance and left states of both prompts
+            for name in {"encoder_hidden_states", "added_cond_kwargs"} & arguments.keys():
+                arguments[name] = half(arguments[name], 2 * num_samples, num_samples)
         if scale <= 1 or self.plug.strength == 0:
             return None
         text = arguments["encoder_hidden_states"]
@@ -256,10 +258,8 @@ class PipelineCall(Call):
             return False
         self.timestep = timestep_of(arguments)[:1]
         if self.exact is None:
-            scheduler = self.pipe.scheduler
-            steps = spread(self.plug.exact_steps, self.num_forwards())
-            quantity = scheduler.config.get("prediction_type", "epsilon")
-            self.exact = ExactSteps(steps, NoiseSchedule.from_scheduler(scheduler), quantity)
+            number = self.plug.exact_steps
+            self.exact = exact_steps_with(self.pipe.scheduler, number, self.num_forwards())
         return self.exact.begin()
 
     def num_forwards(self) -> int:

@@ -344,6 +344,19 @@ def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
     assert pipe.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)) is not None  # no pipeline
 
 
+def test_the_stock_classs_call_on_a_plugged_pipeline_is_told_that_no_guide_would_act(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    call: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 2}
+    expected = generate(pipe, **call)
+    plug(pipe, tiny)
+    with pytest.raises(ValueError, match=r"^StableDiffusionPipeline.__call__ .* past its guide"):
+        StableDiffusionPipeline.__call__(pipe, "a cat", **call)
+    unplug(pipe)
+    again = generate(pipe, **call)
+    assert np.array_equal(again, expected)
+
+
 def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
