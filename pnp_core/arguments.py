@@ -4,6 +4,7 @@ A subclass may take ``*args, **kwargs`` and hand them on: the names are then an 
 """
 
 import inspect
+from types import CodeType, FrameType
 from typing import Any
 
 
@@ -75,3 +76,29 @@ def told_to(pipeline_class: type[Any], bound: inspect.BoundArguments) -> dict[st
 def is_told(value: Any, told: dict[str, Any], name: str) -> bool:
     """Whether it says more than an ancestor: a default of None leaves it to that."""
     return value is not None or name not in told
+
+
+def codes_of_call(pipeline_class: type[Any]) -> set[CodeType]:
+    """Of the ``__call__`` of a class and those of its ancestors, without decorators."""
+    methods = (vars(c)["__call__"] for c in pipeline_class.__mro__ if "__call__" in vars(c))
+    return {code for m in methods if (code := getattr(inspect.unwrap(m), "__code__", None))}
+
+
+def place_in_call(
+    pipeline_class: type[Any], frame: FrameType | None
+) -> tuple[CodeType, int] | None:
+    """Where the innermost ``__call__`` of a class's own or its ancestors' stands, by code and line.
+
+    Args:
+        pipeline_class: the pipeline's.
+        frame: what runs in that ``__call__``, or is called by it.
+
+    Returns:
+        None: no such ``__call__`` can be found.
+    """
+    codes = codes_of_call(pipeline_class)
+    while frame is not None:
+        if frame.f_code in codes:
+            return frame.f_code, frame.f_lineno
+        frame = frame.f_back
+    return None

@@ -11,6 +11,7 @@ import torch
 
 from pnp_core.files import read_json, recover, write_directory
 from pnp_core.guide import Guide
+from pnp_core.guide.guide import check_config
 from pnp_core.model_files import check_safetensors
 from pnp_core.scheduling import SchedulerChoice
 
@@ -84,9 +85,15 @@ class GuideBundle:
             recover(directory)
         if (directory / INDEX).exists():
             index = read_json(directory / INDEX)
-            guides = {n: load_guide(directory / f"steps-{n}") for n in index["num_steps"]}
-            best = index.get("schedulers", {})  # bundles made before this were known have none
-            return cls(guides, {int(n): SchedulerChoice(**choice) for n, choice in best.items()})
+            try:
+                counts = list(index["num_steps"])
+                best = index.get("schedulers", {})  # bundles made before this were known have none
+                schedulers = {int(n): SchedulerChoice(**choice) for n, choice in best.items()}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{directory / INDEX} is damaged ({error!r}): get the bundle again."
+                ) from None
+            return cls({n: load_guide(directory / f"steps-{n}") for n in counts}, schedulers)
         guide = load_guide(directory)
         return cls({guide.config.num_steps or 50: guide})
 
@@ -104,7 +111,9 @@ def load_guide(directory: str | Path) -> Guide:
     """
     directory = Path(directory)
     weights = directory / "diffusion_pytorch_model.safetensors"
-    if not (directory / "config.json").exists() or not weights.exists():
+    config = directory / "config.json"
+    if not config.exists() or not weights.exists():
         raise ValueError(f"{directory} is not a guide: it needs config.json and {weights.name}.")
+    check_config(read_json(config), directory)
     check_safetensors(weights)
     return Guide.from_pretrained(directory).eval()

@@ -4,7 +4,7 @@ With classifier-free guidance most of what a callback may ask for has two halves
 prompts and under the prompts. A plugged pipeline goes on with the second alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pnp_core.forwards import key_of
 
-# What CFG has twice, the same in both halves.
+# Of a callback's tensors, what CFG has in two halves.
+CONDITIONS = ("prompt_embeds", "add_text_embeds", "add_time_ids")
+# The same in both of them.
 IMAGES = ("mask", "masked_image_latents", "depth_mask")
 CONTROL_IMAGES = ("image", "control_image")  # once in guess mode
 
@@ -62,24 +64,32 @@ class Halves:
             boths = [each.both for each in shown]
             given[name] = boths if isinstance(value, list) else boths[0]
 
-    def take_back(self, returned: Any) -> dict[str, Tensor]:
+    def take_back(self, returned: Any, names: Iterable[str], num_samples: int) -> dict[str, Tensor]:
         """Leave the second halves alone in what a callback returns; the first ones it has changed.
 
         The UNet is not the only one to be given them: a ControlNet comes first. What a callback has
         written into a tensor counts, returned or not: the stock pipeline shows its own.
+
+        Args:
+            returned: by the callback; is changed.
+            names: of what may come in two halves, also where none were shown: guidance may begin
+                again.
+            num_samples: rows of a half, as the callback leaves them.
         """
         changed: dict[str, Tensor] = {}
-        for name, shown in self.shown.items():
-            value = returned.get(name) if isinstance(returned, dict) else None
-            parts = list(value) if isinstance(value, list) else [value]
-            for at, (own, both, key) in enumerate(shown):
+        for name in names:
+            shown = self.shown.get(name, [])
+            for own, both, key in shown:
                 if key_of(both) != key or both.is_inference():
                     changed[name], second = both.chunk(2)
                     own.copy_(second)
-                part = parts[at] if at < len(parts) else None
-                if part is both:
-                    parts[at] = own
-                elif isinstance(part, Tensor) and len(part) == 2 * len(own):
+            value = returned.get(name) if isinstance(returned, dict) else None
+            parts = list(value) if isinstance(value, list) else [value]
+            for at, part in enumerate(parts):
+                same = [each.own for each in shown if each.both is part]
+                if same:
+                    parts[at] = same[0]
+                elif isinstance(part, Tensor) and len(part) == 2 * num_samples:
                     changed[name], parts[at] = part.chunk(2)
             if value is not None:
                 returned[name] = parts if isinstance(value, list) else parts[0]
@@ -101,3 +111,12 @@ class OfficialCallback(PipelineCallback):
     def __call__(self, *args: Any) -> Any:
         """Call what stands in for the callback, with the pipeline's arguments."""
         return self.called(*args)
+
+
+def guesses(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether its ControlNet sees the prompts alone, in the stock pipeline too."""
+    net = getattr(pipe, "controlnet", None)
+    net = getattr(net, "_orig_mod", net)
+    first = getattr(net, "nets", [net])[0]
+    pools = getattr(getattr(first, "config", None), "global_pool_conditions", False)
+    return bool(arguments.get("guess_mode") or pools)

@@ -191,7 +191,6 @@ class Negatives:
         self.n_BLD = n_BLD
         self.kept: list[KeyValue | None] = []
         self.made_by: list[tuple[Any, ...]] = []
-        self.has_adapters = False
 
     def follow(self, layers: list[Attention], more: Any = None) -> None:
         """Forget what these layers would now make in another way.
@@ -204,13 +203,10 @@ class Negatives:
         if made_by != self.made_by:
             self.made_by = made_by
             self.kept = [None] * len(layers)
-            parts = (part for a in layers for part in (a.to_k, a.to_v))
-            self.has_adapters = any("base_layer" in part._modules for part in parts)
 
     def doubt(self) -> None:
-        """Forget all if there are adapters: what a hotswap writes into them can't be seen."""
-        if self.has_adapters:
-            self.made_by = []
+        """Forget all: what has been written into weights through their ``data`` can't be seen."""
+        self.made_by = []
 
     def fill(self, index: int, layer: Attention) -> KeyValue:
         """What ``layer`` makes of them."""

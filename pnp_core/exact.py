@@ -7,6 +7,7 @@ Shape legend: B batch, C channels, H W size.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 from torch import Tensor
 
@@ -72,6 +73,28 @@ class ExactSteps:
         elif self.quantity == "sample":
             part = part * ratio
         return predicted_BCHW + (scale * part * self.difference).to(predicted_BCHW.dtype)
+
+
+def exact_steps_with(scheduler: Any, num_exact: int, num_steps: int) -> ExactSteps:
+    """Those of a pipeline's run with this scheduler.
+
+    Args:
+        scheduler: the pipeline's.
+        num_exact: how many there are to be.
+        num_steps: of the run.
+
+    Raises:
+        ValueError: the scheduler's noise levels can't be read.
+    """
+    try:
+        schedule = NoiseSchedule.from_scheduler(scheduler)
+    except ValueError as error:
+        raise ValueError(
+            "exact_steps need the noise levels of the pipeline's scheduler, which can't be read: "
+            f"{error} Or plug the pipeline with exact_steps=0."
+        ) from None
+    quantity = scheduler.config.get("prediction_type", "epsilon")
+    return ExactSteps(spread(num_exact, num_steps), schedule, quantity)
 
 
 class ExactDenoiser:

@@ -154,9 +154,31 @@ def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
     )
 
 
+def steps_of(scheduler: Any) -> int | None:
+    """How many steps a scheduler is set to; None: it does not say."""
+    if getattr(scheduler, "custom_timesteps", False):  # DDPM's keeps the number of the run before
+        return len(scheduler.timesteps)
+    return getattr(scheduler, "num_inference_steps", None)
+
+
 def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
     """Tells whether a tensor is the one of the step before, without looking at its values."""
     if tensor is None:
         return None
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
+
+
+def timestep_of(arguments: Mapping[str, Any]) -> Tensor:
+    """A forward's timesteps, one for all or one a row, where its latents are."""
+    timestep, device = arguments["timestep"], arguments["sample"].device
+    if not isinstance(timestep, Tensor):
+        return torch.full((1,), timestep, device=device)
+    return timestep.to(device).reshape(-1)
+
+
+def shared(negative: Tensor) -> Tensor:
+    """One row of text states where all samples share it, which is faster."""
+    first = negative[:1]
+    is_shared = len(negative) == 1 or torch.equal(negative, first.expand_as(negative))
+    return first if is_shared else negative

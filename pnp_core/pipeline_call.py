@@ -1,6 +1,7 @@
 """What one call of a plugged pipeline knows, and what the guide does in its forwards."""
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,20 +13,37 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
 from pnp_core.ahead import StepsAhead
-from pnp_core.arguments import Arguments, signature_with
+from pnp_core.arguments import Arguments, place_in_call, signature_with
 from pnp_core.bundle import GuideBundle
-from pnp_core.callbacks import CONTROL_IMAGES, IMAGES, Halves, OfficialCallback
+from pnp_core.callbacks import (
+    CONDITIONS,
+    CONTROL_IMAGES,
+    IMAGES,
+    Halves,
+    OfficialCallback,
+    guesses,
+)
 from pnp_core.calls import Call, Negatives, suspended
 from pnp_core.conditions import AddedConditions, Conditions
-from pnp_core.exact import ExactSteps, spread
+from pnp_core.exact import ExactSteps, exact_steps_with
 from pnp_core.fit import bare_unet, check_face_embeddings
-from pnp_core.forwards import NEGATIVE, Forwards, changed, doubled, forwards_left, half, key_of
+from pnp_core.forwards import (
+    NEGATIVE,
+    Forwards,
+    changed,
+    doubled,
+    forwards_left,
+    half,
+    key_of,
+    shared,
+    steps_of,
+    timestep_of,
+)
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.pipelines import ASKS, CFG, way_in
 from pnp_core.placing import on_device
 from pnp_core.precision import is_mixed
-from pnp_core.schedule import NoiseSchedule
 from pnp_core.scheduling import of_scheduler
 
 logger = logging.getLogger(__name__)
@@ -71,25 +89,30 @@ class PipelineCall(Call):
         self.asked_scale = float(arguments.get("guidance_scale") or 1.0)
         self.unet = bare_unet(pipe)
         self.denoising_end = arguments.get("denoising_end")
-        way = way_in(plug.stock_class)
-        self.asks = way == ASKS
+        self.way = way_in(plug.stock_class)
+        self.asks = self.way == ASKS
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
         self.doubles = not self.asks or plug.exact_steps > 0
+        self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
+        self.begin_run()
+
+    def begin_run(self) -> None:
+        """Know nothing of a run yet: a subclass's call may be several of its ancestor's."""
         self.guide: Guide | None = None  # for the number of steps
         self.negative: Tensor | None = None  # text states; one row if all samples share it
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
-        self.has_encoded = False
+        self.encoded_at: tuple[Any, ...] | None = None  # its prompts
+        self.has_forwards = False
         self.has_time_ids = False
         self.began_unguided = False
         self.num_prompts: int | None = None  # as encoded, before the batch is doubled
         self.num_samples = 0
-        self.forwards = Forwards(type(pipe).__name__, way, doubles=self.doubles)
+        self.forwards = Forwards(type(self.pipe).__name__, self.way, doubles=self.doubles)
         self.exact: ExactSteps | None = None
         self.is_exact = False  # the forward under way
         self.prepared: Prepared | None = None
         self.ahead = StepsAhead()
         self.prepared_for: tuple[Any, ...] = ()
-        self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
         self.halved: tuple[Any, ...] | None = None  # the text states of both that were last seen
 
     @property
@@ -104,18 +127,37 @@ class PipelineCall(Call):
 
     def encode_prompt(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Encode the negative prompt too, which a pipeline without CFG would not."""
-        signature = signature_with(self.plug.stock_class, "encode_prompt", CFG)
-        self.began_unguided = self.began_unguided or self.guidance_scale <= 1
-        if self.has_encoded or self.guidance_scale <= 1 or signature is None:
-            return method(*args, **kwargs)
-        given = Arguments(signature, args, kwargs)
-        given.put(CFG, True)
-        result = method(*given.args, **given.kwargs)
-        self.has_encoded = True
-        self.num_prompts = len(result[0])
-        self.negative = shared(result[1])
-        self.negative_pooled = result[3] if len(result) == 4 else None  # SDXL
+        place = place_in_call(self.plug.stock_class, sys._getframe(1))
+        begins, is_guided = self.begins_run(place), self.guidance_scale > 1
+        signature = None
+        if is_guided and (begins or not self.has_forwards):
+            signature = signature_with(self.plug.stock_class, "encode_prompt", CFG)
+        if signature is not None:
+            given = Arguments(signature, args, kwargs)
+            given.put(CFG, True)
+            args, kwargs = given.args, given.kwargs
+        result = method(*args, **kwargs)
+        if begins:
+            self.begin_run()
+            self.encoded_at, self.began_unguided = place, not is_guided
+        if begins and signature is not None:
+            self.num_prompts = len(result[0])
+            # copied, as the stock pipeline does: what a callback writes into them has no effect
+            self.negative = shared(result[1]).clone()
+            self.negative_pooled = result[3].clone() if len(result) == 4 else None  # SDXL
         return result
+
+    def begins_run(self, place: tuple[Any, ...] | None) -> bool:
+        """Whether a run begins with the prompts that are encoded at this place.
+
+        Those that one ``__call__`` encodes first are its run's. One that it hands on to, or comes
+        back from, has its own, and so has each further run of it.
+        """
+        if self.num_prompts is None or place is None:
+            return self.num_prompts is None
+        if self.encoded_at is None or place[0] is not self.encoded_at[0]:
+            return True
+        return self.has_forwards and place == self.encoded_at
 
     def prepare_ip_adapter_image_embeds(
         self, method: Callable[..., Any], *args: Any, **kwargs: Any
@@ -164,6 +206,7 @@ class PipelineCall(Call):
             ValueError: the pipeline called the UNet in a way that a guide can't follow.
         """
         scale = self.guidance_scale
+        self.has_forwards = True
         self.is_exact = self.begins_exact(arguments)
         if scale > 1:
             if self.num_prompts is None and self.asks:
@@ -179,8 +222,10 @@ class PipelineCall(Call):
             if self.doubles:
                 self.halve(arguments)
         sample = arguments["sample"]
-        self.num_samples = len(sample)
-        self.take_apart(arguments)
+        self.num_samples = num_samples = len(sample)
+        if scale <= 1:  # a callback may have ended guidance and left states of both prompts
+            for name in {"encoder_hidden_states", "added_cond_kwargs"} & arguments.keys():
+                arguments[name] = half(arguments[name], 2 * num_samples, num_samples)
         if scale <= 1 or self.plug.strength == 0:
             return None
         text = arguments["encoder_hidden_states"]
@@ -213,10 +258,8 @@ class PipelineCall(Call):
             return False
         self.timestep = timestep_of(arguments)[:1]
         if self.exact is None:
-            scheduler = self.pipe.scheduler
-            steps = spread(self.plug.exact_steps, self.num_forwards())
-            quantity = scheduler.config.get("prediction_type", "epsilon")
-            self.exact = ExactSteps(steps, NoiseSchedule.from_scheduler(scheduler), quantity)
+            number = self.plug.exact_steps
+            self.exact = exact_steps_with(self.pipe.scheduler, number, self.num_forwards())
         return self.exact.begin()
 
     def num_forwards(self) -> int:
@@ -248,17 +291,6 @@ class PipelineCall(Call):
             self.negative_pooled = half(added["text_embeds"], num_rows, num_samples, NEGATIVE)
         for name, value in arguments.items():
             arguments[name] = half(value, num_rows, num_samples)
-
-    def take_apart(self, arguments: dict[str, Any]) -> None:
-        """Where a callback has given states of both prompts, as CFG has them: tell them apart."""
-        both = 2 * self.num_samples
-        text, added = arguments["encoder_hidden_states"], arguments.get("added_cond_kwargs")
-        if len(text) == both:
-            self.negative, arguments["encoder_hidden_states"] = text.chunk(2)
-        if added is not None and len(added.get("text_embeds", ())) == both:
-            self.negative_pooled = added["text_embeds"].chunk(2)[0]
-        if added is not None:
-            arguments["added_cond_kwargs"] = half(added, both, self.num_samples)
 
     def prepare(
         self, sample: Tensor, text: Tensor, added: Mapping[str, Tensor], scale: float
@@ -295,8 +327,7 @@ class PipelineCall(Call):
         """The guide for the call's number of steps, on this device."""
         bundle = self.plug.bundle
         if self.guide is None:
-            num_steps = getattr(self.pipe.scheduler, "num_inference_steps", None)
-            num_steps = num_steps or max(bundle.num_steps)
+            num_steps = steps_of(self.pipe.scheduler) or max(bundle.num_steps)
             self.guide = bundle.for_steps(num_steps)
             best = bundle.scheduler_for(num_steps)
             if best is not None and not best.is_of(self.pipe.scheduler):
@@ -328,47 +359,40 @@ class PipelineCall(Call):
                 returned = callback(*args)
             if self.prepared is not None:
                 self.negatives.doubt()
+            if self.prepared is not None and self.held[0].is_inference():
+                self.halved, self.prepared_for = None, ()  # writing into them leaves no trace
             if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
                 raise ValueError(
                     f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
                     "of a call, where a guide can't follow: do that between calls."
                 )
-            changed = halves.take_back(returned)
-            if "prompt_embeds" in changed:
-                self.negative = shared(changed["prompt_embeds"])
-            self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
+            self.follow_samples(returned)
+            if not self.doubles:
+                names = (*CONDITIONS, *self.images)
+                changed = halves.take_back(returned, names, self.num_samples)
+                if "prompt_embeds" in changed:
+                    self.negative = shared(changed["prompt_embeds"])
+                self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
             return returned
 
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             return OfficialCallback(callback, called)
         return called
 
+    def follow_samples(self, returned: Any) -> None:
+        """A callback may drop samples or make several of one, as in the stock pipeline."""
+        latents = returned.get("latents") if isinstance(returned, dict) else None
+        before = self.num_prompts or self.num_samples
+        if not isinstance(latents, Tensor) or len(latents) == before:
+            return
+        self.num_samples = len(latents)
+        if self.num_prompts is not None:
+            self.num_prompts = len(latents)
+        if self.exact is not None:
+            self.exact.difference = None  # which of its rows are whose can't be told
+
     def first_halves(self) -> dict[str, Tensor | None]:
         """Of all that CFG has in two halves; None: the same as the second."""
         of_text = {"prompt_embeds": self.negative, "add_text_embeds": self.negative_pooled}
         known = {name: half for name, half in of_text.items() if half is not None}
         return {**known, **dict.fromkeys(("add_time_ids", *self.images))}
-
-
-def guesses(pipe: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether its ControlNet sees the prompts alone, in the stock pipeline too."""
-    net = getattr(pipe, "controlnet", None)
-    net = getattr(net, "_orig_mod", net)
-    first = getattr(net, "nets", [net])[0]
-    pools = getattr(getattr(first, "config", None), "global_pool_conditions", False)
-    return bool(arguments.get("guess_mode") or pools)
-
-
-def timestep_of(arguments: Mapping[str, Any]) -> Tensor:
-    """A forward's timesteps, one for all or one a row, where its latents are."""
-    timestep, device = arguments["timestep"], arguments["sample"].device
-    if not isinstance(timestep, Tensor):
-        return torch.full((1,), timestep, device=device)
-    return timestep.to(device).reshape(-1)
-
-
-def shared(negative: Tensor) -> Tensor:
-    """One row of text states where all samples share it, which is faster."""
-    first = negative[:1]
-    is_shared = len(negative) == 1 or torch.equal(negative, first.expand_as(negative))
-    return first if is_shared else negative

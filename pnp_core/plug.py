@@ -13,14 +13,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from pnp_core.bundle import GuideBundle
-from pnp_core.calls import now
 from pnp_core.compiled import optimized
 from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
 from pnp_core.inject import unuse, use
-from pnp_core.pipeline_call import PipelineCall, Plug
+from pnp_core.pipeline_call import Plug
 from pnp_core.pipelines import check_exact_steps
-from pnp_core.plugged import STATE, plugged_class, state_of_plug
+from pnp_core.plugged import STATE, is_in_call, plugged_class, state_of_plug
 
 
 def plug(
@@ -107,7 +106,7 @@ def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
     state = state_of_plug(pipe)
     if state is None:
         raise ValueError("This pipeline has no guide plugged in.")
-    if any(isinstance(call, PipelineCall) and call.pipe is pipe for call in now.calls):
+    if is_in_call(pipe):
         raise ValueError(
             "This pipeline is in the middle of a call, which can't go on without its guide: unplug "
             "it after that, or set guidance_scale to 1 in the callback."

@@ -16,7 +16,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
-from pnp_core.arguments import rest_of, told_to
+from pnp_core.arguments import codes_of_call, rest_of, told_to
 from pnp_core.calls import entered, now
 from pnp_core.compiled import optimized
 from pnp_core.fit import (
@@ -35,6 +35,11 @@ CALLBACKS = ("callback_on_step_end", "callback")
 NOT_PLUGGED = (
     "This UNet carries a guide, but the pipeline that runs it has not been plugged, so it would "
     "run two forwards a step and no guide."
+)
+
+PAST_GUIDE = (
+    "{0}.__call__ has been called on a plugged pipeline, past its guide, so it would run two "
+    "forwards a step and no guide. Call pipe(...), or unplug(pipe) first."
 )
 
 
@@ -80,6 +85,11 @@ def call_under_way(pipe: Any) -> PipelineCall | None:
     return call if isinstance(call, PipelineCall) and call.pipe is pipe else None
 
 
+def is_in_call(pipe: Any) -> bool:
+    """Whether a call of this pipeline is under way in this thread."""
+    return any(isinstance(call, PipelineCall) and call.pipe is pipe for call in now.calls)
+
+
 class Plugged:
     """Mixed into a pipeline's class by :func:`plug`."""
 
@@ -114,7 +124,9 @@ class Plugged:
         return blank, (plug.stock_class,), vars(self)
 
     def tell_others(self, unet: nn.Module) -> bool:
-        """Raise ValueError if the UNet is being run by a pipeline that has not been plugged.
+        """Raise ValueError if the UNet is being run by a pipeline without its guide.
+
+        It has not been plugged, or its stock class's ``__call__`` has been called on it.
 
         Whether it is this one's; if not, nothing has been looked at.
         """
@@ -125,8 +137,10 @@ class Plugged:
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
-                if state_of_plug(owner) is None:
+                if (plug := state_of_plug(owner)) is None:
                     raise ValueError(f"{NOT_PLUGGED} {what_to_do(owner)}")
+                if frame.f_code in codes_of_call(plug.stock_class) and not is_in_call(owner):
+                    raise ValueError(PAST_GUIDE.format(plug.stock_class.__name__))
                 break
             frame = frame.f_back
         return True

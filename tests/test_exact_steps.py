@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    EDMEulerScheduler,
     HeunDiscreteScheduler,
     StableDiffusionPipeline,
 )
@@ -21,7 +22,7 @@ from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.exact import ExactDenoiser, ExactSteps, spread
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import encode_prompts
-from pnp_core.plug import plug
+from pnp_core.plug import plug, unplug
 from pnp_core.sample import initial_noise, sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from tests.conftest import roused
@@ -329,3 +330,15 @@ def test_what_is_no_number_of_exact_steps_is_refused_in_one_line(
     with pytest.raises(ValueError, match=rf"^exact_steps is a whole number .* not {number!r}\.$"):
         plug(pipe, tiny, exact_steps=number)
     assert type(pipe) is cls
+
+
+def test_a_scheduler_without_noise_levels_is_told_to_go_without_exact_steps(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    pipe.scheduler = EDMEulerScheduler()
+    plug(pipe, tiny, exact_steps=1)
+    with pytest.raises(ValueError, match=r"exact_steps need .* EDMEulerScheduler .*exact_steps=0"):
+        generate(pipe)
+    unplug(pipe)
+    plug(pipe, tiny, exact_steps=0)
+    assert np.isfinite(generate(pipe, **LATENT)).all()

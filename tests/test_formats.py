@@ -5,6 +5,8 @@ the UNet and the inputs lie in format-1. A new format gets a folder of its own, 
 changed. (Format 2 reads guides of format 1 as its own.)
 """
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,10 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from pnp_core.bundle import load_guide
+from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.guide import FORMAT, FORMATS
+from pnp_core.guide import FORMAT, FORMATS, Guide
 from pnp_core.schedule import NoiseSchedule
 
 DATA = Path(__file__).parent / "data"
@@ -40,12 +42,55 @@ def test_a_guide_of_each_format_predicts_what_it_predicted_then(number: int, kin
 
 def test_a_guide_that_is_read_and_saved_again_has_the_newest_format(tmp_path: Path) -> None:
     load_guide(DATA / "format-1" / "tiny").save_pretrained(tmp_path)
-    newest = FORMATS["tiny"]
-    assert load_guide(tmp_path).config.format_version == newest
-    (tmp_path / "config.json").write_text(
-        (tmp_path / "config.json")
-        .read_text()
-        .replace(f'"format_version": {newest}', '"format_version": 99')
-    )
+    assert load_guide(tmp_path).config.format_version == FORMATS["tiny"]
+
+
+@pytest.mark.parametrize("opened_by", [load_guide, Guide.from_pretrained])
+@pytest.mark.parametrize("kind", ["tiny", "of a later version"])
+def test_a_guide_of_a_later_format_is_said_to_need_a_newer_version_whatever_its_kind(
+    tmp_path: Path, kind: str, opened_by: Callable[[Path], Guide]
+) -> None:
+    load_guide(DATA / "format-1" / "tiny").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    later = {"format_version": 99, "kind": kind, "an entry": "of its own"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | later))
     with pytest.raises(ValueError, match=f"has format 99, and .* up to {FORMAT}: install a newer"):
+        opened_by(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"kind": "ti', "config.json is damaged"),
+        ("[]", "config.json lacks kind"),
+        ("{}", "config.json lacks kind"),
+        ('{"_class_name": "UNet2DConditionModel", "in_channels": 4}', "config.json lacks kind"),
+        (None, "has the kind 'small', and there are tiny"),
+    ],
+)
+def test_a_guides_damaged_config_is_told_by_its_folder(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    load_guide(DATA / "format-1" / "tiny").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps({**whole, "kind": "small"}) if text is None else text)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
         load_guide(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        '{"num_steps": 4}',
+        '{"num_steps": [4], "schedulers": []}',
+        '{"num_steps": [4], "schedulers": {"4": {"name": "DDIMScheduler"}}}',
+    ],
+)
+def test_a_bundles_damaged_index_is_told_by_its_name(tmp_path: Path, text: str) -> None:
+    GuideBundle({4: load_guide(DATA / "format-1" / "tiny")}).save(tmp_path / "bundle")
+    (tmp_path / "bundle" / "bundle.json").write_text(text)
+    with pytest.raises(ValueError, match="bundle.json is damaged"):
+        GuideBundle.load(tmp_path / "bundle")

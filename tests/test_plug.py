@@ -405,6 +405,25 @@ def test_of_a_bundle_the_guide_for_the_number_of_steps_is_used(
         unplug(pipe)
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, LCMScheduler])
+def test_timesteps_given_in_a_call_count_as_its_number_of_steps(
+    pipe: StableDiffusionPipeline, scheduler: type[SchedulerMixin]
+) -> None:
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    config = GuideConfig(max_parameters_ratio=0.2)
+    guides = {
+        n: roused(Guide.from_unet(pipe.unet, config, num_steps=n), scale=n / 50) for n in (4, 16)
+    }
+    call = {"num_inference_steps": None, "timesteps": [999, 759, 499, 259]}
+    plug(pipe, guides[4])
+    expected = generate(pipe, **call)
+    unplug(pipe)
+    plug(pipe, GuideBundle(guides))
+    assert np.array_equal(generate(pipe, **call), expected)
+    generate(pipe, num_inference_steps=16)
+    assert np.array_equal(generate(pipe, **call), expected)
+
+
 def test_a_guidance_scale_outside_the_trained_range_is_warned_about(
     pipe: StableDiffusionPipeline, tiny: Guide, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,17 +14,19 @@ import torch
 from diffusers import (
     DDIMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
-from pnp_core.guide import Guide
+from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import encode_prompts
 from pnp_core.placing import on_device
 from pnp_core.plug import plug, unplug
 from pnp_core.plugged import plugged_class
 from pnp_core.schedule import NoiseSchedule
+from tests.conftest import roused
 from tests.plugged import generate
 
 
@@ -227,6 +229,74 @@ def test_a_callback_switches_prompts_as_in_the_stock_pipeline(
     np.testing.assert_allclose(made, latents.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("exact_steps", [0, 1])
+def test_prompts_written_in_place_are_those_given_anew_also_where_tensors_count_no_writes(
+    pipe: StableDiffusionPipeline, tiny: Guide, exact_steps: int, context: Any
+) -> None:
+    plug(pipe, tiny, exact_steps=exact_steps)
+
+    def switching(in_place: bool) -> np.ndarray:
+        def switch(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+            if step != 1:
+                return given
+            if in_place:
+                given["prompt_embeds"].copy_(both)
+                return {}
+            return {"prompt_embeds": both}
+
+        asked = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        return generate(pipe, callback_on_step_end=switch, output_type="latent", **asked)
+
+    with context():
+        c, n = pipe.encode_prompt("a cow", "cpu", 1, True, "red")
+        both = torch.cat([n, c])
+        np.testing.assert_allclose(switching(in_place=True), switching(in_place=False), atol=1e-5)
+
+
+def test_what_a_callback_writes_into_the_negative_prompt_alone_has_no_effect_as_in_stock(
+    pipe: StableDiffusionPipeline, xl_pipe: StableDiffusionXLPipeline, tiny: Guide
+) -> None:
+    names = ["negative_prompt_embeds", "negative_pooled_prompt_embeds"]
+
+    def write(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        for name in names:
+            if name in given:
+                given[name].mul_(-3)
+        return given
+
+    size = {"height": 32, "width": 32}
+    xl_guide = roused(Guide.from_unet(xl_pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    for each, own in ((pipe, tiny), (xl_pipe, xl_guide)):
+        known = [name for name in names if name in each._callback_tensor_inputs]
+        asked = {"callback_on_step_end": write, "callback_on_step_end_tensor_inputs": known}
+        assert np.array_equal(generate(each, **size, **asked), generate(each, **size))
+        plug(each, own)
+        assert np.array_equal(generate(each, **size, **asked), generate(each, **size))
+
+
+def test_an_exact_step_of_more_samples_corrects_none_after_a_callback_has_dropped_some(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    """Compared with a run that is handed over to our own denoiser."""
+    plug(pipe, tiny, exact_steps=1)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    prompts = {"prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
+
+    def drop(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return given
+        return {"latents": given["latents"][1:], "prompt_embeds": given["prompt_embeds"][[1, 3]]}
+
+    asked = {"callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    made = generate(pipe, **prompts, **asked, output_type="latent", callback_on_step_end=drop)
+    c, n = pipe.encode_prompt(prompts["prompt"], "cpu", 1, True, prompts["negative_prompt"])
+    denoiser = GuidedDenoiser(pipe.unet, tiny, NoiseSchedule.from_scheduler(pipe.scheduler))
+    conditions = Conditions.at_scale(4.0, c_BLD=c, n_BLD=n)
+    latents = handed_over(pipe, lambda z, t: denoiser(z, t.expand(2), conditions), **prompts)
+    np.testing.assert_allclose(made, latents[1:].numpy(), atol=1e-4)
+
+
 def test_diffusers_own_callback_that_cuts_cfg_off_midway_works(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
@@ -272,6 +342,19 @@ def test_a_pipeline_that_is_not_plugged_is_told_so_whatever_its_prompt(
         with pytest.raises(ValueError, match="has not been plugged"):
             generate(stock, **options)
     assert pipe.unet(torch.zeros(1, 4, 4, 4), 5, torch.zeros(1, 16, 32)) is not None  # no pipeline
+
+
+def test_the_stock_classs_call_on_a_plugged_pipeline_is_told_that_no_guide_would_act(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    call: dict[str, Any] = {"guidance_scale": 4.0, "num_inference_steps": 2}
+    expected = generate(pipe, **call)
+    plug(pipe, tiny)
+    with pytest.raises(ValueError, match=r"^StableDiffusionPipeline.__call__ .* past its guide"):
+        StableDiffusionPipeline.__call__(pipe, "a cat", **call)
+    unplug(pipe)
+    again = generate(pipe, **call)
+    assert np.array_equal(again, expected)
 
 
 def test_a_deleted_pipeline_is_freed_without_the_cycle_collector(

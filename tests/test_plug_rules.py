@@ -72,15 +72,17 @@ def test_keys_and_values_of_the_negative_prompt_are_made_once_a_call(
     assert len(asked) == 4 + 1  # the prompt's at each step, which the guide steers
 
 
-def test_they_are_made_again_when_a_callback_writes_into_a_lora(
-    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path
+@pytest.mark.parametrize("weights", ["attn2.to_v.lora_B", "attn2.to_v.weight"])
+def test_they_are_made_again_when_a_callback_writes_into_weights(
+    pipe: StableDiffusionPipeline, tiny: Guide, tmp_path: Path, weights: str
 ) -> None:
-    """As peft's hotswap does: through `data`, which no version counts."""
-    save_lora(pipe.unet, tmp_path)
-    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    """Through `data`, which no version counts: as peft's hotswap and some merges do."""
+    if "lora" in weights:
+        save_lora(pipe.unet, tmp_path)
+        pipe.load_lora_weights(tmp_path, adapter_name="style")
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     plug(pipe, tiny)
-    written = [p for name, p in pipe.unet.named_parameters() if "attn2.to_v.lora_B" in name]
+    written = [p for name, p in pipe.unet.named_parameters() if weights in name]
     seen: list[list[torch.Tensor]] = []
 
     def swap(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:

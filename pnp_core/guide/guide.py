@@ -1,7 +1,9 @@
 """A guide of any kind, for one UNet architecture: made, saved, opened, checked against a UNet."""
 
 import hashlib
+import inspect
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -134,17 +136,14 @@ class Guide(ModelMixin, ConfigMixin):
         """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled.
 
         Raises:
-            ValueError: the weights are not those of such a guide; another version wrote them.
+            ValueError: its config or its weights are not those of a guide; another version wrote
+                them.
         """
+        check_config(cls.load_config(path, **options), path)
         guide: Guide
         guide, loading = super().from_pretrained(
             path, **{**options, "use_safetensors": True, "output_loading_info": True}
         )
-        if guide.config.format_version > FORMAT:
-            raise ValueError(
-                f"The guide in {path} has format {guide.config.format_version}, and this version "
-                f"of pnp-guide knows formats up to {FORMAT}: install a newer one."
-            )
         if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
             raise ValueError(
                 f"The guide in {path} was saved by another version of pnp-guide: {len(wrong)} of "
@@ -185,6 +184,33 @@ class Guide(ModelMixin, ConfigMixin):
             strength: multiplies all that the guide does.
         """
         return self.net.prepare(conditions, strength)
+
+
+def check_config(config: Any, path: str | os.PathLike[str]) -> None:
+    """Raise ValueError if this is no config that a guide can be made with.
+
+    Args:
+        config: what the ``config.json`` in ``path`` says.
+        path: of the guide, for the message.
+    """
+    entries = config if isinstance(config, Mapping) else {}
+    version = entries.get("format_version")
+    if isinstance(version, int) and version > FORMAT:  # it may be of a kind not known here
+        raise ValueError(
+            f"The guide in {path} has format {version}, and this version of pnp-guide knows "
+            f"formats up to {FORMAT}: install a newer one."
+        )
+    parameters = list(inspect.signature(Guide.__init__).parameters.values())[1:]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if missing := [name for name in needed if name not in entries]:
+        raise ValueError(
+            f"{path} is not a guide, or is damaged: its config.json lacks {', '.join(missing)}."
+        )
+    if entries["kind"] not in FORMATS:
+        raise ValueError(
+            f"The guide in {path} is damaged: its config.json has the kind {entries['kind']!r}, "
+            f"and there are {', '.join(FORMATS)}."
+        )
 
 
 def hold_offsets(guide: Guide) -> Guide:

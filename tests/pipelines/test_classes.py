@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pnp_core.guide import Guide
 from pnp_core.pipelines import REFUSED, SERVED, UNAFFECTED, known
 from pnp_core.plug import plug, unplug
+from pnp_core.sample import initial_noise
 from tests.pipeline_page import PAGE, class_named, modules, page
-from tests.pipeline_zoo import CASES, Case, Parts
+from tests.pipeline_zoo import CASES, PHOTO, SIZE, Case, Parts
 from tests.reference import (
     CALL,
     SCALE,
@@ -166,6 +169,93 @@ def test_what_a_callback_gives_for_both_prompts_counts_under_the_prompt(
         plug(pipe, guide)
         np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
         unplug(pipe)
+
+
+class WithinAnInterval(Reference):
+    """Guides where the pipeline doubles its batch, and does not where a callback has ended that."""
+
+    def forward(self, sample: Tensor, *args: Any, **more: Any) -> Any:
+        if len(sample) == self.num_prompts:
+            return self.unet(sample, *args, **more)
+        return super().forward(sample, *args, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("StableDiffusionPipeline", ["prompt_embeds"]),
+        ("StableDiffusionXLPipeline", ["prompt_embeds", "add_text_embeds", "add_time_ids"]),
+        ("StableDiffusionControlNetPipeline", ["prompt_embeds", "image"]),
+        ("StableDiffusionInpaintPipeline", ["prompt_embeds", "mask", "masked_image_latents"]),
+    ],
+)
+def test_guidance_that_a_callback_ends_and_begins_again_is_as_in_the_stock_pipeline(
+    name: str, entries: list[str], parts: Parts
+) -> None:
+    """Compared with our own denoiser, which the stock pipeline runs with the same callback."""
+    pipe = made(name, parts)
+    unet = pipe.unet
+    guide = guide_for(unet)
+    both: dict[str, Tensor] = {}
+
+    def leave_out(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            both.update({entry: given[entry] for entry in entries})
+            running._guidance_scale = 1.0
+            return {entry: value.chunk(2)[1] for entry, value in both.items()}
+        running._guidance_scale = SCALE
+        return dict(both) if step == 1 else {}
+
+    asked = {"callback_on_step_end": leave_out, "callback_on_step_end_tensor_inputs": entries}
+    call = {**call_of(pipe, CASES[name]), **asked, "num_inference_steps": 4}
+    stand_in(pipe, WithinAnInterval(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+    plug(pipe, guide)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("exact_steps", [0, 2, 4])
+@pytest.mark.parametrize("how", ["drop", "branch"])
+@pytest.mark.parametrize(
+    ("name", "entries"),
+    [
+        ("StableDiffusionPipeline", ["prompt_embeds"]),
+        ("StableDiffusionXLPipeline", ["prompt_embeds", "add_text_embeds", "add_time_ids"]),
+        ("StableDiffusionControlNetPipeline", ["prompt_embeds", "image"]),
+    ],
+)
+def test_samples_that_a_callback_drops_or_makes_more_of_come_out_as_alone(
+    name: str, entries: list[str], how: str, exact_steps: int, parts: Parts
+) -> None:
+    pipe = made(name, parts)
+    size = {"height": SIZE, "width": SIZE}
+    call = call_of(pipe, CASES[name]) | size | {"num_inference_steps": 4}
+    rows = {"drop": [0], "branch": [0, 0, 1]}[how]
+
+    def choose(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step != 1:
+            return given
+        chosen = {k: torch.cat([half[rows] for half in given[k].chunk(2)]) for k in entries}
+        return {"latents": given["latents"][rows], **chosen}
+
+    asked = {
+        "callback_on_step_end": choose,
+        "callback_on_step_end_tensor_inputs": ["latents", *entries],
+    }
+    pairs = [("a cat", "a dog"), ("a cow", "red")]
+    prompts = {"prompt": [c for c, _ in pairs], "negative_prompt": [n for _, n in pairs]}
+    if "image" in call:
+        prompts["image"] = [PHOTO, PHOTO]
+    latents = initial_noise((4, 4, 4), [3, 4])
+    plug(pipe, guide_for(pipe.unet), exact_steps=exact_steps)
+    made_together = run(pipe, {**call, **prompts, **asked, "latents": latents})
+    alone = [
+        run(pipe, {**call, "prompt": c, "negative_prompt": n, "latents": latents[at : at + 1]})
+        for at, (c, n) in enumerate(pairs)
+    ]
+    expected = np.concatenate([alone[row] for row in rows])
+    np.testing.assert_allclose(made_together, expected, atol=5e-4)
 
 
 def test_in_guess_mode_a_callback_sees_the_control_image_once(parts: Parts) -> None:
@@ -349,6 +439,50 @@ class OwnDefault(StableDiffusionPipeline):
         return super().__call__(*args, guidance_scale=guidance_scale or SCALE, **kwargs)
 
 
+def each_alone(stock: type[Any]) -> type[Any]:
+    """A subclass that runs its ancestor's call for each prompt, with its own negative prompt."""
+
+    class EachAlone(stock):  # type: ignore[misc]
+        def __call__(self, prompt: Any, negative_prompt: Any, **kwargs: Any) -> Any:
+            found = [
+                super(EachAlone, self).__call__(p, negative_prompt=n, **kwargs)
+                for p, n in zip(prompt, negative_prompt, strict=True)
+            ]
+            found[0].images = torch.cat([each.images for each in found])
+            return found[0]
+
+    return EachAlone
+
+
+class Between(StableDiffusionPipeline):
+    """Encodes two prompts itself, and hands on what lies between them."""
+
+    def __call__(self, prompt: Any, negative_prompt: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        c = self.encode_prompt(prompt[0], "cpu", 1, False)[0]
+        d, n = self.encode_prompt(prompt[1], "cpu", 1, True, negative_prompt)
+        kwargs |= {"prompt_embeds": (c + d) / 2, "negative_prompt_embeds": n}
+        return super().__call__(**kwargs)
+
+
+class Wanders(StableDiffusionPipeline):
+    """Encodes another prompt before each of its steps, as guidance asks for it."""
+
+    def __call__(self, prompt: Any, guidance_scale: float = 7.5, **kwargs: Any) -> Any:  # type: ignore[override]
+        self._guidance_scale = guidance_scale
+        self.scheduler.set_timesteps(len(prompt))
+        latents = initial_noise((4, 4, 4), [3])
+        negative, cfg = kwargs["negative_prompt"], self.do_classifier_free_guidance
+        for number, t in enumerate(self.scheduler.timesteps):
+            c, n = self.encode_prompt(prompt[number], "cpu", 1, cfg, negative[number])
+            text, twice = (torch.cat([n, c]), 2) if cfg else (c, 1)
+            with torch.no_grad():
+                eps = self.unet(latents.repeat(twice, 1, 1, 1), t, text).sample
+            if cfg:
+                eps = torch.lerp(*eps.chunk(2), guidance_scale)
+            latents = self.scheduler.step(eps, t, latents)[0]
+        return StableDiffusionPipelineOutput(latents, None)
+
+
 def outside(name: str, stock: type[Any], **changes: Any) -> type[Any]:
     """A class with this code that diffusers does not know of."""
     members = {k: v for k, v in vars(stock).items() if k not in ("__dict__", "__weakref__")}
@@ -398,6 +532,59 @@ def test_a_subclass_that_hands_on_the_scale_of_a_class_that_doubles_is_guided(
     call = {name: value for name, value in CALL.items() if name != "guidance_scale"}
     assert np.array_equal(run(pipe, call), expected)  # 7.5 is the ancestor's default
     unplug(pipe)
+
+
+PAIRS: dict[str, Any] = {"prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
+
+
+@pytest.mark.parametrize("exact_steps", [0, 1])
+@pytest.mark.parametrize(
+    ("stock", "more"),
+    [
+        (StableDiffusionPipeline, {}),
+        # half of the scheduler's steps leave room for a second run
+        (diffusers.StableDiffusionImg2ImgPipeline, {"image": PHOTO, "strength": 0.5}),
+    ],
+)
+def test_each_run_that_a_subclass_makes_in_its_call_is_as_a_call_of_its_own(
+    stock: type[Any], more: dict[str, Any], exact_steps: int, parts: Parts, guide: Guide
+) -> None:
+    alone, together = of_class(stock, parts), of_class(each_alone(stock), parts)
+    call = {**CALL, **more, "num_inference_steps": 4}
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    for pipe in (alone, together):
+        plug(pipe, guide, exact_steps=exact_steps)
+    expected = [
+        alone(**{**call, "prompt": p, "negative_prompt": n}, generator=generators[0]).images
+        for p, n in zip(*PAIRS.values(), strict=True)
+    ]
+    made = together(**{**call, **PAIRS}, generator=generators[1]).images
+    assert torch.equal(made, torch.cat(expected))
+    for pipe in (alone, together):
+        unplug(pipe)
+
+
+def test_what_a_subclass_encodes_itself_does_not_hide_the_negative_prompt_it_hands_on(
+    parts: Parts, guide: Guide
+) -> None:
+    c, d = (parts.base.encode_prompt(p, "cpu", 1, False)[0] for p in PAIRS["prompt"])
+    n = parts.base.encode_prompt("", "cpu", 1, True, "a dog")[1]
+    handed_on = {"prompt": None, "negative_prompt": None}
+    handed_on |= {"prompt_embeds": (c + d) / 2, "negative_prompt_embeds": n}
+    expected = plugged_run(StableDiffusionPipeline, parts, guide, **handed_on)
+    made = plugged_run(Between, parts, guide, prompt=PAIRS["prompt"])
+    assert np.array_equal(made, expected)
+
+
+def test_a_prompt_encoded_at_each_step_is_guided_from_its_own_negative_prompt(
+    parts: Parts, guide: Guide
+) -> None:
+    pipe = of_class(Wanders, parts)
+    unet = pipe.unet
+    stand_in(pipe, Reference(unet, guide, 1, pipe.scheduler))
+    expected = run(pipe, {**CALL, **PAIRS})
+    stand_in(pipe, unet)
+    np.testing.assert_allclose(plugged_run(Wanders, parts, guide, **PAIRS), expected, atol=2e-4)
 
 
 def test_a_class_outside_diffusers_that_decides_as_theirs_is_served(
