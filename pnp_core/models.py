@@ -1,6 +1,7 @@
 """Loading bases and fine-tunes as people have them, with errors that say what to do."""
 
 import copy
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from pnp_core.conditions import AddedConditions
@@ -117,21 +120,35 @@ def load_lora_unet(path: Path, *, base: DiffusionPipeline) -> UNet2DConditionMod
     """A copy of the base's UNet with a LoRA file merged into it.
 
     Raises:
-        ValueError: the LoRA is not for this UNet.
+        ValueError: the LoRA is not for this UNet, or a part of it isn't.
     """
     unet = copy.deepcopy(base.unet)
-    state, alphas, metadata = base.lora_state_dict(
-        str(path), unet_config=unet.config, return_lora_metadata=True
-    )
-    if not any(key.startswith("unet.") for key in state):
-        raise ValueError(f"The LoRA {path} has nothing for a UNet.")
     try:
+        state, alphas, metadata = base.lora_state_dict(
+            str(path), unet_config=unet.config, return_lora_metadata=True
+        )
+        wanted = adapted_modules(state)
+        if not wanted:
+            raise ValueError("it has nothing for a UNet")
         base.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-    except RuntimeError as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"The LoRA {path} is not for the base's UNet: {error}") from None
+    found = {name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)}
+    if lacking := sorted(wanted - found):  # diffusers leaves these out, and says nothing
+        raise ValueError(
+            f"The LoRA {path} is not for the base's UNet, which lacks {len(lacking)} of the "
+            f"{len(wanted)} modules that it changes, such as {lacking[0]}."
+        )
     unet.fuse_lora()
     unet.unload_lora()
     return unet
+
+
+def adapted_modules(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a UNet's modules that a LoRA is for, of its weights as diffusers reads them."""
+    keys = [key.removeprefix("unet.") for key in state if key.startswith("unet.")]
+    keys = list(convert_unet_state_dict_to_peft(dict.fromkeys(keys)))
+    return {re.split(r"\.lo(?:ra|kr)_", key)[0] for key in keys if not key.endswith(".alpha")}
 
 
 class TextStates(NamedTuple):

@@ -100,6 +100,20 @@ def test_a_lora_of_another_unet_is_refused(
         load_unet(tmp_path, base=pipe)
 
 
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_lora_of_which_a_part_has_no_module_in_the_unet_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path, layout: str
+) -> None:
+    deeper = UNet2DConditionModel.from_config({**pipe.unet.config, "layers_per_block": 2})
+    save_lora(deeper, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    if layout == "kohya":
+        save_file(kohya_lora(tmp_path), file)
+    # to_q and to_v of two attentions in each transformer: 6 of these, where the base has 4.
+    with pytest.raises(ValueError, match=r"lacks 8 of the 24 modules .* such as \w+_blocks\."):
+        load_unet(file, base=pipe)
+
+
 def test_a_fine_tune_of_another_architecture_is_refused_naming_both(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
