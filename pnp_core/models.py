@@ -1,7 +1,6 @@
 """Loading bases and fine-tunes as people have them, with errors that say what to do."""
 
 import copy
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from pnp_core.files import read_json
 from pnp_core.guide.unet import describe
 from pnp_core.model_files import (
     LORA_FILE,
+    check_base,
     check_model_files,
     hub_revision,
     is_hub_id,
@@ -42,12 +42,11 @@ def load_pipeline(
     Of a fine-tune in a single file without configs, ``like`` is the folder of its base's.
 
     Raises:
-        ValueError: see :func:`check_model_files` and :func:`load_single_file`.
+        ValueError: see :func:`check_model_files`, :func:`check_base`, :func:`load_single_file`.
     """
     check_model_files(path)
+    check_base(path)
     if Path(path).is_file():
-        if is_lora(Path(path)):
-            raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
         pipe = load_single_file(Path(path), dtype=dtype, like=like)
     else:
         index = Path(path) / "model_index.json"
@@ -148,7 +147,7 @@ def adapted_modules(state: Mapping[str, Tensor]) -> set[str]:
     """Names of a UNet's modules that a LoRA is for, of its weights as diffusers reads them."""
     keys = [key.removeprefix("unet.") for key in state if key.startswith("unet.")]
     keys = list(convert_unet_state_dict_to_peft(dict.fromkeys(keys)))
-    return {re.split(r"\.lo(?:ra|kr)_", key)[0] for key in keys if not key.endswith(".alpha")}
+    return {key.rsplit(".lora_", 1)[0] for key in keys if not key.endswith(".alpha")}
 
 
 class TextStates(NamedTuple):
