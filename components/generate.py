@@ -168,8 +168,10 @@ def side_by_side(images: "dict[str, Image.Image]", *, title: str) -> "Image.Imag
 def seed(text: str) -> int:
     """A seed that PyTorch takes."""
     number = int(text)
-    if not 0 <= number < 2**64:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 2^64 - 1 is needed, not {text}")
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(
+            f"a number below 2^64, from -2^63 on, is needed, not {text}"
+        )
     return number
 
 

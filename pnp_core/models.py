@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from pnp_core.conditions import AddedConditions
 from pnp_core.files import read_json
@@ -42,7 +42,8 @@ def load_pipeline(
     Of a fine-tune in a single file without configs, ``like`` is the folder of its base's.
 
     Raises:
-        ValueError: see :func:`check_model_files`, :func:`check_base`, :func:`load_single_file`.
+        ValueError: weights are not finite; see :func:`check_model_files`, :func:`check_base` and
+            :func:`load_single_file`.
     """
     check_model_files(path)
     check_base(path)
@@ -57,6 +58,9 @@ def load_pipeline(
         pipe = AutoPipelineForText2Image.from_pretrained(
             path, use_safetensors=True, torch_dtype=dtype, **options
         )
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            check_finite(part, path)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -73,7 +77,8 @@ def load_unet(
     one), a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: damaged files, or an architecture that is not the base's; both are named.
+        ValueError: damaged files, weights that are not finite, or an architecture that is not the
+            base's; both are named.
     """
     check_model_files(path)
     path = Path(path)
@@ -81,8 +86,8 @@ def load_unet(
     if path.is_dir() and not (path / "unet").is_dir():
         path = path / LORA_FILE
     if path.is_file() and is_lora(path):
-        return load_lora_unet(path, base=base).to(dtype)
-    if path.is_file():
+        unet = load_lora_unet(path, base=base).to(dtype)
+    elif path.is_file():
         with tempfile.TemporaryDirectory() as config:  # spares asking the hub for it
             base.unet.save_config(f"{config}/unet")
             try:
@@ -99,7 +104,17 @@ def load_unet(
             path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
         )
     check_is_fine_tune(unet, base.unet, path)
+    check_finite(unet, path)
     return unet.to(base.unet.device)
+
+
+def check_finite(part: nn.Module, path: str | Path) -> None:
+    """Raise ValueError if a weight of a part of the model at ``path`` is NaN or infinite."""
+    for name, weight in part.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{path} can't be used: {name} of its {type(part).__name__} holds NaN or infinity."
+            )
 
 
 def check_is_fine_tune(

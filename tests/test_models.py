@@ -342,3 +342,25 @@ def test_a_unet_or_a_lora_alone_is_refused_as_a_base_before_it_is_loaded(
         for refused in (check_base, load_pipeline, lambda path: check_same_kind(path, path)):
             with pytest.raises(ValueError, match="can be a fine-tune of a base, but not a base"):
                 refused(tmp_path / alone)
+
+
+@pytest.mark.parametrize("form", ["pipeline", "unet", "lora"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_its_path(
+    pipe: StableDiffusionPipeline, tmp_path: Path, form: str, value: float
+) -> None:
+    base = copy.deepcopy(pipe)
+    path = tmp_path / "broken"
+    if form == "lora":
+        save_lora(pipe.unet, path)
+        weights = load_file(path / "pytorch_lora_weights.safetensors")
+        next(iter(weights.values()))[0, 0] = value
+        save_file(weights, path / "pytorch_lora_weights.safetensors")
+    else:
+        with torch.no_grad():
+            next(pipe.unet.parameters()).view(-1)[0] = value
+        pipe.save_pretrained(path) if form == "pipeline" else pipe.unet.save_pretrained(
+            path / "unet"
+        )
+    with pytest.raises(ValueError, match=rf"{path}.* of its UNet2DConditionModel holds NaN or inf"):
+        load_unet(path, base=base) if form != "pipeline" else load_pipeline(path)

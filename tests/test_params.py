@@ -282,6 +282,7 @@ def test_what_reads_no_inputs_works_where_they_are_away(
         ("evaluate.judges", ["params.yaml"], "evaluate.judges[0]: params.yaml is no folder"),
         ("models.tuned.reference", "nowhere", "models.tuned.reference: there is no nowhere"),
         ("models.tuned.path", "some/model/nowhere", "models.tuned.path: No model at"),
+        ("base", "~/nowhere", "base: No model at ~/nowhere: the path does not exist, and ~ is not"),
     ],
 )
 def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) -> None:
