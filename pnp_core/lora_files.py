@@ -16,7 +16,7 @@ MATRIX = re.compile(
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 KOHYA_READ = (".lora_down.weight", ".lora_up.weight", ".alpha", ".dora_scale")
 # Names of the original layout, whose blocks are numbered in another way.
-ORIGINAL = re.compile(r"(input|output)_blocks|middle_block")
+ORIGINAL = re.compile(r"(input|output)_blocks|middle_block|time_embed_|label_emb|unet_out_")
 
 
 def check_lora_keys(path: Path, keys: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from components import cache, dataset, prepare, references
 from components.dataset import PreparedImages, each_record, read_prompts, reference_images
 from components.environment import quiet
 from components.judging import Judge
-from components.params import Params, load_params
+from components.params import Model, Params, load_params
 from components.paths import CACHE, PREPARED
 from components.references import References
 from pnp_core.cache import CacheBuilder, Example, build_cache
@@ -336,3 +336,13 @@ def test_an_image_without_a_known_white_is_refused_by_its_mode(kind: type, mode:
     for look in (dataset.check_record, dataset.fit):
         with pytest.raises(ValueError, match=rf"art, row 3: .* \(mode {mode}\)"):
             look(record, toy.RESOLUTION)
+
+
+def test_a_models_own_prompts_are_the_lines_of_its_file_whatever_editor_wrote_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "words.txt").write_bytes(
+        "\N{BYTE ORDER MARK}a bar\r\n two\u2028lines \r\n".encode()
+    )
+    model = Model(path=str(tmp_path), reference="", prompts="words.txt")
+    assert dataset.own_prompts(model) == ("a bar", "two\u2028lines")

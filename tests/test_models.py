@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from pnp_core.model_files import check_base, check_model_files, check_same_kind, weights_hash
 from pnp_core.models import encode_prompts, load_pipeline, load_unet
 from tests.conftest import changed, same_weights, save_lora
+from tests.test_single_file import original_unet_key
 
 
 def test_a_unet_folder_and_a_pipeline_folder_load_as_fine_tunes(
@@ -49,12 +50,17 @@ def test_a_lora_loads_as_a_fine_tune_and_leaves_the_base_alone(
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
 
-def kohya_lora(folder: Path) -> dict[str, torch.Tensor]:
-    """The LoRA of a folder in the key layout of kohya's tools."""
+def kohya_lora(
+    folder: Path, original: UNet2DConditionModel | None = None
+) -> dict[str, torch.Tensor]:
+    """The LoRA of a folder in the key layout of kohya's tools, as they name an SDXL UNet's modules
+    if it is given."""
     result = {}
     for key, value in load_file(folder / "pytorch_lora_weights.safetensors").items():
-        module, kind = key.split(".lora_")
-        name = "lora_unet_" + module.removeprefix("unet.").replace(".", "_")
+        module, kind = key.removeprefix("unet.").split(".lora_")
+        if original is not None:
+            module = original_unet_key(f"{module}.", original).removesuffix(".")
+        name = "lora_unet_" + module.replace(".", "_")
         result[f"{name}.lora_{'down' if kind == 'A.weight' else 'up'}.weight"] = value
         result[f"{name}.alpha"] = torch.tensor(4.0)
     return result
@@ -316,6 +322,19 @@ def test_a_loras_modules_are_compared_with_the_bases_in_every_layout_that_loads(
             check_same_kind(file, toy_folder)
         with pytest.raises(ValueError, match="is not for the base's UNet"):
             load_unet(file, base=pipe)
+
+
+def test_an_sdxl_lora_of_kohyas_is_merged_whole_under_its_original_names(
+    xl_pipe: StableDiffusionXLPipeline, tmp_path: Path
+) -> None:
+    xl_pipe.save_pretrained(tmp_path / "base")
+    save_file(lora_for(xl_pipe.unet), tmp_path / "pytorch_lora_weights.safetensors")
+    expected = load_unet(tmp_path / "pytorch_lora_weights.safetensors", base=xl_pipe).state_dict()
+    save_file(kohya_lora(tmp_path, xl_pipe.unet), tmp_path / "style.safetensors")
+    check_same_kind(tmp_path / "style.safetensors", tmp_path / "base")
+    merged = load_unet(tmp_path / "style.safetensors", base=xl_pipe).state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(merged[key], value)
 
 
 def test_a_unet_in_a_file_of_its_own_is_compared_by_its_shapes(
