@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from components.cli import main
 from components.cluster import run_tasks
-from components.dataset import PreparedImages, read_prompts
+from components.dataset import PreparedImages, lines_of, read_prompts
 from components.disk import check_room, megabytes
 from components.params import Params, cache_config, companion_paths
 from components.paths import CACHE, PREPARED
@@ -144,7 +144,7 @@ def cache_builder(params: Params, *, on_cpu: bool = False) -> "CacheBuilder":
         base=base_identity(params.base),
         data_hash=manifest["hash"],
         companions=load_companions(companion_paths(params), pipe),
-        further_prompts=(PREPARED / "prompts.txt").read_text(encoding="utf-8").splitlines(),
+        further_prompts=lines_of(PREPARED / "prompts.txt"),
     )
     if builder.image_size != manifest["resolution"]:  # configs on disk need not say it
         raise ValueError(

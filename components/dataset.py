@@ -22,15 +22,17 @@ Refuse = Callable[[ValueError], None]
 # Of a parquet file, which may hold more than memory does, in one row group.
 ROWS_AT_ONCE = 64
 BYTES_AT_ONCE = 2**20
-IMAGES_WEIGHED = 32
+# Modes of PIL.
+SIXTEEN_BIT = "I;16"
+WITHOUT_RANGE = {"I": "integers", "F": "floats"}
 
 
 class Record(NamedTuple):
     """One image of a data set, and what is said of it."""
 
     image: bytes  # an encoded file, as it lies there
-    caption: str
-    split: str | None
+    caption: str  # without spaces around it
+    split: Any  # what the column `split` says, None without one
     where: str  # file and row, for messages
 
 
@@ -54,8 +56,7 @@ def count_records(path: Path, *, image_column: str, caption_column: str) -> int:
     folder of neither kind.
     """
     if (path / "metadata.jsonl").exists():
-        lines = (path / "metadata.jsonl").read_text().splitlines()
-        return sum(1 for line in lines if line.strip())
+        return sum(1 for line in lines_of(path / "metadata.jsonl") if line.strip())
 
     import pyarrow.parquet as pq
 
@@ -74,13 +75,29 @@ def each_record(
 ) -> Iterator[Record]:
     """The same one after another, for more images than there is memory for.
 
-    `refuse` hears of a row without an image or a caption; if it returns, the next one is read.
+    `refuse` hears of a row without an image or a caption, or with one that is no text; if it
+    returns, the next one is read.
     """
     if (path / "metadata.jsonl").exists():
         yield from _read_folder(path, caption_column, refuse)
         return
     for file in _parquet_files(path):
         yield from _read_parquet(file, image_column, caption_column, refuse)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, with or without a byte order mark.
+
+    A line ends where an editor ends it: what str.splitlines takes for an end besides may stand in a
+    caption, as U+2028 does. Raises ValueError, naming the file, if it is no text in UTF-8.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a text file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    return text.removesuffix("\n").split("\n") if text else []
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -122,25 +139,13 @@ class PreparedImages:
         return _encoded(row, "image", f"{self._path}, row {number}")
 
 
-def mean_bytes(path: Path) -> float:
-    """What an image of a prepared file takes without loss: the mean of `IMAGES_WEIGHED`, at most.
-
-    Raises ValueError, naming the file, for one that can't be read.
-    """
-    from PIL import Image
-
-    images, count = PreparedImages(path), len(read_prompts(path))
-    numbers = range(0, count, -(-count // IMAGES_WEIGHED))
-    opened = (Image.open(io.BytesIO(images.read(number))) for number in numbers)
-    return sum(len(encode(image.convert("RGB"))) for image in opened) / len(numbers)
-
-
 def check_record(record: Record, resolution: int) -> None:
     """Raise ValueError for an empty caption, and as far as the header tells for a bad image."""
-    if not record.caption.strip():
+    if not record.caption:
         raise ValueError(f"{record.where}: the caption is empty")
     with _opened(record) as image:
-        size = image.size
+        size, mode = image.size, image.mode
+    _check_mode(record, mode)
     _check_size(record, size, resolution)
 
 
@@ -148,8 +153,10 @@ def fit(record: Record, resolution: int) -> tuple[Any, bool]:
     """The record's image as RGB, `resolution` pixels square; and whether it was so already.
 
     It is turned as its EXIF orientation says. A larger one is scaled down and cropped at its
-    centre, transparency becomes white. Raises ValueError if it can't be decoded or is smaller.
+    centre, transparency becomes white, 16 bits become 8. Raises ValueError if it can't be decoded,
+    is smaller, or is of a mode without a known white.
     """
+    import numpy as np
     from PIL import Image, ImageOps
 
     from pnp_core.orientation import is_upright, upright
@@ -158,7 +165,10 @@ def fit(record: Record, resolution: int) -> tuple[Any, bool]:
         opened.load()
         as_is = is_upright(opened)
         image: Image.Image = upright(opened)
+    _check_mode(record, image.mode)
     _check_size(record, image.size, resolution)
+    if image.mode.startswith(SIXTEEN_BIT):  # PIL would cut off all above 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     if image.mode == "RGB" and image.size == (resolution, resolution):
         return image, as_is
     if image.mode != "RGB":
@@ -178,6 +188,15 @@ def _opened(record: Record) -> "Iterator[Image.Image]":
             yield opened
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{record.where}: not a readable image") from error
+
+
+def _check_mode(record: Record, mode: str) -> None:
+    """Raise ValueError if an image's numbers are of no range that is known."""
+    if mode in WITHOUT_RANGE:
+        raise ValueError(
+            f"{record.where}: an image of 32-bit {WITHOUT_RANGE[mode]} (mode {mode}), of which "
+            "nothing says what is white: convert it to 8 bits"
+        )
 
 
 def _check_size(record: Record, size: tuple[int, int], resolution: int) -> None:
@@ -249,7 +268,7 @@ def own_prompts(model: Model) -> tuple[str, ...]:
         file = Path(model.path, found)
         if not (Path(model.path).is_dir() and file.is_file()):
             raise ValueError(f"there is no file {file}: put it into the model's folder")
-        where, found = str(file), tuple(file.read_text(encoding="utf-8").splitlines())
+        where, found = str(file), tuple(lines_of(file))
     prompts = tuple(line.strip() for line in found if line.strip())
     if not prompts:
         raise ValueError(f"there is no prompt in {where}")
@@ -304,6 +323,13 @@ def _encoded(row: dict[str, Any], image_column: str, where: str) -> bytes:
     return data
 
 
+def _caption(value: Any, where: str) -> str:
+    """A caption without spaces around it. Raises ValueError, saying where, if it is no text."""
+    if not isinstance(value, str | None):
+        raise ValueError(f"{where}: the caption is no text: {value!r} ({type(value).__name__})")
+    return (value or "").strip()
+
+
 def _pixels(records: Sequence[Record], resolution: int) -> "np.ndarray":
     """The images of records, fitted: uint8, (N, resolution, resolution, 3)."""
     import numpy as np
@@ -323,16 +349,17 @@ def _read_parquet(
         where = f"{path}, row {number}"
         try:
             data = _encoded(row, image_column, where)
+            caption = _caption(row[caption_column], where)
         except ValueError as error:
             refuse(error)
             continue
-        yield Record(data, row[caption_column] or "", row.get("split"), where)
+        yield Record(data, caption, row.get("split"), where)
 
 
 def _read_folder(path: Path, caption_column: str, refuse: Refuse) -> Iterator[Record]:
     for entry, where in _entries(path, caption_column, refuse):
         image = (path / entry["file_name"]).read_bytes()
-        yield Record(image, entry[caption_column] or "", entry.get("split"), where)
+        yield Record(image, entry[caption_column], entry.get("split"), where)
 
 
 def _entries(
@@ -340,7 +367,7 @@ def _entries(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """The lines of a folder's metadata.jsonl, and where they are; none if it has no such file."""
     metadata = path / "metadata.jsonl"
-    lines = metadata.read_text().splitlines() if metadata.exists() else []
+    lines = lines_of(metadata) if metadata.exists() else []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{metadata}, line {number}"
@@ -361,6 +388,7 @@ def _entry(path: Path, line: str, where: str, caption_column: str) -> dict[str, 
             raise ValueError(f"{where}: there is no {image}")
         if caption_column not in entry:
             raise KeyError(caption_column)
+        entry[caption_column] = _caption(entry[caption_column], where)
     except json.JSONDecodeError:
         raise ValueError(f"{where}: not JSON") from None
     except KeyError as error:

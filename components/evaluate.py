@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from components.cli import main
 from components.cluster import run_tasks
 from components.curves import few, write_curves
-from components.dataset import mean_bytes
-from components.disk import check_room
+from components.disk import check_room, mean_bytes
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, alone_with, batches
 from components.methods import label_of

@@ -83,7 +83,8 @@ def check_out(path: Path) -> None:
 
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--out {path}: name a file in a folder that there is")
-    if path.suffix.lower() not in Image.registered_extensions():
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:  # some kinds are read alone
         raise ValueError(f"--out {path}: end its name with .png, or as another kind of image does")
 
 
@@ -164,6 +165,16 @@ def side_by_side(images: "dict[str, Image.Image]", *, title: str) -> "Image.Imag
     return grid(rows, list(images), title=title, cell=cell)
 
 
+def seed(text: str) -> int:
+    """A seed that PyTorch takes."""
+    number = int(text)
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(
+            f"a number below 2^64, from -2^63 on, is needed, not {text}"
+        )
+    return number
+
+
 def steps(text: str) -> int:
     """A number of steps."""
     number = int(text)
@@ -200,7 +211,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=factor, help="default: the model's, or evaluate's")
     parser.add_argument("--strength", type=factor, help="default: the model's, or 1")
     parser.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--compare",
         action="store_true",

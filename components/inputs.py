@@ -4,10 +4,9 @@ import zipfile
 from pathlib import Path
 
 from pnp_core.files import read_json
-from pnp_core.model_files import check_weight_files, image_size
+from pnp_core.model_files import TOKENIZERS, check_weight_files, image_size
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
 def check_judge(judge: str) -> None:

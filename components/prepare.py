@@ -6,13 +6,21 @@ manifest.json (counts, and a hash of the content).
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from components.cli import main
-from components.dataset import Record, check_record, count_records, each_record, encode, fit
+from components.dataset import (
+    Record,
+    check_record,
+    count_records,
+    each_record,
+    encode,
+    fit,
+    lines_of,
+)
 from components.params import Params, Prepare
 from components.paths import PREPARED
 from components.progress import Progress
@@ -20,6 +28,8 @@ from pnp_core.files import atomic_folder, write_json
 
 ROWS_IN_A_GROUP = 64  # of a parquet file; the unit that is read at a time
 NUM_TOLD = 10  # of bad images
+# What a column `split` may say, beside `train`.
+HELDOUT = ("heldout", "validation", "test")
 
 
 def run(params: Params) -> None:
@@ -27,10 +37,11 @@ def run(params: Params) -> None:
     config = params.prepare
     paths = [Path(config.dataset, name) for name in config.files] or [Path(config.dataset)]
     columns = {"image_column": config.image_column, "caption_column": config.caption_column}
+    further = further_prompts(Path(config.prompts))
     num_records = sum(count_records(path, **columns) for path in paths)
     captions = check_records(paths, columns, config, num_records)
     known = captions["train"] | captions["heldout"]
-    further = further_prompts(Path(config.prompts), known=known)
+    further = [prompt for prompt in further if prompt not in known]
     progress = Progress("prepare", num_records, "images")
     digest = hashlib.sha256()
     with atomic_folder(PREPARED) as folder, ExitStack() as stack:
@@ -124,12 +135,17 @@ def prepared(record: Record, resolution: int) -> bytes:
 
 
 def split_of(record: Record, config: Prepare) -> str:
-    """Which part of the data an image belongs to."""
+    """Which part of the data an image belongs to. Raises ValueError if its split says neither."""
     if record.split is None:
-        is_train = not falls_out(record.caption, config.heldout_fraction)
+        is_heldout = falls_out(record.caption, config.heldout_fraction)
+    elif record.split == "train" or record.split in HELDOUT:
+        is_heldout = record.split != "train"
     else:
-        is_train = record.split == "train"
-    return "train" if is_train else "heldout"
+        raise ValueError(
+            f"{record.where}: its split is {record.split!r}, which is neither train nor "
+            f"{', '.join(HELDOUT[:-1])} or {HELDOUT[-1]}"
+        )
+    return "heldout" if is_heldout else "train"
 
 
 class Split:
@@ -168,17 +184,16 @@ class Split:
         self._writer.close()
 
 
-def further_prompts(path: Path, *, known: Set[str]) -> list[str]:
-    """The lines of a text file, each once, without empty ones and those of images, held out or not.
+def further_prompts(path: Path) -> list[str]:
+    """The lines of a text file, each once, without empty ones.
 
     Raises ValueError if it is no text in UTF-8.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prepare.prompts: {path} is no text in UTF-8: {error}") from None
-    prompts = dict.fromkeys(line.strip() for line in lines)
-    return [prompt for prompt in prompts if prompt and prompt not in known]
+        prompts = dict.fromkeys(line.strip() for line in lines_of(path))
+    except ValueError as error:
+        raise ValueError(f"prepare.prompts: {error}") from None
+    return [prompt for prompt in prompts if prompt]
 
 
 def falls_out(prompt: str, fraction: float) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from components.dataset import own_prompts, read_prompts
+from components.dataset import lines_of, own_prompts, read_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
 from components.methods import METHODS, equal_cost_steps
 from components.params import Evaluate, Model, Params, teacher_guider
@@ -78,8 +78,7 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     num_images = config.extent.num_images
     own = own_prompts(row) if row else ()
     if own:  # no prompt of the data is in prompts.txt, one of these may be
-        further = (PREPARED / "prompts.txt").read_text(encoding="utf-8")
-        found["train"] |= set(further.splitlines())
+        found["train"] |= set(lines_of(PREPARED / "prompts.txt"))
         prompts = [own[number % len(own)] for number in range(num_images)]
     else:
         prompts = list(config.grid_prompts)

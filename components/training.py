@@ -12,7 +12,7 @@ from components.paths import CACHE, DISTILLED, PREPARED, RUNS
 from components.progress import Progress
 from components.shipping import pack
 from components.storage import Mirror
-from pnp_core.files import read_json
+from pnp_core.files import old_of, read_json
 from pnp_core.settings import MEMORY_ONLY, TrainConfig
 
 if TYPE_CHECKING:
@@ -36,7 +36,13 @@ def train_stage(
         params: all of them.
         num_images: that it will report, over all rounds.
         makes: the folder that the first worker writes.
+
+    Raises ValueError if a stage before it has not run.
     """
+    if not (CACHE / "index.json").exists():
+        raise ValueError(f"there is no teacher cache in {CACHE}: run the stage cache first")
+    if makes != DISTILLED and not (DISTILLED.is_dir() or old_of(DISTILLED).is_dir()):
+        raise ValueError(f"there is no guide in {DISTILLED}: run the stage distill first")
     from components.tracking import TrainingRun, current_pipeline
     from pnp_core.train import RECIPE
 

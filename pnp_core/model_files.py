@@ -6,7 +6,6 @@ once.
 
 import hashlib
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,24 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from pnp_core.files import read_json
+from pnp_core.lora_files import check_lora_keys, check_lora_shapes
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 LORA_FILE = "pytorch_lora_weights.safetensors"
+# The weights of a pipeline's parts by the one name that they are loaded by; of the others, files of
+# which one is needed.
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+TOKENIZERS = ("tokenizer.json", "vocab.json")
+OTHERS = {
+    "tokenizer": TOKENIZERS,
+    "tokenizer_2": TOKENIZERS,
+    "scheduler": ("scheduler_config.json",),
+}
 # What a base's UNet and a fine-tune's have in common.
 ARCHITECTURE = (
     "in_channels",
@@ -36,8 +50,12 @@ PARTS = {
 # Of single files in the original layout, see :mod:`pnp_core.single_file`.
 LAYOUTS = Path(__file__).parent / "layouts"
 LAYOUT_OF_TEXT_WIDTH = {768: "sd15", 1024: "sd21", 2048: "sdxl"}
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-TEXT_TO_KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+ORIGINAL_UNET = "model.diffusion_model."
+CONV_IN = f"{ORIGINAL_UNET}input_blocks.0.0.weight"
+TEXT_TO_KEY = f"{ORIGINAL_UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+# The same in a UNet's own file, as diffusers writes it.
+OWN_CONV_IN = "conv_in.weight"
+OWN_TEXT_TO_KEY = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 
 
 def check_model_files(path: str | Path) -> None:
@@ -46,7 +64,8 @@ def check_model_files(path: str | Path) -> None:
     A ``path`` that is neither a file nor a folder here passes only in the form of a hub id.
 
     Raises:
-        ValueError: nothing is there; a file is pickled, truncated or missing.
+        ValueError: nothing is there; a file is pickled, truncated or missing; or it is a model of
+            another kind.
     """
     path = Path(path)
     if path.is_file():
@@ -58,17 +77,79 @@ def check_model_files(path: str | Path) -> None:
         if path.suffix != ".safetensors":
             raise ValueError(f"{path} is not a model: expected a folder or a .safetensors file.")
         check_safetensors(path)
+        check_is_unet(path)
         return
     if is_hub_id(path):
         return
     if not path.is_dir():
-        raise ValueError(f"No model at {path}: the path does not exist.")
-    for folder in model_folders(path):
-        check_weight_files(folder)
+        hint = ", and ~ is not expanded here: write it out" if str(path).startswith("~") else ""
+        raise ValueError(f"No model at {path}: the path does not exist{hint}.")
+    if (path / "model_index.json").exists():
+        check_pipeline_folder(path)
+    elif (path / "unet").is_dir():
+        check_part(path, "unet")
+    elif (path / LORA_FILE).exists():
+        check_weight_files(path)
+        check_is_unet(path / LORA_FILE)
+    else:
+        raise ValueError(
+            f"{path} is not a model: it has no model_index.json, no unet/ and no {LORA_FILE}."
+        )
 
 
-def check_weight_files(folder: Path) -> None:
-    """Raise ValueError if a folder's weights are pickled, truncated, not all there, or none."""
+def check_pipeline_folder(path: Path) -> None:
+    """Raise ValueError if a pipeline's folder has no UNet, or lacks a part that its index names."""
+    index = read_json(path / "model_index.json")
+    parts = {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+    if "unet" not in parts:
+        raise ValueError(
+            f"{path} is a {index.get('_class_name')}, not a Stable Diffusion model: it has no UNet."
+        )
+    for name in sorted(parts & (WEIGHTS.keys() | OTHERS.keys())):
+        check_part(path, name)
+
+
+def check_part(path: Path, name: str) -> None:
+    """Raise ValueError if a part of a pipeline's folder is not there, or not all of it."""
+    folder = path / name
+    if not folder.is_dir():
+        raise ValueError(f"{path} lacks its folder {name}/: download it again.")
+    if name in WEIGHTS:
+        check_weight_files(folder, WEIGHTS[name])
+    needed = OTHERS.get(name, ("config.json",))
+    if not any((folder / file).exists() for file in needed):
+        raise ValueError(f"{folder} lacks {' or '.join(needed)}: download it again.")
+
+
+def check_base(path: str | Path) -> None:
+    """Raise ValueError if a local model is a UNet or a LoRA alone: no base, but a fine-tune."""
+    path = Path(path)
+    if path.is_file() and is_lora(path):
+        raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
+    if path.is_dir() and not is_whole(path):
+        raise ValueError(
+            f"{path} has no model_index.json, so it is a UNet or a LoRA alone: it can be a "
+            "fine-tune of a base, but not a base."
+        )
+
+
+def check_is_unet(path: Path) -> None:
+    """Raise ValueError if a .safetensors file has neither a UNet nor a LoRA for one."""
+    with safe_open(path, "np") as file:
+        keys = list(file.keys())
+    if is_lora(path):
+        check_lora_keys(path, keys)
+    elif not any(key.startswith(ORIGINAL_UNET) or key == OWN_CONV_IN for key in keys):
+        what = f"its first weight is {min(keys)}" if keys else "it is empty"
+        raise ValueError(f"{path} has no Stable Diffusion UNet, and is no LoRA for one: {what}.")
+
+
+def check_weight_files(folder: Path, name: str | None = None) -> None:
+    """Look at a folder's weights, which are loaded by this name where one is given.
+
+    Raises:
+        ValueError: they are pickled, truncated, of another name, not all there, or none.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickled = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
@@ -81,14 +162,24 @@ def check_weight_files(folder: Path) -> None:
         missing = sorted(listed - {f.name for f in files})
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
+    if name and not any((folder / file).exists() for file in (name, f"{name}.index.json")):
+        raise ValueError(
+            f"{folder} has {', '.join(f.name for f in files)} and no {name}, the name that weights "
+            "are loaded by: rename what is to be used."
+        )
 
 
 def check_same_kind(path: str | Path, base: str | Path) -> None:
-    """Raise ValueError if files on disk tell that a UNet is none of the base's architecture.
+    """Compare the architecture of a fine-tune's UNet with the base's, by files on disk.
 
-    Of a single file and of a LoRA, shapes of weights tell; of a folder, its config.
+    Of a single file and of a LoRA, shapes of weights tell; of a folder, its config. A LoRA's
+    modules are compared one by one if the base is a folder.
+
+    Raises:
+        ValueError: they differ, or the base is none, see :func:`check_base`.
     """
     path = Path(path)
+    check_base(base)
     ours = (configs_of(base) or Path(base)) / "unet" / "config.json"
     if path == Path(base) or not ours.exists():  # kept in another way: loading will tell
         return
@@ -101,6 +192,9 @@ def check_same_kind(path: str | Path, base: str | Path) -> None:
             raise ValueError(
                 f"{path} is no fine-tune of {base}: its UNet has {field} {value}, the base's {own}"
             )
+    file = path if path.is_file() else path / LORA_FILE
+    if Path(base).is_dir() and not (path / "unet").is_dir() and file.exists() and is_lora(file):
+        check_lora_shapes(file, Path(base) / "unet")
 
 
 def architecture_of(path: Path) -> dict[str, Any]:
@@ -114,31 +208,12 @@ def architecture_of(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with safe_open(file, "np") as weights:
         for key in weights.keys():  # noqa: SIM118
-            if key == CONV_IN:
+            if key in (CONV_IN, OWN_CONV_IN):
                 width, found["in_channels"] = weights.get_slice(key).get_shape()[:2]
                 found["block_out_channels"] = [width]
-            elif key == TEXT_TO_KEY or READS_TEXT.search(key):
+            elif key in (TEXT_TO_KEY, OWN_TEXT_TO_KEY) or READS_TEXT.search(key):
                 found["cross_attention_dim"] = weights.get_slice(key).get_shape()[1]
     return found
-
-
-def model_folders(path: Path) -> Iterator[Path]:
-    """The folders under ``path`` that must hold weights."""
-    if (path / "model_index.json").exists():
-        for name, kind in read_json(path / "model_index.json").items():
-            with_weights = ("unet", "vae", "text_encoder", "text_encoder_2")
-            if name in with_weights and isinstance(kind, list) and kind[0] is not None:
-                if not (path / name).is_dir():
-                    raise ValueError(f"{path} lacks its folder {name}/: download it again.")
-                yield path / name
-    elif (path / "unet").is_dir():
-        yield path / "unet"
-    elif (path / LORA_FILE).exists():
-        yield path
-    else:
-        raise ValueError(
-            f"{path} is not a model: it has no model_index.json, no unet/ and no {LORA_FILE}."
-        )
 
 
 def check_safetensors(path: Path) -> None:
@@ -162,8 +237,9 @@ def is_whole(path: str | Path) -> bool:
 
 def is_lora(path: Path) -> bool:
     """Whether a .safetensors file holds a LoRA, in the layout of diffusers or of kohya's tools."""
+    marks = ("lora_", ".lora.", "_lora.")
     with safe_open(path, "np") as file:
-        return any("lora_" in key or ".lora." in key for key in file.keys())  # noqa: SIM118
+        return any(mark in key for key in file.keys() for mark in marks)  # noqa: SIM118
 
 
 def has_all_parts(path: Path) -> bool:
@@ -176,6 +252,8 @@ def has_all_parts(path: Path) -> bool:
 def is_hub_id(path: str | Path) -> bool:
     """Whether a path that is not here has the form of a hub id, ``owner/name``."""
     path = Path(path)
+    if str(path).startswith("~"):  # a home folder, which nobody expands here
+        return False
     return len(path.parts) == 2 and not path.exists() and not path.parent.exists()
 
 

@@ -12,13 +12,16 @@ from diffusers import (
     DiffusionPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from pnp_core.conditions import AddedConditions
 from pnp_core.files import read_json
 from pnp_core.guide.unet import describe
 from pnp_core.model_files import (
     LORA_FILE,
+    check_base,
     check_model_files,
     hub_revision,
     is_hub_id,
@@ -39,12 +42,12 @@ def load_pipeline(
     Of a fine-tune in a single file without configs, ``like`` is the folder of its base's.
 
     Raises:
-        ValueError: see :func:`check_model_files` and :func:`load_single_file`.
+        ValueError: weights are not finite; see :func:`check_model_files`, :func:`check_base` and
+            :func:`load_single_file`.
     """
     check_model_files(path)
+    check_base(path)
     if Path(path).is_file():
-        if is_lora(Path(path)):
-            raise ValueError(f"{path} is a LoRA: it can be a fine-tune of a base, but not a base.")
         pipe = load_single_file(Path(path), dtype=dtype, like=like)
     else:
         index = Path(path) / "model_index.json"
@@ -55,6 +58,9 @@ def load_pipeline(
         pipe = AutoPipelineForText2Image.from_pretrained(
             path, use_safetensors=True, torch_dtype=dtype, **options
         )
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            check_finite(part, path)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -71,7 +77,8 @@ def load_unet(
     one), a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: damaged files, or an architecture that is not the base's; both are named.
+        ValueError: damaged files, weights that are not finite, or an architecture that is not the
+            base's; both are named.
     """
     check_model_files(path)
     path = Path(path)
@@ -79,8 +86,8 @@ def load_unet(
     if path.is_dir() and not (path / "unet").is_dir():
         path = path / LORA_FILE
     if path.is_file() and is_lora(path):
-        return load_lora_unet(path, base=base).to(dtype)
-    if path.is_file():
+        unet = load_lora_unet(path, base=base).to(dtype)
+    elif path.is_file():
         with tempfile.TemporaryDirectory() as config:  # spares asking the hub for it
             base.unet.save_config(f"{config}/unet")
             try:
@@ -97,7 +104,17 @@ def load_unet(
             path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
         )
     check_is_fine_tune(unet, base.unet, path)
+    check_finite(unet, path)
     return unet.to(base.unet.device)
+
+
+def check_finite(part: nn.Module, path: str | Path) -> None:
+    """Raise ValueError if a weight of a part of the model at ``path`` is NaN or infinite."""
+    for name, weight in part.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{path} can't be used: {name} of its {type(part).__name__} holds NaN or infinity."
+            )
 
 
 def check_is_fine_tune(
@@ -117,21 +134,35 @@ def load_lora_unet(path: Path, *, base: DiffusionPipeline) -> UNet2DConditionMod
     """A copy of the base's UNet with a LoRA file merged into it.
 
     Raises:
-        ValueError: the LoRA is not for this UNet.
+        ValueError: the LoRA is not for this UNet, or a part of it isn't.
     """
     unet = copy.deepcopy(base.unet)
-    state, alphas, metadata = base.lora_state_dict(
-        str(path), unet_config=unet.config, return_lora_metadata=True
-    )
-    if not any(key.startswith("unet.") for key in state):
-        raise ValueError(f"The LoRA {path} has nothing for a UNet.")
     try:
+        state, alphas, metadata = base.lora_state_dict(
+            str(path), unet_config=unet.config, return_lora_metadata=True
+        )
+        wanted = adapted_modules(state)
+        if not wanted:
+            raise ValueError("it has nothing for a UNet")
         base.load_lora_into_unet(state, network_alphas=alphas, unet=unet, metadata=metadata)
-    except RuntimeError as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"The LoRA {path} is not for the base's UNet: {error}") from None
+    found = {name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)}
+    if lacking := sorted(wanted - found):  # diffusers leaves these out, and says nothing
+        raise ValueError(
+            f"The LoRA {path} is not for the base's UNet, which lacks {len(lacking)} of the "
+            f"{len(wanted)} modules that it changes, such as {lacking[0]}."
+        )
     unet.fuse_lora()
     unet.unload_lora()
     return unet
+
+
+def adapted_modules(state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a UNet's modules that a LoRA is for, of its weights as diffusers reads them."""
+    keys = [key.removeprefix("unet.") for key in state if key.startswith("unet.")]
+    keys = list(convert_unet_state_dict_to_peft(dict.fromkeys(keys)))
+    return {key.rsplit(".lora_", 1)[0] for key in keys if not key.endswith(".alpha")}
 
 
 class TextStates(NamedTuple):

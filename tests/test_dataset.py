@@ -21,7 +21,7 @@ from components import cache, dataset, prepare, references
 from components.dataset import PreparedImages, each_record, read_prompts, reference_images
 from components.environment import quiet
 from components.judging import Judge
-from components.params import Params, load_params
+from components.params import Model, Params, load_params
 from components.paths import CACHE, PREPARED
 from components.references import References
 from pnp_core.cache import CacheBuilder, Example, build_cache
@@ -315,3 +315,34 @@ def test_an_image_with_a_damaged_exif_block_is_taken_as_it_lies(
     assert as_is and np.array_equal(np.asarray(fitted), pixels)
     cached = cache.cache_builder(params).to_tensor(Example(image=file.getvalue(), prompt=""))
     np.testing.assert_allclose((cached.permute(1, 2, 0).numpy() + 1) * 127.5, pixels, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_an_image_of_16_bits_is_the_same_in_8_bits(form: str) -> None:
+    pixels = np.arange(toy.RESOLUTION**2, dtype=np.uint8).reshape(toy.RESOLUTION, -1)
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(file, form)
+    record = dataset.Record(file.getvalue(), "a cat", None, "")
+    dataset.check_record(record, toy.RESOLUTION)
+    fitted, _ = dataset.fit(record, toy.RESOLUTION)
+    np.testing.assert_array_equal(np.asarray(fitted), np.stack([pixels] * 3, axis=-1))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_an_image_without_a_known_white_is_refused_by_its_mode(kind: type, mode: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.ones((toy.RESOLUTION, toy.RESOLUTION), kind)).save(file, "TIFF")
+    record = dataset.Record(file.getvalue(), "a cat", None, "art, row 3")
+    for look in (dataset.check_record, dataset.fit):
+        with pytest.raises(ValueError, match=rf"art, row 3: .* \(mode {mode}\)"):
+            look(record, toy.RESOLUTION)
+
+
+def test_a_models_own_prompts_are_the_lines_of_its_file_whatever_editor_wrote_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "words.txt").write_bytes(
+        "\N{BYTE ORDER MARK}a bar\r\n two\u2028lines \r\n".encode()
+    )
+    model = Model(path=str(tmp_path), reference="", prompts="words.txt")
+    assert dataset.own_prompts(model) == ("a bar", "two\u2028lines")

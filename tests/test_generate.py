@@ -115,6 +115,7 @@ def test_a_guide_that_is_none_is_told_before_anything_is_opened(
         (["--guidance-scale", "nan"], "--guidance-scale: a number from 0 on"),
         (["--guidance-scale", "-1"], "--guidance-scale: a number from 0 on"),
         (["--strength", "inf"], "--strength: a number from 0 on"),
+        (["--seed", "99999999999999999999"], "--seed: a number below 2^64"),
     ],
 )
 def test_a_number_that_can_t_be_is_told_by_the_option(
@@ -130,7 +131,7 @@ def test_a_number_that_can_t_be_is_told_by_the_option(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", [".", "a.txt", "no/such/folder/a.png"])
+@pytest.mark.parametrize("out", [".", "a.txt", "a.psd", "no/such/folder/a.png"])
 def test_where_no_image_can_be_written_is_told_before_a_model_is_opened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str
 ) -> None:
@@ -139,6 +140,13 @@ def test_where_no_image_can_be_written_is_told_before_a_model_is_opened(
     nothing: Any = None
     with pytest.raises(ValueError, match="^--out "):
         generate.run(nothing, generate.parsed())
+
+
+def test_a_model_in_a_home_folder_is_not_taken_for_one_on_a_hub(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="No model at ~/nowhere: .* ~ is not expanded here"):
+        made(params, monkeypatch, "--model", "~/nowhere")
 
 
 def test_a_guidance_scale_of_0_is_no_guidance(

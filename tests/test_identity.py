@@ -96,6 +96,11 @@ def test_who_saved_a_base_and_where_is_not_in_its_identity(base: Path) -> None:
 
 def test_a_base_that_lacks_a_part_is_named(base: Path) -> None:
     shutil.rmtree(base / "scheduler")
+    with pytest.raises(ValueError, match="lacks its folder scheduler/"):
+        base_identity(base)
+    index = read_json(base / "model_index.json")
+    del index["scheduler"]
+    (base / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="is no base: it lacks its scheduler folder"):
         base_identity(base)
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,14 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pnp_core.model_files import check_model_files, weights_hash
+from pnp_core.model_files import check_base, check_model_files, check_same_kind, weights_hash
 from pnp_core.models import encode_prompts, load_pipeline, load_unet
 from tests.conftest import changed, same_weights, save_lora
+from tests.test_single_file import original_unet_key
 
 
 def test_a_unet_folder_and_a_pipeline_folder_load_as_fine_tunes(
@@ -45,12 +50,17 @@ def test_a_lora_loads_as_a_fine_tune_and_leaves_the_base_alone(
     assert all(torch.equal(v, before[k]) for k, v in pipe.unet.state_dict().items())
 
 
-def kohya_lora(folder: Path) -> dict[str, torch.Tensor]:
-    """The LoRA of a folder in the key layout of kohya's tools."""
+def kohya_lora(
+    folder: Path, original: UNet2DConditionModel | None = None
+) -> dict[str, torch.Tensor]:
+    """The LoRA of a folder in the key layout of kohya's tools, as they name an SDXL UNet's modules
+    if it is given."""
     result = {}
     for key, value in load_file(folder / "pytorch_lora_weights.safetensors").items():
-        module, kind = key.split(".lora_")
-        name = "lora_unet_" + module.removeprefix("unet.").replace(".", "_")
+        module, kind = key.removeprefix("unet.").split(".lora_")
+        if original is not None:
+            module = original_unet_key(f"{module}.", original).removesuffix(".")
+        name = "lora_unet_" + module.replace(".", "_")
         result[f"{name}.lora_{'down' if kind == 'A.weight' else 'up'}.weight"] = value
         result[f"{name}.alpha"] = torch.tensor(4.0)
     return result
@@ -98,6 +108,20 @@ def test_a_lora_of_another_unet_is_refused(
     save_lora(xl_pipe.unet, tmp_path)
     with pytest.raises(ValueError, match="is not for the base's UNet"):
         load_unet(tmp_path, base=pipe)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+def test_a_lora_of_which_a_part_has_no_module_in_the_unet_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path, layout: str
+) -> None:
+    deeper = UNet2DConditionModel.from_config({**pipe.unet.config, "layers_per_block": 2})
+    save_lora(deeper, tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    if layout == "kohya":
+        save_file(kohya_lora(tmp_path), file)
+    # to_q and to_v of two attentions in each transformer: 6 of these, where the base has 4.
+    with pytest.raises(ValueError, match=r"lacks 8 of the 24 modules .* such as \w+_blocks\."):
+        load_unet(file, base=pipe)
 
 
 def test_a_fine_tune_of_another_architecture_is_refused_naming_both(
@@ -181,3 +205,181 @@ def test_pickled_weights_are_refused(toy_folder: Path, tmp_path: Path) -> None:
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(ValueError, match="only pickled weights"):
         load_pipeline(base)
+
+
+def test_a_pipeline_without_a_unet_is_refused_by_its_class(tmp_path: Path) -> None:
+    (tmp_path / "sd3/transformer").mkdir(parents=True)
+    parts = {"transformer": ["diffusers", "SD3Transformer2DModel"], "unet": [None, None]}
+    index = {"_class_name": "StableDiffusion3Pipeline", **parts}
+    (tmp_path / "sd3/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="sd3 is a StableDiffusion3Pipeline, not a Stable Diffu"):
+        check_model_files(tmp_path / "sd3")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("tokenizer", "lacks its folder tokenizer/"),
+        ("scheduler", "lacks its folder scheduler/"),
+        ("scheduler/scheduler_config.json", "scheduler lacks scheduler_config.json"),
+        ("unet/config.json", "unet lacks config.json"),
+    ],
+)
+def test_a_pipeline_that_lacks_a_part_of_its_index_is_refused_by_that_part(
+    toy_folder: Path, tmp_path: Path, lacks: str, message: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(toy_folder, base)
+    check_model_files(base)
+    shutil.rmtree(base / lacks) if (base / lacks).is_dir() else (base / lacks).unlink()
+    with pytest.raises(ValueError, match=message):
+        check_model_files(base)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_of_another_name_than_is_loaded_are_refused_by_both_names(
+    toy_folder: Path, tmp_path: Path, part: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(toy_folder, base)
+    (weights,) = (base / part).glob("*.safetensors")
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    name = weights.name.replace(".", r"\.")
+    with pytest.raises(ValueError, match=rf"has \w+\.fp16\.safetensors and no {name}, the name"):
+        check_model_files(base)
+
+
+JUNK = {"weight": torch.zeros(1)}
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
+PEFT = "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+LOHA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.hada_w1_a"
+
+
+@pytest.mark.parametrize("suffix", ["style.safetensors", "style/pytorch_lora_weights.safetensors"])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "it is empty"),
+        (["emb_params"], "no Stable Diffusion UNet, and is no LoRA for one: .* emb_params"),
+        (["decoder.conv_in.weight"], "no Stable Diffusion UNet, and is no LoRA for one"),
+        ([TEXT], "has nothing for a UNet"),
+        ([PEFT], "has nothing for a UNet"),
+        (["lora_x.weight"], "has nothing for a UNet"),
+        ([LOHA], "of a kind that diffusers does not read: it has .*hada_w1_a"),
+    ],
+    ids=["empty", "textual inversion", "VAE", "text encoder", "peft", "junk", "LoHa"],
+)
+def test_a_file_that_has_nothing_for_a_unet_is_refused_by_its_header(
+    tmp_path: Path, keys: list[str], message: str, suffix: str
+) -> None:
+    file = tmp_path / suffix
+    file.parent.mkdir(exist_ok=True)
+    save_file({key: torch.zeros(4, 32) for key in keys}, file)
+    with pytest.raises(ValueError, match=message):
+        check_model_files(file if file.parent == tmp_path else file.parent)
+
+
+# Every kind of module that LoRAs are trained for.
+ADAPTED = ["to_q", "to_k", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "conv_shortcut"]
+ADAPTED += ["time_emb_proj", "conv_in", "linear_1", "downsamplers.0.conv"]
+
+
+def lora_for(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
+    """A random LoRA for a UNet, in the layout of diffusers."""
+    adapted = copy.deepcopy(unet)
+    adapted.add_adapter(LoraConfig(r=4, target_modules=ADAPTED, init_lora_weights=False))
+    return {f"unet.{key}": value for key, value in get_peft_model_state_dict(adapted).items()}
+
+
+def as_earlier(lora: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A LoRA's attentions in the layout of diffusers before peft."""
+    found = {}
+    for key, value in lora.items():
+        if module := re.fullmatch(r"(.+attn\d)\.(to_\w+)(?:\.0)?\.lora_([AB])\.weight", key):
+            end = {"A": "down", "B": "up"}[module[3]]
+            found[f"{module[1]}.processor.{module[2]}_lora.{end}.weight"] = value.contiguous()
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "earlier", "kohya"])
+def test_a_loras_modules_are_compared_with_the_bases_in_every_layout_that_loads(
+    pipe: StableDiffusionPipeline, toy_folder: Path, tmp_path: Path, layout: str
+) -> None:
+    def saved(unet: UNet2DConditionModel) -> Path:
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        lora = lora_for(unet)
+        save_file(as_earlier(lora) if layout == "earlier" else lora, file)
+        if layout == "kohya":
+            save_file(kohya_lora(tmp_path), file)
+        return file
+
+    check_same_kind(saved(pipe.unet), toy_folder)
+    assert not same_weights(load_unet(tmp_path, base=pipe), pipe.unet)
+    for change in ({"block_out_channels": (32, 96)}, {"layers_per_block": 2}):
+        file = saved(UNet2DConditionModel.from_config({**pipe.unet.config, **change}))
+        with pytest.raises(ValueError, match="is no LoRA for the base: its .*lora"):
+            check_same_kind(file, toy_folder)
+        with pytest.raises(ValueError, match="is not for the base's UNet"):
+            load_unet(file, base=pipe)
+
+
+def test_an_sdxl_lora_of_kohyas_is_merged_whole_under_its_original_names(
+    xl_pipe: StableDiffusionXLPipeline, tmp_path: Path
+) -> None:
+    xl_pipe.save_pretrained(tmp_path / "base")
+    save_file(lora_for(xl_pipe.unet), tmp_path / "pytorch_lora_weights.safetensors")
+    expected = load_unet(tmp_path / "pytorch_lora_weights.safetensors", base=xl_pipe).state_dict()
+    save_file(kohya_lora(tmp_path, xl_pipe.unet), tmp_path / "style.safetensors")
+    check_same_kind(tmp_path / "style.safetensors", tmp_path / "base")
+    merged = load_unet(tmp_path / "style.safetensors", base=xl_pipe).state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(merged[key], value)
+
+
+def test_a_unet_in_a_file_of_its_own_is_compared_by_its_shapes(
+    pipe: StableDiffusionPipeline, toy_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "tuned.safetensors"
+    save_file(pipe.unet.state_dict(), file)
+    check_model_files(file)
+    check_same_kind(file, toy_folder)
+    other = UNet2DConditionModel.from_config({**pipe.unet.config, "cross_attention_dim": 48})
+    save_file(other.state_dict(), file)
+    with pytest.raises(ValueError, match="its UNet has cross_attention_dim 48, the base's 32"):
+        check_same_kind(file, toy_folder)
+
+
+def test_a_unet_or_a_lora_alone_is_refused_as_a_base_before_it_is_loaded(
+    pipe: StableDiffusionPipeline, toy_folder: Path, tmp_path: Path
+) -> None:
+    check_base(toy_folder)
+    shutil.copytree(toy_folder / "unet", tmp_path / "tuned/unet")
+    save_lora(pipe.unet, tmp_path / "lora")
+    for alone in ("tuned", "lora", "lora/pytorch_lora_weights.safetensors"):
+        check_model_files(tmp_path / alone)
+        for refused in (check_base, load_pipeline, lambda path: check_same_kind(path, path)):
+            with pytest.raises(ValueError, match="can be a fine-tune of a base, but not a base"):
+                refused(tmp_path / alone)
+
+
+@pytest.mark.parametrize("form", ["pipeline", "unet", "lora"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_its_path(
+    pipe: StableDiffusionPipeline, tmp_path: Path, form: str, value: float
+) -> None:
+    base = copy.deepcopy(pipe)
+    path = tmp_path / "broken"
+    if form == "lora":
+        save_lora(pipe.unet, path)
+        weights = load_file(path / "pytorch_lora_weights.safetensors")
+        next(iter(weights.values()))[0, 0] = value
+        save_file(weights, path / "pytorch_lora_weights.safetensors")
+    else:
+        with torch.no_grad():
+            next(pipe.unet.parameters()).view(-1)[0] = value
+        pipe.save_pretrained(path) if form == "pipeline" else pipe.unet.save_pretrained(
+            path / "unet"
+        )
+    with pytest.raises(ValueError, match=rf"{path}.* of its UNet2DConditionModel holds NaN or inf"):
+        load_unet(path, base=base) if form != "pipeline" else load_pipeline(path)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
 
@@ -281,6 +282,7 @@ def test_what_reads_no_inputs_works_where_they_are_away(
         ("evaluate.judges", ["params.yaml"], "evaluate.judges[0]: params.yaml is no folder"),
         ("models.tuned.reference", "nowhere", "models.tuned.reference: there is no nowhere"),
         ("models.tuned.path", "some/model/nowhere", "models.tuned.path: No model at"),
+        ("base", "~/nowhere", "base: No model at ~/nowhere: the path does not exist, and ~ is not"),
     ],
 )
 def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) -> None:
@@ -351,6 +353,16 @@ def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:
         "params.yaml: models.tuned.path: models/tuned is no fine-tune of models/base: its UNet has "
         "cross_attention_dim 48, the base's 32"
     )
+
+
+def test_a_base_and_a_fine_tune_that_cannot_be_used_are_named_before_anything_runs(
+    world: Path,
+) -> None:
+    with pytest.raises(ParamsError, match=r"base: models/tuned has no model_index\.json"):
+        check_files(load(world, changed("base", "models/tuned")))
+    save_file({"emb_params": torch.zeros(1, 32)}, world / "models/words.safetensors")
+    with pytest.raises(ParamsError, match=r"models\.tuned\.path: models/words\.safetensors has no"):
+        check_files(load(world, changed("models.tuned.path", "models/words.safetensors")))
 
 
 @pytest.mark.parametrize("beside", ["", ".safetensors"], ids=["folder", "single file"])

@@ -100,6 +100,91 @@ def test_prepare_keeps_further_prompts_that_no_image_has(world: Path) -> None:
     assert before["hash"] != after["hash"]
 
 
+def test_a_held_out_prompt_is_no_further_one_whatever_editor_wrote_the_file(world: Path) -> None:
+    heldout, trained = toy.PROMPTS[0], toy.PROMPTS[1]
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    rows[0]["caption"] = f"{heldout} "
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    lines = "\r\n".join([trained, heldout, "a bar\u2028in two lines", ""])
+    Path("prompts.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    params = params_with()
+    prepare.run(params)
+    assert read_json(Path("data/prepared/manifest.json"))["num_prompts"]["further"] == 1
+    prompts = pq.read_table("data/prepared/heldout.parquet")["prompt"].to_pylist()
+    assert prompts == toy.PROMPTS[::6]
+    assert cache.cache_builder(params).prompts[-1] == "a bar\u2028in two lines"
+
+
+def write_captions(captions: list[Any]) -> None:
+    """Give the rows of art/main.parquet other captions."""
+    table = pq.read_table("art/main.parquet")
+    captions = [captions[number % len(captions)] for number in range(len(table))]
+    pq.write_table(table.set_column(1, "caption", pa.array(captions)), "art/main.parquet")
+
+
+@pytest.mark.parametrize("caption", [3, ["red", "square"], b"red square"], ids=["int", "list", "b"])
+def test_a_caption_that_is_no_text_is_refused_by_its_row(world: Path, caption: Any) -> None:
+    write_captions([caption])
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with())
+    row = f"art/main.parquet, row 0: the caption is no text: {caption!r} ({type(caption).__name__})"
+    assert f"24 of 24 images can't be used: {row}; " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("says", "parts"),
+    [
+        (["train", "heldout"], {"train": 12, "heldout": 12}),
+        (["train", "validation", "test"], {"train": 8, "heldout": 16}),
+        (["train", "Train"], "12 of 24 images can't be used: {where} 1: its split is 'Train'"),
+        (
+            [0, 1],
+            "24 of 24 images can't be used: {where} 0: its split is 0, which is neither train",
+        ),
+    ],
+    ids=["ours", "of Hugging Face", "another spelling", "numbers"],
+)
+def test_a_split_is_followed_or_refused_by_what_it_says(
+    world: Path, says: list[Any], parts: dict[str, int] | str
+) -> None:
+    table = pq.read_table("art/main.parquet")
+    split = pa.array([says[number % len(says)] for number in range(len(table))])
+    pq.write_table(table.set_column(2, "split", split), "art/main.parquet")
+    if isinstance(parts, dict):
+        prepare.run(params_with())
+        assert read_json(Path("data/prepared/manifest.json"))["num_images"] == parts
+        return
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with())
+    assert parts.format(where="art/main.parquet, row") in str(caught.value)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a mark"])
+def test_captions_of_an_image_folder_are_whole_lines_whatever_is_in_them(
+    world: Path, mark: bytes
+) -> None:
+    Path("pictures").mkdir()
+    Image.new("RGB", (50, 40)).save("pictures/0.png")
+    captions = {"train": "a bar\u2028and\u0085a disc", "heldout": "a ring"}
+    lines = [
+        json.dumps({"file_name": "0.png", "caption": caption, "split": split}, ensure_ascii=False)
+        for split, caption in captions.items()
+    ]
+    Path("pictures/metadata.jsonl").write_bytes(mark + "\r\n".join(lines).encode())
+    prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
+    for split, caption in captions.items():
+        table = pq.read_table(f"data/prepared/{split}.parquet")
+        assert table["prompt"].to_pylist() == [caption]
+
+
+def test_metadata_in_another_encoding_is_refused_by_its_file(world: Path) -> None:
+    Path("pictures").mkdir()
+    line = '{"file_name": "0.png", "caption": "caf\xe9"}'
+    Path("pictures/metadata.jsonl").write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"pictures/metadata\.jsonl is no text in UTF-8"):
+        prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
+
+
 def with_trained_captions(num_rows: int) -> list[str]:
     """Give the first held-out rows of art/main.parquet captions of train; the others' captions."""
     rows = pq.read_table("art/main.parquet").to_pylist()
@@ -179,6 +264,7 @@ def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
     Image.new("RGB", (50, 40)).save("pictures/0.png")
     lines = ['{"file_name": "0.png", "caption": "thing"}', "{", '{"file_name": "1.png"}']
     lines += ['{"file_name": "0.png"}', '{"file_name": "0.png", "caption": null}']
+    lines += ['{"file_name": "0.png", "caption": ["red", "square"]}']
     Path("pictures/metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError) as caught:
         prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
@@ -187,6 +273,7 @@ def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
         "pictures/metadata.jsonl, line 3: there is no pictures/1.png",
         "pictures/metadata.jsonl, line 4: no 'caption'",
         "pictures/metadata.jsonl, line 5: the caption is empty",
+        "pictures/metadata.jsonl, line 6: the caption is no text: ['red', 'square'] (list)",
     ]
 
 
@@ -196,6 +283,7 @@ def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
         ({"image_column": "picture"}, "no column 'picture', it has image, caption, split"),
         ({"dataset": "models", "files": []}, "neither parquet files nor a metadata.jsonl"),
         ({"dataset": "params.yaml", "files": []}, "not a parquet file"),
+        ({"prompts": "art"}, "prepare.prompts: art is a folder, not a text file"),
         ({"prompts": "art/main.parquet"}, "prepare.prompts: art/main.parquet is no text in UTF-8"),
     ],
 )
@@ -427,6 +515,19 @@ def test_distill_refuses_the_cache_of_another_base(world: Path) -> None:
     Path("models/other/unet/diffusion_pytorch_model.safetensors").write_bytes(tuned.read_bytes())
     with pytest.raises(ValueError, match="with another UNet than the base's: build"):
         distill.run(params)
+
+
+def test_training_without_what_a_stage_before_it_makes_names_that_stage(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.training.run_training", lambda *_, **__: pytest.fail("began"))
+    for stage in (distill, halve):
+        with pytest.raises(ValueError, match="no teacher cache in data/cache: run the stage cache"):
+            stage.run(params_with())
+    prepare.run(params_with())
+    cache.run(params_with())
+    with pytest.raises(ValueError, match="no guide in guides/distilled: run the stage distill fir"):
+        halve.run(params_with())
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
