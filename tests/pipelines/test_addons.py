@@ -315,6 +315,21 @@ def test_a_loras_scale_in_cross_attention_kwargs_and_fusing_work(
     np.testing.assert_allclose(guided(pipe, guide, CALL), weaker, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["tiny", "encoder"])
+def test_a_call_with_a_loras_scale_leaves_its_scaling_as_it_was(
+    pipe: StableDiffusionPipeline, kind: str
+) -> None:
+    """An encoder guide leaves the UNet's forward half-way."""
+    add_adapter(pipe.unet, "lora")
+    layer = text_attentions(pipe.unet)[0].to_k
+    before = dict(layer.scaling)
+    plug(pipe, guide_for(pipe.unet, kind))
+    half = {**CALL, "cross_attention_kwargs": {"scale": 0.5}}
+    first = run(pipe, half)
+    assert layer.scaling == before
+    assert np.array_equal(run(pipe, half), first)
+
+
 # Helpers that change how the UNet is run.
 
 
