@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval; NaN where nothing was resampled.
+        """The 95 % interval; NaN where it has none.
 
         The percentiles of the replicates, moved so that their mean is the value: that of a ratio
         need not be.

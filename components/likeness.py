@@ -9,9 +9,9 @@ from components.evaluation import Estimate, Evaluation
 from components.methods import METHODS
 from components.rules import Promote
 
-# An interval of fewer resamples says nothing of its ends.
-LEAST_RESAMPLES = 40
-NO_INTERVAL = f"has no interval of {LEAST_RESAMPLES} resamples that differ"
+# An interval of fewer replicates says nothing of its ends.
+LEAST_REPLICATES = 40
+NO_INTERVAL = f"has no interval of {LEAST_REPLICATES} replicates that differ"
 # What a number can be at all: a step takes some arithmetic, a CLIP score is 100 times a cosine.
 POSSIBLE = {
     "guidance_fvu": (0.0, math.inf),
@@ -69,7 +69,7 @@ def missing(evaluation: Evaluation, rules: Promote, num_steps: Sequence[int] = (
         )
     if "flops_ratio" not in evaluation.cost:
         found.append("flops_ratio was not measured, and promote has a rule for it")
-    if _resamples(evaluation.guidance_fvu) < LEAST_RESAMPLES:
+    if _replicates(evaluation.guidance_fvu) < LEAST_REPLICATES:
         found.append(f"guidance_fvu {NO_INTERVAL}")
     at = {c.num_steps for c in evaluation.cells if c.method == "guided"}
     at |= {*num_steps, *rules.ruled_steps}
@@ -128,11 +128,13 @@ def unlike(evaluations: Mapping[str, Evaluation]) -> list[str]:
 
 
 def has(evaluation: Evaluation, score: str, num_steps: int) -> bool:
-    """Whether a score was measured, with an interval of the same resamples, by every method."""
+    """Whether a score was measured, with an interval of as many replicates, by every method."""
     found = _by_methods(evaluation, score, num_steps)
     is_paired = len({len(each.replicates) for each in found}) == 1
     return (
-        len(found) == len(METHODS) and is_paired and min(map(_resamples, found)) >= LEAST_RESAMPLES
+        len(found) == len(METHODS)
+        and is_paired
+        and min(map(_replicates, found)) >= LEAST_REPLICATES
     )
 
 
@@ -184,6 +186,6 @@ def _identity(evaluation: Evaluation) -> dict[str, str | int | float]:
     }
 
 
-def _resamples(estimate: Estimate) -> int:
-    """How many resamples an interval is of; those that say the same are one."""
+def _replicates(estimate: Estimate) -> int:
+    """How many replicates an interval is of; those that say the same are one."""
     return len(set(estimate.replicates))

@@ -39,7 +39,7 @@ class Sampled:
 
     @property
     def counts(self) -> np.ndarray:
-        """How often each resample has each task's image, (R, N)."""
+        """Which tasks' images each replicate has, (R, N)."""
         return resamples(len(self.tasks))
 
     def num_at_a_time(self, setting: Setting) -> int:
@@ -191,7 +191,7 @@ def unexplained(
         terms: of `Sampler.fvu_terms`.
         tasks: all tasks, which the counts are of.
         of: those that the terms are of, in order; further ones were not measured.
-        counts_RN: how often each resample has each task.
+        counts_RN: which tasks each replicate has.
     """
     parts_NT, wholes_NT = np.array(terms["unexplained"]), np.array(terms["total"])
     rows = [tasks.index(task) for task in of[: len(parts_NT)]]

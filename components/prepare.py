@@ -29,7 +29,7 @@ from pnp_core.files import atomic_folder, write_json
 ROWS_IN_A_GROUP = 64  # of a parquet file; the unit that is read at a time
 NUM_TOLD = 10  # of bad images
 # What a column `split` may say, beside `train`.
-HELDOUT = ("heldout", "validation", "test")
+HELDOUT = ("heldout", "validation", "val", "valid", "dev", "eval", "test")
 
 
 def run(params: Params) -> None:

@@ -39,6 +39,7 @@ from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 # many threads compute decides the last bits, and doesn't count.
 SAMPLED_BY = 1
 FVU_SHARE = 3  # `guidance_fvu` is of one task for so many images, at most NUM_FVU_PROMPTS
+LEAST_FVU_TASKS = 16  # of fewer, parts are too much alike for an interval
 NUM_FVU_PROMPTS = 128  # at most; the first 32 alone left 0.025 less unexplained on the base
 NUM_NEGATIVE_IMAGES = 96  # at most, of each method, under a negative prompt
 NUM_TIMED_STEPS = 2
@@ -94,8 +95,10 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
 
 
 def fvu_tasks(tasks: Sequence[Task]) -> list[Task]:
-    """The held-out ones, which `guidance_fvu` is of; where there is none, trained ones."""
-    found = [task for task in tasks if task.is_heldout] or list(tasks)
+    """The held-out ones, which `guidance_fvu` is of; where there are few, trained ones besides."""
+    found = [task for task in tasks if task.is_heldout]
+    if len(found) < LEAST_FVU_TASKS:
+        found += [task for task in tasks if not task.is_heldout]
     return found[: min(-(-len(tasks) // FVU_SHARE), NUM_FVU_PROMPTS)]
 
 

@@ -95,7 +95,7 @@ def mean_of_pairs(values_NN: np.ndarray, counts_RN: np.ndarray) -> np.ndarray:
 
 
 class RealImages:
-    """What FID and KID compare with: features (M, D) of real images. They are not resampled.
+    """What FID and KID compare with: features (M, D) of real images, the same in each replicate.
 
     `kernel_mean` may be given by who has kept it: it takes M x M values of KID's kernel.
     """
@@ -116,7 +116,7 @@ class RealImages:
         ``|m_x - m_y|^2 + tr C_x + tr C_y - 2 tr (C_x C_y)^(1/2)``. With ``C_y = L L^T`` the last
         trace is the sum of the square roots of the eigenvalues of ``L^T C_x L``, which are those of
         the centred images' products in coordinates ``x L`` too, if these are fewer than dimensions:
-        N x N numbers, of which a resample is a part.
+        N x N numbers, of which a replicate takes a part.
         """
         x = features_ND.astype(np.float64)
         middle_D = x.mean(axis=0)

@@ -169,6 +169,25 @@ def key_of(tensor: Tensor | None) -> tuple[Any, ...] | None:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, version
 
 
+def take_apart(arguments: dict[str, Any], num_samples: int) -> tuple[Tensor | None, Tensor | None]:
+    """Leave a forward the second half of states of both prompts, as CFG has them.
+
+    Some pipelines give them whatever they are told, and so does a callback that ends guidance.
+
+    Returns:
+        The negative prompts' text and pooled states; None: they were not among them.
+    """
+    both, added = 2 * num_samples, arguments.get("added_cond_kwargs") or {}
+    of_text = (arguments.get("encoder_hidden_states"), added.get("text_embeds"))
+    text, pooled = (
+        states.chunk(2)[0] if states is not None and len(states) == both else None
+        for states in of_text
+    )
+    for name in {"encoder_hidden_states", "added_cond_kwargs"} & arguments.keys():
+        arguments[name] = half(arguments[name], both, num_samples)
+    return text, pooled
+
+
 def timestep_of(arguments: Mapping[str, Any]) -> Tensor:
     """A forward's timesteps, one for all or one a row, where its latents are."""
     timestep, device = arguments["timestep"], arguments["sample"].device

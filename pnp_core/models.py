@@ -150,8 +150,8 @@ def load_lora_unet(path: Path, *, base: DiffusionPipeline) -> UNet2DConditionMod
     found = {name for name, part in unet.named_modules() if isinstance(part, BaseTunerLayer)}
     if lacking := sorted(wanted - found):  # diffusers leaves these out, and says nothing
         raise ValueError(
-            f"The LoRA {path} is not for the base's UNet, which lacks {len(lacking)} of the "
-            f"{len(wanted)} modules that it changes, such as {lacking[0]}."
+            f"The LoRA {path} is not for the base's UNet: of the {len(wanted)} modules that it "
+            f"changes, diffusers does not find {len(lacking)} there, such as {lacking[0]}."
         )
     unet.fuse_lora()
     unet.unload_lora()

@@ -37,6 +37,7 @@ from pnp_core.forwards import (
     key_of,
     shared,
     steps_of,
+    take_apart,
     timestep_of,
 )
 from pnp_core.guide import Guide
@@ -223,9 +224,9 @@ class PipelineCall(Call):
                 self.halve(arguments)
         sample = arguments["sample"]
         self.num_samples = num_samples = len(sample)
-        if scale <= 1:  # a callback may have ended guidance and left states of both prompts
-            for name in {"encoder_hidden_states", "added_cond_kwargs"} & arguments.keys():
-                arguments[name] = half(arguments[name], 2 * num_samples, num_samples)
+        negative, pooled = take_apart(arguments, num_samples)
+        self.negative = self.negative if negative is None else negative
+        self.negative_pooled = self.negative_pooled if pooled is None else pooled
         if scale <= 1 or self.plug.strength == 0:
             return None
         text = arguments["encoder_hidden_states"]

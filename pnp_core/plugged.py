@@ -139,7 +139,9 @@ class Plugged:
             if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
                 if (plug := state_of_plug(owner)) is None:
                     raise ValueError(f"{NOT_PLUGGED} {what_to_do(owner)}")
-                if frame.f_code in codes_of_call(plug.stock_class) and not is_in_call(owner):
+                is_stock = frame.f_code in codes_of_call(plug.stock_class)
+                wants_guidance = getattr(owner, "_guidance_scale", 2.0) > 1
+                if is_stock and wants_guidance and not is_in_call(owner):
                     raise ValueError(PAST_GUIDE.format(plug.stock_class.__name__))
                 break
             frame = frame.f_back

@@ -17,9 +17,12 @@ from transformers import CLIPTextModel
 from components import generate, prepare
 from components.environment import quiet
 from components.images import Setting, Task
+from components.likeness import LEAST_REPLICATES
+from components.measuring import unexplained
 from components.params import Model, Params, ParamsError, check_files, load_params
 from components.rows import load_row
 from components.sampling import Sampler, choose_tasks, count_prompts, fvu_tasks
+from components.scores import resamples
 from pnp_core.bundle import GuideBundle
 from pnp_core.fine_tunes import load_model, skip_layers
 from pnp_core.guide import Guide, GuideConfig
@@ -233,6 +236,17 @@ def test_prompts_and_the_negative_prompt_of_a_model_make_its_tasks(prepared: Par
     assert {task.negative for task in tasks} == {"ugly"} and len(tasks) == 64
     trained = {t.prompt for t in choose_tasks(prepared.evaluate) if not t.is_heldout}
     assert tasks[0].is_heldout == ("red disc" not in trained) and tasks[1].is_heldout
+
+
+@pytest.mark.parametrize("num_heldout", [0, 3, 40])
+def test_guidance_fvu_has_an_interval_however_few_prompts_are_held_out(num_heldout: int) -> None:
+    tasks = [Task(f"thing {n}", n, n < num_heldout) for n in range(192)]
+    found = fvu_tasks(tasks)
+    assert sum(task.is_heldout for task in found) == num_heldout
+    parts = np.random.default_rng(0).uniform(0.4, 0.6, (len(found), 1))
+    terms = {"unexplained": parts, "total": np.ones_like(parts), "timesteps": [500]}
+    fvu, _ = unexplained(terms, tasks, found, resamples(len(tasks)))
+    assert len(set(fvu.replicates)) >= LEAST_REPLICATES
 
 
 def test_prompts_of_a_model_that_trajectories_followed_are_not_held_out(prepared: Params) -> None:

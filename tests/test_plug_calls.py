@@ -352,6 +352,7 @@ def test_the_stock_classs_call_on_a_plugged_pipeline_is_told_that_no_guide_would
     plug(pipe, tiny)
     with pytest.raises(ValueError, match=r"^StableDiffusionPipeline.__call__ .* past its guide"):
         StableDiffusionPipeline.__call__(pipe, "a cat", **call)
+    StableDiffusionPipeline.__call__(pipe, "a cat", **{**call, "guidance_scale": 1.0})
     unplug(pipe)
     again = generate(pipe, **call)
     assert np.array_equal(again, expected)

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch._dynamo.testing import CompileCounter
 
 from pnp_core.calls import now
+from pnp_core.forwards import take_apart
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.guide.unet import text_attentions
 from pnp_core.inject import Negatives
@@ -221,3 +222,19 @@ def test_repeated_blocks_that_are_alike_share_their_compiled_code(
     assert counts["plugged"] <= counts["plain"] + 1
     unplug(pipe)
     assert all(type(block._compiled_call_impl).__name__ == "function" for block in blocks)
+
+
+def test_states_of_both_prompts_for_the_samples_of_one_are_told_apart() -> None:
+    """As a pipeline gives them that doubles them by a test of its own."""
+    negative, prompt, pooled = torch.zeros(2, 7, 8), torch.ones(2, 7, 8), torch.ones(2, 5)
+    arguments: dict[str, Any] = {
+        "encoder_hidden_states": torch.cat([negative, prompt]),
+        "added_cond_kwargs": {"text_embeds": torch.cat([0 * pooled, pooled])},
+    }
+    text, of_pooled = take_apart(arguments, 2)
+    assert text is not None and torch.equal(text, negative)
+    assert of_pooled is not None and torch.equal(of_pooled, 0 * pooled)
+    assert torch.equal(arguments["encoder_hidden_states"], prompt)
+    assert torch.equal(arguments["added_cond_kwargs"]["text_embeds"], pooled)
+    assert take_apart(arguments, 2) == (None, None)
+    assert torch.equal(arguments["encoder_hidden_states"], prompt)

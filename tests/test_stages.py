@@ -136,13 +136,14 @@ def test_a_caption_that_is_no_text_is_refused_by_its_row(world: Path, caption: A
     [
         (["train", "heldout"], {"train": 12, "heldout": 12}),
         (["train", "validation", "test"], {"train": 8, "heldout": 16}),
+        (["train", "val", "dev"], {"train": 8, "heldout": 16}),
         (["train", "Train"], "12 of 24 images can't be used: {where} 1: its split is 'Train'"),
         (
             [0, 1],
             "24 of 24 images can't be used: {where} 0: its split is 0, which is neither train",
         ),
     ],
-    ids=["ours", "of Hugging Face", "another spelling", "numbers"],
+    ids=["ours", "of Hugging Face", "in short", "another spelling", "numbers"],
 )
 def test_a_split_is_followed_or_refused_by_what_it_says(
     world: Path, says: list[Any], parts: dict[str, int] | str

@@ -112,7 +112,7 @@ def test_a_difference_inside_the_noise_is_neither_a_gain_nor_a_loss() -> None:
         assert loss.note == "no difference beyond noise"
 
 
-def test_resamples_are_paired_so_that_common_noise_is_none() -> None:
+def test_replicates_are_paired_so_that_common_noise_is_none() -> None:
     noise = np.random.default_rng(0).standard_normal(200) * 0.1
 
     def with_fvu(value: float) -> Evaluation:
@@ -313,12 +313,12 @@ def test_where_the_champion_was_not_measured_it_is_said_that_nothing_was_compare
 
 
 def exactly(value: float) -> Estimate:
-    """With fifty resamples that all say the same."""
+    """With fifty replicates that all say the same."""
     return Estimate(value=value, replicates=(value,) * 50)
 
 
 @pytest.mark.parametrize("replicates", [1, 39, 50], ids=["one", "a few", "all the same"])
-def test_an_interval_that_is_of_few_resamples_is_none(replicates: int) -> None:
+def test_an_interval_that_is_of_few_replicates_is_none(replicates: int) -> None:
     whole = evaluation(fid=1.5)
 
     def cut(found: Estimate) -> Estimate:
@@ -333,9 +333,9 @@ def test_an_interval_that_is_of_few_resamples_is_none(replicates: int) -> None:
         for cell in whole.cells
     ]
     note = failed(replace(whole, cells=tuple(cells)))["complete"].note
-    assert "at 16 and 8 steps fid has no interval of 40 resamples that differ" in note
+    assert "at 16 and 8 steps fid has no interval of 40 replicates that differ" in note
     fvu = failed(replace(whole, guidance_fvu=cut(whole.guidance_fvu)))["complete"].note
-    assert fvu == "guidance_fvu has no interval of 40 resamples that differ"
+    assert fvu == "guidance_fvu has no interval of 40 replicates that differ"
     guided = with_scores(whole, {("guided", "fid"): cut(estimate(5.0))})
     assert "at 16 and 8 steps fid has no interval" in failed(guided)["complete"].note
 
