@@ -120,7 +120,10 @@ def test_a_pair_is_three_latents_in_half_precision_and_three_numbers() -> None:
     assert cache_cost.architecture_bytes("sdxl").prompt == (77 * 2048 + 1280) * 2
 
 
-@pytest.mark.parametrize("name", plan.NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "sd15" else pytest.param(n, marks=pytest.mark.services) for n in plan.NAMES],
+)
 def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> None:
     params = load_params(plan.PRESETS / f"{name}.yaml")
     one = plan.plan(name, params, gpus=1, tflops=100)

@@ -348,7 +348,9 @@ def test_a_compiled_unet_gives_the_same_image(pipe: StableDiffusionPipeline, tin
     np.testing.assert_allclose(generate(pipe), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", ["unet", "block", "wrapped block"])
+@pytest.mark.parametrize(
+    "part", [pytest.param("unet", marks=pytest.mark.services), "block", "wrapped block"]
+)
 def test_what_was_compiled_in_another_way_and_has_run_is_guided_once_plugged(
     pipe: StableDiffusionPipeline, tiny: Guide, part: str
 ) -> None:

@@ -97,7 +97,13 @@ def test_a_worse_guide_is_not_promoted_whichever_call_fails(
             assert "same command again" in told or "MLFLOW_TRACKING_" in told
 
 
-@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+@pytest.mark.parametrize(
+    "is_done_first",
+    [
+        pytest.param(False, id="not asked", marks=pytest.mark.services),
+        pytest.param(True, id="answer lost"),
+    ],
+)
 def test_a_better_guide_is_promoted_or_an_error_told_whichever_call_fails(
     crowned: None, calls: Calls, is_done_first: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

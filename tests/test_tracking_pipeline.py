@@ -143,7 +143,13 @@ def test_a_stopped_stage_is_gone_on_with_in_the_pipeline_that_goes_on(place: Pat
     assert points(distill) == [16, 32] and whole.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+@pytest.mark.parametrize(
+    "is_done_first",
+    [
+        pytest.param(False, id="not asked", marks=pytest.mark.services),
+        pytest.param(True, id="answer lost"),
+    ],
+)
 def test_parent_and_children_are_there_once_whichever_call_failed(
     place: Path, calls: Calls, is_done_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -394,7 +394,7 @@ def test_halving_gives_a_guide_a_round_and_resumes_after_a_stop(
         assert resumed[num_steps].weights_digest() == guide.weights_digest()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.services)])
 def test_halving_lowers_the_distance_to_two_teacher_steps(
     pipe: StableDiffusionPipeline,
     cache: TeacherCache,

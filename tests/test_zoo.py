@@ -224,10 +224,10 @@ def test_the_world_has_every_model_and_takes_the_minutes_it_was_given(side_by_si
 
 
 def test_a_model_that_fails_to_train_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = world.Job(1.0, 8, ("zoo.autoencoder", "--no-such-option"))
+    job = world.Job(1.0, 8, ("zoo.no_such_model", "--option"))
     monkeypatch.setattr(world, "stages", lambda *args, **options: [[job]])
     monkeypatch.setattr("sys.argv", ["zoo.world", "--minutes", "1"])
-    with pytest.raises(SystemExit, match="zoo.autoencoder --no-such-option .* failed with 2"):
+    with pytest.raises(SystemExit, match="zoo.no_such_model --option .* failed with 1"):
         world.main()
 
 
