@@ -316,6 +316,20 @@ def test_final_models_are_refused_but_in_a_final_run_that_is_noted_before_it_beg
     assert noted["commit"] == "abc" and noted["models"] == ["tuned"] and noted["when"]
 
 
+@pytest.mark.usefixtures("world")
+def test_the_note_of_a_final_run_is_written_while_no_other_process_writes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def noting(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        with run.held(run.RUN / "table.lock", wait=False) as mine:
+            assert not mine
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "models_to_run", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(load_params(Path("params.yaml")), [], [16], final=True)
+
+
 def test_a_final_run_wants_the_benchmark_committed_but_not_the_results_it_writes(
     world: Path,
 ) -> None:

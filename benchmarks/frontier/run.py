@@ -355,7 +355,8 @@ def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final
     Raises ValueError for a model that there is not or that is final, for results of another
     setting, or without the foreign judge's packages.
     """
-    there = models_to_run(params, RESULTS, final=final)
+    with held(RUN / "table.lock"):  # it writes, and another process may be starting too
+        there = models_to_run(params, RESULTS, final=final)
     if unknown := [name for name in models if name not in there]:
         raise ValueError(f"no model {', '.join(unknown)}; there are {', '.join(there)}")
     judge, foreign = Judge(params.evaluate.judges[0], device()), judging.ForeignJudge(device())
