@@ -25,7 +25,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from sqlalchemy import Engine, event
 
-from components import environment
+from components import environment, sampling
 from pnp_core.cache import CacheBuilder, CacheConfig, Example, TeacherCache, build_cache
 from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.identity import BaseIdentity
@@ -33,6 +33,7 @@ from tests.toy import make_pipeline, make_xl_pipeline
 
 torch.set_num_threads(1)  # the tests' models are too small for more
 os.fsync = lambda descriptor: None  # no test cuts the power, and a disk takes 16 ms for each
+sampling.TIMING_REPEATS = 1  # no test goes by how long something took
 environment.MALLOPT.clear()  # a stage that runs in this process would keep what it frees
 
 

@@ -26,6 +26,7 @@ from pnp_core.metrics import count_flops
 from pnp_core.plug import plug as plug_in
 from pnp_core.schedule import NoiseSchedule
 from tests import toy
+from tests.cases import few_of
 from tests.conftest import roused
 
 quiet()
@@ -85,6 +86,7 @@ def test_the_ratio_of_training_flops_is_that_of_a_count_by_layer(
     assert ratio < 0.5
 
 
+@pytest.mark.services
 def test_the_training_benchmark_measures_every_ratio(
     pipe: StableDiffusionPipeline,
     examples: list[Example],
@@ -120,10 +122,7 @@ def test_a_pair_is_three_latents_in_half_precision_and_three_numbers() -> None:
     assert cache_cost.architecture_bytes("sdxl").prompt == (77 * 2048 + 1280) * 2
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "sd15" else pytest.param(n, marks=pytest.mark.services) for n in plan.NAMES],
-)
+@pytest.mark.parametrize("name", few_of(plan.NAMES, "sd15"))
 def test_a_preset_is_valid_and_its_plan_follows_from_its_numbers(name: str) -> None:
     params = load_params(plan.PRESETS / f"{name}.yaml")
     one = plan.plan(name, params, gpus=1, tflops=100)
@@ -292,6 +291,7 @@ def test_waits_of_a_plugged_step_are_counted(plugged: StableDiffusionPipeline) -
     assert plug.host_syncs_per_step(plugged) == 1
 
 
+@pytest.mark.services  # tests/test_plug_rules.py has a quick form
 def test_a_plugged_step_is_compiled_once_and_whole(plugged: StableDiffusionPipeline) -> None:
     assert plug.compiled(plugged) == plug.Compiled(graph_breaks=0, recompilations=0)
 

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.gpu import results, rows, table
 from benchmarks.gpu.rows import Group
 from benchmarks.gpu.scale import Scale, toy_scale, true_scale
 from pnp_core.files import read_json
+from tests.cases import few_of
 
 CARD = "CPU, toy sizes"
 FEW = """
@@ -61,11 +63,25 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-@pytest.mark.parametrize("base", ["sd15", pytest.param("sdxl", marks=pytest.mark.services)])
+def not_compiled(scale: Scale, scratch: Path) -> Iterator[Group]:
+    """The rows that a CPU makes quickly."""
+    for group in rows.groups(scale, scratch):
+        names = tuple(n for n in group.names if rows.COMPILED not in n and rows.GRAPH not in n)
+        opened = group.open
+        yield Group(names, lambda opened=opened, names=names: {n: opened()[n] for n in names})
+
+
+@pytest.mark.parametrize(
+    "what", few_of(["sd15", "sdxl", "sd15, not compiled"], "sd15, not compiled")
+)
 def test_every_row_is_made_on_toys(
-    base: str, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base, _, less = what.partition(", ")
     scale = replace(scale, bases={base: scale.bases[base]})
+    if less:
+        for module in (results, table):
+            monkeypatch.setattr(module, "groups", not_compiled)
     few = tmp_path / "test_few.py"
     few.write_text(FEW)
     monkeypatch.setattr(rows, "TESTS", (str(few),))
@@ -88,7 +104,7 @@ def test_every_row_is_made_on_toys(
     assert found_tests == {"passed": 2, "skipped": 1, "not_passed": ["test_bad"]}
     summary = table.summary(found, scale, results.code_digest())
     assert summary["missing"] == summary["failed"] == summary["of_other_code"] == []
-    assert "not measured" not in table.as_markdown(found, scale, {})
+    assert less or "not measured" not in table.as_markdown(found, scale, {})
 
 
 def test_a_row_that_fails_says_so_and_the_others_are_made(

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import overhead
 from tests.toy import make_world
 
@@ -36,6 +38,7 @@ def test_ways_run_side_by_side_and_are_timed_alone(tmp_path: Path) -> None:
     assert seconds["b"][1] >= 0.5 and seconds["a"][0] < 60
 
 
+@pytest.mark.services
 def test_a_bare_stage_does_its_work_and_knows_no_mlflow(tmp_path: Path) -> None:
     make_world(tmp_path)
     code = (

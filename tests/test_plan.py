@@ -28,6 +28,7 @@ def for_a_small_unet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "unet_config", lambda name: small)
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("for_a_small_unet")
 def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_does() -> None:
     params = small_params(micro_batch_size=512)

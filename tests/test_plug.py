@@ -43,6 +43,7 @@ from pnp_core.models import encode_prompts
 from pnp_core.plug import plug, unplug
 from pnp_core.sample import decode, initial_noise, sample
 from pnp_core.schedule import NoiseSchedule
+from tests.cases import few_of
 from tests.conftest import roused, save_lora
 from tests.plugged import generate, picture
 
@@ -349,7 +350,7 @@ def test_a_compiled_unet_gives_the_same_image(pipe: StableDiffusionPipeline, tin
 
 
 @pytest.mark.parametrize(
-    "part", [pytest.param("unet", marks=pytest.mark.services), "block", "wrapped block"]
+    "part", few_of(["unet", "block", "wrapped block"], "block", "wrapped block")
 )
 def test_what_was_compiled_in_another_way_and_has_run_is_guided_once_plugged(
     pipe: StableDiffusionPipeline, tiny: Guide, part: str

@@ -13,6 +13,7 @@ from components.params import Evaluate, Params, Register, load_params
 from components.places import Cluster, Tracking
 from components.promote import Options
 from components.tracking import Decision, Registry, TrackingError
+from tests.cases import IF_CALLS_FAIL, few_of
 from tests.stores import ERRORS, NAME, TOY, Calls, folder_of, register
 from tests.toy import ROOT
 
@@ -75,7 +76,7 @@ def num_calls(calls: Calls, version: str) -> int:
     return number
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", few_of(ERRORS, "403", "connection"))
 def test_a_worse_guide_is_not_promoted_whichever_call_fails(
     crowned: None, calls: Calls, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,20 +98,14 @@ def test_a_worse_guide_is_not_promoted_whichever_call_fails(
             assert "same command again" in told or "MLFLOW_TRACKING_" in told
 
 
-@pytest.mark.parametrize(
-    "is_done_first",
-    [
-        pytest.param(False, id="not asked", marks=pytest.mark.services),
-        pytest.param(True, id="answer lost"),
-    ],
-)
+@pytest.mark.parametrize("way", IF_CALLS_FAIL)
 def test_a_better_guide_is_promoted_or_an_error_told_whichever_call_fails(
-    crowned: None, calls: Calls, is_done_first: bool, capsys: pytest.CaptureFixture[str]
+    crowned: None, calls: Calls, way: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     number = num_calls(calls, "3")
-    calls.is_done_first = is_done_first
+    calls.is_done_first = way != "not asked"
     client = Registry(TOY, NAME).store.client
-    for failing in range(number):
+    for failing in range(0, number, 3 if "third" in way else 1):
         calls.reset(failing)
         code = decide("3")
         calls.reset()

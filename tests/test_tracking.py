@@ -16,6 +16,7 @@ from components.mlflow_place import checkout, without_secrets
 from components.places import Tracking
 from components.tracking import Registry, Run, Store, TrackingError, TrainingRun
 from components.tracking.store import store_uri
+from tests.cases import few_of
 from tests.stores import ERRORS, NAME, TOY, Calls, folder_of, make_checkout, register
 
 pytest_plugins = ["tests.stores"]
@@ -65,7 +66,7 @@ def left() -> list[str]:
 # Tracking serves training
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", few_of(ERRORS, "connection"))
 @pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
 def test_curves_are_complete_and_there_once_whichever_call_failed(
     place: Path, calls: Calls, kind: str, is_done_first: bool, monkeypatch: pytest.MonkeyPatch

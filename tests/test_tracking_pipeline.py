@@ -25,6 +25,7 @@ from components.tracking import (
 )
 from components.training import curves
 from tests import toy
+from tests.cases import IF_CALLS_FAIL
 from tests.stores import ERRORS, TOY, Calls
 from tests.test_tracking import ROOT, left, points, runs
 
@@ -143,18 +144,12 @@ def test_a_stopped_stage_is_gone_on_with_in_the_pipeline_that_goes_on(place: Pat
     assert points(distill) == [16, 32] and whole.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize(
-    "is_done_first",
-    [
-        pytest.param(False, id="not asked", marks=pytest.mark.services),
-        pytest.param(True, id="answer lost"),
-    ],
-)
+@pytest.mark.parametrize("way", IF_CALLS_FAIL)
 def test_parent_and_children_are_there_once_whichever_call_failed(
-    place: Path, calls: Calls, is_done_first: bool, monkeypatch: pytest.MonkeyPatch
+    place: Path, calls: Calls, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("components.tracking.runs.FIRST_PAUSE", 0.0)
-    calls.error, calls.is_done_first = ERRORS["connection"], is_done_first
+    calls.error, calls.is_done_first = ERRORS["connection"], way != "not asked"
 
     def all_of_it(number: int) -> None:
         whole = replace(WHOLE, id=f"number {number}", name=f"number {number}")
@@ -171,8 +166,8 @@ def test_parent_and_children_are_there_once_whichever_call_failed(
                 break
 
     all_of_it(-1)
-    number = len(calls.names)
-    for failing in range(number):
+    fails = range(0, len(calls.names), 3 if "third" in way else 1)
+    for failing in fails:
         calls.reset(failing)
         all_of_it(failing)
         calls.reset()
@@ -181,7 +176,7 @@ def test_parent_and_children_are_there_once_whichever_call_failed(
     for run in found:
         if parent := run.data.tags.get("mlflow.parentRunId"):
             parents[parent].append(run)
-    assert len(parents) == number + 1
+    assert len(parents) == len(fails) + 1
     for children in parents.values():
         assert sorted(run.info.run_name for run in children) == ["base", "distill"]
         (base,) = (run for run in children if run.info.run_name == "base")

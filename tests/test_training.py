@@ -29,6 +29,7 @@ from pnp_core.halve import (
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, train
+from tests.cases import few_of
 from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 from tests.toy import ddim
 from tests.workers import run_workers
@@ -52,7 +53,7 @@ class Stop(Exception):
     """As if the process had been killed."""
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", few_of(["fp32", "bf16"], "fp32"))
 def test_distillation_moves_the_guide_only_and_lowers_the_loss(
     pipe: StableDiffusionPipeline,
     cache: TeacherCache,
@@ -394,7 +395,7 @@ def test_halving_gives_a_guide_a_round_and_resumes_after_a_stop(
         assert resumed[num_steps].weights_digest() == guide.weights_digest()
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.services)])
+@pytest.mark.parametrize("precision", few_of(["fp32", "bf16"], "fp32"))
 def test_halving_lowers_the_distance_to_two_teacher_steps(
     pipe: StableDiffusionPipeline,
     cache: TeacherCache,

@@ -219,6 +219,7 @@ def gradient_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, ca
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.services
 def test_two_workers_with_batches_in_parts_have_the_gradients_of_one_batch(
     pipe: StableDiffusionPipeline, toy_folder: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
