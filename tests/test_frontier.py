@@ -417,6 +417,11 @@ def test_intervals_are_paired_so_what_all_cells_share_cancels() -> None:
     assert low == pytest.approx(0.8, abs=1e-3) and high == pytest.approx(0.8, abs=1e-3)
 
 
+def test_what_final_models_say_has_intervals_too() -> None:
+    summed = table.summary(results(), ["a"], ["b"])
+    assert summed["intervals"]["final"]["fid_8_mean"] == pytest.approx([0.8, 0.8], abs=1e-3)
+
+
 def test_the_worst_model_decides() -> None:
     found = results()
     found["cells"]["b"]["4"] = found["cells"]["b"]["4"] | {"guided": cell("guided", 7.0)}

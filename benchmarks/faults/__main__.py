@@ -111,7 +111,7 @@ def without_places(text: str, folder: Path) -> str:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that the issue asks for."""
+    """The numbers of `--json`."""
     rows = results.values()
     return {
         "faults": len(results),

@@ -138,7 +138,7 @@ def worst(found: Sequence[Estimate | None], *, least: bool = False) -> Estimate 
 def estimates_of(
     results: Mapping[str, Any], base: Sequence[str], tuned: Sequence[str]
 ) -> dict[str, Estimate | None]:
-    """The issue's numbers over these models; None where cells are not made yet."""
+    """The keys of `--json` over these models; None where cells are not made yet."""
     models = [*base, *tuned]
     found = Found(results, models)
     keys: dict[str, Estimate | None] = {}
@@ -185,6 +185,11 @@ def behind(results: Mapping[str, Any], tuned: Sequence[str]) -> list[str]:
     return places
 
 
+def intervals_of(estimates: Mapping[str, Estimate | None]) -> dict[str, list[float]]:
+    """The 95 % intervals of those that are known."""
+    return {key: [rounded(end) for end in one.interval] for key, one in estimates.items() if one}
+
+
 def summary(
     results: Mapping[str, Any], tuned: Sequence[str], final: Sequence[str]
 ) -> dict[str, Any]:
@@ -209,18 +214,17 @@ def summary(
     numbers["fvu_finetune_worst"] = max(fvu[name] for name in tuned) if complete else None
     numbers["behind_trained_rivals"] = places = behind(results, tuned)
     unknown = ["behind_trained_rivals"] if any(NOT_MEASURED in place for place in places) else []
-    sampled = [name for name in final if name in results["cells"]]
-    if sampled:
+    intervals: dict[str, Any] = intervals_of(found)
+    if any(name in results["cells"] for name in final):
         ended = estimates_of(results, [], final)
         numbers["final"] = {key: one and rounded(one.value) for key, one in ended.items()}
+        intervals["final"] = intervals_of(ended)
         unknown += ["final"] if None in ended.values() else []
     else:
         numbers["final"] = None
     return {
         **numbers,
-        "intervals": {
-            key: [rounded(end) for end in one.interval] for key, one in found.items() if one
-        },
+        "intervals": intervals,
         "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
         "models": sorted(results["cells"]),
     }
