@@ -164,7 +164,8 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
     """The facts about a UNet that a guide depends on.
 
     Raises:
-        ValueError: it has nothing that attends to a text, or is told more than a guide knows of.
+        ValueError: it has nothing that attends to a text, is told more than a guide knows of, or
+            is guidance-distilled itself.
     """
     attentions = text_attentions(unet)
     if not attentions:
@@ -182,6 +183,11 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
         raise ValueError(
             f"This UNet has cross_attention_dim {unet.config.cross_attention_dim}: a guide knows "
             "of one width of text states only."
+        )
+    if (width := unet.config.get("time_cond_proj_dim")) is not None:
+        raise ValueError(
+            f"This UNet is guidance-distilled itself (time_cond_proj_dim is {width}): it needs no "
+            "guide."
         )
     layers = modulated_layers(unet)
     return {
