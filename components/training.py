@@ -122,7 +122,8 @@ def _naming_the_remedy(fetch: "Fetch") -> "Fetch":
         except FileNotFoundError as error:
             raise ValueError(
                 f"the teacher cache lacks {name}, which has expired or was deleted ({error}): "
-                "`python -m components.cache` makes it anew, and the same command goes on from here"
+                "`python -m components.cache` makes it anew, and the same command goes on from "
+                "here; where another kind of GPU makes it, training begins anew"
             ) from None
 
     return read
