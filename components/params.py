@@ -310,6 +310,11 @@ def check_files(params: Params) -> None:
     for companion in companion_paths(params):
         with _named_in_errors(f"companions/{companion.name}"):
             check_model(str(companion), params.base, teaches=True)
+        if not params.cache.num_trajectory:
+            raise ParamsError(
+                "params.yaml: cache.num_trajectory is 0, and companions teach along trajectories: "
+                f"raise it, or empty {params.companions}"
+            )
     with _named_in_errors("halve.start_steps"):
         check_num_steps(params.halve.start_steps, params.base)
     with _named_in_errors("prepare.resolution"):

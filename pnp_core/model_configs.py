@@ -13,6 +13,11 @@ from pnp_core.files import read_json
 from pnp_core.model_files import LORA_FILE, configs_of
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# Of a UNet's config: other entries mean that it is told more than a guide knows of.
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "encoder_hid_dim_type": (None,),  # it projects the text states that it is given
+    "addition_embed_type": (None, "text_time"),
+}
 VAES = ("AutoencoderKL", "AsymmetricAutoencoderKL")  # whose encoders give a mean and a deviation
 NO_ALPHAS = ("FlowMatch", "EDM")  # schedulers whose names begin so have no alphas_cumprod
 # Without a signal at the last timestep: what says so, and what else it may be set to.
@@ -38,6 +43,8 @@ def check_base_configs(base: str | Path) -> None:
         return
     unet, vae = (_config(configs / part / "config.json") for part in ("unet", "vae"))
     check_not_distilled(base)
+    if unet:
+        check_told(unet)
     size, channels = unet.get("sample_size"), unet.get("in_channels")
     if unet and not isinstance(size, int):
         raise ValueError(
@@ -69,6 +76,21 @@ def check_base_configs(base: str | Path) -> None:
             f"{base} has {name} {value!r} ({by}), and its scheduler's config {other!r}: put the "
             f"configs of its diffusers folder into {_folder(base)}, with what it was trained with "
             "in their scheduler_config.json."
+        )
+
+
+def check_told(unet: Mapping[str, Any]) -> None:
+    """Raise ValueError if a UNet of this config is told more than a guide knows of."""
+    for name, allowed in PLAIN.items():
+        if (entry := unet.get(name)) not in allowed:
+            raise ValueError(
+                f"This UNet has {name} {entry!r}: it is told more than a guide knows of, so there "
+                "is none for it."
+            )
+    if not isinstance(width := unet.get("cross_attention_dim", 0), int):
+        raise ValueError(
+            f"This UNet has cross_attention_dim {width}: a guide knows of one width of text states "
+            "only."
         )
 
 

@@ -123,7 +123,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         in_threads: ``loss_fn`` may run in threads: a CPU's cores then get a part of a batch each.
 
     Raises:
-        ValueError: a loss that diverges (DivergedError), too little memory; each named.
+        ValueError: a loss that diverges (DivergedError), too little memory, a bad checkpoint.
     """
     rank, world = rank_and_world()
     state = State(guide, config, in_threads=in_threads)

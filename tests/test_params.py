@@ -449,6 +449,7 @@ def test_a_model_that_is_guidance_distilled_itself_is_refused_wherever_it_stands
         ("unet", {"in_channels": 9}, "has 9 input channels and its VAE 4"),
         ("unet", {"sample_size": [4, 4]}, r"has sample_size \[4, 4\]"),
         ("unet", {"sample_size": None}, "has sample_size None"),
+        ("unet", {"addition_embed_type": "text"}, "has addition_embed_type 'text'"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "is an AutoencoderTiny"),
         ("vae", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "has latents_mean"),
         (
@@ -475,6 +476,13 @@ def test_a_base_that_can_not_work_is_refused_by_its_configs(
     del params["models"]["tuned"]
     shutil.rmtree(world / "companions/other")
     assert re.search(what, refusal(world, params))
+
+
+def test_companions_without_trajectories_are_refused_before_anything_runs(world: Path) -> None:
+    params = changed("cache.num_trajectory", 0)
+    assert refusal(world, params).startswith("params.yaml: cache.num_trajectory is 0, and comp")
+    shutil.rmtree(world / "companions/other")
+    check_files(load(world, params))
 
 
 def test_a_pickled_companion_is_refused_and_not_left_out(world: Path) -> None:
