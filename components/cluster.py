@@ -237,6 +237,8 @@ class _Room:
             there = ray.cluster_resources()
             self.has_gpu = there.get("GPU", 0) >= 1
             if not self._short(ray.available_resources(), give_up=True):
+                on = "each with a GPU" if self.has_gpu else "on CPUs: the cluster has no GPU"
+                print(f"{self._name}: Ray workers: {self.num_workers}, {on}", flush=True)
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
 

@@ -77,7 +77,8 @@ def load_for_training(
 ) -> tuple["DiffusionPipeline", dict[str, "UNet2DConditionModel"]]:
     """The base at `path`, and UNets of its fine-tunes, to train a guide on.
 
-    Of the base, too, the UNet alone is on the device. With `in_bf16`, and where the hardware
+    Of the base, too, the UNet alone is on the device, and its other networks are let go: prompts
+    and images are in the cache as the UNet reads them. With `in_bf16`, and where the hardware
     computes in it, weights are kept as they are computed with.
     """
     from pnp_core.models import load_pipeline
@@ -85,6 +86,9 @@ def load_for_training(
 
     torch.backends.cuda.matmul.allow_tf32 = True
     pipe = load_pipeline(path)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and name != "unet":
+            setattr(pipe, name, None)
     others = load_companions(companions, pipe)
     for unet in (pipe.unet, *others.values()):
         freeze(unet)

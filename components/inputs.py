@@ -4,9 +4,42 @@ import zipfile
 from pathlib import Path
 
 from pnp_core.files import read_json
-from pnp_core.model_files import TOKENIZERS, check_weight_files, image_size
+from pnp_core.model_configs import check_base_configs, check_prediction, num_train_timesteps
+from pnp_core.model_files import (
+    TOKENIZERS,
+    check_model_files,
+    check_same_kind,
+    check_weight_files,
+    image_size,
+)
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def check_model(path: str, base: str, *, teaches: bool = False) -> None:
+    """Raise ValueError if a model can't be the base, or no fine-tune of it.
+
+    `teaches`: it is a companion, whose guidance is learnt too.
+    """
+    check_model_files(path)
+    check_same_kind(path, base)
+    if not Path(path).exists():
+        raise ValueError(
+            f"{path} is the name of a model on a hub, and the pipeline works on files that DVC can "
+            f"version: download it (hf download {path} --local-dir models/{Path(path).name}) and "
+            "name that folder"
+        )
+    if Path(path) == Path(base):
+        check_base_configs(base)
+    else:
+        check_prediction(path, base, teaches=teaches)
+
+
+def check_num_steps(num_steps: int, base: str) -> None:
+    """Raise ValueError if these are more sampling steps than the base has timesteps."""
+    most = num_train_timesteps(base)
+    if most is not None and num_steps > most:
+        raise ValueError(f"{num_steps} steps, but {base} has {most} timesteps: no more than that")
 
 
 def check_judge(judge: str) -> None:

@@ -22,6 +22,7 @@ from components.paths import PREPARED
 from components.places import Cluster, Tracking
 from components.rules import Promote
 from components.section import Count, CountOrZero, Positive, Section, not_json
+from pnp_core.model_files import PICKLES
 from pnp_core.settings import (
     CacheConfig,
     CacheSettings,
@@ -296,24 +297,26 @@ def check_files(params: Params) -> None:
             raise ParamsError(f"params.yaml: {key}: there is no {path}")
 
     from components.dataset import check_reference, own_prompts
-    from components.inputs import check_judge, check_resolution
-    from pnp_core.model_files import check_clip_skip, check_model_files, check_same_kind
+    from components.inputs import check_judge, check_model, check_num_steps, check_resolution
+    from pnp_core.model_files import check_clip_skip
 
     with _named_in_errors("teacher"):
         teacher_guider(params)
     models = {"base": params.base}
     models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
-    models |= {f"companions/{path.name}": str(path) for path in companion_paths(params)}
     for key, path in models.items():
         with _named_in_errors(key):
-            check_model_files(path)
-            check_same_kind(path, params.base)
-        if not Path(path).exists():
+            check_model(path, params.base)
+    for companion in companion_paths(params):
+        with _named_in_errors(f"companions/{companion.name}"):
+            check_model(str(companion), params.base, teaches=True)
+        if not params.cache.num_trajectory:
             raise ParamsError(
-                f"params.yaml: {key}: {path} is the name of a model on a hub, and the pipeline "
-                "works on files that DVC can version: download it (hf download "
-                f"{path} --local-dir models/{Path(path).name}) and name that folder"
+                "params.yaml: cache.num_trajectory is 0, and companions teach along trajectories: "
+                f"raise it, or empty {params.companions}"
             )
+    with _named_in_errors("halve.start_steps"):
+        check_num_steps(params.halve.start_steps, params.base)
     with _named_in_errors("prepare.resolution"):
         check_resolution(params.prepare.resolution, params.base)
     for i, judge in enumerate(params.evaluate.judges):
@@ -349,11 +352,8 @@ def companion_paths(params: Params) -> list[Path]:
             f"params.yaml: companions: there is no folder {folder}: make it, and leave it empty to "
             "train the guide on the base alone"
         )
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if not path.name.startswith(".") and (path.is_dir() or path.suffix == ".safetensors")
-    )
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return [path for path in there if path.is_dir() or path.suffix in (".safetensors", *PICKLES)]
 
 
 def teacher_guider(params: Params) -> GuiderConfig:

@@ -205,7 +205,7 @@ def pack(
     Checkpoints that are here are sent where `storage` has none.
 
     Raises:
-        ValueError: what they need lies outside of this folder.
+        ValueError: what they need lies outside of this folder, or is a folder without files.
     """
     if params.cluster.shared_folder or not params.cluster.num_workers:
         return None
@@ -216,9 +216,10 @@ def pack(
     beside = [need.with_suffix("") for need in needs if need.is_file()]
     needs = [*needs, *(folder for folder in beside if folder.is_dir())]
     for need in needs:
-        for path in [need] if need.is_file() else sorted(need.rglob("*")):
-            if not path.is_file():
-                continue
+        paths = [need] if need.is_file() else sorted(_files_in(need))
+        if need.is_dir() and not paths and need != Path(params.companions):  # which may be empty
+            raise ValueError(f"{need} has no files, and workers need them")
+        for path in paths:
             name = _inside(path)
             inputs[name] = sha256_file(path)
             if inputs[name] not in there:
@@ -239,6 +240,12 @@ def pack(
         if not mirror.names():
             push(kept, mirror, {})
     return shipment
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in linked folders too."""
+    for place, _, names in os.walk(folder, followlinks=True):
+        yield from (Path(place, name) for name in names if Path(place, name).is_file())
 
 
 def _inside(path: Path) -> str:

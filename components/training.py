@@ -13,7 +13,7 @@ from components.progress import Progress
 from components.shipping import pack
 from components.storage import Mirror
 from pnp_core.files import old_of, read_json
-from pnp_core.settings import MEMORY_ONLY, TrainConfig
+from pnp_core.settings import UNSEEN, TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
@@ -47,7 +47,7 @@ def train_stage(
     from pnp_core.train import RECIPE
 
     section = getattr(params, stage)
-    settings = {"base": params.base, stage: section.model_dump(mode="json", exclude=MEMORY_ONLY)}
+    settings = {"base": params.base, stage: section.model_dump(mode="json", exclude=UNSEEN)}
     identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -122,7 +122,8 @@ def _naming_the_remedy(fetch: "Fetch") -> "Fetch":
         except FileNotFoundError as error:
             raise ValueError(
                 f"the teacher cache lacks {name}, which has expired or was deleted ({error}): "
-                "`python -m components.cache` makes it anew, and the same command goes on from here"
+                "`python -m components.cache` makes it anew, and the same command goes on from "
+                "here; where another kind of GPU makes it, training begins anew"
             ) from None
 
     return read

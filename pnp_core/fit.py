@@ -35,11 +35,6 @@ def check_unet(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
     check_processors(unet)
     for guide in bundle.guides.values():
         guide.check_fits(unet)
-    if unet.config.time_cond_proj_dim is not None:
-        raise ValueError(
-            "This UNet is guidance-distilled itself (time_cond_proj_dim is "
-            f"{unet.config.time_cond_proj_dim}): it needs no guide."
-        )
 
 
 def check_prediction_type(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:

@@ -8,7 +8,8 @@ lacks of CFG's strength, the halved ones may get.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pnp_core.shards import Ahead, pinning
 from pnp_core.train import (
     RECIPE,
     Report,
+    agreed,
     config_hash,
     rank_and_world,
     train,
@@ -212,15 +214,19 @@ def halve(  # noqa: PLR0913, a base, its guide, data and settings, then a place
 
     Returns:
         A guide for each step count, ``start_steps`` included.
+
+    Raises:
+        ValueError: the guide was made for another base or range of ``w``; workers see different
+            files; a loss that diverges or is not finite.
     """
+    check_guide(guide, cache, config)
     unet.requires_grad_(False).eval()
     guides = {config.start_steps: guide}
-    recipe = RECIPE if config.timestep_spacing == "trailing" else f"{RECIPE}; {MIDDLE}"
     for this in rounds_of(config):
         teacher = guides[2 * this.num_steps]
-        run_hash = config_hash(config, cache.content_hash, teacher.weights_digest(), recipe)
+        run_hash = round_hash(this, config, cache, teacher)
         finished = directory / f"steps-{this.num_steps}-{run_hash}"
-        if finished.exists():
+        if agreed(partial(exists, finished), str(finished), unet.device):
             guides[this.num_steps] = Guide.from_pretrained(finished).to(unet.device)
             continue
 
@@ -244,6 +250,34 @@ def halve(  # noqa: PLR0913, a base, its guide, data and settings, then a place
         if rank_and_world()[0] == 0:
             write_directory(finished, guides[this.num_steps].save_pretrained)
     return guides
+
+
+def check_guide(guide: Guide, cache: TeacherCache, config: HalveConfig) -> None:
+    """Raise ValueError if a guide says that it was made for another base, or other ``w``."""
+    made_for, low_high = guide.config, list(config.guidance_scale)
+    wanted = {
+        "base_hash": (made_for.base_hash or cache.base_hash, cache.base_hash),
+        "prediction_type": (made_for.prediction_type, cache.schedule.prediction_type),
+        "guidance_scale_range": (list(made_for.guidance_scale_range), low_high),
+    }
+    for name, (its, ours) in wanted.items():
+        if its != ours:
+            raise ValueError(
+                f"The guide to be halved was made for another base or range of w: its {name} is "
+                f"{its}, not {ours}. Distil one for what there is now (the stage distill)."
+            )
+
+
+def round_hash(this: Round, config: HalveConfig, cache: TeacherCache, teacher: Guide) -> str:
+    """Identity of a round: what it is trained by, whichever rounds come before and after."""
+    return config_hash(
+        config.train,
+        f"{this.num_steps} steps, gain {this.gain}, seed {this.seed}",
+        f"w in {list(config.guidance_scale)}, {config.timestep_spacing}",
+        cache.content_hash,
+        teacher.weights_digest(),
+        RECIPE if config.timestep_spacing == "trailing" else f"{RECIPE}; {MIDDLE}",
+    )
 
 
 def train_round(  # noqa: PLR0913, what halve() has, and what differs from round to round

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+from pnp_core.model_configs import check_scheduler, predicted
+
 NO_SIGNAL = 1e-6  # alpha_t^2 below this counts as 0; some schedulers have 2**-24 in its place
 
 
@@ -48,20 +49,16 @@ class NoiseSchedule:
                 f"{type(scheduler).__name__} has no alphas_cumprod: the base model needs a "
                 "discrete variance-preserving scheduler such as DDIMScheduler."
             )
-        prediction_type = scheduler.config.get("prediction_type", "epsilon")
-        if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"The scheduler's prediction_type is {prediction_type!r}; supported: "
-                f"{', '.join(PREDICTION_TYPES)}."
-            )
+        check_scheduler(scheduler.config)
+        prediction_type = predicted(scheduler.config)
         alphas_cumprod = scheduler.alphas_cumprod.cpu().double()
         alphas_cumprod = torch.where(alphas_cumprod < NO_SIGNAL, 0, alphas_cumprod)
         if prediction_type == "epsilon" and not alphas_cumprod.all():
             raise ValueError(
-                "The base's scheduler says that it predicts epsilon and that its last timestep has "
-                "no signal (rescale_betas_zero_snr), where epsilon says nothing of the image: set "
-                "prediction_type to what the base was trained for (v_prediction, for most), or "
-                "rescale_betas_zero_snr to false, in its scheduler_config.json."
+                "The base's scheduler says that it predicts epsilon and that a timestep has no "
+                "signal (by its betas), where epsilon says nothing of the image: set "
+                "prediction_type and betas to what the base was trained with, in its "
+                "scheduler_config.json."
             )
         set_alpha_to_one = scheduler.config.get("set_alpha_to_one", True)
         return cls(

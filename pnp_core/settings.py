@@ -35,6 +35,8 @@ OPTIONAL = {"optional": True}
 MEMORY_ONLY = {"micro_batch_size", "gradient_checkpointing"}
 """Settings that change the memory that training takes, and not what it computes. They are no part
 of a run's identity: a run that ran out of memory goes on from its checkpoint with others."""
+UNSEEN = MEMORY_ONLY | {"report_every_images", "checkpoint_every_images"}
+"""Settings that change nothing that is trained: all those that are no part of a run's identity."""
 
 
 class SettingError(ValueError):

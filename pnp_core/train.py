@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pnp_core.checkpoints import read_checkpoint
 from pnp_core.cores import num_cores, on_cores
 from pnp_core.files import write_state
 from pnp_core.losses import Outcome, Recent, check_convergence
 from pnp_core.precision import mixed_precision
-from pnp_core.settings import MEMORY_ONLY
+from pnp_core.settings import UNSEEN
 from pnp_core.settings import TrainConfig as TrainConfig
 from pnp_core.soap import SOAP
 
@@ -40,15 +42,20 @@ RECIPE = (
 gone on with."""
 
 STEPS_BEFORE = 4  # over which the loss is taken before training
+# Clients of NFS may see a new file up to a minute late.
+LOOKS, SECONDS_BETWEEN_LOOKS = 45, 2.0
 
 
-def config_hash(config: Any, *more: str) -> str:
-    """A short hash of a dataclass config and further strings, for matching checkpoints."""
+def config_hash(config: Any, *more: str, without: Set[str] = UNSEEN) -> str:
+    """A short hash of a dataclass config and further strings, for matching checkpoints.
 
-    def without_memory(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: value for name, value in items if name not in MEMORY_ONLY}
+    Fields of the names in ``without`` are left out.
+    """
 
-    settings = dataclasses.asdict(config, dict_factory=without_memory)
+    def identity(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if name not in without}
+
+    settings = dataclasses.asdict(config, dict_factory=identity)
     text = json.dumps([settings, *more], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -58,6 +65,36 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def agreed(look: Callable[[], int], what: str, device: torch.device) -> int:
+    """What ``look`` gives for all workers, which look again for a while if they differ.
+
+    Args:
+        look: looks at a folder that they share.
+        what: it looks at, for the message.
+        device: of this worker.
+
+    Raises:
+        ValueError: they still differ.
+    """
+    _, world = rank_and_world()
+    if world == 1:
+        return look()
+    for number in range(LOOKS):
+        if number:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        own = torch.tensor([look()], device=device)
+        of_all = [torch.empty_like(own) for _ in range(world)]
+        dist.all_gather(of_all, own)
+        seen = [int(value) for value in of_all]
+        if len(set(seen)) == 1:
+            return seen[0]
+    raise ValueError(
+        f"The workers see different things as {what}: {seen} by rank. They must see the same files "
+        "in their folder: mount one folder on all nodes, or have files sent "
+        "(cluster.shared_folder: false). The same command goes on from the last checkpoint."
+    )
 
 
 def train(  # noqa: PLR0913, what to train, then by name how to follow and resume it
@@ -86,7 +123,7 @@ def train(  # noqa: PLR0913, what to train, then by name how to follow and resum
         in_threads: ``loss_fn`` may run in threads: a CPU's cores then get a part of a batch each.
 
     Raises:
-        ValueError: a loss that diverges (DivergedError), too little memory; each named.
+        ValueError: a loss that diverges (DivergedError), too little memory, a bad checkpoint.
     """
     rank, world = rank_and_world()
     state = State(guide, config, in_threads=in_threads)
@@ -197,11 +234,27 @@ class State:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def resume(self, checkpoint: Path | None, run_hash: str) -> None:
-        """Go on where this run was saved, if it was."""
-        if checkpoint is None or not checkpoint.exists():
+        """Go on where this run was saved, if it was; all workers at the same step.
+
+        Raises:
+            ValueError: the file is damaged, or workers don't see the same one.
+        """
+        if checkpoint is None:
             return
-        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
-        if state["run_hash"] != run_hash:
+        state: dict[str, Any] = {}
+
+        def look() -> int:
+            state.clear()
+            state.update(read_checkpoint(checkpoint, self.device))
+            return state["step"] if state.get("run_hash") == run_hash else 0
+
+        if agreed(look, f"the step of {checkpoint}", self.device) == 0:
+            if rank_and_world()[0] == 0 and 0 < state.get("step", 0) < self.config.num_steps:
+                print(
+                    f"{checkpoint} is of another run (by settings, data or version), at step "
+                    f"{state['step']}: not gone on with, and replaced by the next checkpoint",
+                    flush=True,
+                )
             return
         with torch.no_grad():
             for p, saved in zip(self.parameters, state["parameters"], strict=True):

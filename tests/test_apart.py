@@ -268,6 +268,22 @@ def test_configs_beside_a_single_file_travel_with_it(world: Path, s3: str) -> No
     assert set(shipment.inputs) == {"models/one.safetensors", "models/one/model_index.json"}
 
 
+def test_files_in_a_linked_folder_travel_and_a_folder_without_any_is_refused(
+    world: Path, s3: str
+) -> None:
+    params = far(s3, num_workers=1)
+    write(world.parent / "anime/unet/config.json", "{}")
+    (world / "companions/anime").symlink_to(world.parent / "anime")
+    shipment = pack(params, [Path(params.companions)], stage="cache")
+    assert shipment and "companions/anime/unet/config.json" in shipment.inputs
+    shutil.rmtree(world / "companions")
+    (world / "companions").mkdir()  # to train on the base alone
+    assert pack(params, [Path(params.companions)], stage="cache")
+    (world / "models/none").mkdir()
+    with pytest.raises(ValueError, match="models/none has no files"):
+        pack(params, [Path("models/none")], stage="cache")
+
+
 def test_what_another_worker_is_writing_does_not_come_back(tmp_path: Path) -> None:
     worker = object.__new__(_TaskWorker)
     worker._returns = tmp_path

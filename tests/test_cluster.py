@@ -96,24 +96,26 @@ def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, cl
 
 
 def test_whether_there_are_gpus_is_asked_of_the_cluster(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The driver, here without one, may be another machine."""
     cluster_of(monkeypatch, clock, (0, {"CPU": 64.0, "GPU": 4.0}))
     room = cluster._Room(params_with(num_workers=4), "distill")
     room.wait()
     assert room.has_gpu
+    assert capsys.readouterr().out == "distill: Ray workers: 4, each with a GPU\n"
     with pytest.raises(ValueError, match="8 Ray workers need 8 GPUs, the cluster has 4"):
         cluster._Room(params_with(num_workers=8), "distill").wait()
 
 
 def test_workers_without_tasks_are_not_waited_for(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
     room = cluster._Room(params_with(num_workers=8), "cache", most=3)
     room.wait()
     assert room.num_workers == 3 and not clock.now
+    assert capsys.readouterr().out == "cache: Ray workers: 3, on CPUs: the cluster has no GPU\n"
 
 
 def test_nodes_lost_meanwhile_are_told_and_their_return_is_noticed(

@@ -338,6 +338,15 @@ def test_a_tiny_guide_keeps_to_its_share_of_parameters(pipe: StableDiffusionPipe
         Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=1e-4))
 
 
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_no_guide_is_made_for_a_unet_that_is_guidance_distilled_itself(
+    pipe: StableDiffusionPipeline, kind: str
+) -> None:
+    lcm = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 8})
+    with pytest.raises(ValueError, match="guidance-distilled itself"):
+        Guide.from_unet(lcm, GuideConfig(kind=kind, max_parameters_ratio=0.2))
+
+
 def test_an_unknown_kind_of_guide_is_refused() -> None:
     with pytest.raises(ValueError, match="kind is 'huge'; it must be one of tiny, "):
         GuideConfig(kind="huge")

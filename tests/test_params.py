@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from pydantic import BaseModel, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from components.params import (
     Cache,
@@ -352,6 +353,142 @@ def test_a_model_that_is_no_fine_tune_is_named(world: Path) -> None:
     assert str(caught.value) == (
         "params.yaml: models.tuned.path: models/tuned is no fine-tune of models/base: its UNet has "
         "cross_attention_dim 48, the base's 32"
+    )
+
+
+def change_config(file: Path, **entries: Any) -> None:
+    """Entries of a JSON file set to other values, or added."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def refusal(world: Path, params: dict[str, Any] | None = None) -> str:
+    """What a toy world is refused with before anything runs."""
+    with pytest.raises(ParamsError) as caught:
+        check_files(load(world, params or toy.toy_params()))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ({"prediction_type": "v_prediction"}, "prediction_type 'v_prediction'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True"),
+        ({"beta_end": 0.02}, "beta_end 0.02"),
+        ({"_class_name": "EDMEulerScheduler"}, "prediction_type 'EDMEulerScheduler'"),
+    ],
+)
+def test_a_companion_whose_scheduler_is_not_the_bases_is_refused_by_what_differs(
+    world: Path, entries: dict[str, Any], what: str
+) -> None:
+    scheduler = world / "companions/other/scheduler"
+    shutil.copytree(world / "models/base/scheduler", scheduler)
+    check_files(load(world, toy.toy_params()))
+    change_config(scheduler / "scheduler_config.json", **entries)
+    message = refusal(world)
+    assert message.startswith(f"params.yaml: companions/other: companions/other has {what} ")
+    assert "take it out of the companions" in message
+
+
+@pytest.mark.parametrize("marks", [{"v_pred": torch.zeros(0)}, "modelspec"])
+def test_a_single_file_that_says_that_it_predicts_v_is_refused_beside_a_base_of_epsilon(
+    world: Path, marks: Any
+) -> None:
+    """By the empty weight of checkpoints, or the metadata of trainers."""
+    unet = load_pipeline("models/base").unet.state_dict()
+    weights = unet | (marks if isinstance(marks, dict) else {})
+    said = {} if isinstance(marks, dict) else {"modelspec.prediction_type": "v"}
+    save_file(weights, world / "companions/v.safetensors", metadata=said)
+    message = refusal(world)
+    assert message.startswith("params.yaml: companions/v.safetensors: companions/v.safetensors has")
+    assert "prediction_type 'v_prediction'" in message
+    scheduler = world / "models/base/scheduler/scheduler_config.json"
+    change_config(scheduler, prediction_type="v_prediction")
+    check_files(load(world, toy.toy_params()))
+
+
+def test_a_row_of_models_that_predicts_something_else_than_the_base_is_refused(
+    world: Path,
+) -> None:
+    shutil.copytree(world / "models/base/scheduler", world / "models/tuned/scheduler")
+    scheduler = world / "models/tuned/scheduler/scheduler_config.json"
+    change_config(scheduler, prediction_type="v_prediction")
+    assert refusal(world).startswith(
+        "params.yaml: models.tuned.path: models/tuned has prediction_type 'v_prediction'"
+    )
+
+
+def test_a_base_in_a_single_file_that_contradicts_its_configs_is_refused(world: Path) -> None:
+    base = as_single_file(world)
+    weights = load_file(world / base) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(weights, world / base)
+    assert "models/one.safetensors has prediction_type 'v_prediction' (its weight v_pred)" in (
+        refusal(world, changed("base", base))
+    )
+    change_config(
+        world / "models/one/scheduler/scheduler_config.json",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+    )
+    params = changed("models.base.path", base) | {"base": base}
+    check_files(load(world, params))
+
+
+@pytest.mark.parametrize("key", ["base", "models.tuned.path", "companions/other"])
+def test_a_model_that_is_guidance_distilled_itself_is_refused_wherever_it_stands(
+    world: Path, key: str
+) -> None:
+    folder = {"base": "models/base", "models.tuned.path": "models/tuned"}.get(key, key)
+    change_config(world / folder / "unet/config.json", time_cond_proj_dim=256)
+    message = refusal(world)
+    assert message.startswith(f"params.yaml: {key}: The UNet of {folder} is guidance-distilled")
+
+
+@pytest.mark.parametrize(
+    ("file", "entries", "what"),
+    [
+        ("unet", {"in_channels": 9}, "has 9 input channels and its VAE 4"),
+        ("unet", {"sample_size": [4, 4]}, r"has sample_size \[4, 4\]"),
+        ("unet", {"sample_size": None}, "has sample_size None"),
+        ("unet", {"addition_embed_type": "text"}, "has addition_embed_type 'text'"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "is an AutoencoderTiny"),
+        ("vae", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "has latents_mean"),
+        (
+            "scheduler",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "has no alphas_cumprod",
+        ),
+        ("scheduler", {"prediction_type": "flow_prediction"}, "supported: epsilon, v_prediction"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "or rescale_betas_zero_snr to false"),
+        ("scheduler", {"beta_schedule": "squaredcos_cap_v2"}, "or beta_schedule to what the base"),
+        (
+            "scheduler",
+            {"num_train_timesteps": 7},
+            "halve.start_steps: 8 steps, but models/base has 7",
+        ),
+    ],
+)
+def test_a_base_that_can_not_work_is_refused_by_its_configs(
+    world: Path, file: str, entries: dict[str, Any], what: str
+) -> None:
+    name = "scheduler_config.json" if file == "scheduler" else "config.json"
+    change_config(world / "models/base" / file / name, **entries)
+    params = toy.toy_params()
+    del params["models"]["tuned"]
+    shutil.rmtree(world / "companions/other")
+    assert re.search(what, refusal(world, params))
+
+
+def test_companions_without_trajectories_are_refused_before_anything_runs(world: Path) -> None:
+    params = changed("cache.num_trajectory", 0)
+    assert refusal(world, params).startswith("params.yaml: cache.num_trajectory is 0, and comp")
+    shutil.rmtree(world / "companions/other")
+    check_files(load(world, params))
+
+
+def test_a_pickled_companion_is_refused_and_not_left_out(world: Path) -> None:
+    (world / "companions/anime.ckpt").write_bytes(b"")
+    assert refusal(world).startswith(
+        "params.yaml: companions/anime.ckpt: companions/anime.ckpt is a pickled checkpoint"
     )
 
 

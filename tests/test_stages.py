@@ -488,7 +488,7 @@ def test_distill_resumes_in_the_same_mlflow_run(
         distill.run(params)
     assert not Path("guides/distilled").exists()
     monkeypatch.setattr(distill, "train_guide", work)
-    distill.run(params)
+    distill.run(params_with(distill={"checkpoint_every_images": 16}))  # no other run
 
     store = tracking.Store(params.tracking)
     client = store.client

@@ -2,8 +2,13 @@
 
 import copy
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +33,7 @@ from pnp_core.halve import (
 )
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target
-from pnp_core.train import TrainConfig, train
+from pnp_core.train import TrainConfig, config_hash, train
 from tests.cases import few_of
 from tests.conftest import BASE, CACHE_CONFIG, changed, roused
 from tests.toy import ddim
@@ -206,6 +211,112 @@ def test_a_checkpoint_of_another_recipe_is_ignored(
     assert num_reports() == 0
     monkeypatch.setattr("pnp_core.distill.RECIPE", "another")
     assert num_reports() == 6
+
+
+def train_line(checkpoint: Path, seed: int = 0, **options: Any) -> tuple[list[int], list[float]]:
+    """When a linear model that learns noise, in ten steps of 8, was reported, and its weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+
+    def loss_fn(step: int, part: slice) -> torch.Tensor:
+        x, y = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(step))[:, part]
+        return (model(x) - y).square().mean(1)
+
+    reports: list[int] = []
+
+    def report(done: int, metrics: Mapping[str, float]) -> None:
+        reports.append(done)
+        if done == stop_at:
+            raise Stop
+
+    stop_at = options.pop("stop_at", None)
+    often = {"report_every_images": 8, "checkpoint_every_images": 16, **options}
+    config = dataclasses.replace(TRAIN, num_images=80, batch_size=8, seed=seed, **often)
+    with suppress(Stop):
+        train(
+            loss_fn, model, config,
+            run_hash=config_hash(config), checkpoint=checkpoint, report=report,
+        )  # fmt: skip
+    return reports, [float(x) for x in model.weight.flatten()]
+
+
+@pytest.mark.parametrize("changes", [{"report_every_images": 40}, {"checkpoint_every_images": 8}])
+def test_how_often_a_run_reports_and_saves_is_no_part_of_it(
+    tmp_path: Path, changes: dict[str, int]
+) -> None:
+    _, whole = train_line(tmp_path / "whole.pt")
+    train_line(tmp_path / "checkpoint.pt", stop_at=56)
+    reports, weights = train_line(tmp_path / "checkpoint.pt", **changes)
+    assert reports == [done for done in (56, 64, 72, 80) if not done % changes.get(
+        "report_every_images", 8
+    )]  # fmt: skip
+    assert weights == whole
+
+
+def test_a_checkpoint_that_is_not_gone_on_with_is_told_with_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    train_line(checkpoint, stop_at=56)
+    train_line(checkpoint)
+    assert capsys.readouterr().out == ""
+    train_line(checkpoint, seed=1, stop_at=56)  # of a finished run, which nobody goes on with
+    assert capsys.readouterr().out == ""
+    train_line(checkpoint, seed=2)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{checkpoint} is of another run (by settings, data or version), at ")
+    assert "at step 6: not gone on with" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"cut short", None])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    train_line(checkpoint)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged .*: delete it, and training"):
+        train_line(checkpoint)
+
+
+def resume_on_worker(rank: int, folder: Path, seen_after_s: float | None) -> None:
+    """The second worker does not see the checkpoint, or late."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    own = folder / ("checkpoint.pt" if rank == 0 else "late.pt")
+    if rank == 1 and seen_after_s is not None:
+        Timer(seen_after_s, shutil.copy, (folder / "checkpoint.pt", own)).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pnp_core.train.SECONDS_BETWEEN_LOOKS", 0.2)
+        patch.setattr("pnp_core.train.LOOKS", 60 if seen_after_s is not None else 2)
+        try:
+            said = json.dumps(train_line(own))
+        except ValueError as error:
+            said = str(error)
+    (folder / f"said-{rank}").write_text(said)
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_that_see_different_checkpoints_wait_until_they_agree_or_give_up(
+    tmp_path: Path,
+) -> None:
+    _, whole = train_line(tmp_path / "whole.pt")
+    train_line(tmp_path / "checkpoint.pt", stop_at=56)
+    for case, seen_after_s in (("never", None), ("late", 1.0)):
+        folder = tmp_path / case
+        folder.mkdir()
+        shutil.copy(tmp_path / "checkpoint.pt", folder)
+        run_workers(resume_on_worker, folder, seen_after_s)
+        said = [(folder / f"said-{rank}").read_text() for rank in (0, 1)]
+        if seen_after_s is None:
+            assert all("The workers see different things as the step of" in text for text in said)
+            assert all(": [6, 0] by rank" in text for text in said)
+            continue
+        for reports, weights in map(json.loads, said):
+            assert reports == [56, 64, 72, 80]
+            torch.testing.assert_close(weights, whole, rtol=0, atol=1e-6)
 
 
 def train_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache: Path) -> None:
@@ -393,6 +504,48 @@ def test_halving_gives_a_guide_a_round_and_resumes_after_a_stop(
     assert seen[0] == 96 + 48  # the first round and half of the second are kept
     for num_steps, guide in whole.items():
         assert resumed[num_steps].weights_digest() == guide.weights_digest()
+
+
+def test_rounds_that_are_finished_stay_so_when_others_come_after_them_or_fall_away(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    first = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
+    one_step = dataclasses.replace(HALVE_TRAIN, num_images=16)
+    trained: list[int] = []
+
+    def run(end_steps: int) -> list[int]:
+        trained.clear()
+        config = dataclasses.replace(HALVE, train=one_step, end_steps=end_steps)
+        halve(
+            pipe.unet, pipe.scheduler, first, cache, config, directory=tmp_path,
+            report=lambda _, metrics: trained.append(int(metrics["num_steps"])),
+        )  # fmt: skip
+        return list(trained)
+
+    assert run(4) == [4]
+    assert run(2) == [2]
+    assert run(4) == []
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ({"base_hash": "another"}, "base_hash is another, not base"),
+        ({"prediction_type": "v_prediction"}, "prediction_type is v_prediction, not epsilon"),
+        ({"guidance_scale_range": [1.0, 3.0]}, r"range is \[1.0, 3.0\], not \[1.0, 8.0\]"),
+    ],
+)
+def test_a_guide_that_was_made_for_something_else_is_not_halved(
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    tmp_path: Path,
+    entries: dict[str, Any],
+    what: str,
+) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2), **entries)
+    with pytest.raises(ValueError, match=what):
+        halve(pipe.unet, pipe.scheduler, guide, cache, HALVE, directory=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("precision", few_of(["fp32", "bf16"], "fp32"))

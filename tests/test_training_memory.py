@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from components import cli
-from components.device import device
+from components.device import device, load_for_training
 from components.distill import check_memory
 from pnp_core.cache import TeacherCache
 from pnp_core.calls import checkpointing, now
@@ -32,7 +32,7 @@ from pnp_core.train import (
     train,
 )
 from tests import toy
-from tests.conftest import roused
+from tests.conftest import roused, save_lora
 from tests.test_training import DISTILL, HALVE, TRAIN, Stop, interrupted
 from tests.workers import run_workers
 
@@ -336,6 +336,16 @@ def test_a_machine_without_a_gpu_computes_on_its_cpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "init", none_there)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device().type == "cpu"
+
+
+def test_training_holds_a_bases_unet_and_none_of_its_other_networks(
+    pipe: StableDiffusionPipeline, toy_folder: Path, tmp_path: Path
+) -> None:
+    save_lora(pipe.unet, tmp_path)
+    base, companions = load_for_training(str(toy_folder), [tmp_path], in_bf16=False)
+    held = [name for name, part in base.components.items() if isinstance(part, torch.nn.Module)]
+    assert held == ["unet"]
+    assert len(companions) == 1
 
 
 def test_a_stage_that_runs_out_of_memory_says_so_in_one_line(

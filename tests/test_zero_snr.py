@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,16 @@ def test_caching_distilling_and_halving_stay_finite(
     assert torch.tensor(losses).isfinite().all()
 
 
-def test_a_base_that_predicts_eps_without_signal_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"predicts epsilon .* no signal \(rescale_betas_zero_snr"):
-        NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"trained_betas": [0.1] * 10 + [0.9999999]}, "by its betas"),
+    ],
+)
+def test_a_base_that_predicts_eps_without_signal_is_refused_by_what_takes_it(
+    entries: dict[str, Any], what: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"predicts epsilon .* no signal \({what}"):
+        NoiseSchedule.from_scheduler(DDIMScheduler(**entries))

@@ -82,9 +82,9 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
     params = trainer.params
     sections = (params.distill, params.halve, params.teacher)
     as_text = (section.model_dump_json(exclude=MEMORY_ONLY) for section in sections)
-    settings = config_hash(
-        train_config(params.distill), trainer.cache.content_hash, *as_text, RECIPE
-    )
+    identity = (trainer.cache.content_hash, *as_text, RECIPE)
+    # Without no more than that, as in the tables that there are.
+    settings = config_hash(train_config(params.distill), *identity, without=MEMORY_ONLY)
     return {
         "base_hash": weights_hash(params.base)[:16],
         "settings": settings,

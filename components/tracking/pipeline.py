@@ -24,12 +24,16 @@ from components.paths import RUNS
 from components.tracking.journal import ATTEMPT, OWNER, PLACE, STAGE, is_alive
 from components.tracking.store import Store
 from pnp_core.files import read_json, write_json
+from pnp_core.settings import UNSEEN
 
 PIPELINE, PART, PARENT = "pnp.pipeline", "pnp.part", "mlflow.parentRunId"
 STAGE_OF_PIPELINES = "pipeline"
 NOTE = RUNS / "pipeline.json"
 # They change no result.
-NO_MATTER = {"tracking", "cluster", "promote", "storage"}
+NO_MATTER: dict[str, bool | set[str]] = {
+    **dict.fromkeys(("tracking", "cluster", "promote", "storage"), True),
+    **dict.fromkeys(("distill", "halve"), UNSEEN),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

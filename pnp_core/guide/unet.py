@@ -10,6 +10,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
 
+from pnp_core.model_configs import check_told
+
 MODULATED = (
     nn.GroupNorm,
     nn.LayerNorm,
@@ -20,12 +22,6 @@ MODULATED = (
     Downsample2D,
     Upsample2D,
 )
-
-# Of a UNet's config: other entries mean that it is told more than a guide knows of.
-PLAIN: dict[str, tuple[Any, ...]] = {
-    "encoder_hid_dim_type": (None,),  # it projects the text states that it is given
-    "addition_embed_type": (None, "text_time"),
-}
 
 
 class EntranceChannels(NamedTuple):
@@ -164,7 +160,8 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
     """The facts about a UNet that a guide depends on.
 
     Raises:
-        ValueError: it has nothing that attends to a text, or is told more than a guide knows of.
+        ValueError: it has nothing that attends to a text, is told more than a guide knows of, or
+            is guidance-distilled itself.
     """
     attentions = text_attentions(unet)
     if not attentions:
@@ -172,16 +169,11 @@ def describe(unet: UNet2DConditionModel) -> dict[str, Any]:
             "This UNet has no cross-attention to a text in plain transformer blocks, where a guide "
             "acts."
         )
-    for name, allowed in PLAIN.items():
-        if (entry := unet.config.get(name)) not in allowed:
-            raise ValueError(
-                f"This UNet has {name} {entry!r}: it is told more than a guide knows of, so there "
-                "is none for it."
-            )
-    if not isinstance(unet.config.cross_attention_dim, int):
+    check_told(unet.config)
+    if (width := unet.config.get("time_cond_proj_dim")) is not None:
         raise ValueError(
-            f"This UNet has cross_attention_dim {unet.config.cross_attention_dim}: a guide knows "
-            "of one width of text states only."
+            f"This UNet is guidance-distilled itself (time_cond_proj_dim is {width}): it needs no "
+            "guide."
         )
     layers = modulated_layers(unet)
     return {
