@@ -990,10 +990,12 @@ def test_a_shard_altered_at_storage_is_named(world: Path, s3: str) -> None:
     params = params_with(storage=s3)
     prepare.run(params)
     cache.run(params)
-    mirror = Mirror(read_json(Path("data/cache/index.json"))["storage"])
-    write_bytes(Path("pairs-00001.safetensors"), mirror.read("pairs-00001.safetensors")[:-1])
-    mirror.put(Path("pairs-00001.safetensors"), Path())
-    with pytest.raises(ValueError, match="shard pairs-00001 is not what was written"):
+    index = read_json(Path("data/cache/index.json"))
+    mirror = Mirror(index["storage"])
+    name = f"pairs-00001.{index['files']['pairs-00001']}.safetensors"
+    write_bytes(Path(name), mirror.read(name)[:-1])
+    mirror.put(Path(name), Path())
+    with pytest.raises(ValueError, match=f"shard pairs-00001 is not .*{mirror.url}/{name}"):
         distill.run(params)
     assert not Path("guides/distilled").exists()
 

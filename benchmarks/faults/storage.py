@@ -157,10 +157,6 @@ def in_the_bucket(workspace: Workspace, change: str, pattern: str) -> None:
         workspace.recovers("python", "-c", code, **settings)
         workspace.said = ""
         workspace.told(workspace.run(*ONE, "distill", **settings), pattern)
-        if "not what was written" in pattern:
-            workspace.recovers(
-                "python", "-c", code.replace(change, "fs.rm_file(shard)"), **settings
-            )
         workspace.recovers("python", "-m", "components.cache", **settings)
         workspace.recovers(*ONE, "distill", **settings)
     workspace.stages = ("distill",)

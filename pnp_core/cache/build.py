@@ -1,7 +1,6 @@
 """Building a cache: VAE moments, text states and teacher predictions, shard by shard."""
 
 import dataclasses
-import hashlib
 import io
 import json
 import math
@@ -34,7 +33,7 @@ from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.seeds import step_generator
 from pnp_core.settings import CacheConfig
-from pnp_core.shards import Fetch, shuffled
+from pnp_core.shards import shuffled
 
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 ROWS_CHECKED = 1024  # at once: a check takes several times the memory of what it looks at
@@ -330,26 +329,26 @@ class CacheBuilder:
         with torch.autocast("cpu", enabled=False):
             return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
 
-    def finish(self, *, storage: str | None = None, fetch: Fetch | None = None) -> None:
+    def finish(
+        self, *, storage: str | None = None, checksums: Mapping[str, str] | None = None
+    ) -> None:
         """Write the index; the cache is complete.
 
         Args:
             storage: where the shards are kept, if not beside the index.
-            fetch: reads those that are not here from there.
+            checksums: SHA-256 of those that are kept there.
 
         Raises:
             ValueError: shards are missing; named.
         """
-        files, missing = {}, []
-        for name in self.plan.num_rows:
-            if self.is_built(name):
-                files[name] = sha256_file(self.path(name))
-            elif fetch is not None:
-                files[name] = hashlib.sha256(fetch(self.path(name).name)).hexdigest()
-            else:
-                missing.append(name)
-        if missing:
-            raise ValueError(f"The cache in {self.directory} lacks {', '.join(missing)}.")
+        if checksums is None:
+            built = filter(self.is_built, self.plan.num_rows)
+            checksums = {name: sha256_file(self.path(name)) for name in built}
+        if missing := [name for name in self.plan.num_rows if name not in checksums]:
+            raise ValueError(
+                f"The cache in {storage or self.directory} lacks {', '.join(missing)}."
+            )
+        files = {name: checksums[name] for name in self.plan.num_rows}
         index = {
             "version": VERSION,
             "config": dataclasses.asdict(self.config),
