@@ -8,7 +8,7 @@ Run again beside its index, it looks at every shard, and makes damaged ones anew
 """
 
 import json
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Set
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -62,11 +62,10 @@ def run(params: Params) -> None:
         builder.finish()
         return
     index = CACHE / "index.json"
-    checksums = store.checksums()
-    if (content := index_there(store, checksums)) is not None:
+    if (content := index_there(store)) is not None:
         write_bytes(index, content)
     else:
-        builder.finish(storage=store.url, checksums=checksums)
+        builder.finish(storage=store.url, checksums=store.checksums())
         store.mirror.put(index, CACHE)
     for path in CACHE.glob("*.safetensors"):
         path.unlink()
@@ -91,14 +90,14 @@ def check_disk(
     check_room("cache", CACHE, needed, NO_ROOM)
 
 
-def index_there(store: ShardStore, checksums: Mapping[str, str]) -> bytes | None:
+def index_there(store: ShardStore) -> bytes | None:
     """The index that another machine has written, if all that it lists is there."""
     try:
         content = store.mirror.read("index.json")
         files = json.loads(content)["files"]
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    return content if files.items() <= checksums.items() else None
+    return content if files.items() <= store.shards() else None
 
 
 def build_missing(

@@ -262,14 +262,15 @@ class ShardStore:
         self.url = self.mirror.url
         self.num_bytes = num_bytes or {}
 
-    def checksums(self) -> dict[str, str]:
-        """SHA-256 of each shard that is there and not too short.
-
-        Of a shard that two machines made at once, all take the same.
-        """
+    def shards(self) -> set[tuple[str, str]]:
+        """Name and SHA-256 of the shards that are there and not too short."""
         sizes = self.mirror.sizes()
-        whole = [file for file in sorted(sizes, reverse=True) if not self._is_short(file, sizes)]
-        return {name: sha256 for name, sha256 in map(self._parsed, whole) if sha256}
+        whole = (self._parsed(file) for file in sizes if not self._is_short(file, sizes))
+        return {(name, sha256) for name, sha256 in whole if sha256}
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 by name: of a shard that two machines made at once, all take the same."""
+        return dict(sorted(self.shards(), reverse=True))
 
     def damaged(self, *, look_inside: bool) -> list[str]:
         """Files that are too short; those of another content too, if all are read."""

@@ -307,6 +307,7 @@ def test_two_machines_that_build_a_cache_at_once_share_it(
     cache.run(params)
     names = read_json(Path("data/cache/index.json"))["files"]
     assert sorted(built) == sorted([*names, "pairs-00001"]), "and no other twice"
+    assert len(list(storage.rglob("*.safetensors"))) == len(names)
     indices = {(folder / "data/cache/index.json").read_bytes() for folder in (world, other)}
     assert len(indices) == 1
     for folder in (world, other):
@@ -327,6 +328,21 @@ def test_of_a_shard_that_two_machines_sent_at_once_neither_spoils_the_others(
         assert store.read(Shard(name="text", sha256=sha256, num_rows=1)) == content
     assert store.checksums() == {"text": min(checksums)}
     assert store.damaged(look_inside=True) == []
+
+
+@pytest.mark.parametrize("first", ["0", "f"])
+def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
+    world: Path, storage: Path, first: str
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    shard = Path(at_storage("pairs-00001"))
+    shutil.copy(shard, shard.with_name(f"pairs-00001.{first * 64}.safetensors"))
+    shutil.rmtree("data/cache")  # another machine
+    cache.run(params)
+    assert Path("data/cache/index.json").read_bytes() == index
 
 
 def test_a_cache_at_storage_is_never_downloaded_to_tell_its_checksums_nor_held_in_memory(
