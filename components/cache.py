@@ -137,8 +137,17 @@ def forget_damaged(store: ShardStore | None) -> None:
 
     Raises OSError if `storage` may not be written.
     """
+    from pnp_core.cache.identity import VERSION
+
     index = CACHE / "index.json"
     written = read_json(index) if index.exists() else {"files": {}}
+    if written["files"] and (version := written.get("version")) != VERSION:
+        print(
+            f"cache: {CACHE} was made by version {version} of the code that fills it, not "
+            f"{VERSION}: all of it is made anew",
+            flush=True,
+        )
+        written = {"files": {}}
     for name, checksum in written["files"].items():
         path = CACHE / f"{name}.safetensors"
         if path.exists() and sha256_file(path) != checksum:

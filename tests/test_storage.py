@@ -202,10 +202,12 @@ def test_an_expired_shard_is_made_anew_by_the_command_that_the_message_names(
     prepare.run(params)
     cache.run(params)
     index = Path("data/cache/index.json").read_bytes()
-    shard = at_storage("pairs-00001").removeprefix("s3://")
+    shard = at_storage("pairs-forward-00001").removeprefix("s3://")
     content = s3fs.S3FileSystem().cat_file(shard)
     s3fs.S3FileSystem().rm_file(shard)
-    with pytest.raises(ValueError, match="lacks pairs-00001.*`python -m components.cache` makes"):
+    with pytest.raises(
+        ValueError, match="lacks pairs-forward-00001.*`python -m components.cache` makes"
+    ):
         distill.run(params)
     cli.main(cache.run)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -226,7 +228,9 @@ DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "damage"), [("text", "truncated"), ("pairs-00001", "altered")])
+@pytest.mark.parametrize(
+    ("name", "damage"), [("text", "truncated"), ("pairs-forward-00001", "altered")]
+)
 def test_a_damaged_shard_at_storage_is_made_anew_by_the_command_that_the_message_names(
     world: Path, s3: str, name: str, damage: str
 ) -> None:
@@ -249,7 +253,7 @@ def test_a_damaged_shard_at_storage_is_made_anew_by_the_command_that_the_message
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("pairs-00001", "truncated"), ("text", "altered"), ("moments-00001", "truncated")],
+    [("pairs-forward-00001", "truncated"), ("text", "altered"), ("moments-00001", "truncated")],
 )
 def test_shards_of_a_killed_run_that_are_damaged_at_storage_are_not_taken(
     world: Path, storage: Path, name: str, damage: str
@@ -261,7 +265,7 @@ def test_shards_of_a_killed_run_that_are_damaged_at_storage_are_not_taken(
     shards = {path: path.read_bytes() for path in storage.rglob("*.safetensors")}
     shard = Path(at_storage(name))
     shard.write_bytes(DAMAGES[damage](shards[shard]))
-    Path(at_storage("pairs-00002")).unlink()  # it was killed before this one
+    Path(at_storage("pairs-base-00000")).unlink()  # it was killed before this one
     (shard.parent / "index.json").unlink()
     shutil.rmtree("data/cache")
     cache.run(params)
@@ -295,7 +299,7 @@ def test_two_machines_that_build_a_cache_at_once_share_it(
     def build(self: CacheBuilder, name: str) -> None:
         at_work(self, name)
         built.append(name)
-        if name == "pairs-00001":  # by now the other one does all the rest, this shard too
+        if name == "pairs-forward-00001":  # by now the other one does all the rest, this shard too
             with monkeypatch.context() as there:
                 there.setattr(CacheBuilder, "predict", rounded)
                 there.setattr(CacheBuilder, "build", lambda b, n: (at_work(b, n), built.append(n)))
@@ -306,7 +310,7 @@ def test_two_machines_that_build_a_cache_at_once_share_it(
     monkeypatch.setattr(CacheBuilder, "build", build)
     cache.run(params)
     names = read_json(Path("data/cache/index.json"))["files"]
-    assert sorted(built) == sorted([*names, "pairs-00001"]), "and no other twice"
+    assert sorted(built) == sorted([*names, "pairs-forward-00001"]), "and no other twice"
     assert len(list(storage.rglob("*.safetensors"))) == len(names)
     indices = {(folder / "data/cache/index.json").read_bytes() for folder in (world, other)}
     assert len(indices) == 1
@@ -338,8 +342,8 @@ def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
     prepare.run(params)
     cache.run(params)
     index = Path("data/cache/index.json").read_bytes()
-    shard = Path(at_storage("pairs-00001"))
-    shutil.copy(shard, shard.with_name(f"pairs-00001.{first * 64}.safetensors"))
+    shard = Path(at_storage("pairs-forward-00001"))
+    shutil.copy(shard, shard.with_name(f"pairs-forward-00001.{first * 64}.safetensors"))
     shutil.rmtree("data/cache")  # another machine
     cache.run(params)
     assert Path("data/cache/index.json").read_bytes() == index
@@ -366,7 +370,7 @@ def test_a_cache_at_storage_is_never_downloaded_to_tell_its_checksums_nor_held_i
         monkeypatch.setattr(Mirror, way, noting(way))
     cache.run(params)
     assert brought == []
-    Path(at_storage("pairs-00001")).unlink()
+    Path(at_storage("pairs-forward-00001")).unlink()
     shutil.rmtree("data/cache")  # another machine
     cache.run(params)
     assert brought == ["fetch text", "fetch moments-00000", "fetch moments-00001"]
@@ -379,7 +383,9 @@ def test_with_storage_the_disk_needs_room_for_what_pairs_are_made_from_and_for_o
     params = params_with(storage=str(storage), cache=section)
     prepare.run(params)
     plan = cache.cache_builder(params).plan
-    needed = sum(plan.num_bytes[name] for name in plan.phases[0]) + plan.num_bytes["pairs-00000"]
+    needed = (
+        sum(plan.num_bytes[name] for name in plan.phases[0]) + plan.num_bytes["pairs-forward-00000"]
+    )
     free, send = needed - 1, Mirror.send
 
     def send_and_look(self: Mirror, path: Path, name: str) -> None:
@@ -403,7 +409,7 @@ def test_a_damaged_shard_is_named_and_made_anew(
     params = params_with()
     prepare.run(params)
     cache.run(params)
-    shard = Path("data/cache/pairs-00001.safetensors")
+    shard = Path("data/cache/pairs-forward-00001.safetensors")
     content = shard.read_bytes()
     index = Path("data/cache/index.json").read_bytes()
     shard.write_bytes(DAMAGES[damage](content))
