@@ -39,11 +39,12 @@ from components.dataset import read_records
 from components.device import device, load_base
 from components.environment import quiet
 from components.params import Params, load_params
-from components.storage import Mirror
+from components.storage import ShardStore
 from pnp_core.cache import TEXT, CacheBuilder, CacheConfig, Example, Pairs, TeacherCache
 from pnp_core.cores import num_cores, on_cores
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
 from pnp_core.distill import DistillConfig, distill, distillation_loss, draw_guidance_scale
+from pnp_core.files import read_json
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.identity import BaseIdentity
 from pnp_core.memory import pair_losses
@@ -292,12 +293,12 @@ def s3_efficiency(
 ) -> float:
     """Samples a second from S3 over those from disk, opening the cache included."""
     with s3_server() as url:
-        mirror = Mirror(url)
-        for path in folder.iterdir():
-            mirror.put(path, folder)
+        store = ShardStore(url)
+        for name, sha256 in read_json(folder / "index.json")["files"].items():
+            store.mirror.send(folder / f"{name}.safetensors", store.file(name, sha256))
 
         def epoch(from_s3: bool) -> None:
-            cache = TeacherCache.open(folder, fetch=Mirror(url).read if from_s3 else None)
+            cache = TeacherCache.open(folder, source=ShardStore(url) if from_s3 else None)
             distill(unet, cache, config)
 
         ratios = []

@@ -3,9 +3,12 @@
 Reads data/prepared and the base. Writes data/cache: VAE moments, text states and teacher pairs in
 checksummed shards. Shards that are there are not computed again. With `storage`, shards are kept
 there, whoever built them, and data/cache keeps the index only; training reads them from there.
+
+Run again beside its index, it looks at every shard, and makes damaged ones anew.
 """
 
-from collections.abc import Callable, Iterable, Set
+import json
+from collections.abc import Callable, Set
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,14 +19,16 @@ from components.cluster import run_tasks
 from components.dataset import PreparedImages, lines_of, read_prompts
 from components.disk import check_room, megabytes
 from components.params import Params, cache_config, companion_paths
-from components.paths import CACHE, PREPARED
+from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.shipping import pack
-from components.storage import Mirror
-from pnp_core.files import read_json, write_bytes
+from components.storage import Mirror, ShardStore
+from pnp_core.files import fetch_once, read_json, sha256_file, write_bytes
 
 if TYPE_CHECKING:
     from pnp_core.cache import CacheBuilder
+
+NO_ROOM = "make room there: pairs are made from all text states and latents"
 
 
 def run(params: Params) -> None:
@@ -36,16 +41,14 @@ def run(params: Params) -> None:
     # Workers compute, and this process plans: the GPU is theirs.
     builder = cache_builder(params, on_cpu=params.cluster.num_workers > 0)
     plan = builder.plan
-    mirror = cache_mirror(params, builder)
+    store = shard_store(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
-    forget_damaged()
+    forget_damaged(store)
     for path in CACHE.iterdir():  # of an earlier, larger cache
         if path.stem not in plan.num_rows and path.is_file():
             path.unlink()
-    elsewhere = mirror.names() if mirror else set()
-    built = {name for name in plan.num_rows if builder.is_built(name)}
-    there = {name for name in plan.num_rows if builder.path(name).name in elsewhere}
-    missing = plan.num_rows.keys() - (there if mirror else built)
+    there = store.checksums() if store else filter(builder.is_built, plan.num_rows)
+    missing = plan.num_rows.keys() - set(there)
     total = sum(plan.num_bytes.values())
     print(
         f"cache: {plan.num_pairs:,} teacher pairs, {megabytes(total)} in {len(plan.num_rows)} "
@@ -53,26 +56,52 @@ def run(params: Params) -> None:
         f"{len(plan.num_rows) - len(missing)} shards are there",
         flush=True,
     )
-    needed = sum(plan.num_bytes[name] for name in missing - built)
-    check_room("cache", CACHE, needed, "lower cache.num_forward or cache.num_trajectory")
-    if mirror and missing:
-        fetch_missing([n for n in plan.phases[0] if n in there], builder, mirror)  # for pairs
-    build_missing(params, builder, mirror, missing)
+    check_disk(params, builder, store, missing)
+    build_missing(params, builder, store, missing)
+    if store is None:
+        builder.finish()
+        return
     index = CACHE / "index.json"
-    if mirror and not missing and index.name in elsewhere:
-        write_bytes(index, mirror.read(index.name))
+    if (content := index_there(store)) is not None:
+        write_bytes(index, content)
     else:
-        builder.finish(
-            storage=mirror.url if mirror else None, fetch=mirror.read if mirror else None
-        )
-    if mirror:
-        mirror.put(index, CACHE)
-        for path in CACHE.glob("*.safetensors"):
-            path.unlink()
+        builder.finish(storage=store.url, checksums=store.checksums())
+        store.mirror.put(index, CACHE)
+    for path in CACHE.glob("*.safetensors"):
+        path.unlink()
+
+
+def check_disk(
+    params: Params, builder: "CacheBuilder", store: ShardStore | None, missing: Set[str]
+) -> None:
+    """Raises ValueError if the disk can't hold what these shards need of it."""
+    plan = builder.plan
+    if store is None:
+        needed = sum(plan.num_bytes[name] for name in missing)
+        check_room("cache", CACHE, needed, "lower cache.num_forward or cache.num_trajectory")
+        return
+    if params.cluster.num_workers and not params.cluster.shared_folder:
+        return  # each node looks for itself
+    # Pairs leave the disk as soon as they are sent, and are made from all of the first phase.
+    pairs = [plan.num_bytes[name] for name in plan.phases[1] if name in missing]
+    needed = max(pairs, default=0) * max(1, params.cluster.num_workers)
+    here = [name for name in plan.phases[0] if not builder.path(name).exists()]
+    needed += sum(plan.num_bytes[name] for name in here if pairs or name in missing)
+    check_room("cache", CACHE, needed, NO_ROOM)
+
+
+def index_there(store: ShardStore) -> bytes | None:
+    """The index that another machine has written, if all that it lists is there."""
+    try:
+        content = store.mirror.read("index.json")
+        files = json.loads(content)["files"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return content if files.items() <= store.shards() else None
 
 
 def build_missing(
-    params: Params, builder: "CacheBuilder", mirror: Mirror | None, missing: Set[str]
+    params: Params, builder: "CacheBuilder", store: ShardStore | None, missing: Set[str]
 ) -> None:
     """Make these shards, here or on Ray workers."""
     plan = builder.plan
@@ -98,21 +127,46 @@ def build_missing(
         run_tasks(shard_building, params, phases, count_shard, name="cache", shipment=shipment)
     else:
         builder.tell = count
+        work = building(builder, store)
         for name in chain(*phases):
-            build(name, builder, mirror)
+            work(name)
 
 
-def forget_damaged() -> None:
-    """Delete shards that are not what the index of an earlier run says, so that they are built."""
-    from pnp_core.files import sha256_file
+def forget_damaged(store: ShardStore | None) -> None:
+    """Delete shards that are not what was written, so that they are built.
+
+    Raises OSError if `storage` may not be written.
+    """
+    from pnp_core.cache.identity import VERSION
 
     index = CACHE / "index.json"
-    recorded = read_json(index)["files"] if index.exists() else {}
-    for name, checksum in recorded.items():
+    written = read_json(index) if index.exists() else {"files": {}}
+    if written["files"] and (version := written.get("version")) != VERSION:
+        print(
+            f"cache: {CACHE} was made by version {version} of the code that fills it, not "
+            f"{VERSION}: all of it is made anew",
+            flush=True,
+        )
+        written = {"files": {}}
+    for name, checksum in written["files"].items():
         path = CACHE / f"{name}.safetensors"
         if path.exists() and sha256_file(path) != checksum:
             print(f"cache: {path} is not what was written: made anew", flush=True)
             path.unlink()
+    if store is None:
+        return
+    # Who comes for the index alone need not read all shards for it.
+    is_ours = written.get("storage") == store.url
+    if is_ours:
+        print(f"cache: is complete; looking at all shards in {store.url}", flush=True)
+    for file in store.damaged(look_inside=is_ours):
+        forget(file, store)
+
+
+def forget(file: str, store: ShardStore) -> None:
+    """Delete a damaged shard where shards are kept."""
+    print(f"cache: {store.url}/{file} is not what was written: made anew", flush=True)
+    store.mirror.remove(file)
 
 
 def cache_builder(params: Params, *, on_cpu: bool = False) -> "CacheBuilder":
@@ -154,36 +208,72 @@ def cache_builder(params: Params, *, on_cpu: bool = False) -> "CacheBuilder":
     return builder
 
 
-def cache_mirror(params: Params, builder: "CacheBuilder") -> Mirror | None:
+def shard_store(params: Params, builder: "CacheBuilder") -> ShardStore | None:
     """Where finished shards are kept besides this machine; None without `storage`."""
-    return Mirror(params.storage, f"cache/{builder.key('')}") if params.storage else None
-
-
-def build(name: str, builder: "CacheBuilder", mirror: Mirror | None) -> None:
-    """Build one shard, and send it to where shards are kept."""
-    builder.build(name)
-    if mirror:
-        mirror.put(builder.path(name), CACHE)
+    if not params.storage:
+        return None
+    return ShardStore(params.storage, f"cache/{builder.key('')}", builder.plan.num_bytes)
 
 
 def shard_building(params: Params) -> Callable[[str], None]:
     """The work of each Ray worker: it loads the base once and then builds shards by name."""
     builder = cache_builder(params)
-    mirror = cache_mirror(params, builder)
+    return building(builder, shard_store(params, builder))
+
+
+def building(builder: "CacheBuilder", store: ShardStore | None) -> Callable[[str], None]:
+    """What builds one shard by name, and sends it to where shards are kept."""
+    if store is None:
+        return builder.build
+    has_first_phase = False
 
     def work(name: str) -> None:
-        if mirror and name not in builder.plan.phases[0]:  # it is built from these
-            fetch_missing(builder.plan.phases[0], builder, mirror)
-        build(name, builder, mirror)
+        nonlocal has_first_phase
+        if name in builder.plan.phases[1] and not has_first_phase:
+            fetch_first_phase(builder, store)
+            has_first_phase = True
+        build_and_send(name, builder, store)
 
     return work
 
 
-def fetch_missing(names: Iterable[str], builder: "CacheBuilder", mirror: Mirror) -> None:
-    """Have these shards here, which are where shards are kept."""
-    for name in names:
-        if not builder.is_built(name):
-            write_bytes(builder.path(name), mirror.read(builder.path(name).name))
+def build_and_send(name: str, builder: "CacheBuilder", store: ShardStore) -> None:
+    """Build one shard and send it, unless another machine has by now."""
+    is_pairs = name in builder.plan.phases[1]
+    if name in store.checksums():
+        builder.tell(builder.plan.num_rows[name] if is_pairs else 0)
+        return
+    builder.build(name)
+    path = builder.path(name)
+    if name not in store.checksums():
+        store.mirror.send(path, store.file(name, sha256_file(path)))
+    if is_pairs:  # nothing is made from them here
+        path.unlink()
+
+
+def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
+    """Have here what pairs are made from, as it is kept there: what is damaged is made anew.
+
+    One of a machine's workers fetches it. Raises ValueError if the disk can't hold it.
+    """
+    from pnp_core.shards import Shard
+
+    plan, there = builder.plan, store.checksums()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for name in plan.phases[0]:
+        path = builder.path(name)
+        if sha256 := there.get(name):
+            shard = Shard(name=name, sha256=sha256, num_rows=plan.num_rows[name])
+
+            def fetch(shard: Shard = shard, path: Path = path) -> None:
+                check_room("cache", CACHE, plan.num_bytes[shard.name], NO_ROOM)
+                store.fetch(shard, path)
+
+            if fetch_once(path, sha256, fetch, RUNS / "cache"):
+                continue
+            forget(store.file(name, sha256), store)
+            path.unlink(missing_ok=True)
+        build_and_send(name, builder, store)
 
 
 if __name__ == "__main__":

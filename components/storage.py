@@ -1,9 +1,12 @@
-"""Folders mirrored to where `storage` points."""
+"""Folders mirrored to where `storage` points, and shards of teacher caches kept there."""
 
 import errno
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +15,8 @@ from pnp_core.files import atomic_file
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
+
+    from pnp_core.shards import Shard
 
 Result = TypeVar("Result")
 
@@ -44,6 +49,7 @@ MISTAKES = {
     "ValueError",
 }
 NO_BUCKET = "NoSuchBucket"
+CHECKED_AT_ONCE = 8  # shards, each in a thread: one connection alone is slow
 NOTHING_KEPT = {"memory", "http", "https", "data", "github"}  # of what fsspec knows
 
 
@@ -99,12 +105,17 @@ class Mirror:
 
     def names(self) -> set[str]:
         """The files there, by their path below the mirror's root."""
-        return self._patiently("list", "", self._names)
+        return set(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """The files there by their path below the mirror's root, and what they take in bytes."""
+        found = self._patiently("list", "", lambda: self._found(self._root))
+        start = len(self._files._strip_protocol(self._root)) + 1
+        return {name[start:]: int(about["size"]) for name, about in found.items()}
 
     def num_bytes(self) -> int:
         """That all files there take."""
-        found = self._patiently("list", "", lambda: self._found(self._root))
-        return sum(int(about["size"]) for about in found.values())
+        return sum(self.sizes().values())
 
     def read(self, name: str) -> bytes:
         """The content of one file. FileNotFoundError if there is none."""
@@ -112,6 +123,15 @@ class Mirror:
             "read", name, lambda: self._files.cat_file(f"{self._root}/{name}")
         )
         return content
+
+    def checksum(self, name: str) -> str:
+        """SHA-256 of one file, read piece by piece. FileNotFoundError if there is none."""
+
+        def digest() -> str:
+            with self._files.open(f"{self._root}/{name}", "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+
+        return self._patiently("read", name, digest)
 
     def fetch(self, name: str, path: Path) -> None:
         """One file, to `path`. FileNotFoundError if there is none."""
@@ -137,6 +157,11 @@ class Mirror:
 
         self._patiently("write", name, put, is_place=True)
 
+    def remove(self, name: str) -> None:
+        """Delete one file, if it is there."""
+        with suppress(FileNotFoundError):
+            self._patiently("delete", name, lambda: self._files.rm_file(f"{self._root}/{name}"))
+
     def forget(self) -> None:
         """Delete all that is there."""
         if self.names():
@@ -147,10 +172,6 @@ class Mirror:
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         return self._root, PyFileSystem(FSSpecHandler(self._files))
-
-    def _names(self) -> set[str]:
-        root = self._files._strip_protocol(self._root)
-        return {name[len(root) + 1 :] for name in self._found(root)}
 
     def _found(self, root: str) -> Mapping[str, Mapping[str, Any]]:
         """What is known of each file there."""
@@ -218,6 +239,81 @@ class Mirror:
             f"storage: there is no {kind} {self._place}: correct `storage` in params.yaml, or make "
             f"the {kind}, which is never made for you"
         )
+
+
+class ShardStore:
+    """Where the shards of one teacher cache are kept, each under its name and SHA-256.
+
+    So no machine overwrites a shard that another's index is of: GPUs differ in rounding. For
+    training it is a :class:`pnp_core.shards.ShardSource`.
+
+    Args:
+        storage: as in :class:`Mirror`.
+        name: of the cache's folder there.
+        num_bytes: what each shard's tensors take: a file of less is damaged.
+    """
+
+    remedy = (
+        "`python -m components.cache` makes it anew, and the same command goes on from here; where "
+        "another kind of GPU makes it, training begins anew"
+    )
+
+    def __init__(
+        self, storage: str, name: str = "", num_bytes: Mapping[str, int] | None = None
+    ) -> None:
+        self.mirror = Mirror(storage, name)
+        self.url = self.mirror.url
+        self.num_bytes = num_bytes or {}
+
+    def shards(self) -> set[tuple[str, str]]:
+        """Name and SHA-256 of the shards that are there and not too short."""
+        sizes = self.mirror.sizes()
+        whole = (self._parsed(file) for file in sizes if not self._is_short(file, sizes))
+        return {(name, sha256) for name, sha256 in whole if sha256}
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 by name: of a shard that two machines made at once, all take the same."""
+        return dict(sorted(self.shards(), reverse=True))
+
+    def damaged(self, *, look_inside: bool) -> list[str]:
+        """Files that are too short; those of another content too, if all are read."""
+        sizes = self.mirror.sizes()
+        files = sorted(file for file in sizes if self._parsed(file)[1])
+
+        def is_damaged(file: str) -> bool:
+            if self._is_short(file, sizes):
+                return True
+            return look_inside and self.mirror.checksum(file) != self._parsed(file)[1]
+
+        with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            return [f for f, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
+
+    def _is_short(self, file: str, sizes: Mapping[str, int]) -> bool:
+        return sizes[file] < self.num_bytes.get(self._parsed(file)[0], 0)
+
+    @staticmethod
+    def file(name: str, sha256: str) -> str:
+        """What a shard is called there."""
+        return f"{name}.{sha256}.safetensors"
+
+    @staticmethod
+    def _parsed(file: str) -> tuple[str, str]:
+        """Name and SHA-256 of a shard; without the latter, it is none."""
+        name, _, rest = file.partition(".")
+        sha256, _, suffix = rest.partition(".")
+        return name, sha256 if suffix == "safetensors" else ""
+
+    def place(self, shard: "Shard") -> str:
+        """URL of a shard's file."""
+        return f"{self.url}/{self.file(shard.name, shard.sha256)}"
+
+    def read(self, shard: "Shard") -> bytes:
+        """What its file holds. FileNotFoundError if there is none."""
+        return self.mirror.read(self.file(shard.name, shard.sha256))
+
+    def fetch(self, shard: "Shard", path: Path) -> None:
+        """The same, to a file, piece by piece."""
+        self.mirror.fetch(self.file(shard.name, shard.sha256), path)
 
 
 def _causes(error: BaseException | None) -> set[str]:

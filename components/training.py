@@ -11,13 +11,12 @@ from components.params import Params, Train, cache_config
 from components.paths import CACHE, DISTILLED, PREPARED, RUNS
 from components.progress import Progress
 from components.shipping import pack
-from components.storage import Mirror
+from components.storage import ShardStore
 from pnp_core.files import old_of, read_json
 from pnp_core.settings import UNSEEN, TrainConfig
 
 if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
-    from pnp_core.shards import Fetch
 
 
 def train_stage(
@@ -98,7 +97,7 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """
     from pnp_core.cache import TeacherCache
     from pnp_core.identity import base_identity
-    from pnp_core.shards import fetch_from
+    from pnp_core.shards import ShardFolder
 
     index, manifest = CACHE / "index.json", PREPARED / "manifest.json"
     storage = read_json(index).get("storage") if index.exists() else None
@@ -108,25 +107,9 @@ def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
         config=cache_config(params),
         data_hash=read_json(manifest)["hash"] if manifest.exists() else None,
         scheduler=scheduler,
-        fetch=_naming_the_remedy(Mirror(storage).read if storage else fetch_from(CACHE)),
+        source=ShardStore(storage) if storage else ShardFolder(CACHE, ShardStore.remedy),
         kept=RUNS / "texts" if storage else None,
     )
-
-
-def _naming_the_remedy(fetch: "Fetch") -> "Fetch":
-    """`fetch`, which says of a shard that is gone what makes it anew: DVC has noticed nothing."""
-
-    def read(name: str) -> bytes:
-        try:
-            return fetch(name)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"the teacher cache lacks {name}, which has expired or was deleted ({error}): "
-                "`python -m components.cache` makes it anew, and the same command goes on from "
-                "here; where another kind of GPU makes it, training begins anew"
-            ) from None
-
-    return read
 
 
 def checkpoint_folder(stage: str) -> Path:

@@ -36,6 +36,31 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fetch_once(path: Path, sha256: str, fetch: Callable[[], None], lock: Path) -> bool:
+    """Have a file of this content: one of a machine's processes fetches it, the others wait.
+
+    Args:
+        path: where it is to be.
+        sha256: of its content.
+        fetch: writes ``path``, whole, in place of what is there.
+        lock: a folder for this alone.
+
+    Returns:
+        Whether it is there; else what came has another content.
+    """
+    lock.mkdir(parents=True, exist_ok=True)
+    with alone_in(lock):
+        if is_new := not path.exists():
+            fetch()
+    is_whole = sha256_file(path) == sha256  # not in the lock: it takes all processes a while
+    if is_whole or is_new:
+        return is_whole
+    with alone_in(lock):
+        if sha256_file(path) != sha256:  # an earlier one, or damaged on this disk
+            fetch()
+        return sha256_file(path) == sha256
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path that takes ``path``'s place if the block ends well.

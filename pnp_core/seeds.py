@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random numbers of one step."""
+def step_generator(seed: int, step: int | str) -> torch.Generator:
+    """The random numbers of one step, or of what has this name."""
     digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -154,7 +154,8 @@ class CacheSettings:
         trajectory_steps: DDIM steps of a trajectory, and so its states.
         guidance_scale: range of the trajectories' ``w``, drawn uniformly.
         negative_fraction: share of pairs whose negative is another sample's prompt, not null.
-        batch_size: of the UNet's forwards, before CFG doubles it.
+        batch_size: of the UNet's forwards, before CFG doubles it. Of what is computed, it changes
+            roundings alone: shards of another one are kept.
         shard_size: most rows in a shard.
         precision: ``bf16`` (where the hardware has it) or ``fp32``.
 

@@ -1,6 +1,7 @@
 """Shards of a cache, read into memory ahead of training, from wherever they lie."""
 
 import hashlib
+import shutil
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -9,17 +10,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from safetensors.torch import load, load_file
 from torch import Tensor
 
-from pnp_core.files import alone_in, sha256_file, write_bytes
+from pnp_core.files import atomic_file, fetch_once, sha256_file
 from pnp_core.seeds import step_generator
-
-Fetch = Callable[[str], bytes]
-"""``fetch(file name)``: its content; FileNotFoundError if there is none."""
 
 Batch = TypeVar("Batch")
 
@@ -43,47 +41,82 @@ class Shard:
     num_rows: int
 
 
-def fetch_from(directory: Path) -> Fetch:
-    """Read files of a local folder."""
-    return lambda name: (directory / name).read_bytes()
+class ShardSource(Protocol):
+    """Where a cache's shards lie."""
+
+    @property
+    def remedy(self) -> str:
+        """What makes a shard anew, for messages."""
+
+    def place(self, shard: Shard) -> str:
+        """Path or URL of its file, for messages."""
+
+    def read(self, shard: Shard) -> bytes:
+        """What its file holds; FileNotFoundError if there is none."""
+
+    def fetch(self, shard: Shard, path: Path) -> None:
+        """The same, to a file, piece by piece."""
 
 
-def read_shard(shard: Shard, fetch: Fetch) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class ShardFolder:
+    """A local folder with a cache's shards; a :class:`ShardSource`."""
+
+    directory: Path
+    remedy: str = "delete what there is of it, and build the cache again"
+
+    def place(self, shard: Shard) -> str:
+        """Path of its file."""
+        return str(self.directory / f"{shard.name}.safetensors")
+
+    def read(self, shard: Shard) -> bytes:
+        """What its file holds."""
+        return Path(self.place(shard)).read_bytes()
+
+    def fetch(self, shard: Shard, path: Path) -> None:
+        """Copy its file."""
+        with atomic_file(path) as new:
+            shutil.copyfile(self.place(shard), new)
+
+
+def read_shard(shard: Shard, source: ShardSource) -> dict[str, Tensor]:
     """The tensors of one shard.
 
     Raises:
         ValueError: it is not there, or not what was written; named.
     """
-    return load(checked_content(shard, fetch))
-
-
-def checked_content(shard: Shard, fetch: Fetch) -> bytes:
-    """What the shard's file holds; raises as :func:`read_shard` does."""
     try:
-        content = fetch(f"{shard.name}.safetensors")
+        content = source.read(shard)
     except FileNotFoundError as error:
-        raise ValueError(f"The cache lacks its shard {shard.name} ({error}): build it.") from None
+        raise lacking(shard, source, error) from None
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise not_as_written(shard, len(content))
-    return content
+        raise not_as_written(shard, source)
+    return load(content)
 
 
-def not_as_written(shard: Shard, num_bytes: int) -> ValueError:
-    """The error that says so."""
+def lacking(shard: Shard, source: ShardSource, error: FileNotFoundError) -> ValueError:
+    """The error that says that a shard has expired or was deleted."""
+    return ValueError(f"The cache lacks {shard.name} ({error}): {source.remedy}.")
+
+
+def not_as_written(shard: Shard, source: ShardSource) -> ValueError:
+    """The error that says that a shard is damaged."""
     return ValueError(
-        f"The cache's shard {shard.name} is not what was written ({num_bytes:,} bytes, checksum "
-        "differs): delete it and build the cache again."
+        f"The cache's shard {shard.name} is not what was written (the checksum of "
+        f"{source.place(shard)} differs): {source.remedy}."
     )
 
 
-def map_shard(shard: Shard, fetch: Fetch, path: Path, kept: Path | None) -> dict[str, Tensor]:
+def map_shard(
+    shard: Shard, source: ShardSource, path: Path, kept: Path | None
+) -> dict[str, Tensor]:
     """The tensors of one shard, memory-mapped: what is read of them is read from the disk then.
 
     All processes of a machine share the pages that the system keeps of it.
 
     Args:
         shard: which one.
-        fetch: gives it where it is not at ``path``.
+        source: where it is if not at ``path``.
         path: where it may lie.
         kept: a folder for a file of it where it does not, in which it is the only one. None: it is
             held in memory instead.
@@ -91,19 +124,26 @@ def map_shard(shard: Shard, fetch: Fetch, path: Path, kept: Path | None) -> dict
     Raises:
         ValueError: as :func:`read_shard`.
     """
-    if not path.exists():
-        if kept is None:
-            return read_shard(shard, fetch)
-        path = kept / f"{shard.sha256}.safetensors"
-        lock = kept / "lock"
-        lock.mkdir(parents=True, exist_ok=True)
-        with alone_in(lock):  # one of a machine's processes fetches it, the others wait
-            if not path.exists():
-                for other in kept.glob("*.safetensors"):
-                    other.unlink()
-                write_bytes(path, checked_content(shard, fetch))
-    if sha256_file(path) != shard.sha256:
-        raise not_as_written(shard, path.stat().st_size)
+    if path.exists():
+        if sha256_file(path) != shard.sha256:
+            raise not_as_written(shard, source)
+        return load_file(path)
+    if kept is None:
+        return read_shard(shard, source)
+    path = kept / f"{shard.sha256}.safetensors"
+
+    def fetch() -> None:
+        for other in kept.glob("*.safetensors"):
+            if other != path:
+                other.unlink()
+        source.fetch(shard, path)
+
+    try:
+        is_whole = fetch_once(path, shard.sha256, fetch, kept / "lock")
+    except FileNotFoundError as error:
+        raise lacking(shard, source, error) from None
+    if not is_whole:
+        raise not_as_written(shard, source)
     return load_file(path)
 
 
@@ -156,10 +196,10 @@ class ShardReader:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], fetch: Fetch, *, num_shuffled: int = SHARDS_SHUFFLED
+        self, shards: Sequence[Shard], source: ShardSource, *, num_shuffled: int = SHARDS_SHUFFLED
     ) -> None:
         self.shards = list(shards)
-        self.fetch = fetch
+        self.source = source
         self.num_shuffled = num_shuffled
         self.num_rows_each = tuple(shard.num_rows for shard in self.shards)
         self.num_rows = sum(self.num_rows_each)
@@ -222,7 +262,7 @@ class ShardReader:
 
     def _start(self, number: int) -> Future[dict[str, Tensor]]:
         if number not in self.reading:
-            self.reading[number] = self.pool.submit(read_shard, self.shards[number], self.fetch)
+            self.reading[number] = self.pool.submit(read_shard, self.shards[number], self.source)
         return self.reading[number]
 
     def _shard(self, number: int) -> dict[str, Tensor]:

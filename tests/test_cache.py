@@ -26,6 +26,7 @@ from pnp_core.cache import (
 )
 from pnp_core.cache.identity import CacheIdentity
 from pnp_core.models import encode_prompts
+from pnp_core.settings import GuiderConfig
 from tests.conftest import BASE, CACHE_CONFIG, changed
 
 
@@ -234,7 +235,7 @@ def test_shards_that_are_there_are_not_built_again(
     own_cache: Path,
 ) -> None:
     (own_cache / "index.json").unlink()
-    lost = own_cache / "pairs-00001.safetensors"
+    lost = own_cache / "pairs-forward-00001.safetensors"
     before = lost.read_bytes()
     lost.unlink()
     times = {f.name: f.stat().st_mtime_ns for f in own_cache.glob("*.safetensors")}
@@ -246,8 +247,8 @@ def test_shards_that_are_there_are_not_built_again(
 def test_another_configuration_is_built_anew(
     pipe: StableDiffusionPipeline, examples: list[Example], own_cache: Path
 ) -> None:
-    assert builder(pipe, examples, own_cache).is_built("pairs-00000")
-    assert not builder(pipe, examples, own_cache, seed=1).is_built("pairs-00000")
+    assert builder(pipe, examples, own_cache).is_built("pairs-forward-00000")
+    assert not builder(pipe, examples, own_cache, seed=1).is_built("pairs-forward-00000")
 
 
 def test_a_cache_in_bf16_agrees_with_one_in_full_precision(
@@ -304,7 +305,11 @@ def test_half_of_the_pairs_along_trajectories_are_the_bases(pipe: StableDiffusio
     config = replace(CACHE_CONFIG, num_trajectory=1600)
     for num_companions, base, companion in ((0, 1600, 0), (1, 800, 800), (4, 800, 200)):
         plan = plan_cache(
-            pipe, num_images=24, num_prompts=6, config=config, num_companions=num_companions
+            pipe,
+            num_images=24,
+            num_prompts=6,
+            config=config,
+            companions=[f"companion {number}" for number in range(num_companions)],
         )
         had = [0] * (1 + num_companions)
         for name, teacher in plan.teachers.items():
@@ -340,7 +345,7 @@ def test_companions_without_trajectories_are_refused(
 
 @pytest.mark.parametrize("damage", ["truncate", "alter", "delete"])
 def test_a_damaged_shard_is_named(own_cache: Path, damage: str) -> None:
-    shard = own_cache / "pairs-00002.safetensors"
+    shard = own_cache / "pairs-forward-00002.safetensors"
     data = bytearray(shard.read_bytes())
     if damage == "delete":
         shard.unlink()
@@ -348,7 +353,7 @@ def test_a_damaged_shard_is_named(own_cache: Path, damage: str) -> None:
         data[-1] ^= 1
         shard.write_bytes(data[:-10] if damage == "truncate" else data)
     cache = TeacherCache.open(own_cache)
-    with pytest.raises(ValueError, match="pairs-00002"):
+    with pytest.raises(ValueError, match="pairs-forward-00002"):
         cache.pairs(torch.arange(cache.num_pairs), torch.device("cpu"))
 
 
@@ -378,13 +383,14 @@ def test_a_cache_filled_by_another_version_of_the_code_is_refused_and_built_anew
     own_cache: Path,
 ) -> None:
     assert all(map(builder(pipe, examples, own_cache).is_built, ("text", "moments-00000")))
-    monkeypatch.setattr("pnp_core.cache.identity.VERSION", 2)
-    with pytest.raises(ValueError, match="by version 1 of the code that fills it, not 2"):
+    monkeypatch.setattr("pnp_core.cache.identity.VERSION", 99)
+    with pytest.raises(ValueError, match=r"by version \d of the code that fills it, not 99"):
         TeacherCache.open(own_cache)
     ours = builder(pipe, examples, own_cache)
     assert not any(ours.is_built(name) for name in ours.plan.num_rows)
 
 
+OTHER_GUIDER = GuiderConfig(name="TangentialClassifierFreeGuidance")
 IDENTITY = CacheIdentity(
     base=BASE,
     data_hash="data",
@@ -394,30 +400,128 @@ IDENTITY = CacheIdentity(
     dtypes=("float32",) * 3,
     config=CACHE_CONFIG,
 )
-ALL = {"text", "moments-00000", "pairs-00000", ""}
+# Each shard's rows and teacher; "" is the whole cache.
+SHARDS = {
+    "text": {},
+    "moments-00000": {},
+    "pairs-forward-00000": {"num_rows": 16},
+    "pairs-base-00000": {"num_rows": 15},
+    "pairs-one-00000": {"num_rows": 15, "teacher": 1},
+    "": {},
+}
+ALL = set(SHARDS)
+PAIRS = {name for name in ALL if name.startswith("pairs")}
+TRAJECTORIES = PAIRS - {"pairs-forward-00000"}
+
+
+def keys(identity: CacheIdentity) -> dict[str, str]:
+    return {name: identity.key(name, **about) for name, about in SHARDS.items()}
 
 
 @pytest.mark.parametrize(
     ("change", "anew"),
     [
-        ({"base": replace(BASE, unet="x")}, {"pairs-00000", ""}),
-        ({"base": replace(BASE, scheduler="x")}, {"pairs-00000", ""}),
+        ({"base": replace(BASE, unet="x")}, PAIRS | {""}),
+        ({"base": replace(BASE, scheduler="x")}, PAIRS | {""}),
         ({"base": replace(BASE, text="x")}, ALL - {"moments-00000"}),
         ({"base": replace(BASE, vae="x")}, ALL - {"text"}),
         ({"data_hash": "x"}, ALL - {"text"}),
-        ({"companions": ("two", "one")}, {"pairs-00000", ""}),
+        ({"companions": ("one", "another")}, {""}),
+        ({"companions": ("another",)}, {"pairs-one-00000", ""}),
         ({"prompts": ("", "b")}, ALL),
-        ({"config": replace(CACHE_CONFIG, seed=1)}, {"pairs-00000", ""}),
+        ({"size": 64}, ALL),
+        ({"dtypes": ("float16",) * 3}, ALL),
+        ({"config": replace(CACHE_CONFIG, seed=1)}, PAIRS | {""}),
         ({"config": replace(CACHE_CONFIG, precision="bf16")}, ALL),
         ({"config": replace(CACHE_CONFIG, shard_size=8)}, ALL - {"text"}),
+        ({"config": replace(CACHE_CONFIG, negative_fraction=0.0)}, PAIRS | {""}),
+        ({"config": replace(CACHE_CONFIG, guidance_scale=(1.0, 2.0))}, TRAJECTORIES | {""}),
+        ({"config": replace(CACHE_CONFIG, trajectory_steps=6)}, TRAJECTORIES | {""}),
+        ({"config": replace(CACHE_CONFIG, guider=OTHER_GUIDER)}, TRAJECTORIES | {""}),
+        ({"config": replace(CACHE_CONFIG, num_trajectory=21)}, {""}),
+        ({"config": replace(CACHE_CONFIG, num_forward=41)}, {""}),
+        ({"config": replace(CACHE_CONFIG, batch_size=3)}, set()),
     ],
 )
 def test_a_change_builds_anew_the_shards_that_depend_on_it_and_no_others(
     change: dict[str, Any], anew: set[str]
 ) -> None:
-    other = replace(IDENTITY, **change)
-    assert {name for name in ALL if other.key(name) != IDENTITY.key(name)} == anew
-    assert len({IDENTITY.key(name) for name in ALL}) == len(ALL)
+    before, after = keys(IDENTITY), keys(replace(IDENTITY, **change))
+    assert {name for name in ALL if before[name] != after[name]} == anew
+    assert len(set(before.values())) == len(ALL)
+    assert IDENTITY.key("pairs-base-00000", num_rows=5) != before["pairs-base-00000"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.stem: path.read_bytes() for path in folder.iterdir()}
+
+
+LARGE = {"num_trajectory": 120}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "num_anew"),
+    [
+        (({}, {}), ({}, {}), 0),
+        (({}, {}), ({}, {"num_trajectory": 60}), 3),  # of 4 shards, the first was full
+        (({}, {}), ({}, {"num_forward": 70}), 3),  # of 5 shards, 2 were full
+        (({}, {}), ({}, {"guidance_scale": (1.0, 3.0)}), 2),  # which noised data do not follow
+        (({}, LARGE), ({"a": 1}, LARGE), 4),  # all are the companion's
+        (({"a": 1}, LARGE), ({"b": 2, "a": 1}, LARGE), 2),  # those of the other one, which is first
+        (({"b": 2, "a": 1}, LARGE), ({"a": 1}, {}), 2),  # both last shards: of fewer trajectories
+    ],
+)
+def test_a_cache_that_was_changed_is_the_one_that_is_made_at_once(  # noqa: PLR0913, cases and fixtures
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    tmp_path: Path,
+    before: tuple[dict[str, int], dict[str, Any]],
+    after: tuple[dict[str, int], dict[str, Any]],
+    num_anew: int,
+) -> None:
+    """Companions by identity, and how far their weights are from the base's."""
+
+    def made(folder: str, companions: dict[str, int], changes: dict[str, Any]) -> CacheBuilder:
+        unets = {name: changed(pipe.unet, far / 100) for name, far in companions.items()}
+        return builder(pipe, examples, tmp_path / folder, unets, **changes)
+
+    build_cache(made("grown", *before))
+    old = contents(tmp_path / "grown")
+    grown = made("grown", *after)
+    kept = {name for name in grown.plan.num_rows if grown.is_built(name)}
+    assert len(grown.plan.num_rows) - len(kept) == num_anew
+    build_cache(grown)
+    build_cache(made("at once", *after))
+    new, at_once = contents(tmp_path / "grown"), contents(tmp_path / "at once")
+    assert {name: new[name] for name in at_once} == at_once
+    assert all(old[name] == new[name] for name in kept)
+    cache = TeacherCache.open(tmp_path / "grown", config=grown.config)
+    assert cache.companions == list(after[0])
+    for teacher, reader in enumerate(cache.pair_shards):
+        unet = (pipe.unet, *grown.companions.values())[teacher]
+        drawn = cache.pair_indices(batch_size=reader.num_rows, seed=0, step=0, teacher=teacher)
+        pairs = cache.pairs(drawn, torch.device("cpu"))
+        with torch.no_grad():
+            eps = unet(pairs.z_t, pairs.timestep, pairs.text).sample
+        torch.testing.assert_close(pairs.eps_c, eps, atol=2e-3, rtol=2e-3)
+
+
+def test_how_many_are_computed_at_once_changes_roundings_alone(
+    pipe: StableDiffusionPipeline,
+    examples: list[Example],
+    cache: TeacherCache,
+    cache_folder: Path,
+    tmp_path: Path,
+) -> None:
+    one_by_one = builder(pipe, examples, tmp_path, batch_size=3)
+    build_cache(one_by_one)
+    rows = torch.arange(cache.num_pairs)
+    made = TeacherCache.open(tmp_path, config=CACHE_CONFIG).pairs(rows, torch.device("cpu"))
+    for name, value in cache.pairs(rows, torch.device("cpu"))._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(made, name), value, atol=5e-3, rtol=5e-3)
+    index, other = (json.loads((f / "index.json").read_text()) for f in (cache_folder, tmp_path))
+    assert index | {"files": 0} == other | {"files": 0}
 
 
 def test_a_cache_made_with_another_scheduler_is_refused_naming_the_difference(
@@ -441,25 +545,34 @@ def test_no_examples_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -
 
 def test_a_key_is_the_hash_of_all_that_its_shard_depends_on_as_json() -> None:
     """Written out for each name by itself: caches that there are keep their keys."""
-    nasty = replace(IDENTITY, prompts=("", '"name": "text", ', "naïve\n"), size=7)
+    prompts = ("", '"name": "text", ', "naïve\n")
+    nasty = replace(IDENTITY, prompts=prompts, size=7)
     common = {
-        "version": 1,
-        "prompts": nasty.prompts,
+        "version": 2,
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
         "size": 7,
         "dtypes": nasty.dtypes,
         "precision": "fp32",
     }
-    of_moments = {"vae": "vae", "data": "data", "shard_size": 16}
-    for name in (*ALL, "moments-00001", "pairs-00001"):
-        depends: dict[str, Any] = {**common, "name": name}
-        if name.startswith("moments"):
-            depends |= of_moments
-        else:
-            depends["text"] = "text"
-        if name == "" or name.startswith("pairs"):
-            depends |= asdict(nasty)
-        text = json.dumps(depends, sort_keys=True, default=str)
-        assert nasty.key(name) == hashlib.sha256(text.encode()).hexdigest()[:32]
+    config = asdict(CACHE_CONFIG)
+    del config["batch_size"]
+    of_base = {"base": asdict(BASE), "data": "data"}
+    of_pairs = of_base | {
+        name: config[name] for name in ("seed", "negative_fraction", "shard_size")
+    }
+    read = ("trajectory_steps", "guidance_scale", "guider")
+    of_trajectories = of_pairs | {name: config[name] for name in read}
+    depends = {
+        "text": {"text": "text"},
+        "moments-00000": {"vae": "vae", "data": "data", "shard_size": 16},
+        "pairs-forward-00000": {**of_pairs, "num_rows": 16, "teacher": "base"},
+        "pairs-base-00000": {**of_trajectories, "num_rows": 15, "teacher": "base"},
+        "pairs-one-00000": {**of_trajectories, "num_rows": 15, "teacher": "one"},
+        "": {**of_base, "companions": ("one", "two"), "config": config},
+    }
+    for name, key in keys(nasty).items():
+        text = json.dumps({**common, "name": name, **depends[name]}, sort_keys=True, default=str)
+        assert key == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def test_prompts_are_written_out_once_for_all_shards_of_a_kind(
@@ -476,5 +589,5 @@ def test_prompts_are_written_out_once_for_all_shards_of_a_kind(
     identity = replace(IDENTITY, prompts=("", "a long prompt"))
     for number in range(50):
         for kind in ("moments", "pairs"):
-            identity.key(f"{kind}-{number:05d}")
-    assert sum(written) <= 3
+            identity.key(f"{kind}-base-{number:05d}")
+    assert sum(written) == 1

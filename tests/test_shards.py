@@ -3,6 +3,7 @@
 import hashlib
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from pnp_core.shards import Ahead, Shard, ShardReader, epoch_order, map_shard
+from pnp_core.shards import Ahead, Shard, ShardFolder, ShardReader, epoch_order, map_shard
 from pnp_core.train import parts_of
 
 ROWS = (3, 4, 2, 5, 4)
@@ -26,12 +27,36 @@ def files() -> dict[str, bytes]:
     }
 
 
-def reader(files: dict[str, bytes], fetch: object = None, num_shuffled: int = 2) -> ShardReader:
+class Source:
+    """Shards that ``read(file name)`` gives; counts what is written to files."""
+
+    remedy = "run what makes it"
+
+    def __init__(self, read: Callable[[str], bytes]) -> None:
+        self.read_file = read
+        self.fetched: list[str] = []
+
+    def place(self, shard: Shard) -> str:
+        return f"s3://bucket/{shard.name}.safetensors"
+
+    def read(self, shard: Shard) -> bytes:
+        return self.read_file(f"{shard.name}.safetensors")
+
+    def fetch(self, shard: Shard, path: Path) -> None:
+        self.fetched.append(shard.name)
+        path.write_bytes(self.read(shard))
+
+
+def reader(
+    files: dict[str, bytes],
+    fetch: Callable[[str], bytes] | None = None,
+    num_shuffled: int = 2,
+) -> ShardReader:
     shards = [
         Shard(name=Path(name).stem, sha256=hashlib.sha256(content).hexdigest(), num_rows=rows)
         for (name, content), rows in zip(files.items(), ROWS, strict=True)
     ]
-    return ShardReader(shards, fetch or files.__getitem__, num_shuffled=num_shuffled)
+    return ShardReader(shards, Source(fetch or files.__getitem__), num_shuffled=num_shuffled)
 
 
 @pytest.mark.parametrize("num_shuffled", [1, 2, 5])
@@ -81,7 +106,7 @@ def test_no_more_than_two_groups_are_held_and_the_next_is_read_before_it_is_aske
 def test_an_altered_shard_is_named_when_it_is_read(files: dict[str, bytes]) -> None:
     one = reader(files)
     files["pairs-3.safetensors"] = files["pairs-3.safetensors"][:-1]
-    with pytest.raises(ValueError, match=r"shard pairs-3 is not what was written \(\d+ bytes"):
+    with pytest.raises(ValueError, match=r"shard pairs-3 is not what was written \(the checksum"):
         one.rows(torch.arange(18))
 
 
@@ -146,7 +171,7 @@ def test_a_mapped_shard_takes_the_memory_of_what_is_read_of_it(tmp_path: Path) -
     size = len(content)
     del content
     before = memory_bytes()
-    tensors = map_shard(shard, {}.__getitem__, tmp_path / "text.safetensors", None)
+    tensors = map_shard(shard, ShardFolder(tmp_path), tmp_path / "text.safetensors", None)
     tensors["states"][torch.tensor([5, 1 << 24])].float()
     assert memory_bytes() - before < size / 4
     held = load_file(tmp_path / "text.safetensors")["states"].clone()
@@ -161,16 +186,15 @@ def test_a_shard_that_lies_elsewhere_is_fetched_once_and_takes_its_predecessors_
     kept = tmp_path / "texts"
     kept.mkdir()
     (kept / "earlier.safetensors").write_bytes(b"")
-    fetched: list[str] = []
-
-    def fetch(name: str) -> bytes:
-        fetched.append(name)
-        return content
-
+    source = Source(lambda name: content)
     for _ in range(2):
-        tensors = map_shard(shard, fetch, tmp_path / "not there", kept)
+        tensors = map_shard(shard, source, tmp_path / "not there", kept)
         assert len(tensors["states"]) == 1 << 25
-    assert fetched == ["text.safetensors"]
+    assert source.fetched == ["text"]
+    (path,) = kept.glob("*.safetensors")
+    path.write_bytes(content[:-1] + b"x")  # damaged on this disk
+    assert len(map_shard(shard, source, tmp_path / "not there", kept)["states"]) == 1 << 25
+    assert source.fetched == ["text"] * 2
     assert [path.name for path in kept.glob("*.safetensors")] == [f"{shard.sha256}.safetensors"]
 
 
@@ -180,5 +204,27 @@ def test_an_altered_shard_is_not_mapped(tmp_path: Path, where: str) -> None:
     altered = content[:-1] + b"x"
     (tmp_path / "text.safetensors").write_bytes(altered)
     path = tmp_path / ("text.safetensors" if where == "here" else "not there")
-    with pytest.raises(ValueError, match="shard text is not what was written"):
-        map_shard(shard, lambda name: altered, path, tmp_path / "kept")
+    named = (
+        r"shard text is not what was written \(.* of s3://bucket/text.safetensors differs\): run"
+    )
+    with pytest.raises(ValueError, match=named):
+        map_shard(shard, Source(lambda name: altered), path, tmp_path / "kept")
+
+
+def test_a_shard_that_lies_elsewhere_is_brought_without_being_held_in_memory(
+    tmp_path: Path,
+) -> None:
+    shard, content = text_shard(tmp_path)
+    size = len(content)
+    del content
+    before, most = memory_bytes(), 0
+
+    class Slow(ShardFolder):
+        def read(self, shard: Shard) -> bytes:
+            nonlocal most
+            content = super().read(shard)
+            most = memory_bytes()
+            return content
+
+    map_shard(shard, Slow(tmp_path), tmp_path / "not there", tmp_path / "kept")
+    assert max(most, memory_bytes()) - before < size / 4

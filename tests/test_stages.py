@@ -341,11 +341,11 @@ def test_cache_builds_only_what_is_missing(world: Path) -> None:
     prepare.run(params)
     cache.run(params)
     shards = {path: path.stat().st_mtime_ns for path in Path("data/cache").iterdir()}
-    lost = Path("data/cache/pairs-00001.safetensors")
+    lost = Path("data/cache/pairs-forward-00001.safetensors")
     content = lost.read_bytes()
     lost.unlink()
-    Path("data/cache/pairs-00099.safetensors").touch()  # of an earlier, larger cache
-    Path("data/cache/.pairs-00001.safetensors.123").write_bytes(b"half")  # of a killed run
+    Path("data/cache/pairs-forward-00099.safetensors").touch()  # of an earlier, larger cache
+    Path("data/cache/.pairs-forward-00001.safetensors.123").write_bytes(b"half")  # of a killed run
     cache.run(params)
     after = {path: path.stat().st_mtime_ns for path in Path("data/cache").iterdir()}
     assert {path for path in after if after[path] != shards.get(path)} == {
@@ -354,6 +354,40 @@ def test_cache_builds_only_what_is_missing(world: Path) -> None:
     }
     assert lost.read_bytes() == content
     assert after.keys() == shards.keys()
+
+
+def test_of_a_cache_by_another_version_of_the_code_it_is_told_that_it_is_made_anew(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = params_with()
+    prepare.run(params)
+    cache.run(params)
+    version = read_json(Path("data/cache/index.json"))["version"]
+    monkeypatch.setattr("pnp_core.cache.identity.VERSION", version + 1)
+    monkeypatch.setattr("pnp_core.cache.build.VERSION", version + 1)
+    capsys.readouterr()
+    cache.run(params)
+    told = f"cache: data/cache was made by version {version} of the code that fills it, not"
+    said = capsys.readouterr().out
+    assert told in said and "; 0 shards are there" in said
+    cache.run(params)
+    said = capsys.readouterr().out
+    assert told not in said and "; 7 shards are there" in said
+
+
+def test_a_smaller_batch_size_leaves_a_cache_as_it_is(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the message of a GPU that is too small proposes keeps what was computed, and DVC too."""
+    prepare.run(params_with())
+    cache.run(params_with())
+    files = {path.name: path.read_bytes() for path in Path("data/cache").iterdir()}
+    params = params_with(cache={"batch_size": 8})
+    capsys.readouterr()
+    cache.run(params)
+    assert "; 7 shards are there" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in Path("data/cache").iterdir()} == files
+    distill.run(params)
 
 
 def test_with_storage_shards_are_kept_there_alone_and_never_built_twice(
@@ -922,7 +956,10 @@ def test_a_full_disk_ends_caching_in_one_line_and_the_next_run_goes_on(
     with pytest.raises(SystemExit):
         main(cache.run)
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "Could not write data/cache/pairs-00000.safetensors: [Errno 28] No space left" in line
+    assert (
+        "Could not write data/cache/pairs-forward-00000.safetensors: [Errno 28] No space left"
+        in line
+    )
     assert len(list(Path("data/cache").iterdir())) == 3
     monkeypatch.setattr(safetensors.torch, "save_file", save)
     cache.run(params)
@@ -990,10 +1027,12 @@ def test_a_shard_altered_at_storage_is_named(world: Path, s3: str) -> None:
     params = params_with(storage=s3)
     prepare.run(params)
     cache.run(params)
-    mirror = Mirror(read_json(Path("data/cache/index.json"))["storage"])
-    write_bytes(Path("pairs-00001.safetensors"), mirror.read("pairs-00001.safetensors")[:-1])
-    mirror.put(Path("pairs-00001.safetensors"), Path())
-    with pytest.raises(ValueError, match="shard pairs-00001 is not what was written"):
+    index = read_json(Path("data/cache/index.json"))
+    mirror = Mirror(index["storage"])
+    name = f"pairs-forward-00001.{index['files']['pairs-forward-00001']}.safetensors"
+    write_bytes(Path(name), mirror.read(name)[:-1])
+    mirror.put(Path(name), Path())
+    with pytest.raises(ValueError, match=f"shard pairs-forward-00001 is not .*{mirror.url}/{name}"):
         distill.run(params)
     assert not Path("guides/distilled").exists()
 

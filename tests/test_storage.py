@@ -1,18 +1,22 @@
 """Storage does what it is told: nothing is made unasked, mistakes are told at once."""
 
 import errno
+import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import s3fs
+import torch
 
 from components import cache, cli, distill, prepare
 from components.environment import quiet
 from components.params import Params, load_params
-from components.storage import Mirror
+from components.storage import Mirror, ShardStore
 from pnp_core.files import read_json
+from pnp_core.shards import Shard
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -198,11 +202,12 @@ def test_an_expired_shard_is_made_anew_by_the_command_that_the_message_names(
     prepare.run(params)
     cache.run(params)
     index = Path("data/cache/index.json").read_bytes()
-    there = read_json(Path("data/cache/index.json"))["storage"].removeprefix("s3://")
-    shard = f"{there}/pairs-00001.safetensors"
+    shard = at_storage("pairs-forward-00001").removeprefix("s3://")
     content = s3fs.S3FileSystem().cat_file(shard)
     s3fs.S3FileSystem().rm_file(shard)
-    with pytest.raises(ValueError, match="lacks pairs-00001.*`python -m components.cache` makes"):
+    with pytest.raises(
+        ValueError, match="lacks pairs-forward-00001.*`python -m components.cache` makes"
+    ):
         distill.run(params)
     cli.main(cache.run)
     s3fs.S3FileSystem.clear_instance_cache()
@@ -211,21 +216,203 @@ def test_an_expired_shard_is_made_anew_by_the_command_that_the_message_names(
     distill.run(params)
 
 
-@pytest.mark.parametrize("damage", ["altered", "truncated"])
+def at_storage(name: str) -> str:
+    """URL of a shard, by the index that is here."""
+    index = read_json(Path("data/cache/index.json"))
+    return f"{index['storage']}/{name}.{index['files'][name]}.safetensors"
+
+
+DAMAGES: Mapping[str, Callable[[bytes], bytes]] = {
+    "altered": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "truncated": lambda content: content[: len(content) // 2],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [("text", "truncated"), ("pairs-forward-00001", "altered")]
+)
+def test_a_damaged_shard_at_storage_is_made_anew_by_the_command_that_the_message_names(
+    world: Path, s3: str, name: str, damage: str
+) -> None:
+    params = params_with(storage=s3)
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    shard, files = at_storage(name), s3fs.S3FileSystem()
+    content = files.cat_file(shard)
+    files.pipe_file(shard, DAMAGES[damage](content))
+    named = f"{name} is not what was written .*{shard} differs.*`python -m components.cache` makes"
+    with pytest.raises(ValueError, match=named):
+        distill.run(params)
+    cli.main(cache.run)
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert s3fs.S3FileSystem().cat_file(shard) == content
+    assert Path("data/cache/index.json").read_bytes() == index
+    distill.run(params)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("pairs-forward-00001", "truncated"), ("text", "altered"), ("moments-00001", "truncated")],
+)
+def test_shards_of_a_killed_run_that_are_damaged_at_storage_are_not_taken(
+    world: Path, storage: Path, name: str, damage: str
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    shards = {path: path.read_bytes() for path in storage.rglob("*.safetensors")}
+    shard = Path(at_storage(name))
+    shard.write_bytes(DAMAGES[damage](shards[shard]))
+    Path(at_storage("pairs-base-00000")).unlink()  # it was killed before this one
+    (shard.parent / "index.json").unlink()
+    shutil.rmtree("data/cache")
+    cache.run(params)
+    assert {path: path.read_bytes() for path in storage.rglob("*.safetensors")} == shards
+    assert Path("data/cache/index.json").read_bytes() == index
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """A folder for `storage`, empty."""
+    folder = tmp_path / "storage"
+    folder.mkdir()
+    return folder
+
+
+def test_two_machines_that_build_a_cache_at_once_share_it(
+    world: Path, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one, whose GPU rounds in another way, comes in while each shard is built."""
+    from pnp_core.cache import CacheBuilder
+
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    other = shutil.copytree(world, tmp_path / "other", symlinks=True)
+    predict, built = CacheBuilder.predict, []
+
+    def rounded(self: CacheBuilder, *args: Any) -> dict[str, torch.Tensor]:
+        pairs = predict(self, *args)
+        return {**pairs, "eps_c": pairs["eps_c"] + 1e-2}
+
+    def build(self: CacheBuilder, name: str) -> None:
+        at_work(self, name)
+        built.append(name)
+        if name == "pairs-forward-00001":  # by now the other one does all the rest, this shard too
+            with monkeypatch.context() as there:
+                there.setattr(CacheBuilder, "predict", rounded)
+                there.setattr(CacheBuilder, "build", lambda b, n: (at_work(b, n), built.append(n)))
+                there.chdir(other)
+                cache.run(params)
+
+    at_work = CacheBuilder.build
+    monkeypatch.setattr(CacheBuilder, "build", build)
+    cache.run(params)
+    names = read_json(Path("data/cache/index.json"))["files"]
+    assert sorted(built) == sorted([*names, "pairs-forward-00001"]), "and no other twice"
+    assert len(list(storage.rglob("*.safetensors"))) == len(names)
+    indices = {(folder / "data/cache/index.json").read_bytes() for folder in (world, other)}
+    assert len(indices) == 1
+    for folder in (world, other):
+        monkeypatch.chdir(folder)
+        distill.run(params)
+
+
+def test_of_a_shard_that_two_machines_sent_at_once_neither_spoils_the_others(
+    storage: Path, tmp_path: Path
+) -> None:
+    store = ShardStore(str(storage))
+    contents = (b"one", b"other")
+    checksums = [hashlib.sha256(content).hexdigest() for content in contents]
+    for content, sha256 in zip(contents, checksums, strict=True):
+        (tmp_path / "shard").write_bytes(content)
+        store.mirror.send(tmp_path / "shard", store.file("text", sha256))
+    for content, sha256 in zip(contents, checksums, strict=True):
+        assert store.read(Shard(name="text", sha256=sha256, num_rows=1)) == content
+    assert store.checksums() == {"text": min(checksums)}
+    assert store.damaged(look_inside=True) == []
+
+
+@pytest.mark.parametrize("first", ["0", "f"])
+def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
+    world: Path, storage: Path, first: str
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    shard = Path(at_storage("pairs-forward-00001"))
+    shutil.copy(shard, shard.with_name(f"pairs-forward-00001.{first * 64}.safetensors"))
+    shutil.rmtree("data/cache")  # another machine
+    cache.run(params)
+    assert Path("data/cache/index.json").read_bytes() == index
+
+
+def test_a_cache_at_storage_is_never_downloaded_to_tell_its_checksums_nor_held_in_memory(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    brought: list[str] = []
+
+    def noting(way: str) -> Callable[..., Any]:
+        original = getattr(Mirror, way)
+
+        def note(self: Mirror, name: str, *args: Any) -> Any:
+            if name != "index.json":
+                brought.append(f"{way} {name.partition('.')[0]}")
+            return original(self, name, *args)
+
+        return note
+
+    for way in ("read", "fetch", "checksum"):
+        monkeypatch.setattr(Mirror, way, noting(way))
+    cache.run(params)
+    assert brought == []
+    Path(at_storage("pairs-forward-00001")).unlink()
+    shutil.rmtree("data/cache")  # another machine
+    cache.run(params)
+    assert brought == ["fetch text", "fetch moments-00000", "fetch moments-00001"]
+
+
+def test_with_storage_the_disk_needs_room_for_what_pairs_are_made_from_and_for_one_shard_of_them(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = toy.toy_params()["cache"] | {"num_forward": 160}
+    params = params_with(storage=str(storage), cache=section)
+    prepare.run(params)
+    plan = cache.cache_builder(params).plan
+    needed = (
+        sum(plan.num_bytes[name] for name in plan.phases[0]) + plan.num_bytes["pairs-forward-00000"]
+    )
+    free, send = needed - 1, Mirror.send
+
+    def send_and_look(self: Mirror, path: Path, name: str) -> None:
+        assert len(list(Path("data/cache").glob("pairs-*"))) <= 1
+        send(self, path, name)
+
+    monkeypatch.setattr(Mirror, "send", send_and_look)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free}))
+    with pytest.raises(ValueError, match="make room there: pairs are made from all"):
+        cache.run(params)
+    free = needed
+    assert needed < sum(plan.num_bytes.values()) / 2
+    cache.run(params)
+    assert len(list(storage.rglob("pairs-*.safetensors"))) == len(plan.phases[1])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_named_and_made_anew(
     world: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     params = params_with()
     prepare.run(params)
     cache.run(params)
-    shard = Path("data/cache/pairs-00001.safetensors")
+    shard = Path("data/cache/pairs-forward-00001.safetensors")
     content = shard.read_bytes()
     index = Path("data/cache/index.json").read_bytes()
-    changed: Mapping[str, bytes] = {
-        "altered": content[:-1] + bytes([content[-1] ^ 1]),
-        "truncated": content[:-10],
-    }
-    shard.write_bytes(changed[damage])
+    shard.write_bytes(DAMAGES[damage](content))
     capsys.readouterr()
     cache.run(params)
     assert f"{shard} is not what was written: made anew" in capsys.readouterr().out

@@ -385,7 +385,9 @@ def test_a_sample_that_is_not_finite_is_named_by_its_shard(
 ) -> None:
     shard = cache.pair_shards[0]._shard(2)
     shard["eps_c"][5] = torch.inf
-    with pytest.raises(ValueError, match=r"not finite at row 5 of shard pairs-00002\. Lower"):
+    with pytest.raises(
+        ValueError, match=r"not finite at row 5 of shard pairs-forward-00002\. Lower"
+    ):
         distill(pipe.unet, cache, DISTILL)
 
 

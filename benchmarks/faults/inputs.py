@@ -183,7 +183,7 @@ def damage(workspace: Workspace, alter: Alter) -> None:
 
     Raises UnexpectedError if it is not as it was after that.
     """
-    shard = workspace.folder / "data/cache/pairs-00001.safetensors"
+    shard = workspace.folder / "data/cache/pairs-base-00001.safetensors"
     content = shard.read_bytes()
     altered = alter(content)
     shard.unlink()

@@ -1,10 +1,8 @@
 """Building a cache: VAE moments, text states and teacher predictions, shard by shard."""
 
 import dataclasses
-import hashlib
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pnp_core.cache.identity import VERSION, CacheIdentity
-from pnp_core.cache.plan import TEXT, plan_cache
+from pnp_core.cache.identity import VERSION, CacheIdentity, of_content
+from pnp_core.cache.plan import FORWARD, TEXT, plan_cache
 from pnp_core.cache.read import added_rows
 from pnp_core.conditions import Conditions
 from pnp_core.cores import num_cores, on_cores
@@ -34,7 +32,7 @@ from pnp_core.precision import mixed_precision
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.seeds import step_generator
 from pnp_core.settings import CacheConfig
-from pnp_core.shards import Fetch, shuffled
+from pnp_core.shards import shuffled
 
 IMAGES_AT_ONCE = 16  # through the VAE, whose activations are 64 times the size of latents
 ROWS_CHECKED = 1024  # at once: a check takes several times the memory of what it looks at
@@ -100,7 +98,7 @@ class CacheBuilder:
             num_images=len(examples),
             num_prompts=len(self.prompts) - 1,
             config=config,
-            num_companions=len(self.companions),
+            companions=tuple(self.companions),
         )
         self.teachers = [pipe.unet, *self.companions.values()]
         self.image_size = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -119,7 +117,8 @@ class CacheBuilder:
 
     def key(self, name: str) -> str:
         """What a shard's content depends on."""
-        return self.identity.key(name)
+        rows, teacher = self.plan.num_rows.get(name, 0), self.plan.teachers.get(name, 0)
+        return self.identity.key(name, num_rows=rows, teacher=teacher)
 
     def path(self, name: str) -> Path:
         """Where the shard ``name`` lies, or will."""
@@ -150,7 +149,7 @@ class CacheBuilder:
             elif kind == "moments":
                 tensors = self.build_moments(int(number))
             else:
-                tensors = self.build_pairs(int(number))
+                tensors = self.build_pairs(name)
         for key, tensor in tensors.items():
             if tensor.is_floating_point():
                 tensors[key] = tensor.half()
@@ -208,27 +207,19 @@ class CacheBuilder:
             rows[here] = self.moments[number][key][local]
         return rows
 
-    def build_pairs(self, number: int) -> dict[str, Tensor]:
-        """One shard of teacher pairs: at noised data, or along trajectories, by its number."""
-        config = self.config
-        name = self.plan.phases[1][number]
-        generator = step_generator(config.seed, number)
-        if number < math.ceil(config.num_forward / config.shard_size):
-            done = number * config.shard_size
-            rows = min(config.shard_size, config.num_forward - done)
-            batches = [
-                self.forward_pairs(done + start, min(config.batch_size, rows - start), generator)
-                for start in range(0, rows, config.batch_size)
-            ]
-        else:
-            unet = self.teachers[self.plan.teachers[name]]
-            count = self.plan.num_rows[name] // config.trajectory_steps
-            batches = [
-                self.trajectory_pairs(unet, min(config.batch_size, count - start), generator)
-                for start in range(0, count, config.batch_size)
-            ]
-        with torch.autocast("cpu", enabled=False):
-            return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    def build_pairs(self, name: str) -> dict[str, Tensor]:
+        """One shard of teacher pairs: at noised data, or along trajectories, by its name.
+
+        Its random numbers are its own and drawn at once: they depend neither on other shards nor
+        on how many samples are computed at once.
+        """
+        generator = step_generator(self.config.seed, name)
+        rows = self.plan.num_rows[name]
+        if name.startswith(FORWARD):
+            start = int(name.rpartition("-")[2]) * self.config.shard_size
+            return self.forward_pairs(start, rows, generator)
+        unet = self.teachers[self.plan.teachers[name]]
+        return self.trajectory_pairs(unet, rows // self.config.trajectory_steps, generator)
 
     def negatives(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows of negative prompts, ``(count,)``: 0, or with ``negative_fraction`` any prompt's."""
@@ -246,6 +237,8 @@ class CacheBuilder:
     ) -> dict[str, Tensor]:
         """Pairs as they are kept, with the teacher's predictions, fp32 on the CPU.
 
+        So many are computed at once as ``batch_size`` says.
+
         Args:
             unet: the base's, or a companion's.
             z_t: noised latents, ``(B, C, H, W)``, rounded as they are kept.
@@ -253,6 +246,18 @@ class CacheBuilder:
             prompt_B: rows of the prompts in the text states.
             negative_B: rows of the negative prompts there.
         """
+        inputs = (x.split(self.config.batch_size) for x in (z_t, t_B, prompt_B, negative_B))
+        return joined([self.predict_at_once(unet, *batch) for batch in zip(*inputs, strict=True)])
+
+    def predict_at_once(
+        self,
+        unet: UNet2DConditionModel,
+        z_t: Tensor,
+        t_B: Tensor,
+        prompt_B: Tensor,
+        negative_B: Tensor,
+    ) -> dict[str, Tensor]:
+        """The same of samples that are computed together."""
         teacher = CFGDenoiser(unet, self.schedule)
         z, c, n = (
             x.to(unet.device, unet.dtype)
@@ -327,32 +332,31 @@ class CacheBuilder:
             steps.append(pairs)
             eps = self.guider(pairs["eps_c"], pairs["eps_n"], t_B, w_B)
             z_t = self.schedule.ddim_step(z_t.float(), eps, t_B, s_B)
-        with torch.autocast("cpu", enabled=False):
-            return {key: torch.cat([step[key] for step in steps]) for key in steps[0]}
+        return joined(steps)
 
-    def finish(self, *, storage: str | None = None, fetch: Fetch | None = None) -> None:
+    def finish(
+        self, *, storage: str | None = None, checksums: Mapping[str, str] | None = None
+    ) -> None:
         """Write the index; the cache is complete.
 
         Args:
             storage: where the shards are kept, if not beside the index.
-            fetch: reads those that are not here from there.
+            checksums: SHA-256 of those that are kept there.
 
         Raises:
             ValueError: shards are missing; named.
         """
-        files, missing = {}, []
-        for name in self.plan.num_rows:
-            if self.is_built(name):
-                files[name] = sha256_file(self.path(name))
-            elif fetch is not None:
-                files[name] = hashlib.sha256(fetch(self.path(name).name)).hexdigest()
-            else:
-                missing.append(name)
-        if missing:
-            raise ValueError(f"The cache in {self.directory} lacks {', '.join(missing)}.")
+        if checksums is None:
+            built = filter(self.is_built, self.plan.num_rows)
+            checksums = {name: sha256_file(self.path(name)) for name in built}
+        if missing := [name for name in self.plan.num_rows if name not in checksums]:
+            raise ValueError(
+                f"The cache in {storage or self.directory} lacks {', '.join(missing)}."
+            )
+        files = {name: checksums[name] for name in self.plan.num_rows}
         index = {
             "version": VERSION,
-            "config": dataclasses.asdict(self.config),
+            "config": of_content(self.config),
             "base": dataclasses.asdict(self.identity.base),
             "data_hash": self.identity.data_hash,
             "companions": list(self.companions),
@@ -364,6 +368,12 @@ class CacheBuilder:
             "storage": storage,
         }
         write_text(self.directory / "index.json", json.dumps(index, indent=1))
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of several parts, in the types that they have."""
+    with torch.autocast("cpu", enabled=False):
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
 
 def build_cache(

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pnp_core.cache.plan import TEXT
+from pnp_core.cache.plan import FORWARD, TEXT
 from pnp_core.identity import BaseIdentity
 from pnp_core.settings import CacheConfig
 
-VERSION = 1
+# Settings that shards of pairs depend on, besides how many rows they have.
+OF_PAIRS = ("seed", "negative_fraction", "shard_size")
+OF_TRAJECTORIES = ("trajectory_steps", "guidance_scale", "guider")
+VERSION = 2
 """Of the code that fills shards. Raise it with each change after which the same base, data and
 settings give another shard: other draws, another order of rows, other columns, other rounding.
 Shards that an earlier version filled are then built again, and its caches are refused."""
@@ -37,50 +40,52 @@ class CacheIdentity:
     dtypes: tuple[str, ...]
     config: CacheConfig
 
-    def key(self, name: str) -> str:
-        """Of one shard; of the whole cache for the name ``""``."""
-        if name not in self._keys:
-            kind = name.partition("-")[0]
-            before, after = self._around_name[kind if kind in (TEXT, "moments") else ""]
-            text = f"{before}{json.dumps(name)}{after}"
-            self._keys[name] = hashlib.sha256(text.encode()).hexdigest()[:32]
-        return self._keys[name]
+    def key(self, name: str, *, num_rows: int = 0, teacher: int = 0) -> str:
+        """Of one shard; of the whole cache for the name ``""``.
 
-    @cached_property
-    def _keys(self) -> dict[str, str]:
-        return {}
-
-    @cached_property
-    def _around_name(self) -> dict[str, tuple[str, str]]:
-        """What a key is the hash of, as JSON before and after the shard's name, by kind of shard.
-
-        All shards of a kind share it: there may be thousands, of a hundred thousand prompts.
+        Args:
+            name: the shard's.
+            num_rows: of a shard of pairs, whose random numbers are drawn at once.
+            teacher: of a shard of pairs: 0 is the base, 1 its first companion.
         """
-        common: dict[str, Any] = {
+        config = of_content(self.config)
+        depends: dict[str, Any] = {
             "version": VERSION,
-            "prompts": self.prompts,
+            "name": name,
+            "prompts": self._prompts,
             "size": self.size,
             "dtypes": self.dtypes,
             "precision": self.config.precision,
         }
-        of_text = {**common, "text": self.base.text}
-        # A row names its prompt by number, whatever reads the prompts.
-        of_moments = {**common, "vae": self.base.vae, "data": self.data_hash}
-        of_moments["shard_size"] = self.config.shard_size
-        of_pairs = {**of_text, **dataclasses.asdict(self)}
-        return {
-            TEXT: _around("name", of_text),
-            "moments": _around("name", of_moments),
-            "": _around("name", of_pairs),
-        }
+        if name == TEXT:
+            depends["text"] = self.base.text
+        elif name.startswith("moments"):
+            # A row names its prompt by number, whatever reads the prompts.
+            depends |= {"vae": self.base.vae, "data": self.data_hash}
+            depends["shard_size"] = self.config.shard_size
+        else:
+            depends |= {"base": dataclasses.asdict(self.base), "data": self.data_hash}
+            if name == "":
+                depends |= {"companions": self.companions, "config": config}
+            else:
+                depends["num_rows"] = num_rows
+                read = OF_PAIRS if name.startswith(FORWARD) else OF_PAIRS + OF_TRAJECTORIES
+                depends |= {setting: config[setting] for setting in read}
+                depends["teacher"] = ("base", *self.companions)[teacher]
+        text = json.dumps(depends, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @cached_property
+    def _prompts(self) -> str:
+        """Their hash, taken once: there may be a hundred thousand, and thousands of shards."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
 
 
-def _around(key: str, values: dict[str, Any]) -> tuple[str, str]:
-    """JSON of an object with sorted keys, before and after the value of a further key."""
-    items = {k: json.dumps(v, sort_keys=True, default=str) for k, v in values.items()}
-    before = "".join(f"{json.dumps(k)}: {v}, " for k, v in sorted(items.items()) if k < key)
-    after = "".join(f", {json.dumps(k)}: {v}" for k, v in sorted(items.items()) if k > key)
-    return f"{{{before}{json.dumps(key)}: ", f"{after}}}"
+def of_content(config: CacheConfig) -> dict[str, Any]:
+    """The settings that change what is in a cache; ``batch_size`` changes roundings alone."""
+    settings = dataclasses.asdict(config)
+    del settings["batch_size"]
+    return settings
 
 
 def differences(
@@ -101,7 +106,7 @@ def differences(
         there, given = index["data_hash"][:12], data_hash[:12]
         different.append(f"with data {there}, but the data given is {given}")
     if config is not None:
-        made, asked = index["config"], json.loads(json.dumps(dataclasses.asdict(config)))
+        made, asked = index["config"], json.loads(json.dumps(of_content(config)))
         different += [
             f"with {name} {made.get(name)}, not {value}"
             for name, value in asked.items()

@@ -1,6 +1,7 @@
 """What a cache holds and what building it costs, known before anything is computed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
@@ -9,6 +10,7 @@ from pnp_core.models import is_xl
 from pnp_core.settings import CacheConfig, CacheSettings
 
 TEXT = "text"  # the name of the shard of text states
+FORWARD = "pairs-forward"  # how names of shards of pairs at noised data begin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +61,12 @@ def plan_cache(
     num_images: int,
     num_prompts: int,
     config: CacheConfig,
-    num_companions: int = 0,
+    companions: Sequence[str] = (),
 ) -> CachePlan:
-    """Shards, bytes and forwards, known before anything is computed."""
+    """Shards, bytes and forwards, known before anything is computed.
+
+    ``companions`` are the identities of the further teachers, in order.
+    """
     size = pipe.unet.config.sample_size
     row = sample_bytes(
         latent=(pipe.unet.config.in_channels, size, size),
@@ -73,7 +78,7 @@ def plan_cache(
         num_images=num_images,
         num_prompts=num_prompts,
         config=config,
-        num_companions=num_companions,
+        companions=companions,
     )
 
 
@@ -83,35 +88,48 @@ def plan_shards(
     num_images: int,
     num_prompts: int,
     config: CacheSettings,
-    num_companions: int = 0,
+    companions: Sequence[str] = (),
 ) -> CachePlan:
     """The same of a base that is not at hand, from what its rows take."""
     num_steps = config.trajectory_steps
     num_trajectories = config.num_trajectory / num_steps
     shares = [1.0]
-    if num_companions:
-        shares = [1 / 2] + [1 / 2 / num_companions] * num_companions
-    moments = split(num_images, config.shard_size)
-    pairs = split(config.num_forward, config.shard_size)
-    teachers = [0] * len(pairs)
-    for teacher, share in enumerate(shares):
+    if companions:
+        shares = [1 / 2] + [1 / 2 / len(companions)] * len(companions)
+    pairs = numbered(FORWARD, split(config.num_forward, config.shard_size))
+    teachers = dict.fromkeys(pairs, 0)
+    for teacher, (named, share) in enumerate(zip(("base", *companions), shares, strict=True)):
         parts = split(math.ceil(share * num_trajectories), config.trajectories_per_shard)
-        pairs += [n * num_steps for n in parts]
-        teachers += [teacher] * len(parts)
-    phases = (
-        {TEXT: num_prompts + 1, **{f"moments-{i:05d}": n for i, n in enumerate(moments)}},
-        {f"pairs-{i:05d}": n for i, n in enumerate(pairs)},
-    )
+        of_teacher = numbered(trajectories_of(named), [n * num_steps for n in parts])
+        pairs |= of_teacher
+        teachers |= dict.fromkeys(of_teacher, teacher)
+    moments = numbered("moments", split(num_images, config.shard_size))
+    phases = ({TEXT: num_prompts + 1, **moments}, pairs)
     num_rows = phases[0] | phases[1]
     bytes_of = {TEXT: row.prompt, "moments": row.image, "pairs": row.pair}
     return CachePlan(
         phases=tuple(tuple(phase) for phase in phases),
         num_rows=num_rows,
         num_bytes={name: n * bytes_of[name.partition("-")[0]] for name, n in num_rows.items()},
-        teachers=dict(zip(phases[1], teachers, strict=True)),
-        num_pairs=sum(pairs),
-        num_forwards=2 * sum(pairs),
+        teachers=teachers,
+        num_pairs=sum(pairs.values()),
+        num_forwards=2 * sum(pairs.values()),
     )
+
+
+def trajectories_of(teacher: str) -> str:
+    """How names of shards of pairs along a teacher's trajectories begin.
+
+    Args:
+        teacher: ``base``, or a companion's identity. By its place among them, a further companion
+            would give shards that are there another name.
+    """
+    return f"pairs-{teacher[:16]}"
+
+
+def numbered(begin: str, num_rows: Sequence[int]) -> dict[str, int]:
+    """Rows of shards by names that are numbered."""
+    return {f"{begin}-{number:05d}": rows for number, rows in enumerate(num_rows)}
 
 
 def split(total: int, size: int) -> list[int]:

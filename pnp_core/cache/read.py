@@ -16,7 +16,14 @@ from pnp_core.files import read_json
 from pnp_core.identity import BaseIdentity
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CacheConfig
-from pnp_core.shards import SHARDS_SHUFFLED, Fetch, Shard, ShardReader, fetch_from, map_shard
+from pnp_core.shards import (
+    SHARDS_SHUFFLED,
+    Shard,
+    ShardFolder,
+    ShardReader,
+    ShardSource,
+    map_shard,
+)
 
 
 def as_float(x: Tensor, device: torch.device) -> Tensor:
@@ -93,7 +100,7 @@ class TeacherCache:
 
     Args:
         index: what ``index.json`` holds.
-        fetch: reads a file of the cache.
+        source: where the shards are.
         directory: where a file of text states may lie.
         kept: a folder to put it into where it does not. None: they are held in memory.
 
@@ -106,7 +113,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, index: dict[str, Any], fetch: Fetch, directory: Path, kept: Path | None
+        self, index: dict[str, Any], source: ShardSource, directory: Path, kept: Path | None
     ) -> None:
         self.base_hash: str = index["base"]["base_hash"]
         self.companions: list[str] = index["companions"]
@@ -118,19 +125,21 @@ class TeacherCache:
             Shard(name=name, sha256=checksum, num_rows=index["num_rows"][name])
             for name, checksum in index["files"].items()
         )
-        self.text = map_shard(text, fetch, directory / f"{text.name}.safetensors", kept)
+        self.text = map_shard(text, source, directory / f"{text.name}.safetensors", kept)
         self.text_N = self.text["states"]
         num_teachers = 1 + len(self.companions)
         # Of each teacher. What is held in memory does not grow with their number.
         self.pair_shards = [
             ShardReader(
                 [s for s in shards if index["teachers"].get(s.name) == teacher],
-                fetch,
+                source,
                 num_shuffled=max(1, SHARDS_SHUFFLED // num_teachers),
             )
             for teacher in range(num_teachers)
         ]
-        self.moment_shards = ShardReader([s for s in shards if s.name.startswith("moments")], fetch)
+        self.moment_shards = ShardReader(
+            [s for s in shards if s.name.startswith("moments")], source
+        )
         self.starts = torch.tensor([0, *(reader.num_rows for reader in self.pair_shards)]).cumsum(0)
         self.num_pairs = int(self.starts[-1])
         self.num_latents = self.moment_shards.num_rows
@@ -144,7 +153,7 @@ class TeacherCache:
         data_hash: str | None = None,
         config: CacheConfig | None = None,
         scheduler: Any = None,
-        fetch: Fetch | None = None,
+        source: ShardSource | None = None,
         kept: Path | None = None,
     ) -> "TeacherCache":
         """Open the cache whose index lies in ``directory``, if it is the right one.
@@ -155,7 +164,7 @@ class TeacherCache:
             data_hash: refuse a cache of other examples.
             config: refuse a cache made with other settings.
             scheduler: refuse a cache made with another noise schedule than this one's.
-            fetch: where the shards are; default: ``directory``.
+            source: where the shards are; default: ``directory``.
             kept: a folder for text states that are not in ``directory``. None: they are held in
                 memory.
 
@@ -179,7 +188,7 @@ class TeacherCache:
             raise ValueError(
                 f"The cache in {directory} was made {', '.join(different)}: build the cache again."
             )
-        return cls(index, fetch or fetch_from(directory), directory, kept)
+        return cls(index, source or ShardFolder(directory), directory, kept)
 
     def pair_indices(self, *, batch_size: int, seed: int, step: int, teacher: int = 0) -> Tensor:
         """Which pairs make a teacher's batch number ``step``; they are read in the background."""
