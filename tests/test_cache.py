@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -506,15 +507,24 @@ def test_a_cache_that_was_changed_is_the_one_that_is_made_at_once(  # noqa: PLR0
         torch.testing.assert_close(pairs.eps_c, eps, atol=2e-3, rtol=2e-3)
 
 
-def test_how_many_are_computed_at_once_changes_roundings_alone(
+def test_how_many_are_computed_at_once_changes_roundings_alone(  # noqa: PLR0913, fixtures
     pipe: StableDiffusionPipeline,
     examples: list[Example],
     cache: TeacherCache,
     cache_folder: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one_by_one = builder(pipe, examples, tmp_path, batch_size=3)
-    build_cache(one_by_one)
+    few = builder(pipe, examples, tmp_path, batch_size=3)
+    computed, predict = set(), few.predict_at_once
+
+    def counted(unet: UNet2DConditionModel, z_t: Tensor, *rest: Tensor) -> dict[str, Tensor]:
+        computed.add(len(z_t))
+        return predict(unet, z_t, *rest)
+
+    monkeypatch.setattr(few, "predict_at_once", counted)
+    build_cache(few)
+    assert max(computed) == 3
     rows = torch.arange(cache.num_pairs)
     made = TeacherCache.open(tmp_path, config=CACHE_CONFIG).pairs(rows, torch.device("cpu"))
     for name, value in cache.pairs(rows, torch.device("cpu"))._asdict().items():

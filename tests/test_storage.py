@@ -319,6 +319,39 @@ def test_two_machines_that_build_a_cache_at_once_share_it(
         distill.run(params)
 
 
+def test_nodes_with_folders_of_their_own_build_the_cache_that_one_machine_does(
+    world: Path, storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, by turns, without Ray."""
+    params = params_with()
+    prepare.run(params)
+    nodes = [shutil.copytree(world, tmp_path / name, symlinks=True) for name in ("one", "two")]
+    cache.run(params)
+    alone = read_json(Path("data/cache/index.json"))
+    shutil.rmtree("data/cache")
+
+    def by_turns(make: Any, params: Params, phases: Any, done: Any, **_: Any) -> None:
+        work = []
+        for node in nodes:
+            monkeypatch.chdir(node)
+            work.append(make(params))
+        for number, name in enumerate(name for phase in phases for name in phase):
+            monkeypatch.chdir(nodes[number % 2])
+            work[number % 2](name)
+            done(name)
+        monkeypatch.chdir(world)
+
+    monkeypatch.setattr(cache, "run_tasks", by_turns)
+    monkeypatch.setattr(cache, "pack", lambda *_, **__: None)
+    cluster = toy.toy_params()["cluster"] | {"num_workers": 2, "shared_folder": False}
+    cache.run(params_with(storage=str(storage), cluster=cluster))
+    together = read_json(Path("data/cache/index.json"))
+    assert together["files"] == alone["files"]
+    first_phase = {"text.safetensors", "moments-00000.safetensors", "moments-00001.safetensors"}
+    for node in nodes:  # pairs were sent, and do not stay
+        assert {path.name for path in (node / "data/cache").iterdir()} == first_phase
+
+
 def test_of_a_shard_that_two_machines_sent_at_once_neither_spoils_the_others(
     storage: Path, tmp_path: Path
 ) -> None:
