@@ -148,6 +148,22 @@ def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) 
     assert (folder_of(kept) / "summary.json").exists()
 
 
+def test_a_guide_whose_version_another_registry_has_stays(
+    checkout: Path, fresh_database: Path
+) -> None:
+    make(1)
+    files = folder_of(stores.register(0.5))
+    shutil.copy(fresh_database, "other.db")
+    elsewhere = MlflowClient(registry_uri="sqlite:///other.db")
+    elsewhere.create_registered_model(NAME)
+    made = MlflowClient().get_model_version(NAME, "1")
+    version = elsewhere.create_model_version(NAME, made.source, made.run_id)
+    elsewhere.set_registered_model_alias(NAME, "champion", version.version)
+    MlflowClient().delete_registered_model(NAME)
+    clean(remove=True)
+    assert (files / "summary.json").exists()
+
+
 def test_what_judges_saw_goes_unless_params_yaml_names_judge_and_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

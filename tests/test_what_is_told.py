@@ -72,6 +72,16 @@ def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.Monk
         mlflow_place.resolve("http://")
 
 
+def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "https://ann:secret@registry.example")
+    with pytest.raises(ValueError, match="^MLFLOW_REGISTRY_URI .*another store.* Unset") as error:
+        mlflow_place.resolve("http://mlflow:5000")
+    assert "secret" not in str(error.value)
+    assert mlflow_place.resolve("databricks") == "databricks"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://mlflow:5000/")
+    assert mlflow_place.resolve("http://mlflow:5000") == "http://mlflow:5000"
+
+
 @pytest.mark.parametrize("path", ["models/one #2", "123", "a: b", "yes"])
 def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     tmp_path: Path, path: str
