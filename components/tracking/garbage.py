@@ -37,7 +37,7 @@ def unneeded(store: Store) -> list[Path]:
     names = [*_deleted_runs(store, experiments), *_models_of_no_version(store, experiments)]
     before = time.time() - SECONDS_UNTOUCHED
     paths = sorted(path for name in names if (path := folder / name).is_dir())
-    return [path for path in paths if _last_change(path) < before]
+    return [path for path in paths if last_change(path) < before]
 
 
 def locks_of_aliases(store: Store, name: str) -> dict[str, str]:
@@ -98,5 +98,6 @@ def _all(page_at: Callable[[str | None], Any]) -> list[Any]:
             return found
 
 
-def _last_change(path: Path) -> float:
+def last_change(path: Path) -> float:
+    """When the file or folder, or anything in it, was last changed; seconds since 1970."""
     return max(file.stat().st_mtime for file in (path, *path.rglob("*")))
