@@ -73,5 +73,5 @@ def _located(uri: str | None) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without the `user:password@` of any URL in it."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    """Without the `user:password@` of any URL in it, also where a password has an @."""
+    return re.sub(r"(?<=://)[^/?#\s]+@", "", text)

@@ -72,6 +72,14 @@ def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.Monk
         mlflow_place.resolve("http://")
 
 
+def test_no_part_of_a_password_is_told() -> None:
+    for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a@b"):
+        scheme, _, rest = address.partition("://")
+        for who in ("ann:secret@", "ann:se@cr@et@", "ann@team:secret@"):
+            said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
+            assert said == f"at {address}, not {address}"
+
+
 def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "https://ann:secret@registry.example")
     with pytest.raises(ValueError, match="^MLFLOW_REGISTRY_URI .*another store.* Unset") as error:
