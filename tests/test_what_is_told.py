@@ -100,6 +100,14 @@ def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     assert YAML(typ="safe").load(text)["models"]["other"] == values
 
 
+def test_two_models_that_differ_after_a_dot_have_rows_of_their_own() -> None:
+    names = ("anything-v3.0", "anything-v3.5", "v1.5.safetensors", "v1.safetensors")
+    found = [evaluate.name_of(f"models/{name}") for name in names]
+    assert found == ["anything-v3-0", "anything-v3-5", "v1-5", "v1"]
+    for name in found:
+        evaluate.row_of(name, {})
+
+
 def test_a_champion_that_was_made_elsewhere_has_no_numbers_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
