@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from components.disk import megabytes
 from components.lineage import hash_of
 from components.params import Params
 from components.paths import CACHE, EVALUATED, JUDGED, RUNS, SAMPLED
+from components.reevaluation import REEVALUATED
 from components.references import files_hash, judge_hash, kept_at
 from components.storage import Mirror
 
@@ -65,6 +67,7 @@ def run(params: Params, *, remove: bool = False) -> None:
         Pile(f"teacher cache, {CACHE}", size(CACHE), note="training reads it; `cache` makes it"),
         *storage(params),
         checkpoints(),
+        reevaluated(params),
         Pile(f"results, {EVALUATED}", size(EVALUATED), note="of the last evaluations"),
         images(params),
         features(params),
@@ -106,10 +109,35 @@ def checkpoints() -> Pile:
     done = [RUNS / stage for stage in TRAINED if stage not in changed]
     return Pile(
         f"checkpoints, {RUNS}",
-        size(RUNS),
+        size(RUNS) - size(REEVALUATED),
         sum(map(size, done)),
         "of stages that are finished" if done else "training goes on from them",
         partial(delete, done),
+    )
+
+
+def reevaluated(params: Params) -> Pile:
+    """Images of versions that were judged anew; a second time goes on from them.
+
+    Raises TrackingError if MLflow can't tell which versions matter.
+    """
+    from components.tracking import Registry
+    from components.tracking.garbage import SECONDS_UNTOUCHED, last_change
+
+    others = []
+    for folder in sorted(REEVALUATED.iterdir()) if REEVALUATED.is_dir() else ():
+        name, _, version = folder.name.rpartition("-")
+        registry = Registry(params.tracking, name)
+        needed = {registry.newest(), registry.champion(), registry.previous()}
+        is_young = time.time() - last_change(folder) < SECONDS_UNTOUCHED  # it may be judged now
+        if needed != {None} and version not in needed and not is_young:
+            others.append(folder)
+    return Pile(
+        f"judged anew, {REEVALUATED}",
+        size(REEVALUATED),
+        sum(map(size, others)),
+        "of versions that are not champion, previous or newest",
+        partial(delete, others),
     )
 
 
@@ -195,19 +223,52 @@ def dvc_cache(params: Params) -> Pile:
         return Pile(name, there, note="shared with others (cache.dir): left alone")
     if lacking := unknown_locks(params):
         return Pile(name, there, note=f"{lacking}: commit its dvc.lock first; left alone")
-    others = sorted(str(path.parent) for path in WORKSPACES.glob("pnp-*/**/dvc.lock"))
-    keep = [*KEEP, *(["--projects", *others] if others else [])]
-    dry = ask(*DVC, "gc", *keep, "--dry")
+    try:
+        dry = ask(*DVC, "gc", *keeping(sharers(cache)), "--dry")
+    except ValueError as error:
+        return Pile(name, there, note=f"{error}; left alone")
     if dry is None:
         return Pile(name, there, note="DVC can't tell what is needed: left alone")
     would_go = re.findall(r"Removing (.+)", dry)
     unneeded = sum(size(Path(path)) for path in set(would_go))
 
     def remove() -> None:
-        if ask(*DVC, "gc", *keep, "--force") is None:
-            raise ValueError("`dvc gc` fails: see what it says")
+        # Experiments that broke off have gone meanwhile.
+        done = called(*DVC, "gc", *keeping(sharers(cache)), "--force")
+        if done.returncode != 0:
+            raise ValueError(f"`dvc gc` fails: {' '.join(f'{done.stdout}{done.stderr}'.split())}")
 
     return Pile(name, there, unneeded, "of no commit, experiment, or lock", remove)
+
+
+def keeping(projects: Sequence[str]) -> list[str]:
+    """What `dvc gc` is told to keep, beside what the dvc.lock of these needs."""
+    return [*KEEP, *(["--projects", *projects] if projects else [])]
+
+
+def sharers(cache: Path) -> list[str]:
+    """Experiments' workspaces and other git worktrees whose dvc.lock may need what is in `cache`.
+
+    Raises ValueError if it can't be told of a worktree.
+    """
+    found = sorted(str(path.parent) for path in WORKSPACES.glob("pnp-*/**/dvc.lock"))
+    below = ask("git", "rev-parse", "--show-prefix") or ""
+    for line in (ask("git", "worktree", "list", "--porcelain") or "").splitlines():
+        kind, _, root = line.partition(" ")
+        project = Path(root, below).resolve()
+        here = (Path.cwd().resolve(), WORKSPACES.resolve())
+        if kind != "worktree" or project == here[0] or project.is_relative_to(here[1]):
+            continue
+        if not Path(root).is_dir():
+            raise ValueError(f"git's worktree {root} is not there: bring it, or git worktree prune")
+        if not (project / ".dvc").is_dir():
+            continue  # of a time before DVC
+        told = ask(*DVC, "--cd", str(project), "cache", "dir")
+        if told is None:
+            raise ValueError(f"DVC can't tell which cache {project} has")
+        if Path(project, told).resolve() == cache:
+            found.append(str(project))
+    return found
 
 
 def unknown_locks(params: Params) -> str | None:
@@ -269,9 +330,14 @@ def is_locked(path: Path) -> bool:
 
 def ask(*command: str) -> str | None:
     """What a command prints, on both streams; None if it fails."""
-    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, env=os.environ | {"PATH": tools}, capture_output=True, text=True)
+    done = called(*command)
     return f"{done.stdout}{done.stderr}".strip() if done.returncode == 0 else None
+
+
+def called(*command: str) -> subprocess.CompletedProcess[str]:
+    """A command that has ended, with what it printed."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(command, env=os.environ | {"PATH": tools}, capture_output=True, text=True)
 
 
 if __name__ == "__main__":

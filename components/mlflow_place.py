@@ -27,8 +27,23 @@ def resolve(uri: str | None) -> str:
     """The store's URI, with a database's path made absolute.
 
     `uri` is `tracking.uri`; without one, MLFLOW_TRACKING_URI or the database of the checkout.
-    Raises ValueError if MLflow can't keep its state there.
+    Raises ValueError if MLflow can't keep its state there, or would keep versions elsewhere.
     """
+    store = _located(uri)
+    registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
+    # Databricks has registries of its own, and their files are its matter.
+    is_apart = registry.rstrip("/") not in ("", store.rstrip("/"))
+    if is_apart and not store.startswith("databricks"):
+        raise ValueError(
+            f"MLFLOW_REGISTRY_URI {without_secrets(registry)!r} is another store than that of the "
+            f"runs, {without_secrets(store)!r}: a guide's versions are kept where its runs are. "
+            "Unset it, or name one store for both as tracking.uri"
+        )
+    return store
+
+
+def _located(uri: str | None) -> str:
+    """Raises ValueError if MLflow can't keep its state there."""
     named = "tracking.uri" if uri else "MLFLOW_TRACKING_URI"
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT
     scheme = uri.split(":")[0].split("+")[0]
@@ -58,5 +73,5 @@ def resolve(uri: str | None) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without the `user:password@` of any URL in it."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    """Without the `user:password@` of any URL in it, also where a password has an @."""
+    return re.sub(r"(?<=://)[^/?#\s]+@", "", text)

@@ -12,6 +12,8 @@ from components.params import Params
 from components.paths import RUNS
 from pnp_core.files import read_json, write_json
 
+REEVALUATED = RUNS / "reevaluated"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reevaluated:
@@ -27,7 +29,7 @@ def reevaluate(name: str, version: str, bundle: Path, params: Params) -> Reevalu
     What is sampled is kept, so that a second time goes on where the first was stopped. Raises
     ValueError if a model can't be judged.
     """
-    into = RUNS / "reevaluated" / f"{name}-{version}"
+    into = REEVALUATED / f"{name}-{version}"
     for model in params.models:
         print(f"judging {name} version {version} anew on {model}", flush=True)
         options = ["--model", model, "--guide", str(bundle), "--into", str(into)]

@@ -171,16 +171,20 @@ def check_server() -> None:
 
 def summary(params: Params) -> str:
     """What came out, and what to do next."""
+    from flows.artifacts import version_here
+
     python = os.path.relpath(sys.executable)
     model = list(params.models.values())[-1].path
     elsewhere = params.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     mlflow = f"at {without_secrets(elsewhere)}" if elsewhere else "make mlflow"
+    version, why_not = version_here()
+    promotion = f"{python} -m flows promote --version {version}" if version else why_not
     return f"""
 What to decide by, a page:     {REPORT / "index.html"}
 Images, CFG beside the guide:  {REPORT / "grid.png"}
 Compare runs in MLflow:        {mlflow}
 Make an image with the guide:  {python} -m components.generate --model {model} "blue heart"
-Make it the champion:          {python} -m flows promote"""
+Make it the champion:          {promotion}"""
 
 
 if __name__ == "__main__":

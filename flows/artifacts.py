@@ -5,11 +5,11 @@ import contextvars
 import io
 import os
 import re
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 from PIL import Image
@@ -27,11 +27,14 @@ from components.evaluation import Evaluation
 from components.mlflow_place import resolve, without_secrets
 from components.params import Params
 from components.paths import REPORT
+from components.registered import NOT_HERE
+from flows.process import StageFailed, run
 from pnp_core.files import read_json
 
 PROGRESS = re.compile(r": [\d,]+/[\d,]+ [\w ]+, (\d+)%")  # a line of components.progress
 SECONDS_BETWEEN_UPDATES = 2.0
 PAGES = ("index.html", "grid.png")  # of a report
+SUMMARY = REPORT / "summary.json"
 MAX_PIXELS = 1600  # of an image's longer side
 LOCAL_MLFLOW = "http://127.0.0.1:5000"  # of `make mlflow`
 
@@ -97,14 +100,14 @@ def publish_report(
     `experiment`: what the run will be saved by, as its own folder goes when it ends.
     """
     table = (REPORT / "table.md").read_text()
-    summary = REPORT / "summary.json"
-    registered = read_json(summary).get("registered") if summary.exists() else None
-    run = (registered or {}).get("page")  # in MLflow, where a server shows it
+    version, why_not = version_here()
+    # The page in MLflow, where a server shows it.
+    page = read_json(SUMMARY).get("registered", {}).get("page") if version else None
     pages = [path for name in PAGES if (path := REPORT / name).exists()]
     places = [f"- `{path.absolute()}`" for path in pages]
     if experiment:
         places = [f"- `{path}`, after `dvc exp apply {experiment}`" for path in pages]
-    places += [f"- [The run in MLflow]({as_seen(run, params)})"] if run else []
+    places += [f"- [The run in MLflow]({as_seen(page, params)})"] if page else []
     create_markdown_artifact(
         "\n".join([unwrapped(table), "", *places, ""]),
         key="guide-report",
@@ -113,15 +116,30 @@ def publish_report(
     if rows := rows_of(table):
         create_table_artifact(rows, key="guide-table", description="Guide against CFG")
     publish_image(REPORT / "grid.png", "guide-images", "Guide against CFG, of the same seeds")
-    if registered:
-        link, note = version_page(params, registered)
-        create_link_artifact(
-            link,
-            link_text=f"{registered['name']} version {registered['version']}",
-            key="guide-version",
-            description=f"The version in MLflow{note}",
-        )
-        log(f"Version {registered['version']} of {registered['name']}: {link}{note}")
+    if version is None:
+        log(why_not)
+        return
+    link, note = version_page(params, version)
+    name = params.register_.name
+    create_link_artifact(
+        link,
+        link_text=f"{name} version {version}",
+        key="guide-version",
+        description=f"The version in MLflow{note}",
+    )
+    log(f"Version {version} of {name}: {link}{note}")
+
+
+def version_here() -> tuple[str | None, str]:
+    """The version that results/report is of in this checkout's registry; else why none is known."""
+    if not SUMMARY.exists():
+        return None, f"{REPORT} says of no version"
+    said: list[str] = []
+    try:
+        run("registered", [sys.executable, "-m", "components.registered"], said.append)
+    except StageFailed as error:
+        return None, said[-1] if error.exit_code == NOT_HERE else str(error)
+    return said[-1], ""
 
 
 def publish_metrics(model: str, path: Path) -> None:
@@ -145,13 +163,13 @@ def publish_image(path: Path, key: str, description: str) -> None:
     create_image_artifact(f"data:image/webp;base64,{content}", key=key, description=description)
 
 
-def version_page(params: Params, registered: Mapping[str, Any]) -> tuple[str, str]:
+def version_page(params: Params, version: str) -> tuple[str, str]:
     """The page of a registered version, and what has to be said beside its address."""
     uri = resolve(params.tracking.uri)
     is_server = uri.startswith(("http://", "https://"))
     place = without_secrets(uri).rstrip("/") if is_server else LOCAL_MLFLOW
     note = "" if is_server else " (after: make mlflow)"
-    page = f"{place}/#/models/{registered['name']}/versions/{registered['version']}"
+    page = f"{place}/#/models/{params.register_.name}/versions/{version}"
     # MLflow opens on another kind.
     return as_seen(f"{page}?workflowType=machine_learning", params), note
 

@@ -46,7 +46,7 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
     log_without_tracebacks()
     log = get_run_logger().info
     settle_lost_runs(log)
-    name = name or re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem).strip("-_")
+    name = name or name_of(path)
     with saying_why():
         if name in load_params(PARAMS).models:
             raise ParamsError(f"name: params.yaml has a model {name} already: give it another name")
@@ -58,6 +58,12 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
             check_files(params)
             evaluate(name, look(params, (f"evaluate@{name}",)))
             publish_metrics(name, EVALUATED / name)
+
+
+def name_of(path: str) -> str:
+    """The row of a model that was given no name; a version such as v1.5 is part of it."""
+    name = Path(path).name.removesuffix(".safetensors")
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")
 
 
 def row_of(name: str, values: Mapping[str, str]) -> list[str]:

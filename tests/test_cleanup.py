@@ -120,6 +120,77 @@ def test_what_a_workspaces_lock_has_stays_however_deep_it_lies_and_goes_with_it(
     assert len(worktrees.stdout.splitlines()) == 1
 
 
+def test_an_experiment_that_broke_off_and_what_is_unneeded_beside_it_go_in_one_call(
+    checkout: Path,
+) -> None:
+    make(1)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    place = Path(".dvc/tmp/exps/pnp-0123456789ab")
+    git("worktree", "add", "--quiet", "--detach", str(place), "HEAD")
+    for seed in (2, 3):
+        make(seed)
+    clean(remove=True)
+    assert not place.exists() and seeds() == {1, 3}
+
+
+def test_what_dvc_says_is_told_where_it_removes_nothing(
+    checkout: Path,
+) -> None:
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    for seed in (1, 2):
+        make(seed)
+    pile = cleanup.dvc_cache(load_params(Path("params.yaml")))
+    Path("dvc.yaml").write_text("stages: 1\n")
+    with pytest.raises(ValueError, match=r"dvc gc` fails: .*dvc\.yaml"):
+        pile.remove()
+
+
+def test_what_another_git_worktree_needs_of_the_cache_stays(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(1)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    other = tmp_path / "other"
+    git("worktree", "add", "--quiet", "--detach", str(other), "HEAD")
+    make(2)
+    shutil.copy("dvc.lock", other)
+    make(3)
+    cleanup.ask(*cleanup.DVC, "--cd", str(other), "cache", "dir", "--local", ".dvc/own")
+    assert cleanup.sharers(Path(".dvc/cache").resolve()) == []
+    ours = str(Path(".dvc/cache").resolve())
+    cleanup.ask(*cleanup.DVC, "--cd", str(other), "cache", "dir", "--local", ours)
+    make(4)
+    clean(remove=True)
+    assert seeds() == {1, 2, 4}
+    other.rename(tmp_path / "away")
+    make(5)
+    clean(remove=True)
+    assert seeds() == {1, 2, 4, 5} and "is not there: bring it, or" in capsys.readouterr().out
+
+
+def test_of_versions_judged_anew_the_champion_the_one_before_and_the_newest_stay(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(1)
+    for number in range(1, 5):
+        assert stores.register(number / 10) == str(number)
+    client = MlflowClient()
+    client.set_registered_model_alias(NAME, "previous", "1")
+    client.set_registered_model_alias(NAME, "champion", "2")
+    folders = [f"{NAME}-{number}" for number in range(1, 5)] + ["unknown-1"]
+    for folder in folders:
+        write_text(Path("runs/reevaluated", folder, "image"), "image")
+    monkeypatch.setattr(garbage, "SECONDS_UNTOUCHED", 60.0)
+    assert cleanup.reevaluated(load_params(Path("params.yaml"))).unneeded == 0, "they are young"
+    monkeypatch.setattr(garbage, "SECONDS_UNTOUCHED", 0.0)
+    clean(remove=True)
+    left = {path.name for path in Path("runs/reevaluated").iterdir()}
+    assert left == set(folders) - {f"{NAME}-3"}
+
+
 def test_a_cache_that_others_share_is_left_alone(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +217,22 @@ def test_of_mlflow_what_belongs_to_no_run_and_no_version_can_go(checkout: Path) 
     assert not any(gone.id in path.parts for path in Path("mlartifacts").rglob("*"))
     assert any(alive.id in path.parts for path in Path("mlartifacts").rglob("params.yaml"))
     assert (folder_of(kept) / "summary.json").exists()
+
+
+def test_a_guide_whose_version_another_registry_has_stays(
+    checkout: Path, fresh_database: Path
+) -> None:
+    make(1)
+    files = folder_of(stores.register(0.5))
+    shutil.copy(fresh_database, "other.db")
+    elsewhere = MlflowClient(registry_uri="sqlite:///other.db")
+    elsewhere.create_registered_model(NAME)
+    made = MlflowClient().get_model_version(NAME, "1")
+    version = elsewhere.create_model_version(NAME, made.source, made.run_id)
+    elsewhere.set_registered_model_alias(NAME, "champion", version.version)
+    MlflowClient().delete_registered_model(NAME)
+    clean(remove=True)
+    assert (files / "summary.json").exists()
 
 
 def test_what_judges_saw_goes_unless_params_yaml_names_judge_and_reference(

@@ -29,6 +29,7 @@ from ruamel.yaml import YAML
 
 from components.lineage import COMMIT
 from components.params import load_params
+from components.register import version_key
 from flows import artifacts, distill, lost, process, room, stages, watching
 from flows.__main__ import summary
 from flows.artifacts import as_seen, version_page
@@ -36,12 +37,13 @@ from flows.process import StageFailed
 from flows.sharing import dvc_remote
 from flows.stages import look
 from flows.start import begin
-from pnp_core.files import write_text
+from pnp_core.files import write_json, write_text
+from tests import stores
 from tests.commands import dvc
 from tests.stores import Server, free_port
 from tests.toy import make_repository, toy_params, write_params
 
-pytest_plugins = ["tests.postgres", "tests.toy"]
+pytest_plugins = ["tests.postgres", "tests.stores", "tests.toy"]
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("prepare", "cache", "distill", "halve", "evaluate@base", "evaluate@tuned", "register")
@@ -546,8 +548,8 @@ def toy_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_of_a_version_has_no_password_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:secret@mlflow.example/x/")
     params = load_params(ROOT / "params.yaml")
-    page, _ = version_page(params, {"name": "guide", "version": 3})
-    assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
+    page, _ = version_page(params, "3")
+    assert page.startswith("https://mlflow.example/x/#/models/pnp-guide/versions/3")
     assert "secret" not in summary(params)
 
 
@@ -555,8 +557,8 @@ def test_links_lead_to_where_a_browser_finds_mlflow(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@mlflow:5000")
     monkeypatch.setenv("PNP_MLFLOW_UI_URL", "https://mlflow.example/x/")
     params = load_params(ROOT / "params.yaml")
-    page, _ = version_page(params, {"name": "guide", "version": 3})
-    assert page.startswith("https://mlflow.example/x/#/models/guide/versions/3")
+    page, _ = version_page(params, "3")
+    assert page.startswith("https://mlflow.example/x/#/models/pnp-guide/versions/3")
     run = "/#/experiments/1/runs/2"
     assert as_seen(f"http://mlflow:5000{run}", params) == f"https://mlflow.example/x{run}"
     elsewhere = f"http://mlflow:50001{run}"
@@ -576,6 +578,26 @@ def test_a_report_that_goes_with_its_workspace_is_shown_by_its_experiment(
     artifacts.publish_report(params, print, "funny-gerbil")
     assert str(tmp_path / "results/report/index.html") in shown[0]
     assert str(tmp_path) not in shown[1] and "dvc exp apply funny-gerbil" in shown[1]
+
+
+def test_the_version_that_is_told_is_the_reports_and_not_the_newest(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_params(place, toy_params())
+    params = load_params(place / "params.yaml")
+    report = {"lineage": {"data_hash": "a"}, "models": {"base": 1}, "registered": {"version": "7"}}
+    write_json(place / "results/report/summary.json", report)
+    write_text(place / "results/report/table.md", "FID: one")
+    write_text(place / "guides/bundle/file", "weights")
+    told: list[str] = []
+    monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda text, **_: None)
+    artifacts.publish_report(params, told.append)
+    assert "are no version of pnp-guide" in told[0], "its 7 is of another registry"
+    version = stores.register(0.5, tracking=params.tracking, key=version_key(report))
+    assert stores.register(0.6, tracking=params.tracking) != version
+    assert f"flows promote --version {version}" in summary(params)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////nowhere/mlflow.db")
+    assert "there is no folder" in summary(params) and "--version" not in summary(params)
 
 
 @contextmanager

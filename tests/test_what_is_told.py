@@ -72,6 +72,24 @@ def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.Monk
         mlflow_place.resolve("http://")
 
 
+def test_no_part_of_a_password_is_told() -> None:
+    for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a@b"):
+        scheme, _, rest = address.partition("://")
+        for who in ("ann:secret@", "ann:se@cr@et@", "ann@team:secret@"):
+            said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
+            assert said == f"at {address}, not {address}"
+
+
+def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "https://ann:secret@registry.example")
+    with pytest.raises(ValueError, match="^MLFLOW_REGISTRY_URI .*another store.* Unset") as error:
+        mlflow_place.resolve("http://mlflow:5000")
+    assert "secret" not in str(error.value)
+    assert mlflow_place.resolve("databricks") == "databricks"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://mlflow:5000/")
+    assert mlflow_place.resolve("http://mlflow:5000") == "http://mlflow:5000"
+
+
 @pytest.mark.parametrize("path", ["models/one #2", "123", "a: b", "yes"])
 def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     tmp_path: Path, path: str
@@ -80,6 +98,14 @@ def test_a_fine_tune_is_measured_by_its_path_whatever_yaml_makes_of_it(
     values = {"path": path, "reference": path}
     text = overridden(tmp_path / "params.yaml", evaluate.row_of("other", values))
     assert YAML(typ="safe").load(text)["models"]["other"] == values
+
+
+def test_two_models_that_differ_after_a_dot_have_rows_of_their_own() -> None:
+    names = ("anything-v3.0", "anything-v3.5", "v1.5.safetensors", "v1.safetensors")
+    found = [evaluate.name_of(f"models/{name}") for name in names]
+    assert found == ["anything-v3-0", "anything-v3-5", "v1-5", "v1"]
+    for name in found:
+        evaluate.row_of(name, {})
 
 
 def test_a_champion_that_was_made_elsewhere_has_no_numbers_of_before(

@@ -22,7 +22,7 @@ def artifacts_of(store: Store) -> Path | None:
 
 
 def unneeded(store: Store) -> list[Path]:
-    """Artifacts of runs that were deleted, and of our models that no version was made of.
+    """Artifacts of runs that were deleted, and of our models that no version was ever made of.
 
     Only what the store itself says so of is among them: a file that it does not know may be of
     another store, or of this one before its database was lost. Raises TrackingError if it can't
@@ -37,7 +37,7 @@ def unneeded(store: Store) -> list[Path]:
     names = [*_deleted_runs(store, experiments), *_models_of_no_version(store, experiments)]
     before = time.time() - SECONDS_UNTOUCHED
     paths = sorted(path for name in names if (path := folder / name).is_dir())
-    return [path for path in paths if _last_change(path) < before]
+    return [path for path in paths if last_change(path) < before]
 
 
 def locks_of_aliases(store: Store, name: str) -> dict[str, str]:
@@ -67,14 +67,24 @@ def _deleted_runs(store: Store, experiments: list[str]) -> list[str]:
 
 
 def _models_of_no_version(store: Store, experiments: list[str]) -> list[str]:
-    """Uploads of guides that broke off."""
-    with store.asking("read the models and versions"):
+    """Uploads of guides that broke off.
+
+    Not among them is one whose run finished: a version was made of it. If it is not here, it was
+    deleted, or is in another registry and may be champion there.
+    """
+    with store.asking("read the models, versions and runs"):
         models = _all(lambda at: store.client.search_logged_models(experiments, page_token=at))
         versions = _all(lambda at: store.client.search_model_versions(page_token=at))
+        runs = _all(
+            lambda at: store.client.search_runs(
+                experiments, "attributes.status = 'FINISHED'", ViewType.ALL, page_token=at
+            )
+        )
     used = {str(version.source).rpartition("/")[2] for version in versions}
     used |= {str(version.model_id) for version in versions}
-    ours = [model.model_id for model in models if KEY in model.tags]
-    return [f"models/{model}" for model in ours if model not in used]
+    finished = {run.info.run_id for run in runs}
+    ours = [model for model in models if KEY in model.tags and model.source_run_id not in finished]
+    return [f"models/{model.model_id}" for model in ours if model.model_id not in used]
 
 
 def _all(page_at: Callable[[str | None], Any]) -> list[Any]:
@@ -88,5 +98,6 @@ def _all(page_at: Callable[[str | None], Any]) -> list[Any]:
             return found
 
 
-def _last_change(path: Path) -> float:
+def last_change(path: Path) -> float:
+    """When the file or folder, or anything in it, was last changed; seconds since 1970."""
     return max(file.stat().st_mtime for file in (path, *path.rglob("*")))
