@@ -18,10 +18,12 @@ import psutil
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from components.environment import FLOW_RUN
 from components.paths import RUNS
 from pnp_core.files import read_json, write_json
 
 COMMIT = "PNP_GIT_COMMIT"  # what a flow tells its stages
+DIRTY = "-dirty"
 # What can be changed and committed without any result being another. The pipeline writes dvc.lock.
 NO_MATTER = (
     *("dvc.lock", ".dvc", ".dvcignore", ".gitignore", "Makefile", "prefect.yaml"),
@@ -45,33 +47,54 @@ def git_commit(no_matter: Sequence[str] = NO_MATTER) -> str:
     head = _git("rev-parse", "--verify", "--quiet", "HEAD")
     if head.returncode != 0:
         return "none"  # nothing is committed yet
-    excluded = [f":(exclude){pattern}" for pattern in no_matter]
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", *_excluded(no_matter)
+    )
     if changed.returncode != 0:
         raise ValueError(f"git status: {' '.join(changed.stderr.split())}")
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+    return head.stdout.strip() + (DIRTY if changed.stdout.strip() else "")
 
 
 def run_commit() -> str:
     """`git_commit()` as it was when the run began that this process is a part of.
 
     A flow says so in the environment. The stages of one `dvc repro` find what the first of them
-    noted. Outside of both it is the commit now.
+    noted. Outside of both it is the commit now. Once a stage has found files that could matter to
+    a result to be others than in that commit, `-dirty` follows in this and all later stages.
     """
-    if told := os.environ.get(COMMIT):
-        return told
-    run = _dvc_process()
-    if run is None:
+    told = os.environ.get(COMMIT)
+    run = None if told else _dvc_process()
+    if run is not None:
+        identity = {"pid": run.pid, "started": run.create_time()}
+    elif told:
+        identity = {"told": told, "flow": os.environ.get(FLOW_RUN)}
+    else:
         return git_commit()
-    note = RUNS / "began.json"
-    identity = {"pid": run.pid, "started": run.create_time()}
+    note, noted = RUNS / "began.json", None
     with suppress(FileNotFoundError, ValueError):
-        noted = read_json(note)
-        if noted.items() >= identity.items():
-            return str(noted["commit"])
-    commit = git_commit()
-    write_json(note, identity | {"commit": commit})
+        there = read_json(note)
+        if there.items() >= identity.items():
+            noted = str(there["commit"])
+    known = noted or told
+    commit = _compared(known) if known else git_commit()
+    if commit != noted:
+        write_json(note, identity | {"commit": commit})
     return commit
+
+
+def _compared(commit: str) -> str:
+    """The same, with `-dirty` if tracked files that could matter are not as they were in it."""
+    if commit == "none" or commit.endswith(DIRTY):
+        return commit
+    changed = _git("diff", "--quiet", commit, "--", ".", *_excluded(NO_MATTER))
+    if changed.returncode not in (0, 1):
+        raise ValueError(f"git diff {commit}: {' '.join(changed.stderr.split())}")
+    return commit + (DIRTY if changed.returncode else "")
+
+
+def _excluded(no_matter: Sequence[str]) -> list[str]:
+    """For git, all but these."""
+    return [f":(exclude){pattern}" for pattern in no_matter]
 
 
 def lock_hash(path: Path = Path("dvc.lock")) -> str:

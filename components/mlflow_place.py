@@ -3,7 +3,7 @@
 import os
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 DEFAULT = "sqlite:///mlflow.db"  # of the checkout
 SERVERS = ("http", "https", "databricks")
@@ -65,6 +65,11 @@ def _located(uri: str | None) -> str:
             "an absolute path"
         )
     path = (checkout() / match[2]).resolve()
+    if "?" in str(path) or unquote(str(path)) != str(path):
+        raise ValueError(
+            f"{named} {uri!r} leads to {path}, and MLflow reads a ? or a % with two digits in a "
+            "path as something else: rename that folder, or name a database elsewhere"
+        )
     if not path.parent.is_dir():
         raise ValueError(
             f"{named} {uri!r}: there is no folder {path.parent}: make it, or correct the path"

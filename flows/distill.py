@@ -11,9 +11,10 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from components.overrides import overridden
 from components.params import Params, check_files
 from flows.artifacts import publish_report
-from flows.experiment import experiment
+from flows.experiment import PARAMS, experiment
 from flows.lost import settle_lost_runs
 from flows.process import log_without_tracebacks, stop_all
 from flows.room import gpus
@@ -29,7 +30,7 @@ from flows.stages import (
     push,
     register,
 )
-from flows.start import STAGES, Stage, begin, check_start
+from flows.start import STAGES, Stage, begin, check_left_out, check_start
 from flows.watching import saying_why
 
 
@@ -49,16 +50,19 @@ def distill_flow(
     log_without_tracebacks()
     log = get_run_logger().info
     settle_lost_runs(log)
+    if overrides:  # before a workspace is made for them
+        check_left_out(overridden(PARAMS, overrides), start_at)
     with (
         saying_why(),
         experiment(overrides, flow_run.name or "run", log) as saved_as,
         begin() as params,
     ):
         check_start(start_at)
+        check_left_out(PARAMS.read_text(), start_at)
         bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
+        publish_report(params, log, saved_as)  # before what a network may fail
         if remote := dvc_remote():
             push(remote)
-        publish_report(params, log, saved_as)
         if not overrides:
             for line in to_commit(remote):
                 log(line)

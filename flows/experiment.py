@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
+from components.lineage import locked_stages
 from components.overrides import overridden
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from flows.process import DVC, StageFailed, ask
@@ -264,7 +265,20 @@ def _save(name: str, commit: str) -> None:
     """Save the workspace as an experiment of the checkout's commit."""
     _git("reset", "--soft", f"{commit}~1")
     untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
-    _dvc("exp", "save", "--name", name, *untracked)
+    _dvc("exp", "save", "--name", name, *untracked, *_whole_stages())
+
+
+def _whole_stages() -> list[str]:
+    """The stages that dvc.lock knows and whose files are all here.
+
+    DVC would have all be there, but a clone has no teacher cache, and may never have registered.
+    """
+    stages = locked_stages(LOCK.read_text()) if LOCK.exists() else {}
+    return [
+        name
+        for name, stage in stages.items()
+        if all(Path(x["path"]).exists() for kind in ("deps", "outs") for x in stage.get(kind, []))
+    ]
 
 
 def _free(name: str) -> str:

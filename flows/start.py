@@ -1,19 +1,22 @@
 """What a flow run looks at before anything heavy begins."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+from ruamel.yaml import YAML
 
 from components import mlflow_place
 from components.cli import MAY_PASS
 from components.environment import FLOW_RUN, FLOW_RUN_URL
 from components.errors import MayPassError
-from components.lineage import COMMIT, git_commit
+from components.lineage import COMMIT, git_commit, locked_stages
 from components.params import Params, load_params
 from components.paths import BUNDLE, DISTILLED, EVALUATED, PREPARED
 from components.storage import Mirror
+from flows.experiment import LOCK
 from flows.process import StageFailed
 
 Stage = Literal["prepare", "cache", "distill", "halve", "evaluate", "register"]
@@ -34,6 +37,49 @@ def check_start(stage: Stage) -> None:
         if not path.exists():
             line = f"error: there is no {path}: bring it (dvc pull), or start at an earlier stage"
             raise StageFailed(stage, 1, [line])
+
+
+def check_left_out(params: str, start_at: Stage) -> None:
+    """Compare the settings of the stages before `start_at` with those that dvc.lock has of them.
+
+    What comes out would say that it was made with settings which nothing was made with.
+
+    Args:
+        params: the text of the run's params.yaml.
+        start_at: stages before this one are left as they are.
+
+    Raises StageFailed for the first that differs.
+    """
+    values = YAML(typ="safe", pure=True).load(params)
+    made = locked_stages(LOCK.read_text()) if LOCK.exists() else {}
+    for name, told in made.items():
+        stage, _, model = name.partition("@")
+        left_out = stage in STAGES[: STAGES.index(start_at)]
+        if not left_out or (model and model not in values["models"]):
+            continue
+        for key, was in told.get("params", {}).get("params.yaml", {}).items():
+            if found := _difference(key, was, _value(values, key)):
+                place, then, now = found
+                line = (
+                    f"error: {place} is {now!r}, and {name}, which is left as it is, was run with "
+                    f"{then!r}: start at {stage}, or set {place} back"
+                )
+                raise StageFailed(start_at, 1, [line])
+
+
+def _value(values: Any, key: str) -> Any:
+    """Of params.yaml, at a key with dots; None where there is none."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first place at or below a key where two values differ, and what they are there."""
+    if not (isinstance(was, Mapping) and isinstance(now, Mapping)):
+        return None if was == now else (key, was, now)
+    below = (_difference(f"{key}.{k}", was.get(k), now.get(k)) for k in {**was, **now})
+    return next((found for found in below if found), None)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from components.params import ParamsError, load_params
 from flows import evaluate, room
 from flows.experiment import bring, experiment
 from flows.process import StageFailed, repro
+from flows.start import check_left_out
 from pnp_core.files import write_text
 from tests import toy
 from tests.cases import few_of
@@ -157,6 +158,35 @@ def test_an_experiment_that_could_not_be_saved_is_saved_by_the_next_run(
     ran = git("show", "refs/pnp-guide/funny-name:params.yaml")
     assert YAML(typ="safe").load(ran)["distill"]["seed"] == 7
     assert len(Path("ran").read_text().split()) == 1, "and nothing is made twice"
+
+
+def test_a_clone_without_the_teacher_cache_saves_its_experiments(repository: Path) -> None:
+    """As after `dvc pull`, which does not bring what DVC's cache does not keep."""
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    cached = {"cmd": "mkdir -p data/cache", "outs": [{"data/cache": {"cache": False}}]}
+    stages["distill"]["deps"].append("data/cache")
+    measured = {"cmd": "echo 1 > score", "params": ["evaluate"], "outs": ["score"]}
+    with Path("dvc.yaml").open("w") as file:
+        YAML().dump({"stages": {"cache": cached, **stages, "evaluate": measured}}, file)
+    for stage in ("cache", "distill"):
+        repro(stage, print)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "trained")
+    Path("data/cache").rmdir()
+    with experiment(["evaluate.seed=7"], "measured", print):
+        repro("evaluate", print)
+    assert "measured" in dvc("exp", "list")
+    (saved,) = git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/measured").split()
+    assert "path: score" in git("show", f"{saved}:dvc.lock")
+
+
+def test_a_setting_of_a_stage_that_is_left_out_is_refused_by_name(repository: Path) -> None:
+    repro("distill", print)
+    changed = overridden(Path("params.yaml"), ["distill.seed=7", "evaluate.seed=7"])
+    with pytest.raises(StageFailed, match="distill.seed is 7, and distill, .* run with 0: start"):
+        check_left_out(changed, "evaluate")
+    check_left_out(changed, "distill")
+    check_left_out(overridden(Path("params.yaml"), ["evaluate.seed=7"]), "evaluate")
 
 
 def test_edits_that_are_not_committed_are_part_of_an_experiment(repository: Path) -> None:

@@ -79,6 +79,7 @@ def pipeline(
         return {"cmd": f"echo {name} >> ran && {write}", "outs": [out], "deps": [after or "data"]}
 
     (tmp_path / "data").write_text("data")
+    (tmp_path / "params.yaml").write_text("models: {base: , tuned: }\n")
     stages: dict[str, Any] = {
         "prepare": note("prepare", after=None, out="p"),
         "cache": note("cache", after="p", out="c"),
@@ -583,6 +584,7 @@ def test_a_report_that_goes_with_its_workspace_is_shown_by_its_experiment(
 def test_the_version_that_is_told_is_the_reports_and_not_the_newest(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_params(place, toy_params())
     params = load_params(place / "params.yaml")
     report = {"lineage": {"data_hash": "a"}, "models": {"base": 1}, "registered": {"version": "7"}}

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -191,3 +192,12 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_python_in_documents_compiles(document: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.M | re.S):
         compile(block, document.name, "exec")
+
+
+def test_make_says_what_to_do_where_git_knows_no_repository(tmp_path: Path) -> None:
+    """As in a folder that was downloaded, before anything is installed."""
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    command = ["make", "--file", str(ROOT / "Makefile"), "need-git"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0 and "git init" in done.stderr
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0

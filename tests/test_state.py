@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from components import lineage, paths, register, snapshot, tracking
 from components.cli import main
 from components.environment import quiet
-from components.lineage import git_commit, lock_hash
+from components.lineage import git_commit, lock_hash, run_commit
 from components.params import Params, ParamsError, check_files, load_params
 from pnp_core.files import write_text
 from tests import toy
@@ -236,6 +236,34 @@ def test_a_git_that_refuses_to_answer_is_not_taken_for_no_git(
         git_commit()
 
 
+def test_edits_during_a_run_make_its_commit_dirty_from_then_on(
+    checkout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNP_GIT_COMMIT", checkout)
+    monkeypatch.setenv("PNP_FLOW_RUN", "first")
+    assert run_commit() == checkout
+    git("commit", "--quiet", "--allow-empty", "--message", "two")
+    Path("README.md").write_text("other\n")
+    assert run_commit() == checkout, "nothing that could matter"
+    Path("components/a.py").write_text("other\n")
+    assert run_commit() == f"{checkout}-dirty"
+    git("checkout", "--quiet", "components/a.py")
+    assert run_commit() == f"{checkout}-dirty", "a stage has run with it"
+    monkeypatch.setenv("PNP_FLOW_RUN", "second")
+    assert run_commit() == checkout
+    Path("components/a.py").write_text("other\n")
+    git("commit", "--quiet", "--all", "--message", "three")
+    assert run_commit() == f"{checkout}-dirty", "committed, but not in that commit"
+
+
+def test_a_commit_that_git_does_not_know_is_not_taken_for_an_unchanged_one(
+    checkout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PNP_GIT_COMMIT", "0" * 40)
+    with pytest.raises(ValueError, match="git diff 0000"):
+        run_commit()
+
+
 def test_stages_of_one_run_name_the_commit_that_it_began_with(checkout: str) -> None:
     Path("dvc.lock").unlink()
     assert run("dvc", "init", "--quiet").returncode == 0
@@ -253,8 +281,8 @@ def test_stages_of_one_run_name_the_commit_that_it_began_with(checkout: str) -> 
     assert git("rev-parse", "HEAD") != checkout
     done = run("dvc", "repro", "--force", "--single-item", "second")
     assert Path("second").read_text().strip() == git("rev-parse", "HEAD"), "of the run after it"
-    run("dvc", "repro", "--force", "--single-item", "second", PNP_GIT_COMMIT="what the flow says")
-    assert Path("second").read_text() == "what the flow says\n"
+    run("dvc", "repro", "--force", "--single-item", "second", PNP_GIT_COMMIT=checkout)
+    assert Path("second").read_text() == f"{checkout}\n", "what the flow says"
 
 
 def test_the_hash_of_the_lock_is_of_what_the_guide_was_made_with(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_a_deleted_experiment_does_not_end_training(
 
 
 @pytest.mark.parametrize(
-    "uri", ["file:mlruns", "mlruns", "sqlite:///:memory:", "sqlite:///no/x.db"]
+    "uri", ["file:mlruns", "mlruns", "sqlite:///:memory:", "sqlite:///no/x.db", "sqlite:///a%20.db"]
 )
 def test_a_store_that_cannot_be_does_not_end_training_and_is_told_at_the_start(
     place: Path, uri: str, capsys: pytest.CaptureFixture[str]
