@@ -102,7 +102,8 @@ def publish_report(
     table = (REPORT / "table.md").read_text()
     version, why_not = version_here()
     # The page in MLflow, where a server shows it.
-    page = read_json(SUMMARY).get("registered", {}).get("page") if version else None
+    registered = read_json(SUMMARY).get("registered") if version else None
+    page = (registered or {}).get("page")
     pages = [path for name in PAGES if (path := REPORT / name).exists()]
     places = [f"- `{path.absolute()}`" for path in pages]
     if experiment:

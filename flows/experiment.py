@@ -139,10 +139,13 @@ def _make(worktree: Path, inside: Path, source: str, params: str, title: str) ->
     local = checkout / ".dvc/config.local"
     if local.exists():
         shutil.copy(local, inside / ".dvc/config.local")
-    _dvc("config", "--local", "cache.dir", str((checkout / cache).resolve()), cwd=inside)
+    places = {"cache.dir": str((checkout / cache).resolve())}
     for name, value in dvc_settings("start").items():
         if name.startswith("remote.") and name.endswith(".url") and Path(value).is_absolute():
-            _dvc("config", "--local", name, value, cwd=inside)
+            places[name] = value
+    for name, value in places.items():
+        # As seen from there: DVC writes no letters but ASCII's, which the way here may have.
+        _dvc("config", "--local", name, os.path.relpath(value, inside), cwd=inside)
     if LOCK.exists():
         shutil.copy(LOCK, inside / LOCK)
     made = [Path(name) for name in OUTPUTS if Path(name).exists()]

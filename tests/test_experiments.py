@@ -213,10 +213,10 @@ def test_two_runs_with_the_same_overrides_are_not_in_one_workspace_at_once(
         repro("distill", print)
 
 
-def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_in_its_path(
+def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_and_accents_in_its_path(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    larger = tmp_path / "a larger one"
+    larger = tmp_path / "a larger één"
     larger.mkdir()
     (world / "dvc.yaml").write_text("stages: {}\n")
     world.rename(larger / "the guide")
