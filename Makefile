@@ -85,5 +85,5 @@ $(INSTALLED):
 need-git:
 	@command -v git >/dev/null || { \
 	    echo "error: git is not installed, and DVC versions the pipeline's results with it: install git" >&2; exit 1; }
-	@git rev-parse --git-dir >/dev/null 2>&1 || { \
+	@git rev-parse --git-dir >/dev/null || { \
 	    echo "error: git knows no repository here, and DVC versions the pipeline's results with it: clone this project instead of downloading it, or: git init && git add . && git commit -m start" >&2; exit 1; }

@@ -32,6 +32,8 @@ def resolve(uri: str | None) -> str:
     store = _located(uri)
     registry = os.environ.get("MLFLOW_REGISTRY_URI", "")
     # Databricks has registries of its own, and their files are its matter.
+    if registry.startswith("sqlite"):
+        registry = _located(registry)
     is_apart = registry.rstrip("/") not in ("", store.rstrip("/"))
     if is_apart and not store.startswith("databricks"):
         raise ValueError(
@@ -78,5 +80,5 @@ def _located(uri: str | None) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without the `user:password@` of any URL in it, also where a password has an @."""
-    return re.sub(r"(?<=://)[^/?#\s]+@", "", text)
+    """Without the `user:password@` of any URL in it, also where a password has an @, a ? or a #."""
+    return re.sub(r"(?<=://)(?:[^/?#\s]+|[^/?#\s:]+:[^/@\s]*)@", "", text)

@@ -58,10 +58,11 @@ def experiment(overrides: Sequence[str], name: str, log: Log) -> Iterator[str | 
         return
     params = overridden(PARAMS, overrides)
     with workspace(params, f"{name}: {' '.join(overrides)}", log) as here:
-        name = _free(name)
+        name = _free(name, here.commit)
+        # At once: what is registered names the commit, however the run ends.
+        _git("update-ref", f"{REFS}/{name}", here.commit)
         yield name
         _save(name, here.commit)
-        _git("update-ref", f"{REFS}/{name}", here.commit)
         log(f"Saved as the experiment {name}: dvc exp show, dvc exp apply {name}")
         here.is_done = True
 
@@ -272,22 +273,32 @@ def _save(name: str, commit: str) -> None:
 
 
 def _whole_stages() -> list[str]:
-    """The stages that dvc.lock knows and whose files are all here.
+    """The stages of today that dvc.lock knows and whose files are all here.
 
     DVC would have all be there, but a clone has no teacher cache, and may never have registered.
     """
+    there = ask([*DVC, "stage", "list", "--all", "--name-only"])
+    if there is None:
+        raise StageFailed("start", 1, ["error: `dvc stage list` fails: see what it says"])
     stages = locked_stages(LOCK.read_text()) if LOCK.exists() else {}
     return [
         name
-        for name, stage in stages.items()
-        if all(Path(x["path"]).exists() for kind in ("deps", "outs") for x in stage.get(kind, []))
+        for name in there.split()
+        if name in stages
+        and all(
+            Path(file["path"]).exists()
+            for kind in ("deps", "outs")
+            for file in stages[name].get(kind, [])
+        )
     ]
 
 
-def _free(name: str) -> str:
-    """A name that no experiment has, as near to this one as DVC allows."""
+def _free(name: str, commit: str) -> str:
+    """A name that no experiment of another commit has, as near to this one as DVC allows."""
     name = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") or "experiment"
-    taken = _git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps").splitlines()
+    saved = _git("for-each-ref", "--format=%(refname:lstrip=-1)", "refs/exps")
+    kept = _git("for-each-ref", f"--no-contains={commit}", "--format=%(refname:lstrip=-1)", REFS)
+    taken = [*saved.splitlines(), *kept.splitlines()]
     number = next(n for n in range(1, len(taken) + 2) if _numbered(name, n) not in taken)
     return _numbered(name, number)
 

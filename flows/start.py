@@ -18,6 +18,7 @@ from components.paths import BUNDLE, DISTILLED, EVALUATED, PREPARED
 from components.storage import Mirror
 from flows.experiment import LOCK
 from flows.process import StageFailed
+from pnp_core.settings import UNSEEN
 
 Stage = Literal["prepare", "cache", "distill", "halve", "evaluate", "register"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # in the order of the graph
@@ -58,13 +59,21 @@ def check_left_out(params: str, start_at: Stage) -> None:
         if not left_out or (model and model not in values["models"]):
             continue
         for key, was in told.get("params", {}).get("params.yaml", {}).items():
-            if found := _difference(key, was, _value(values, key)):
+            if found := _difference(key, _telling(key, was), _telling(key, _value(values, key))):
                 place, then, now = found
                 line = (
                     f"error: {place} is {now!r}, and {name}, which is left as it is, was run with "
                     f"{then!r}: start at {stage}, or set {place} back"
                 )
                 raise StageFailed(start_at, 1, [line])
+
+
+def _telling(section: str, value: Any) -> Any:
+    """A section without the settings that change no result."""
+    if not isinstance(value, Mapping):
+        return value
+    silent = {"batch_size"} if section == "cache" else UNSEEN
+    return {name: each for name, each in value.items() if name not in silent}
 
 
 def _value(values: Any, key: str) -> Any:

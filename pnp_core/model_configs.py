@@ -186,7 +186,9 @@ def schedule_of(path: str | Path, *, weights_only: bool = False) -> tuple[dict[s
     # Empty weights of these names are how a checkpoint says it, and this entry how a LoRA does.
     # Both are left out by many: without them, nothing is known.
     if "v_pred" in keys:
-        said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": "ztsnr" in keys}
+        said: dict[str, Any] = {"prediction_type": "v_prediction"}
+        if "ztsnr" in keys:
+            said["rescale_betas_zero_snr"] = True
         return said, "its weight v_pred"
     if metadata.get("modelspec.prediction_type") in ("v", "v_prediction"):
         return {"prediction_type": "v_prediction"}, "its modelspec.prediction_type"

@@ -173,8 +173,14 @@ def test_a_clone_without_the_teacher_cache_saves_its_experiments(repository: Pat
     git("add", ".")
     git("commit", "--quiet", "--message", "trained")
     Path("data/cache").rmdir()
+    lock = YAML().load(Path("dvc.lock"))
+    lock["stages"]["evaluate@renamed"] = {"cmd": "true", "outs": []}  # DVC forgets none
+    with Path("dvc.lock").open("w") as file:
+        YAML().dump(lock, file)
     with experiment(["evaluate.seed=7"], "measured", print):
         repro("evaluate", print)
+        commit = git("rev-parse", "HEAD")
+        assert git("rev-parse", "refs/pnp-guide/measured") == commit, "kept however it ends"
     assert "measured" in dvc("exp", "list")
     (saved,) = git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/measured").split()
     assert "path: score" in git("show", f"{saved}:dvc.lock")
@@ -186,6 +192,8 @@ def test_a_setting_of_a_stage_that_is_left_out_is_refused_by_name(repository: Pa
     with pytest.raises(StageFailed, match="distill.seed is 7, and distill, .* run with 0: start"):
         check_left_out(changed, "evaluate")
     check_left_out(changed, "distill")
+    often = overridden(Path("params.yaml"), ["distill.report_every_images=7"])
+    check_left_out(often, "evaluate")
     check_left_out(overridden(Path("params.yaml"), ["evaluate.seed=7"]), "evaluate")
 
 

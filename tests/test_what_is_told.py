@@ -75,7 +75,7 @@ def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.Monk
 def test_no_part_of_a_password_is_told() -> None:
     for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a@b"):
         scheme, _, rest = address.partition("://")
-        for who in ("ann:secret@", "ann:se@cr@et@", "ann@team:secret@"):
+        for who in ("ann:secret@", "ann:se@cr@et@", "ann@team:secret@", "ann:se#cr?et@"):
             said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
             assert said == f"at {address}, not {address}"
 
@@ -86,6 +86,8 @@ def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPat
         mlflow_place.resolve("http://mlflow:5000")
     assert "secret" not in str(error.value)
     assert mlflow_place.resolve("databricks") == "databricks"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "sqlite:///mlflow.db")
+    mlflow_place.resolve("sqlite:///mlflow.db")
     monkeypatch.setenv("MLFLOW_REGISTRY_URI", "http://mlflow:5000/")
     assert mlflow_place.resolve("http://mlflow:5000") == "http://mlflow:5000"
 
