@@ -390,6 +390,7 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
+    git("init", "--quiet", str(folder))
     said = run("make", "-C", str(folder), "demo", "INSTALLED=Makefile", "PY=echo")
     assert said.returncode == 0, said.stderr
     assert "-m flows distill" in said.stdout
@@ -398,6 +399,7 @@ def test_make_works_in_a_path_with_a_space(tmp_path: Path) -> None:
 def test_the_demo_has_none_of_the_users_prefect_and_mlflow_settings(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    git("init", "--quiet", str(tmp_path))
     theirs = {
         "MLFLOW_TRACKING_URI": "https://mlflow.company",
         "MLFLOW_EXPERIMENT_NAME": "of the team",

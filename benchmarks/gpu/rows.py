@@ -210,7 +210,7 @@ class Training:
         config = training_config(self.base.params, num_images=1)
         settings = replace(
             config.train,
-            num_images=30 * batch_size,
+            num_images=10_000 * batch_size,  # the clock ends it, before convergence is looked at
             batch_size=batch_size,
             report_every_images=batch_size,
             learning_rate=1e-6,  # random weights have nothing to teach
