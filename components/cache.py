@@ -8,22 +8,23 @@ Run again beside its index, it looks at every shard, and makes damaged ones anew
 """
 
 import json
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from components.cli import main
 from components.cluster import run_tasks
 from components.dataset import PreparedImages, lines_of, read_prompts
 from components.disk import check_room, megabytes
-from components.params import Params, cache_config, companion_paths
+from components.params import Params, ParamsError, cache_config, companion_paths
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.shipping import pack
 from components.storage import Mirror, ShardStore
 from pnp_core.files import fetch_once, read_json, sha256_file, write_bytes
+from pnp_core.settings import GuideConfig, SettingError
 
 if TYPE_CHECKING:
     from pnp_core.cache import CacheBuilder
@@ -34,12 +35,14 @@ NO_ROOM = "make room there: pairs are made from all text states and latents"
 def run(params: Params) -> None:
     """Write data/cache.
 
-    Raises ValueError if the disk can't hold it, OSError if `storage` isn't there.
+    Raises ValueError if the disk can't hold it, or if no guide as `distill` wants it can be made
+    for the base; OSError if `storage` isn't there.
     """
     if params.storage:
         Mirror(params.storage).check()
     # Workers compute, and this process plans: the GPU is theirs.
     builder = cache_builder(params, on_cpu=params.cluster.num_workers > 0)
+    check_guide(builder.pipe.unet.config, params)
     plan = builder.plan
     store = shard_store(params, builder)
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,25 @@ def run(params: Params) -> None:
         store.mirror.put(index, CACHE)
     for path in CACHE.glob("*.safetensors"):
         path.unlink()
+
+
+def check_guide(unet: Mapping[str, Any], params: Params) -> None:
+    """Make the guide of `distill` without its numbers: `distill` comes after hours of caching.
+
+    `unet`: the config of the base's. Raises ValueError if there is none for it, ParamsError if it
+    has more parameters than it may have.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from pnp_core.guide import Guide
+
+    try:
+        with torch.device("meta"):
+            base = UNet2DConditionModel.from_config(unet)
+            Guide.from_unet(base, GuideConfig(**params.distill.guide.model_dump()))
+    except SettingError as error:
+        raise ParamsError(f"params.yaml: distill.guide.{error.name} {error.problem}") from None
 
 
 def check_disk(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -334,8 +335,24 @@ def test_a_tiny_guide_keeps_to_its_share_of_parameters(pipe: StableDiffusionPipe
     for ratio in (0.1, 0.2):
         guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=ratio))
         assert sum(p.numel() for p in guide.parameters()) <= ratio * base
-    with pytest.raises(ValueError, match="Raise max_parameters_ratio"):
-        Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=1e-4))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "encoder"])
+def test_where_no_guide_is_small_enough_the_least_share_is_told(
+    pipe: StableDiffusionPipeline, kind: str
+) -> None:
+    def made(ratio: float) -> Guide:
+        return Guide.from_unet(pipe.unet, GuideConfig(kind=kind, max_parameters_ratio=ratio))
+
+    with pytest.raises(ValueError) as refused:
+        made(1e-4)
+    told = re.search(r"smallest .* set it to (0\.\d+) or more\.$", str(refused.value))
+    assert told
+    least = float(told[1])
+    base = sum(p.numel() for p in pipe.unet.parameters())
+    assert sum(p.numel() for p in made(least).parameters()) == pytest.approx(least * base, abs=10)
+    with pytest.raises(ValueError):
+        made(least - 2e-5)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full"])

@@ -28,7 +28,7 @@ from components.evaluation import Evaluation
 from components.images import Gallery, Setting
 from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
-from components.params import Params, load_params
+from components.params import Params, ParamsError, load_params
 from components.progress import Progress, clock
 from components.sampling import Sampler, choose_tasks, processor
 from components.scores import fid, kid
@@ -333,6 +333,17 @@ def test_cache_refuses_images_of_another_size_than_the_bases(world: Path) -> Non
     prepare.run(params_with(prepare={"resolution": 24}))
     with pytest.raises(ValueError, match=r"prepare.resolution: 24 pixels, but .* images of 32,"):
         cache.run(params_with())
+    assert not list(Path("data").glob("cache/*"))
+
+
+def test_a_guide_that_can_not_be_as_small_as_it_must_is_refused_before_the_cache_is_made(
+    world: Path,
+) -> None:
+    prepare.run(params_with())
+    small = {**toy.toy_params()["distill"]["guide"], "max_parameters_ratio": 1e-4}
+    key = "params.yaml: distill.guide.max_parameters_ratio is 0.0001, and the smallest tiny guide"
+    with pytest.raises(ParamsError, match=key):
+        cache.run(params_with(distill={"guide": small}))
     assert not list(Path("data").glob("cache/*"))
 
 

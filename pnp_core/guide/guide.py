@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from pnp_core.guide.full import FullGuide
 from pnp_core.guide.kind import Kind, Prepared
 from pnp_core.guide.tiny import TinyGuide, TinyShape, tiny_shape
 from pnp_core.guide.unet import EntranceChannels, decoder_entrances, describe, plain
-from pnp_core.settings import GuideConfig
+from pnp_core.settings import GuideConfig, SettingError
 
 # 2: nothing is done where prompt and negative prompt are the same or w is at most 1. Guides of
 # format 1 have the same parameters and are read as such.
@@ -90,8 +91,8 @@ class Guide(ModelMixin, ConfigMixin):
             trained_for: config entries such as ``base_hash`` and ``prediction_type``.
 
         Raises:
-            ValueError: the UNet is too small for a tiny guide within its share of parameters, or
-                has parts a guide can't work with.
+            ValueError: the UNet has parts a guide can't work with; as a SettingError, it is too
+                small for a tiny guide within its share of parameters.
         """
         config = config or GuideConfig()
         architecture = describe(unet)
@@ -124,12 +125,9 @@ class Guide(ModelMixin, ConfigMixin):
             embedding_dim=embedding_dim,
             max_parameters=max_parameters,
         )
-        if shape is None:
-            raise ValueError(
-                f"No tiny guide is as small as {config.max_parameters_ratio:.1%} of this UNet's "
-                f"{base_parameters:,} parameters. Raise max_parameters_ratio."
-            )
-        return hold_offsets(cls(**shape._asdict(), **entries)).to(unet.device)
+        guide = cls(**shape._asdict(), **entries)
+        check_share(guide, config, base_parameters)
+        return hold_offsets(guide).to(unet.device)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> "Guide":
@@ -210,6 +208,19 @@ def check_config(config: Any, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"The guide in {path} is damaged: its config.json has the kind {entries['kind']!r}, "
             f"and there are {', '.join(FORMATS)}."
+        )
+
+
+def check_share(guide: Guide, config: GuideConfig, base_parameters: int) -> None:
+    """Raise SettingError if the smallest guide has more than its share of a base's parameters."""
+    num_parameters = sum(p.numel() for p in guide.parameters())
+    if num_parameters > config.max_parameters_ratio * base_parameters:
+        least = math.ceil(num_parameters / base_parameters * 1e5) / 1e5
+        raise SettingError(
+            "max_parameters_ratio",
+            f"is {config.max_parameters_ratio:g}, and the smallest {config.kind} guide for this "
+            f"UNet has {num_parameters:,} of its {base_parameters:,} parameters: set it to "
+            f"{least:g} or more.",
         )
 
 

@@ -331,8 +331,8 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     modulated_channels: Sequence[int],
     embedding_dim: int,
     max_parameters: int,
-) -> TinyShape | None:
-    """The widest tiny guide within a number of parameters; None if there is none.
+) -> TinyShape:
+    """The widest tiny guide within a number of parameters; the narrowest if that has more.
 
     Ranks are in proportion to the channels at each entrance, as the base's own cost is: FLOPs then
     grow with the share of parameters.
@@ -357,4 +357,4 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
         return sum(p.numel() for p in net.parameters())
 
     num_fitting = bisect_right(range(4, widest), max_parameters, key=num_parameters)
-    return shape(3 + num_fitting) if num_fitting else None
+    return shape(3 + max(num_fitting, 1))
