@@ -210,7 +210,7 @@ class TrainConfig:
         num_images: training samples seen in total, over all workers.
         batch_size: global batch size, over all workers.
         learning_rate: peak, reached after warm-up; falls to zero along a cosine.
-        warmup_images: length of the linear warm-up.
+        warmup_images: length of the linear warm-up; less than num_images.
         ema_halflife_images: half-life of the averaged weights; the result of training.
         max_grad_norm: gradients are clipped to this norm.
         precision: ``bf16`` (where the hardware has it) or ``fp32``.
@@ -245,6 +245,12 @@ class TrainConfig:
         at_least(self, 1, "report_every_images", "checkpoint_every_images")
         positive(self, "learning_rate", "max_grad_norm")
         at_least(self, 0, "warmup_images", "seed")
+        if self.warmup_images >= self.num_images:
+            raise SettingError(
+                "warmup_images",
+                f"is {self.warmup_images}, and training ends after {self.num_images} images, still "
+                "in the warm-up: set it below num_images.",
+            )
         one_of(self, PRECISIONS, "precision")
 
     @property

@@ -169,6 +169,8 @@ OUT_OF_RANGE = [
     ("distill", TrainConfig, {"learning_rate": 0.0}),
     ("distill", TrainConfig, {"learning_rate": float("inf")}),
     ("distill", TrainConfig, {"warmup_images": -1}),
+    ("distill", TrainConfig, {"warmup_images": 64}),  # as long as all of the training
+    ("halve", TrainConfig, {"num_images": 15}),  # less than the warm-up
     ("halve", TrainConfig, {"seed": -1}),
     ("distill.guide", GuideConfig, {"max_parameters_ratio": 1.0}),
     ("halve", HalveConfig, {"timestep_spacing": "even"}),
