@@ -12,12 +12,19 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from components.following import Follower, Report, loss_of, reports_here, telling_losses
+from components.following import (
+    Follower,
+    Lines,
+    Report,
+    loss_of,
+    reports_here,
+    telling_losses,
+)
 from components.joining import GROUP_START_S, cause_of, joined
 from components.liveness import PULSE, Head, Pulse
 from components.params import Params
@@ -338,7 +345,9 @@ def _on_worker(arguments: Mapping[str, Any]) -> None:
         place.resume(torch.distributed.barrier)
         if rank == 0:
             sending = place.sending(tell=tell, limit_s=60 * params.cluster.wait_minutes)
-    with sending as check:
+    # Of what all workers print, once is enough; Ray keeps it to itself.
+    printing = redirect_stdout(Lines(tell)) if rank == 0 else nullcontext()
+    with sending as check, printing:
 
         def report(num_images: int, metrics: Mapping[str, float]) -> None:
             if rank == 0:

@@ -11,6 +11,7 @@ from components.following import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
 from components.training import (
+    check_precision,
     checkpoint_folder,
     open_cache,
     train_config,
@@ -41,6 +42,7 @@ def train_guide(params: Params, report: Report) -> None:
         guidance_scale=params.distill.guidance_scale,
         guider=teacher_guider(params),
     )
+    check_precision("distill", config.train)
     # A full guide starts from the base's weights, which are not to be rounded for it.
     in_bf16 = config.train.precision == "bf16" and config.guide.kind != "full"
     pipeline, companions = load_for_training(params.base, companion_paths(params), in_bf16=in_bf16)

@@ -1,5 +1,6 @@
 """What workers of a training group report, heard in the process that started them."""
 
+import io
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -36,6 +37,20 @@ def reports_here() -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(Reports).options(num_cpus=0, scheduling_strategy=here).remote()
+
+
+class Lines(io.TextIOBase):
+    """In place of a worker's standard output: hands on the lines that are printed there."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell, self._begun = tell, ""
+
+    def write(self, text: str) -> int:
+        """Print a part of a line, or several."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._tell(line)
+        return len(text)
 
 
 class Follower:

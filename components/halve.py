@@ -8,7 +8,13 @@ from components.cli import main
 from components.following import Report
 from components.params import Params
 from components.paths import BUNDLE, DISTILLED
-from components.training import checkpoint_folder, open_cache, train_config, train_stage
+from components.training import (
+    check_precision,
+    checkpoint_folder,
+    open_cache,
+    train_config,
+    train_stage,
+)
 from pnp_core.settings import HalveConfig, halving_rounds
 
 
@@ -36,6 +42,7 @@ def train_rounds(params: Params, report: Report) -> None:
         guidance_gain=params.halve.guidance_gain,
         timestep_spacing=params.halve.timestep_spacing,
     )
+    check_precision("halve", config.train)
     in_bf16 = config.train.precision == "bf16"
     pipeline, _ = load_for_training(params.base, [], in_bf16=in_bf16)
     guides = halve(

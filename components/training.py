@@ -88,6 +88,32 @@ def train_config(section: Train) -> TrainConfig:
     return TrainConfig(**{name: getattr(section, name) for name in Train.model_fields})
 
 
+def check_precision(stage: str, config: TrainConfig) -> None:
+    """Say so, once, where bf16 is asked for and no worker's hardware has it.
+
+    Raises ValueError where some of the workers have it: each would compute in its own precision.
+    """
+    if config.precision != "bf16":
+        return
+    from components.device import device
+    from pnp_core.precision import has_bf16
+    from pnp_core.train import of_all_workers, rank_and_world
+
+    has = of_all_workers(int(has_bf16(device().type)), device())
+    lacking = [str(rank) for rank, having in enumerate(has) if not having]
+    if 0 < len(lacking) < len(has):
+        raise ValueError(
+            f"{stage}.precision: bf16, which the hardware of {len(lacking)} of {len(has)} workers "
+            f"does not compute in (by rank: {', '.join(lacking)}): set {stage}.precision: fp32, or "
+            "train on machines that are alike"
+        )
+    if lacking and rank_and_world()[0] == 0:
+        print(
+            f"{stage}: precision bf16 is asked for, which this hardware has not: all is in fp32",
+            flush=True,
+        )
+
+
 def open_cache(params: Params, scheduler: Any) -> "TeacherCache":
     """The teacher cache, read from where its index says that it lies.
 

@@ -67,6 +67,17 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def of_all_workers(number: int, device: torch.device) -> list[int]:
+    """The number that each worker has, by rank. ``device``: of this worker."""
+    _, world = rank_and_world()
+    if world == 1:
+        return [number]
+    own = torch.tensor([number], device=device)
+    of_all = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(of_all, own)
+    return [int(value) for value in of_all]
+
+
 def agreed(look: Callable[[], int], what: str, device: torch.device) -> int:
     """What ``look`` gives for all workers, which look again for a while if they differ.
 
@@ -78,16 +89,10 @@ def agreed(look: Callable[[], int], what: str, device: torch.device) -> int:
     Raises:
         ValueError: they still differ.
     """
-    _, world = rank_and_world()
-    if world == 1:
-        return look()
     for number in range(LOOKS):
         if number:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        own = torch.tensor([look()], device=device)
-        of_all = [torch.empty_like(own) for _ in range(world)]
-        dist.all_gather(of_all, own)
-        seen = [int(value) for value in of_all]
+        seen = of_all_workers(look(), device)
         if len(set(seen)) == 1:
             return seen[0]
     raise ValueError(
@@ -377,7 +382,5 @@ def learning_rate_factor(config: TrainConfig, num_images: int) -> float:
     """Linear warm-up, then a cosine to zero."""
     if num_images < config.warmup_images:
         return (num_images + config.batch_size) / (config.warmup_images + config.batch_size)
-    progress = (num_images - config.warmup_images) / max(
-        config.num_images - config.warmup_images, 1
-    )
+    progress = (num_images - config.warmup_images) / (config.num_images - config.warmup_images)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,6 +243,30 @@ def test_ctrl_c_is_not_rays_to_handle() -> None:
     before = signal.getsignal(signal.SIGINT)
     trainer._register_sigint_handler(None, None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, ["distill: one", (16, {"loss": 0.5})]), (1, [])])
+def test_what_the_first_worker_of_a_group_prints_is_told_and_no_others(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, rank: int, told: list[Any]
+) -> None:
+    import ray
+    import ray.train
+
+    heard: list[Any] = []
+    context = SimpleNamespace(get_world_rank=lambda: rank)
+    reports = SimpleNamespace(add=SimpleNamespace(remote=heard.append))
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(cluster, "_settle", lambda place: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def work(params: Params, report: Report) -> None:
+        print("distill:", "one", flush=True)
+        report(16, {"loss": 0.5})
+
+    place = {"place": Path(), "reports": reports}
+    cluster._on_worker({"work": work, "params": params_with(num_workers=2), **place})
+    assert heard == told
 
 
 @pytest.fixture
