@@ -2,9 +2,9 @@
 
 Ray runs on this machine unless `cluster.address` or RAY_ADDRESS names a cluster, whose nodes see
 this folder under the same path, or with `cluster.shared_folder: false` have what they need shipped.
-Each worker has one thread on a CPU, or one GPU where the cluster has any. What a cluster has no
-room for is waited for, in the log, and given up after `cluster.wait_minutes`; a worker that has not
-answered for as long is replaced.
+Each worker has one thread on a CPU, or one GPU where the cluster has any, or is to get some. What a
+cluster has no room for is waited for, in the log, and given up after `cluster.wait_minutes`; a
+worker that has not answered for as long is replaced.
 """
 
 import math
@@ -29,14 +29,11 @@ from components.joining import GROUP_START_S, cause_of, joined
 from components.liveness import PULSE, Head, Pulse
 from components.params import Params
 from components.paths import RUNS
-from components.progress import clock
+from components.room import Room
 from components.shipping import Shipment
 from pnp_core.files import write_bytes
 
 SECONDS_BETWEEN_LOOKS = 0.5
-# A cluster that has just started tells its resources after a moment; a wait is told after it.
-SECONDS_UNTOLD = 5.0
-SECONDS_BETWEEN_LINES = 30.0
 
 
 def run_training(
@@ -63,7 +60,7 @@ def run_training(
     from ray.train import ScalingConfig
 
     with joined(params, sees_folder=shipment is None):
-        room = _Room(params, name)
+        room = Room(params, name)
         room.wait()
         head, reports = Head(name), reports_here()
         arguments = {"work": work, "params": params, "place": shipment or Path.cwd()}
@@ -122,7 +119,7 @@ def _failure_of(error: Any, limit_s: float) -> str:
 
 
 def _run_config(
-    params: Params, room: "_Room", name: str, reports: Any, shipment: Shipment | None
+    params: Params, room: Room, name: str, reports: Any, shipment: Shipment | None
 ) -> Any:
     """Where a group keeps Ray's own files, how often it is started again, whom it tells."""
     from ray.train import FailureConfig, RunConfig
@@ -171,7 +168,7 @@ def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
     from ray.util import ActorPool
 
     with joined(params, sees_folder=shipment is None):
-        room = _Room(params, name, most=most)
+        room = Room(params, name, most=most)
         room.wait()
         head = Head(name)
         worker = ray.remote(concurrency_groups={PULSE: 1})(_TaskWorker).options(
@@ -199,7 +196,7 @@ def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
             raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
 
 
-def _next_of(pool: Any, head: Head, room: "_Room", pulse: Pulse) -> tuple[str, dict[Path, bytes]]:
+def _next_of(pool: Any, head: Head, room: Room, pulse: Pulse) -> tuple[str, dict[Path, bytes]]:
     """The next task that is done, and what it made. Looks meanwhile whether anybody is at work."""
     from ray.exceptions import RayError
 
@@ -216,72 +213,6 @@ def _next_of(pool: Any, head: Head, room: "_Room", pulse: Pulse) -> tuple[str, d
             if room.tell_shortage(give_up=True):
                 pulse.forgive()
             pulse.look()
-
-
-class _Room:
-    """What the cluster has for the workers. With a GPU in it, each of them needs one.
-
-    Attributes:
-        num_workers: that are asked for, `most` at most.
-        has_gpu: whether each has a GPU, known after `wait`.
-        limit_s: seconds that a shortage may last.
-    """
-
-    def __init__(self, params: Params, name: str, *, most: int | None = None) -> None:
-        wanted = params.cluster.num_workers
-        self.num_workers = wanted if most is None else min(wanted, most)
-        self.has_gpu = False
-        self.limit_s = 60 * params.cluster.wait_minutes
-        self._name = name
-        self._short_since: float | None = None
-        self._told = -math.inf
-
-    def wait(self) -> None:
-        """Wait until all workers have room. Raises ValueError after the limit."""
-        import ray
-
-        while True:
-            there = ray.cluster_resources()
-            self.has_gpu = there.get("GPU", 0) >= 1
-            if not self._short(ray.available_resources(), give_up=True):
-                on = "each with a GPU" if self.has_gpu else "on CPUs: the cluster has no GPU"
-                print(f"{self._name}: Ray workers: {self.num_workers}, {on}", flush=True)
-                return
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-
-    def tell_shortage(self, *, give_up: bool = False) -> bool:
-        """Say so if nodes were lost that workers need. Raises ValueError after the limit."""
-        import ray
-
-        return self._short(ray.cluster_resources(), give_up=give_up)
-
-    def _short(self, there: Mapping[str, float], *, give_up: bool) -> bool:
-        import ray
-
-        kinds = ("GPU", "CPU") if self.has_gpu else ("CPU",)
-        lacking = next((kind for kind in kinds if there.get(kind, 0) < self.num_workers), None)
-        now = time.monotonic()
-        if lacking is None:
-            self._short_since, self._told = None, -math.inf
-            return False
-        self._short_since = now if self._short_since is None else self._short_since
-        waited = now - self._short_since
-        has, free = ray.cluster_resources().get(lacking, 0), there.get(lacking, 0)
-        line = (
-            f"{self._name}: {self.num_workers} Ray workers need {self.num_workers} {lacking}s, the "
-            f"cluster has {has:g}, {free:g} of them free"
-        )
-        if give_up and waited >= self.limit_s:
-            raise ValueError(
-                f"{line}; waited {clock(waited)}: lower cluster.num_workers, add nodes, or raise "
-                "cluster.wait_minutes. The same command goes on from here"
-            )
-        if waited >= min(SECONDS_UNTOLD, self.limit_s) and (
-            now - self._told >= SECONDS_BETWEEN_LINES
-        ):
-            self._told = now
-            print(f"{line}: waiting, {clock(waited)} of {clock(self.limit_s)} at most", flush=True)
-        return True
 
 
 class _TaskWorker:

@@ -31,5 +31,6 @@ class Cluster(Section, frozen=True):
     num_workers: CountOrZero  # 0: in this process, without Ray
     address: str | None = None  # host:port to join; None: RAY_ADDRESS, without it this machine
     shared_folder: bool = True  # whether workers see this folder; else files go by `storage`
+    wait_for_gpus: bool = False  # though the cluster has none yet, as an autoscaler brings them
     max_failures: CountOrZero  # how many lost workers a training run survives
     wait_minutes: Positive  # for workers that lack or do not answer, or another's lock

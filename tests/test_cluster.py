@@ -1,5 +1,6 @@
 """Waiting for Ray's workers is told, compared with what there is, and not for ever."""
 
+import math
 import os
 import re
 import shutil
@@ -17,13 +18,14 @@ from typing import Any
 
 import pytest
 
-from components import cluster, liveness, prepare
+from components import cluster, liveness, prepare, room
 from components.cluster import run_tasks, run_training
 from components.environment import quiet
 from components.errors import MayPassError
 from components.following import Report
 from components.liveness import Head, Pulse
 from components.params import Params, load_params
+from components.room import Room
 from tests import toy
 from tests.stores import free_port
 
@@ -57,7 +59,7 @@ def clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """In an empty folder."""
     monkeypatch.chdir(tmp_path)
     clock = Clock()
-    monkeypatch.setattr(cluster, "time", clock)
+    monkeypatch.setattr(room, "time", clock)
     monkeypatch.setattr(liveness, "time", clock)
     return clock
 
@@ -73,13 +75,70 @@ def cluster_of(
 
     monkeypatch.setattr(ray, "cluster_resources", there)
     monkeypatch.setattr(ray, "available_resources", there)
+    autoscaler_of(monkeypatch, clock)
+
+
+def autoscaler_of(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, *, seconds: float = math.inf
+) -> dict[float, list[dict[str, float]]]:
+    """Have what a cluster is asked for come after so many seconds.
+
+    Returns what is asked for, by the time since when.
+    """
+    import ray
+    import ray.util
+
+    asked: dict[float, list[dict[str, float]]] = {}
+
+    def ask(bundles: list[dict[str, float]]) -> Any:
+        since = clock.now
+        asked[since] = bundles
+        return SimpleNamespace(ready=lambda: since, since=since)
+
+    monkeypatch.setattr(ray.util, "placement_group", ask)
+    monkeypatch.setattr(ray.util, "remove_placement_group", lambda group: asked.pop(group.since))
+    monkeypatch.setattr(
+        ray, "wait", lambda since, timeout: (since if clock.now >= since[0] + seconds else [], [])
+    )
+    return asked
+
+
+def test_gpus_that_come_only_when_asked_for_are_asked_for_and_waited_for(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the setting, the CPUs that are there would do."""
+    cluster_of(monkeypatch, clock, (0, {"CPU": 8.0}))
+    asked = autoscaler_of(monkeypatch, clock, seconds=70)
+    room = Room(params_with(num_workers=2, wait_minutes=2, wait_for_gpus=True), "distill")
+    sleep, seen = clock.sleep, []
+
+    def look_and_sleep(seconds: float) -> None:
+        seen.append([*asked.values()])
+        sleep(seconds)
+
+    monkeypatch.setattr(clock, "sleep", look_and_sleep)
+    room.wait()
+    assert clock.now == pytest.approx(70, abs=1) and room.has_gpu
+    assert seen[-1] == [[{"CPU": 1.0, "GPU": 1.0}] * 2] and not asked, "nothing is held after it"
+    told = capsys.readouterr().out
+    assert "2 Ray workers need 2 GPUs, the cluster has 0, 0 of them free: waiting" in told
+
+
+def test_what_is_asked_of_a_cluster_that_does_not_get_it_is_asked_no_longer_when_it_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    cluster_of(monkeypatch, clock, (0, {"CPU": 1.0}))
+    asked = autoscaler_of(monkeypatch, clock)
+    with pytest.raises(ValueError, match="2 Ray workers need 2 CPUs"):
+        Room(params_with(num_workers=2, wait_minutes=2), "distill").wait()
+    assert clock.now == pytest.approx(120, abs=1) and not asked
 
 
 def test_more_workers_than_there_is_room_for_are_given_up_after_the_limit(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
-    room = cluster._Room(params_with(num_workers=8, wait_minutes=2), "distill")
+    room = Room(params_with(num_workers=8, wait_minutes=2), "distill")
     with pytest.raises(ValueError) as failed:
         room.wait()
     need = "distill: 8 Ray workers need 8 CPUs, the cluster has 4, 4 of them free"
@@ -91,7 +150,7 @@ def test_more_workers_than_there_is_room_for_are_given_up_after_the_limit(
 
 def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     cluster_of(monkeypatch, clock, (0, {"CPU": 1.0}), (90, {"CPU": 2.0}))
-    room = cluster._Room(params_with(num_workers=2, wait_minutes=2), "cache")
+    room = Room(params_with(num_workers=2, wait_minutes=2), "cache")
     room.wait()
     assert clock.now == pytest.approx(90, abs=1)
 
@@ -101,19 +160,19 @@ def test_whether_there_are_gpus_is_asked_of_the_cluster(
 ) -> None:
     """The driver, here without one, may be another machine."""
     cluster_of(monkeypatch, clock, (0, {"CPU": 64.0, "GPU": 4.0}))
-    room = cluster._Room(params_with(num_workers=4), "distill")
+    room = Room(params_with(num_workers=4), "distill")
     room.wait()
     assert room.has_gpu
     assert capsys.readouterr().out == "distill: Ray workers: 4, each with a GPU\n"
     with pytest.raises(ValueError, match="8 Ray workers need 8 GPUs, the cluster has 4"):
-        cluster._Room(params_with(num_workers=8), "distill").wait()
+        Room(params_with(num_workers=8), "distill").wait()
 
 
 def test_workers_without_tasks_are_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster_of(monkeypatch, clock, (0, {"CPU": 4.0}))
-    room = cluster._Room(params_with(num_workers=8), "cache", most=3)
+    room = Room(params_with(num_workers=8), "cache", most=3)
     room.wait()
     assert room.num_workers == 3 and not clock.now
     assert capsys.readouterr().out == "cache: Ray workers: 3, on CPUs: the cluster has no GPU\n"
@@ -124,7 +183,7 @@ def test_nodes_lost_meanwhile_are_told_and_their_return_is_noticed(
 ) -> None:
     both, one = {"CPU": 2.0}, {"CPU": 1.0}
     cluster_of(monkeypatch, clock, (0, both), (10, one), (40, both), (100, one))
-    room = cluster._Room(params_with(num_workers=2, wait_minutes=1), "cache")
+    room = Room(params_with(num_workers=2, wait_minutes=1), "cache")
     room.wait()
     while clock.now < 150:
         room.tell_shortage(give_up=True)

@@ -35,7 +35,7 @@ CODE = ("components/", "pnp_core/")
 # What can't change a stage's result: it carries parameters in and messages out.
 PLUMBING = {"cli", "cluster", "disk", "environment", "errors", "following", "inputs", "interrupt"}
 PLUMBING |= {"joining", "liveness", "mlflow_place", "params", "paths", "places", "progress"}
-PLUMBING |= {"rules", "section", "shipping", "snapshot"}
+PLUMBING |= {"room", "rules", "section", "shipping", "snapshot"}
 # Nor a guide: what records its training, and what brings shards, whose checksums are compared.
 CHANGES_NO_GUIDE = {"components/storage.py", "components/tracking"}
 
