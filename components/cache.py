@@ -2,7 +2,8 @@
 
 Reads data/prepared and the base. Writes data/cache: VAE moments, text states and teacher pairs in
 checksummed shards. Shards that are there are not computed again. With `storage`, shards are kept
-there, whoever built them, and data/cache keeps the index only; training reads them from there.
+there, whoever built them, and data/cache keeps the index only; training reads them from there. What
+a cache of another size has there is copied.
 
 Run again beside its index, it looks at every shard, and makes damaged ones anew.
 """
@@ -52,6 +53,9 @@ def run(params: Params) -> None:
             path.unlink()
     there = store.checksums() if store else filter(builder.is_built, plan.num_rows)
     missing = plan.num_rows.keys() - set(there)
+    if store and missing:  # a cache of another size has a folder of its own
+        print(f"cache: looking for shards in other caches of {params.storage}", flush=True)
+        missing -= store.take({name: builder.key(name) for name in missing})
     total = sum(plan.num_bytes.values())
     print(
         f"cache: {plan.num_pairs:,} teacher pairs, {megabytes(total)} in {len(plan.num_rows)} "

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -50,6 +51,7 @@ MISTAKES = {
 }
 NO_BUCKET = "NoSuchBucket"
 CHECKED_AT_ONCE = 8  # shards, each in a thread: one connection alone is slow
+HEADER_BYTES = 8192  # of a shard, at most: its few tensors' shapes, and its key
 NOTHING_KEPT = {"memory", "http", "https", "data", "github"}  # of what fsspec knows
 
 
@@ -124,6 +126,14 @@ class Mirror:
         )
         return content
 
+    def begin(self, name: str, num_bytes: int) -> bytes:
+        """The first bytes of one file, at most so many. FileNotFoundError if there is none."""
+        there = f"{self._root}/{name}"
+        content: bytes = self._patiently(
+            "read", name, lambda: self._files.cat_file(there, start=0, end=num_bytes)
+        )
+        return content
+
     def checksum(self, name: str) -> str:
         """SHA-256 of one file, read piece by piece. FileNotFoundError if there is none."""
 
@@ -156,6 +166,17 @@ class Mirror:
                 self._files.put_file(str(path), there)
 
         self._patiently("write", name, put, is_place=True)
+
+    def copy(self, name: str, other: "Mirror", new: str) -> None:
+        """Copy one file to another mirror, not by way of here. FileNotFoundError if there is none.
+
+        `new`: what it is called there.
+        """
+        there = f"{self._root}/{name}"
+        if self._is_local:
+            other.send(Path(there), new)
+            return
+        self._patiently("copy", name, lambda: self._files.cp_file(there, f"{other._root}/{new}"))
 
     def remove(self, name: str) -> None:
         """Delete one file, if it is there."""
@@ -264,6 +285,8 @@ class ShardStore:
         self.mirror = Mirror(storage, name)
         self.url = self.mirror.url
         self.num_bytes = num_bytes or {}
+        parent, _, self._name = name.rpartition("/")
+        self._caches = Mirror(storage, parent)
 
     def shards(self) -> set[tuple[str, str]]:
         """Name and SHA-256 of the shards that are there and not too short."""
@@ -274,6 +297,35 @@ class ShardStore:
     def checksums(self) -> dict[str, str]:
         """SHA-256 by name: of a shard that two machines made at once, all take the same."""
         return dict(sorted(self.shards(), reverse=True))
+
+    def take(self, keys: Mapping[str, str]) -> set[str]:
+        """Copy shards that are in caches beside this one, such as a smaller one, if they are whole.
+
+        `keys`: of the shards that are wanted, by name; what :class:`CacheBuilder` writes into them.
+        Returns the names of those that were there.
+        """
+        sizes = self._caches.sizes()
+        found: dict[str, list[tuple[str, str]]] = {}
+        for path in sizes:
+            folder, _, file = path.rpartition("/")
+            name, sha256 = self._parsed(file)
+            is_whole = sizes[path] >= self.num_bytes.get(name, 0)
+            if sha256 and name in keys and folder != self._name and is_whole:
+                found.setdefault(name, []).append((sha256, path))
+
+        def is_taken(name: str) -> bool:
+            for sha256, path in sorted(found[name]):
+                with suppress(FileNotFoundError):  # forgotten meanwhile
+                    if _key_of(self._caches.begin(path, HEADER_BYTES)) != keys[name]:
+                        continue
+                    if self._caches.checksum(path) == sha256:
+                        self._caches.copy(path, self.mirror, self.file(name, sha256))
+                        return True
+            return False
+
+        with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            taken = zip(found, pool.map(is_taken, found), strict=True)
+            return {name for name, is_there in taken if is_there}
 
     def damaged(self, *, look_inside: bool) -> list[str]:
         """Files that are too short; those of another content too, if all are read."""
@@ -314,6 +366,15 @@ class ShardStore:
     def fetch(self, shard: "Shard", path: Path) -> None:
         """The same, to a file, piece by piece."""
         self.mirror.fetch(self.file(shard.name, shard.sha256), path)
+
+
+def _key_of(begin: bytes) -> str | None:
+    """The key in the metadata of a shard, by how its file begins; None if there is none."""
+    with suppress(ValueError, AttributeError):
+        header = json.loads(begin[8 : 8 + int.from_bytes(begin[:8], "little")])
+        key = header.get("__metadata__", {}).get("key")
+        return key if isinstance(key, str) else None
+    return None
 
 
 def _causes(error: BaseException | None) -> set[str]:

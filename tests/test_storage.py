@@ -367,6 +367,39 @@ def test_of_a_shard_that_two_machines_sent_at_once_neither_spoils_the_others(
     assert store.damaged(look_inside=True) == []
 
 
+def test_a_cache_that_grows_at_storage_computes_only_what_the_smaller_one_has_not(
+    world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pnp_core.cache import CacheBuilder
+
+    def grown(num_forward: int, storage: str | None) -> Params:
+        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
+        return params_with(storage=storage, cache=section)
+
+    def files() -> dict[str, str]:
+        found: dict[str, str] = read_json(Path("data/cache/index.json"))["files"]
+        return found
+
+    prepare.run(grown(24, s3))  # shards of 16: the second is not full
+    cache.run(grown(24, s3))
+    damaged = at_storage("pairs-base-00000").removeprefix("s3://")
+    content = s3fs.S3FileSystem().cat_file(damaged)
+    s3fs.S3FileSystem().pipe_file(damaged, DAMAGES["altered"](content))
+    shutil.rmtree("data/cache")  # another machine
+    built: list[str] = []
+    build = CacheBuilder.build
+    monkeypatch.setattr(
+        CacheBuilder, "build", lambda self, name: (built.append(name), build(self, name))
+    )
+    cache.run(grown(48, s3))
+    here = sorted(built)
+    assert here == ["pairs-base-00000", *(f"pairs-forward-0000{n}" for n in (1, 2))]
+    at_storage_now = files()
+    shutil.rmtree("data/cache")
+    cache.run(grown(48, None))
+    assert at_storage_now == files(), "what one machine makes at once"
+
+
 @pytest.mark.parametrize("first", ["0", "f"])
 def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
     world: Path, storage: Path, first: str
