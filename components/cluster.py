@@ -150,18 +150,19 @@ def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
     *,
     name: str,
     shipment: Shipment | None = None,
-) -> None:
+) -> bool:
     """Do tasks on `params.cluster.num_workers` workers, each with a `make(params)` of its own.
 
     The tasks of a phase are shared out among the workers; the next phase waits for them all. A task
     must be one that can be done again: a worker that is lost is replaced, and what it was at given
     to the new one, `max_failures` times. `done` hears of each task in this process. `shipment`: the
-    workers do not see this folder, and what they make in its folder `made` comes back. Raises
-    ValueError, with the worker's own words, if a task fails, MayPassError if the cluster goes away.
+    workers do not see this folder, and what they make in its folder `made` comes back. Returns
+    whether each had a GPU. Raises ValueError, with the worker's own words, if a task fails,
+    MayPassError if the cluster goes away.
     """
     most = max(map(len, phases))
     if most == 0:
-        return
+        return False
 
     import ray
     from ray.exceptions import RayError
@@ -194,6 +195,7 @@ def run_tasks(  # noqa: PLR0913, what to do, then by name for whom and where
             if not head.answers():
                 raise head.gone(error) from error
             raise ValueError(f"{name}: a Ray worker failed: {cause_of(error)}") from error
+    return room.has_gpu
 
 
 def _next_of(pool: Any, head: Head, room: Room, pulse: Pulse) -> tuple[str, dict[Path, bytes]]:

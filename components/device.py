@@ -48,6 +48,17 @@ def gpu_memory_gb() -> float | None:
     return memory / 1e9
 
 
+def tell_where_measured(name: str, *, on_gpus: bool) -> None:
+    """Say so if images were made on GPUs, and this process, which measures, has none."""
+    if on_gpus and device().type == "cpu":
+        print(
+            f"{name}: this machine has no GPU, as the Ray workers have: judges, guidance_fvu and "
+            "costs are of its CPU. On one with a GPU that sees this folder, the same command finds "
+            "the images made",
+            flush=True,
+        )
+
+
 @contextmanager
 def left_to_workers(*owners: Any) -> Iterator[None]:
     """While open, what has a method `to` is in host memory, and this process's GPU is free.

@@ -211,6 +211,8 @@ def open_judges(params: Params, model: str) -> "list[tuple[Judge, RealImages]]":
 
 def sample_missing(work: Work, model: str) -> None:
     """Make the images that are not there yet, on Ray workers if `cluster` has any."""
+    from components.device import tell_where_measured
+
     todo = work.missing()
     total = len(work.tasks) * len(work.recipes) + 2 * len(work.negative_tasks)
     done = total - sum(len(tasks) for _, tasks in todo)
@@ -235,20 +237,20 @@ def sample_missing(work: Work, model: str) -> None:
 
     params = work.sampler.params
     if params.cluster.num_workers:
-        precision = work.sampler.precision
         of: dict[str, Any] = {
             "model": model,
             "folder": work.folder,
-            "precision": precision,
+            "precision": work.sampler.precision,
             "tasks": work.tasks,
             "settings": list(work.recipes),
         }
         needs = [Path(params.base), Path(params.models[model].path), work.folder]
         shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
         name = f"evaluate {model}"
-        run_tasks(
+        on_gpus = run_tasks(
             partial(sampling, **of), params, [list(sizes)], count, name=name, shipment=shipment
         )
+        tell_where_measured(name, on_gpus=on_gpus)
         work.kept.look_again()
     else:
         for setting, tasks in todo:

@@ -794,6 +794,23 @@ def test_two_ray_workers_of_which_one_dies_make_the_images_that_one_process_does
     assert files() == alone and result().cells == cells
 
 
+@pytest.mark.parametrize("on_gpus", [False, True])
+def test_that_workers_have_gpus_and_what_measures_has_none_is_told(
+    inside: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    on_gpus: bool,
+) -> None:
+    work = evaluate.Work.of(load_params(Path("params.yaml")), "base")
+    monkeypatch.setattr("components.device.device", lambda: torch.device("cpu"))
+    cluster = work.sampler.params.cluster.model_copy(update={"num_workers": 2})
+    work.sampler.params = work.sampler.params.model_copy(update={"cluster": cluster})
+    monkeypatch.setattr(evaluate, "run_tasks", lambda *_, **__: on_gpus)
+    evaluate.sample_missing(work, "base")
+    told = "evaluate base: this machine has no GPU, as the Ray workers have: judges, guidance_fvu"
+    assert (told in capsys.readouterr().out) == on_gpus
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
