@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
+from components.mlflow_place import without_secrets
 from components.overrides import overridden
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from flows.process import DVC, StageFailed, ask
@@ -343,7 +344,7 @@ def _call(command: Sequence[str], cwd: Path | None, environment: Mapping[str, st
     except FileNotFoundError:
         raise StageFailed("start", 1, [f"error: {command[0]} is not installed"]) from None
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = " ".join(without_secrets(done.stderr or done.stdout).split())
         line = f"error: overrides need git and DVC here, and {Path(command[0]).name} says: {said}"
         raise StageFailed("start", 1, [line])
     return done.stdout.strip()

@@ -25,8 +25,11 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
+from components.cli import stop
+from components.environment import FLOW_RUN_URL
 from components.lineage import COMMIT
 from components.params import load_params
 from components.register import version_key
@@ -478,11 +481,37 @@ def test_a_bucket_that_is_not_there_is_told_before_any_stage(world: Path, s3: st
     with pytest.raises(StageFailed, match="start: storage: there is no bucket buckt"), begin():
         pass
     write_params(world, toy_params() | {"storage": s3})
+    with pytest.raises(StageFailed, match="start: .* is no git repository.*git init"), begin():
+        pass
     git("init", "--quiet")
     with begin() as params:
         assert params.storage == s3
         assert os.environ[COMMIT] == "none"
     assert COMMIT not in os.environ
+
+
+def test_a_checkout_whose_dvc_does_without_git_may_be_outside_git(world: Path) -> None:
+    dvc("init", "--quiet", "--no-scm")
+    with begin():
+        assert os.environ[COMMIT] == "none"
+
+
+def test_no_password_reaches_a_log_or_what_mlflow_is_told_of_the_flow(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = "https://ann:se/cr@et@prefect.example"
+    git("init", "--quiet")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__UI_URL", f"{address}/runs/1")
+    with temporary_settings({PREFECT_API_URL: f"{address}/api"}), begin():
+        assert os.environ[FLOW_RUN_URL] == "https://prefect.example/runs/1"
+    lines: list[str] = []
+    with pytest.raises(StageFailed) as failed:
+        process.run("a", ["sh", "-c", f"echo 'error: no {address}'; exit 1"], lines.append)
+    assert lines == ["error: no https://prefect.example"]
+    assert str(failed.value) == "a: no https://prefect.example"
+    with pytest.raises(SystemExit):
+        stop(ValueError(f"no {address}"), exit_code=1)
+    assert capfd.readouterr().err == "error: no https://prefect.example\n"
 
 
 def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:
