@@ -180,7 +180,7 @@ def workspaces() -> Pile:
 
     def remove() -> None:
         delete([part for path in kept for part in (path, path.with_suffix(".lock"))])
-        ask("git", "worktree", "prune")
+        forget_worktrees()
 
     in_use = [path for path in kept if is_locked(path.with_suffix(".lock"))]
     kept = [path for path in kept if path not in in_use]
@@ -191,6 +191,15 @@ def workspaces() -> Pile:
         f"{len(kept)} broke off, {len(in_use)} run",
         remove,
     )
+
+
+def forget_worktrees() -> None:
+    """Have git forget workspaces that are gone, and no worktree of others, which may be away."""
+    for line in (ask("git", "worktree", "list", "--porcelain") or "").splitlines():
+        kind, _, root = line.partition(" ")
+        ours = Path(root).is_relative_to(WORKSPACES.resolve())
+        if kind == "worktree" and ours and not Path(root).exists():
+            ask("git", "worktree", "remove", "--force", root)
 
 
 def mlflow(params: Params) -> Pile:

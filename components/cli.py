@@ -107,5 +107,6 @@ def stop(error: Exception, *, exit_code: int) -> None:
     """Print `error` as one line and leave with `exit_code`."""
     if os.environ.get("PNP_TRACEBACK") == "1":
         raise error
-    print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    said = " ".join(mlflow_place.without_secrets(str(error)).split())
+    print(f"error: {said}", file=sys.stderr, flush=True)
     sys.exit(exit_code)

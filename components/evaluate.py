@@ -43,6 +43,8 @@ FORWARDS_OF_DECODING = 3
 def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUATED) -> None:
     """Write results/evaluate/<model>, or `into`/<model> for another `guide` than guides/bundle.
 
+    With `into`, its images go there too: results/sampled, which DVC keeps, stays as it is.
+
     Raises ValueError if params.yaml has no such model, if guide and model don't fit, and for a
     judge or references that can't be used; all before anything is sampled. And if another
     evaluation of the model here, which is waited for, goes on for `cluster.wait_minutes`.
@@ -64,7 +66,8 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
             print(
                 f"evaluate {model}: no guide can be promoted on these results: {line}", flush=True
             )
-        work = Work.of(params, model, guide)
+        apart = None if into == EVALUATED else into / f"{model}.images"
+        work = Work.of(params, model, guide, apart)
         on_gpu = [work.sampler.pipe, work.sampler.bundle, *(judge for judge, _ in judges)]
         with left_to_workers(*on_gpu if params.cluster.num_workers else ()):
             sample_missing(work, model)
@@ -114,17 +117,19 @@ class Work:
     folder: Path
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913, what a worker is told, by name
         cls,
         params: Params,
         model: str,
         folder: Path = BUNDLE,
+        apart: Path | None = None,
         tasks: Sequence[Task] | None = None,
         settings: Sequence[Setting] | None = None,
     ) -> "Work":
         """Open the model. Raises ValueError if the guide doesn't fit it.
 
-        `tasks`, `settings`: where they are not chosen here, from the prepared data.
+        `apart`: as of `KeptImages`. `tasks`, `settings`: where they are not chosen here, from the
+        prepared data.
         """
         from components.device import device
         from components.rows import load_row
@@ -140,15 +145,11 @@ class Work:
             guide.requires_grad_(False).check_fits(pipe.unet)
         sampler = Sampler(pipe, bundle, params, row)
         identity = model_identity(row.path, params.base)
-        kept = KeptImages(model)
+        kept = KeptImages(model, apart)
         measured: list[Recipe] = []
         if settings is None:
-            recipe = {
-                "what": "forwards",
-                "model": identity,
-                "unhalved": sampler.unhalved(),
-                **denoised_by(),
-            }
+            recipe = {"what": "forwards", "model": identity, "unhalved": sampler.unhalved()}
+            recipe |= denoised_by()
             forwards = kept.measured(recipe, lambda: sampler.forwards_per_step(tasks))
             settings = settings_of(params.evaluate, sampler.guidance_scale, forwards["guided"])
             measured = [recipe]
@@ -237,13 +238,9 @@ def sample_missing(work: Work, model: str) -> None:
 
     params = work.sampler.params
     if params.cluster.num_workers:
-        of: dict[str, Any] = {
-            "model": model,
-            "folder": work.folder,
-            "precision": work.sampler.precision,
-            "tasks": work.tasks,
-            "settings": list(work.recipes),
-        }
+        precision = work.sampler.precision
+        of: dict[str, Any] = {"model": model, "folder": work.folder, "apart": work.kept.apart}
+        of |= {"precision": precision, "tasks": work.tasks, "settings": list(work.recipes)}
         needs = [Path(params.base), Path(params.models[model].path), work.folder]
         shipment = pack(params, needs, stage=f"evaluate-{model}", made=work.kept.folder)
         name = f"evaluate {model}"
@@ -276,6 +273,7 @@ def sampling(  # noqa: PLR0913, what a worker is told, by name
     params: Params,
     model: str,
     folder: Path,
+    apart: Path | None,
     precision: str,
     tasks: Sequence[Task],
     settings: Sequence[Setting],
@@ -285,7 +283,7 @@ def sampling(  # noqa: PLR0913, what a worker is told, by name
     Raises ValueError on a machine that computes in another precision than where this began: its
     images would be others, and not be found there.
     """
-    work = Work.of(params, model, folder, tasks, settings)
+    work = Work.of(params, model, folder, apart, tasks, settings)
     if (own := work.sampler.precision) != precision:
         raise ValueError(
             f"evaluate.precision: {params.evaluate.precision} is {own} on {socket.gethostname()}, "

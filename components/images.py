@@ -113,10 +113,16 @@ def guide_identity(guide: "Guide") -> str:
 
 
 class KeptImages:
-    """The images of one model, in results/sampled/<model>."""
+    """The images of one model, in results/sampled/<model>.
 
-    def __init__(self, model: str) -> None:
-        self.folder = SAMPLED / model
+    Args:
+        model: its name.
+        apart: where what is made goes instead. That folder is then read alone, as DVC has it.
+    """
+
+    def __init__(self, model: str, apart: Path | None = None) -> None:
+        self.apart, self.folder = apart, apart or SAMPLED / model
+        self._folders = [SAMPLED / model, apart] if apart else [self.folder]
         self._places: dict[str, dict[tuple[str, str, int], Place]] = {}
         self._last: tuple[Path, list[bytes]] | None = None
 
@@ -177,13 +183,14 @@ class KeptImages:
 
     def measured(self, recipe: Recipe, measure: Callable[[], Any]) -> Any:
         """What `measure` gave for this recipe before, else what it gives now; a JSON value."""
-        path = self.folder / key_of(recipe) / "measured.json"
-        if path.exists():
-            kept = read_json(path)
-            if kept["recipe"] == json.loads(json.dumps(recipe)):
-                return kept["value"]
+        name = Path(key_of(recipe), "measured.json")
+        for path in (folder / name for folder in self._folders):
+            if path.exists():
+                kept = read_json(path)
+                if kept["recipe"] == json.loads(json.dumps(recipe)):
+                    return kept["value"]
         value = json.loads(json.dumps(measure()))
-        write_json(path, {"recipe": recipe, "value": value})
+        write_json(self.folder / name, {"recipe": recipe, "value": value})
         return value
 
     def forget_all_but(self, recipes: Sequence[Recipe]) -> None:
@@ -200,9 +207,10 @@ class KeptImages:
         key = key_of(recipe)
         if key not in self._places:
             found = {}
-            for file in sorted((self.folder / key).glob("[!.]*.parquet")):
-                for row, identity in enumerate(_identities(file, recipe)):
-                    found[identity] = Place(file, row)
+            for folder in self._folders:
+                for file in sorted((folder / key).glob("[!.]*.parquet")):
+                    for row, identity in enumerate(_identities(file, recipe)):
+                        found[identity] = Place(file, row)
             self._places[key] = found
         return self._places[key]
 

@@ -8,6 +8,8 @@ from urllib.parse import unquote, urlsplit
 DEFAULT = "sqlite:///mlflow.db"  # of the checkout
 SERVERS = ("http", "https", "databricks")
 DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
+# A user, a colon, and all up to the last @ before a blank or another URL; else a user alone.
+SECRETS = re.compile(r"(?<=://)(?:[^/?#\s:]*:(?:(?!://)\S)*|[^/?#\s]+)@")
 
 
 def checkout() -> Path:
@@ -63,8 +65,8 @@ def _located(uri: str | None) -> str:
     match = re.fullmatch(r"(sqlite[^:]*):///([^?]+)(\?.*)?", uri)
     if not match or match[2] == ":memory:":
         raise ValueError(
-            f"{named} {uri!r} names no file: write sqlite:///name.db, or four slashes before "
-            "an absolute path"
+            f"{named} {without_secrets(uri)!r} names no file: write sqlite:///name.db, or four "
+            "slashes before an absolute path"
         )
     path = (checkout() / match[2]).resolve()
     if "?" in str(path) or unquote(str(path)) != str(path):
@@ -80,5 +82,14 @@ def _located(uri: str | None) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without the `user:password@` of any URL in it, also where a password has an @, a ? or a #."""
-    return re.sub(r"(?<=://)(?:[^/?#\s]+|[^/?#\s:]+:[^/@\s]*)@", "", text)
+    """Without the `user:password@` of any URL in it, whatever signs but blanks a password has.
+
+    Rather too much goes than too little: of `http://host:1/a@b`, the password may be `1/a`.
+    """
+    return SECRETS.sub("", text)
+
+
+def secrets_of(url: str) -> str:
+    """The `user:password@` of a URL; empty without one."""
+    found = SECRETS.search(url)
+    return found[0] if found else ""

@@ -1,10 +1,10 @@
 """The sections of params.yaml that say where things are done and recorded."""
 
-import re
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from components.mlflow_place import secrets_of
 from components.section import CountOrZero, Positive, Section
 
 
@@ -16,7 +16,7 @@ class Tracking(Section, frozen=True):
 
     @model_validator(mode="after")
     def _no_password(self) -> Self:
-        if self.uri and re.search(r"://[^/@\s]*:[^/@\s]*@", self.uri):
+        if self.uri and ":" in secrets_of(self.uri):
             raise ValueError(
                 "uri has a password in it, and this file is for everybody: give the whole address "
                 "as MLFLOW_TRACKING_URI, or a server's user and password as "

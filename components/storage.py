@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from components.errors import MayPassError
+from components.mlflow_place import secrets_of
 from pnp_core.files import atomic_file
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Mirror:
         import fsspec
         from fsspec.implementations.local import LocalFileSystem
 
+        if secrets_of(storage):  # and it is not to be read in a log
+            raise ValueError("params.yaml: storage has a user in it: keys are the environment's")
         try:
             self._files, root = fsspec.core.url_to_fs(storage)
         except (ImportError, ValueError) as error:
@@ -77,8 +80,6 @@ class Mirror:
         self._is_local = isinstance(self._files, LocalFileSystem)
         # What must be there already: the folder itself, or the bucket.
         self._place = root.rstrip("/") if self._is_local else root.partition("/")[0]
-        if "@" in self._place and not self._is_local:  # and it is not to be read in a log
-            raise ValueError("params.yaml: storage has a user in it: keys are the environment's")
         protocols = (
             {self._files.protocol}
             if isinstance(self._files.protocol, str)

@@ -60,10 +60,10 @@ def main() -> None:
     except ParamsError as error:
         stop(error, exit_code=2)
     except StageFailed as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {without_secrets(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code if 0 < error.exit_code < 128 else 1)
     except HTTPError as error:
-        print(f"error: {why_not(error)}", file=sys.stderr, flush=True)
+        print(f"error: {without_secrets(why_not(error))}", file=sys.stderr, flush=True)
         os._exit(MAY_PASS)  # Prefect would try for minutes to send the last lines of its log
     except KeyboardInterrupt:
         print(interrupt.SAID, file=sys.stderr)

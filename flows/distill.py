@@ -16,9 +16,9 @@ from components.params import Params, check_files
 from flows.artifacts import publish_report
 from flows.experiment import PARAMS, experiment
 from flows.lost import settle_lost_runs
-from flows.process import log_without_tracebacks, stop_all
+from flows.process import StageFailed, log_without_tracebacks, stop_all
 from flows.room import gpus
-from flows.sharing import dvc_remote, to_commit
+from flows.sharing import check_remote, to_commit
 from flows.stages import (
     Checkout,
     cache,
@@ -50,22 +50,36 @@ def distill_flow(
     log_without_tracebacks()
     log = get_run_logger().info
     settle_lost_runs(log)
-    if overrides:  # before a workspace is made for them
-        check_left_out(overridden(PARAMS, overrides), start_at)
-    with (
-        saying_why(),
-        experiment(overrides, flow_run.name or "run", log) as saved_as,
-        begin() as params,
-    ):
-        check_start(start_at)
-        check_left_out(PARAMS.read_text(), start_at)
-        bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
-        publish_report(params, log, saved_as)  # before what a network may fail
-        if remote := dvc_remote():
-            push(remote)
+    with saying_why():
+        if overrides:  # before a workspace is made for them
+            check_left_out(overridden(PARAMS, overrides), start_at)
+        remote = check_remote()
+        with experiment(overrides, flow_run.name or "run", log) as saved_as, begin() as params:
+            check_start(start_at)
+            check_left_out(PARAMS.read_text(), start_at)
+            bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
+            publish_report(params, log, saved_as)  # before what a network may fail
+            not_sent = send(remote, saved_as) if remote else None
         if not overrides:
-            for line in to_commit(remote):
+            for line in to_commit(remote, is_sent=not_sent is None):
                 log(line)
+        if not_sent:  # now that an experiment is saved, and all is said
+            raise not_sent
+
+
+def send(remote: str, experiment: str | None) -> StageFailed | None:
+    """Push to DVC's remote. Returns what is to be said if that fails, as all else is done."""
+    try:
+        push(remote)
+    except StageFailed as error:
+        why = " ".join(str(error).removeprefix("push: ").split())
+        before = f"dvc exp apply {experiment}, then " if experiment else ""
+        line = (
+            f"error: {why}. All else is done, and its files are in DVC's cache here; to send them: "
+            f"{before}dvc push --run-cache"
+        )
+        return StageFailed("push", error.exit_code, [line])
+    return None
 
 
 def bring_up_to_date(params: Params, stages: Sequence[Stage]) -> None:

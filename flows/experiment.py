@@ -9,6 +9,7 @@ the checkout and its params.yaml stay as they were.
 
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 
 from ruamel.yaml import YAML
 
-from components.lineage import locked_stages
+from components.mlflow_place import without_secrets
 from components.overrides import overridden
 from components.paths import BUNDLE, EVALUATED, PREPARED
 from flows.process import DVC, StageFailed, ask
@@ -33,6 +34,8 @@ PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 PLACE = Path(".dvc/tmp/exps")  # components.mlflow_place knows it too
 DEEPER = "checkout"
 REFS = "refs/pnp-guide"  # keep the commits that lineages name
+# How settings of DVC's remotes are called that are paths.
+PATHS = (".url", ".credentialpath", ".configpath", ".keyfile", ".cert_path", ".key_path")
 OUTPUTS = {path.parts[0] for path in (PREPARED, BUNDLE, EVALUATED)}
 # For whoever has told git no name, as in a container.
 NOBODY = {
@@ -130,8 +133,8 @@ def _key(tree: str, params: str) -> str:
 def _make(worktree: Path, inside: Path, source: str, params: str, title: str) -> str:
     """Make the worktree, and bring into it what git does not know; returns its commit."""
     checkout = Path.cwd()
-    _git("worktree", "prune")
-    _git("worktree", "add", "--quiet", "--detach", str(worktree), "HEAD")
+    # By force, also where git knows of one here that was deleted.
+    _git("worktree", "add", "--force", "--quiet", "--detach", str(worktree), "HEAD")
     _git("restore", f"--source={source}", "--worktree", "--staged", ".", cwd=worktree)
     write_text(inside / PARAMS, params)
     cache = ask([*DVC, "cache", "dir"])
@@ -142,11 +145,10 @@ def _make(worktree: Path, inside: Path, source: str, params: str, title: str) ->
         shutil.copy(local, inside / ".dvc/config.local")
     places = {"cache.dir": str((checkout / cache).resolve())}
     for name, value in dvc_settings("start").items():
-        if name.startswith("remote.") and name.endswith(".url") and Path(value).is_absolute():
+        if name.startswith("remote.") and name.endswith(PATHS) and Path(value).is_absolute():
             places[name] = value
     for name, value in places.items():
-        # As seen from there: DVC writes no letters but ASCII's, which the way here may have.
-        _dvc("config", "--local", name, os.path.relpath(value, inside), cwd=inside)
+        _set_path(name, Path(value), inside)
     if LOCK.exists():
         shutil.copy(LOCK, inside / LOCK)
     made = [Path(name) for name in OUTPUTS if Path(name).exists()]
@@ -154,6 +156,21 @@ def _make(worktree: Path, inside: Path, source: str, params: str, title: str) ->
     _link(params, inside)
     _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=worktree)
     return _git("rev-parse", "HEAD", cwd=worktree)
+
+
+def _set_path(name: str, path: Path, inside: Path) -> None:
+    """Set a path of DVC's settings in a workspace. Raises StageFailed if DVC can't write it.
+
+    As seen from there: DVC writes no letters but ASCII's, which the way here may have.
+    """
+    relative = os.path.relpath(path, inside)
+    if not relative.isascii():
+        line = (
+            f"error: DVC's setting {name} is {path}: a run with overrides has DVC write it, which "
+            "can write ASCII's letters alone: name a path without others, such as a link to it"
+        )
+        raise StageFailed("start", 1, [line])
+    _dvc("config", "--local", name, relative, cwd=inside)
 
 
 def _link(params: str, inside: Path) -> None:
@@ -266,31 +283,19 @@ def _remove(path: Path, tracked: Set[Path]) -> None:
 
 
 def _save(name: str, commit: str) -> None:
-    """Save the workspace as an experiment of the checkout's commit."""
+    """Save the workspace as an experiment of the checkout's commit.
+
+    DVC records anew what it saves, as if that had run now. So only stages that DVC finds unchanged,
+    as those are that ran, are saved: what others were made with stays as dvc.lock has it.
+    """
+    stages = _dvc("stage", "list", "--all", "--name-only").split()
+    changed = json.loads(_dvc("status", "--json", *stages)) if stages else {}
+    same = [stage for stage in stages if stage not in changed]
+    if stages and not same:  # without a name, DVC would save them all
+        raise StageFailed("save", 1, ["error: no stage is up to date: there is nothing to save"])
     _git("reset", "--soft", f"{commit}~1")
     untracked = ["--include-untracked", str(LOCK)] if not _git("ls-files", str(LOCK)) else []
-    _dvc("exp", "save", "--name", name, *untracked, *_whole_stages())
-
-
-def _whole_stages() -> list[str]:
-    """The stages of today that dvc.lock knows and whose files are all here.
-
-    DVC would have all be there, but a clone has no teacher cache, and may never have registered.
-    """
-    there = ask([*DVC, "stage", "list", "--all", "--name-only"])
-    if there is None:
-        raise StageFailed("start", 1, ["error: `dvc stage list` fails: see what it says"])
-    stages = locked_stages(LOCK.read_text()) if LOCK.exists() else {}
-    return [
-        name
-        for name in there.split()
-        if name in stages
-        and all(
-            Path(file["path"]).exists()
-            for kind in ("deps", "outs")
-            for file in stages[name].get(kind, [])
-        )
-    ]
+    _dvc("exp", "save", "--name", name, *untracked, *same)
 
 
 def _free(name: str, commit: str) -> str:
@@ -339,7 +344,7 @@ def _call(command: Sequence[str], cwd: Path | None, environment: Mapping[str, st
     except FileNotFoundError:
         raise StageFailed("start", 1, [f"error: {command[0]} is not installed"]) from None
     if done.returncode != 0:
-        said = " ".join((done.stderr or done.stdout).split())
+        said = " ".join(without_secrets(done.stderr or done.stdout).split())
         line = f"error: overrides need git and DVC here, and {Path(command[0]).name} says: {said}"
         raise StageFailed("start", 1, [line])
     return done.stdout.strip()

@@ -22,6 +22,7 @@ from httpx import HTTPError
 
 from components.cli import MAY_PASS
 from components.environment import die_with_parent
+from components.mlflow_place import without_secrets
 from components.params import ParamsError
 from components.progress import clock
 
@@ -156,7 +157,7 @@ def run(
     exit_code = 0
     watch = _LockWatch(name, process, log, lock_wait_s)
     try:
-        for line in map(str.rstrip, process.stdout):
+        for line in map(without_secrets, map(str.rstrip, process.stdout)):
             if line and not CHATTER.match(line):
                 log(line)
                 last_lines.append(line)

@@ -140,7 +140,18 @@ def register(checkout: Checkout) -> None:
     checkout.bring_up_to_date("register")
 
 
-@task(task_run_name="push", cache_policy=NO_CACHE)
+def has_failed(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:  # noqa: ARG001, Prefect's interface
+    """Whether it was not cancelled: DVC does not tell what may pass from what may not."""
+    return isinstance(state.result(raise_on_failure=False), StageFailed)
+
+
+@task(
+    task_run_name="push",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=[5, 60],
+    retry_condition_fn=has_failed,
+)
 def push(remote: str) -> None:
     """Send data, guides, results and what DVC knows of earlier runs to the DVC remote."""
     log = get_run_logger().info

@@ -17,7 +17,8 @@ from components.params import Params, load_params
 from components.paths import BUNDLE, DISTILLED, EVALUATED, PREPARED
 from components.storage import Mirror
 from flows.experiment import LOCK
-from flows.process import StageFailed
+from flows.process import StageFailed, ask
+from flows.sharing import dvc_settings
 from pnp_core.settings import UNSEEN
 
 Stage = Literal["prepare", "cache", "distill", "halve", "evaluate", "register"]
@@ -91,6 +92,18 @@ def _difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any] | None:
     return next((found for found in below if found), None)
 
 
+def check_git() -> None:
+    """Raises ValueError outside git, unless DVC is set to do without it."""
+    if ask(["git", "rev-parse", "--git-dir"]) is not None:
+        return
+    if dvc_settings("start").get("core.no_scm", "").lower() != "true":
+        raise ValueError(
+            f"{Path.cwd()} is no git repository, and DVC versions the pipeline's results with git: "
+            "clone the repository, or make this folder one: git init && git add . && git commit -m "
+            "start"
+        )
+
+
 @contextmanager
 def begin() -> Iterator[Params]:
     """Read and check params.yaml and `storage`; while open, this is one run.
@@ -111,6 +124,8 @@ def begin() -> Iterator[Params]:
         if params.storage:
             Mirror(params.storage).check()
         commit = git_commit()
+        if commit == "none":
+            check_git()
     except (ValueError, OSError) as error:
         code = MAY_PASS if isinstance(error, MayPassError) else 1
         raise StageFailed("start", code, [f"error: {error}"]) from None
@@ -118,7 +133,7 @@ def begin() -> Iterator[Params]:
     if name := flow_run.name:
         told[FLOW_RUN] = str(name)
     if PREFECT_API_URL.value() and (url := flow_run.ui_url):  # a server that stays shows it
-        told[FLOW_RUN_URL] = str(url)
+        told[FLOW_RUN_URL] = mlflow_place.without_secrets(str(url))  # MLflow and the report have it
     before = dict(os.environ)
     os.environ.update(told)
     try:

@@ -8,6 +8,8 @@ from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 from prefect.runtime import flow_run
 
+from components.mlflow_place import without_secrets
+
 FAILED = "pnp-guide.failed"
 SECONDS_TO_SEND = 10.0
 
@@ -18,7 +20,7 @@ def saying_why() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(str(error).split())
+        why = " ".join(without_secrets(str(error)).split())
         emit_event(
             event=FAILED,
             resource={

@@ -128,10 +128,18 @@ def test_an_experiment_that_broke_off_and_what_is_unneeded_beside_it_go_in_one_c
     git("commit", "--quiet", "--message", "one")
     place = Path(".dvc/tmp/exps/pnp-0123456789ab")
     git("worktree", "add", "--quiet", "--detach", str(place), "HEAD")
+    other = checkout.with_name("other")
+    git("worktree", "add", "--quiet", "--detach", str(other), "HEAD")
     for seed in (2, 3):
         make(seed)
     clean(remove=True)
     assert not place.exists() and seeds() == {1, 3}
+    other.rename(other.with_name("away"))
+    place.mkdir()
+    git("worktree", "add", "--force", "--quiet", "--detach", str(place), "HEAD")
+    clean(remove=True)
+    known = cleanup.ask("git", "worktree", "list") or ""
+    assert str(other) in known and str(place) not in known, "a drive may be away"
 
 
 def test_what_dvc_says_is_told_where_it_removes_nothing(

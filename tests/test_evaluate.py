@@ -631,6 +631,29 @@ def test_images_that_another_evaluation_is_at_are_not_forgotten(
     assert not in_use.exists()
 
 
+def methods_in(file: Path) -> set[str]:
+    return set(pq.read_table(file, columns=["method"])["method"].to_pylist())
+
+
+def test_a_guide_judged_anew_leaves_what_dvc_keeps_and_has_its_images_apart(
+    inside: Path, made: Made
+) -> None:
+    def there() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in Path("results").rglob("*") if path.is_file()}
+
+    guide, into = Path("other"), Path("runs/reevaluated/guide-1")
+    Path("guides/bundle").rename("ours")
+    write_bundle(0.03)
+    Path("guides/bundle").rename(guide)
+    Path("ours").rename("guides/bundle")
+    before = there()
+    evaluate.run(params_with(), "base", guide=guide, into=into)
+    assert there() == before
+    assert methods(made) == {"guided"}, "what no guide is in is not made again"
+    found = {method for file in into.rglob("*.parquet") for method in methods_in(file)}
+    assert found == {"guided"}
+
+
 def test_a_file_in_place_of_the_folder_for_results_is_refused_before_sampling(
     inside: Path, made: Made
 ) -> None:
@@ -667,9 +690,9 @@ def test_a_machine_of_another_precision_refuses_to_sample(inside: Path) -> None:
     other = "bf16" if own == "fp32" else "fp32"
     here = evaluate.Work.of(params, "base")
     tasks, settings = here.tasks, list(here.recipes)
-    evaluate.sampling(params, "base", BUNDLE, own, tasks, settings)
+    evaluate.sampling(params, "base", BUNDLE, None, own, tasks, settings)
     with pytest.raises(ValueError, match=f"is {own} on .*, and {other} where this began"):
-        evaluate.sampling(params, "base", BUNDLE, other, tasks, settings)
+        evaluate.sampling(params, "base", BUNDLE, None, other, tasks, settings)
 
 
 def test_a_worker_makes_its_batches_without_prepared_data(
@@ -683,7 +706,7 @@ def test_a_worker_makes_its_batches_without_prepared_data(
     shutil.rmtree("data")
     precision, settings = here.sampler.precision, list(here.recipes)
     forwards.clear()
-    make = evaluate.sampling(params, "base", BUNDLE, precision, here.tasks, settings)
+    make = evaluate.sampling(params, "base", BUNDLE, None, precision, here.tasks, settings)
     assert forwards == [], "costs are counted where this began"
     make(name)
     assert made == Counter((setting, task) for task in here.tasks[3:5])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -161,14 +162,20 @@ def test_an_experiment_that_could_not_be_saved_is_saved_by_the_next_run(
 
 
 def test_a_clone_without_the_teacher_cache_saves_its_experiments(repository: Path) -> None:
-    """As after `dvc pull`, which does not bring what DVC's cache does not keep."""
+    """As after `dvc pull`, which does not bring what DVC's cache does not keep.
+
+    And of a stage that did not run, dvc.lock says by which code it ran.
+    """
     stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
     cached = {"cmd": "mkdir -p data/cache", "outs": [{"data/cache": {"cache": False}}]}
     stages["distill"]["deps"].append("data/cache")
     measured = {"cmd": "echo 1 > score", "params": ["evaluate"], "outs": ["score"]}
+    before = {"cmd": "mkdir -p guides && echo 1 > guides/a", "deps": ["code"], "outs": ["guides/a"]}
+    Path("code").write_text("old")
     with Path("dvc.yaml").open("w") as file:
-        YAML().dump({"stages": {"cache": cached, **stages, "evaluate": measured}}, file)
-    for stage in ("cache", "distill"):
+        all_stages = {"prepare": before, "cache": cached, **stages, "evaluate": measured}
+        YAML().dump({"stages": all_stages}, file)
+    for stage in ("prepare", "cache", "distill"):
         repro(stage, print)
     git("add", ".")
     git("commit", "--quiet", "--message", "trained")
@@ -177,13 +184,16 @@ def test_a_clone_without_the_teacher_cache_saves_its_experiments(repository: Pat
     lock["stages"]["evaluate@renamed"] = {"cmd": "true", "outs": []}  # DVC forgets none
     with Path("dvc.lock").open("w") as file:
         YAML().dump(lock, file)
+    Path("code").write_text("new")
     with experiment(["evaluate.seed=7"], "measured", print):
         repro("evaluate", print)
         commit = git("rev-parse", "HEAD")
         assert git("rev-parse", "refs/pnp-guide/measured") == commit, "kept however it ends"
     assert "measured" in dvc("exp", "list")
     (saved,) = git("for-each-ref", "--format=%(refname)", "refs/exps/*/*/measured").split()
-    assert "path: score" in git("show", f"{saved}:dvc.lock")
+    made = YAML(typ="safe").load(git("show", f"{saved}:dvc.lock"))["stages"]
+    assert made["evaluate"]["outs"][0]["path"] == "score"
+    assert made["prepare"] == YAML(typ="safe").load(Path("dvc.lock"))["stages"]["prepare"]
 
 
 def test_a_setting_of_a_stage_that_is_left_out_is_refused_by_name(repository: Path) -> None:
@@ -239,6 +249,31 @@ def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_and_accen
         assert Path("models/base").is_dir() and Path("art/main.parquet").exists()
         Path("dvc.lock").write_text("schema: '2.0'\nstages: {}\n")
     assert "a" in dvc("exp", "list")
+
+
+def test_a_path_that_dvc_can_not_write_is_told_by_the_name_of_its_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StageFailed, match="setting cache.dir is .*/é: .* ASCII's letters alone"):
+        flows.experiment._set_path("cache.dir", tmp_path / "é", tmp_path)
+
+
+def test_a_workspace_that_was_deleted_is_made_again_and_no_other_worktree_is_forgotten(
+    repository: Path,
+) -> None:
+    """Which may be away, on a drive."""
+    other = repository.with_name("other")
+    git("worktree", "add", "--quiet", "--detach", str(other))
+    other.rename(other.with_name("away"))
+    with suppress(RuntimeError), experiment(["distill.seed=7"], "a", print):
+        raise RuntimeError("of the stage")
+    (kept,) = (repository / WORKSPACES).glob("pnp-*/")
+    shutil.rmtree(kept)
+    with suppress(RuntimeError), experiment(["distill.seed=7"], "a", print):
+        assert load_params(Path("params.yaml")).distill.seed == 7
+        raise RuntimeError("of the stage")
+    assert str(other) in git("worktree", "list")
 
 
 def test_outside_git_it_is_one_line_that_says_so(world: Path) -> None:
@@ -405,17 +440,26 @@ def test_a_long_text_is_no_path_and_configs_come_with_their_single_file(
 
 
 def test_what_a_workspace_sends_stays_when_it_goes(repository: Path) -> None:
-    """To `storage` and to DVC's remote, also where they are relative and in the checkout."""
+    """To `storage` and to DVC's remote, also where they are relative and in the checkout.
+
+    And no other remote, or what it is reached with, is another there.
+    """
     Path("shared").mkdir()
     values = toy.toy_params() | {"storage": "shared"}
     toy.write_params(Path(), values)
     dvc("remote", "add", "--default", "team", "sent")
-    dvc("remote", "add", "bucket", "s3://bucket/prefix")
+    with Path(".dvc/config").open("a") as file:
+        for name, url in (("bucket", "s3://bucket/prefix"), ("file", f"file://{repository}/far")):
+            file.write(f"['remote \"{name}\"']\nurl = {url}\n")
+        file.write("['remote \"other\"']\nurl = ssh://other/place\nkeyfile = ../key\n")
+    git("add", ".dvc/config")
+    remotes = {line for line in dvc("config", "--list").split() if line.startswith("remote.")}
     with experiment(["distill.seed=7"], "a", print):
         Path("shared/shard").write_text("new")
         repro("distill", print)
         dvc("push")
-        assert dvc("config", "remote.bucket.url").strip() == "s3://bucket/prefix"
+        there = dict(line.split("=") for line in dvc("config", "--list").split())
+        assert {f"{name}={there[name]}" for name in there if name.startswith("remote.")} == remotes
     assert Path("shared/shard").read_text() == "new"
     assert [path for path in Path("sent").rglob("*") if path.is_file()]
 

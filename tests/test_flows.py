@@ -25,16 +25,19 @@ from mlflow import MlflowClient
 from prefect.client.orchestration import get_client
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
+from components.cli import stop
+from components.environment import FLOW_RUN_URL
 from components.lineage import COMMIT
 from components.params import load_params
 from components.register import version_key
-from flows import artifacts, distill, lost, process, room, stages, watching
+from flows import artifacts, distill, lost, process, room, sharing, stages, watching
 from flows.__main__ import summary
 from flows.artifacts import as_seen, version_page
 from flows.process import StageFailed
-from flows.sharing import dvc_remote
+from flows.sharing import check_remote
 from flows.stages import look
 from flows.start import begin
 from pnp_core.files import write_json, write_text
@@ -253,11 +256,109 @@ def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
     assert "git commit" not in caplog.text, "nothing has changed"
 
 
-def test_a_remote_that_dvc_cannot_tell_of_is_not_taken_for_none(pipeline: dict[str, Any]) -> None:
-    assert dvc_remote() is None
+def test_a_push_that_fails_is_tried_again_and_takes_neither_report_nor_experiment_with_it(
+    pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    @contextmanager
+    def experiment(*_: object) -> Iterator[str]:
+        yield "a"
+        done.append("saved")
+
+    def refuse(name: str, *_: object) -> None:
+        done.append(name)
+        raise StageFailed(name, 255, ["ERROR: failed to push", "Having any troubles?"])
+
+    dvc("remote", "add", "--default", "team", str(tmp_path / "remote"))
+    monkeypatch.setattr(distill, "push", stages.push.with_options(retry_delay_seconds=0))
+    monkeypatch.setattr(stages, "run", refuse)
+    monkeypatch.setattr(distill, "experiment", experiment)
+    monkeypatch.setattr(distill, "bring_up_to_date", lambda *_: done.append("made"))
+    monkeypatch.setattr(distill, "publish_report", lambda *_: done.append("report"))
+    with pytest.raises(
+        StageFailed, match="push: failed to push.* is done.*dvc exp apply a, then dvc push --run"
+    ):
+        distill.distill_flow("register")
+    assert done == ["made", "report", "push", "push", "push", "saved"]
+
+
+@pytest.fixture
+def dvc_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A DVC repository; DVC is asked about its remotes in this process."""
+
+    def called(command: list[str], **_: object) -> Any:
+        said = dvc(*command[len(DVC) :], expected=255)
+        return subprocess.CompletedProcess(command, 255, "", said)
+
+    monkeypatch.chdir(tmp_path)
+    dvc("init", "--quiet", "--no-scm")
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    monkeypatch.setattr(sharing, "subprocess", SimpleNamespace(run=called, **names))
+    monkeypatch.setattr(sharing, "ask", lambda command: dvc(*command[len(DVC) :]).strip())
+
+
+def test_a_bucket_of_dvcs_remote_that_is_not_there_is_told_at_the_start(
+    dvc_here: None, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = os.environ["AWS_ENDPOINT_URL"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    remote = "[core]\nremote = team\n['remote \"team\"']\nurl = {}\nendpointurl = {}\n"
+    write_text(Path(".dvc/config"), remote.format("s3://buckt/prefix", server))
+    with pytest.raises(
+        StageFailed, match="start: DVC's remote 'team', s3://buckt/prefix, .*bucket does not exist"
+    ):
+        check_remote()
+    write_text(Path(".dvc/config"), remote.format(s3, server))
+    assert check_remote() == "team", "a prefix is made by the push, and DVC's own settings count"
+
+
+def test_keys_that_lack_and_a_remote_that_is_silent_are_told_at_the_start(
+    dvc_here: None, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dvc("remote", "add", "--default", "team", s3)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    with pytest.raises(StageFailed, match="'team', s3://.*: Unable to locate credentials"):
+        check_remote()
+
+    def silent(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(sharing.subprocess, "run", silent)
+    with pytest.raises(StageFailed, match="'team', s3://.* not answered in 60 seconds") as error:
+        check_remote()
+    assert error.value.may_pass
+
+
+def test_a_folder_that_results_can_not_be_sent_to_is_told_at_the_start(
+    dvc_here: None, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    remote = "[core]\nremote = team\n['remote \"team\"']\nurl = {}\n"
+    for scheme in ("", "file://"):
+        write_text(Path(".dvc/config"), remote.format(f"{scheme}{tmp_path}/new/folder"))
+        assert check_remote() == "team" and not Path("new").exists()
+        write_text(Path(".dvc/config"), remote.format(f"{scheme}{tmp_path}/file/folder"))
+        with pytest.raises(StageFailed, match="'team', .*/file is a file.*core.remote ''"):
+            check_remote()
+    write_text(Path(".dvc/config"), "[core]\nremote = gone\n")
+    with pytest.raises(StageFailed, match="no remote 'gone': dvc remote add gone URL"):
+        check_remote()
+    dvc("config", "--local", "core.remote", "")
+    assert check_remote() is None, "as the message says"
+
+
+def test_a_remote_that_dvc_cannot_tell_of_is_not_taken_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dvc("init", "--quiet", "--no-scm")
     Path(".dvc/config").write_text("[core\n")
     with pytest.raises(StageFailed, match="dvc config --list"):
-        dvc_remote()
+        check_remote()
 
 
 # Locks
@@ -380,11 +481,37 @@ def test_a_bucket_that_is_not_there_is_told_before_any_stage(world: Path, s3: st
     with pytest.raises(StageFailed, match="start: storage: there is no bucket buckt"), begin():
         pass
     write_params(world, toy_params() | {"storage": s3})
+    with pytest.raises(StageFailed, match="start: .* is no git repository.*git init"), begin():
+        pass
     git("init", "--quiet")
     with begin() as params:
         assert params.storage == s3
         assert os.environ[COMMIT] == "none"
     assert COMMIT not in os.environ
+
+
+def test_a_checkout_whose_dvc_does_without_git_may_be_outside_git(world: Path) -> None:
+    dvc("init", "--quiet", "--no-scm")
+    with begin():
+        assert os.environ[COMMIT] == "none"
+
+
+def test_no_password_reaches_a_log_or_what_mlflow_is_told_of_the_flow(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = "https://ann:se/cr@et@prefect.example"
+    git("init", "--quiet")
+    monkeypatch.setenv("PREFECT__RUNTIME__FLOW_RUN__UI_URL", f"{address}/runs/1")
+    with temporary_settings({PREFECT_API_URL: f"{address}/api"}), begin():
+        assert os.environ[FLOW_RUN_URL] == "https://prefect.example/runs/1"
+    lines: list[str] = []
+    with pytest.raises(StageFailed) as failed:
+        process.run("a", ["sh", "-c", f"echo 'error: no {address}'; exit 1"], lines.append)
+    assert lines == ["error: no https://prefect.example"]
+    assert str(failed.value) == "a: no https://prefect.example"
+    with pytest.raises(SystemExit):
+        stop(ValueError(f"no {address}"), exit_code=1)
+    assert capfd.readouterr().err == "error: no https://prefect.example\n"
 
 
 def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:

@@ -63,7 +63,11 @@ def changed(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def test_a_password_in_the_address_of_mlflow_is_refused_and_not_told(tmp_path: Path) -> None:
-    for uri in ("https://ann:secret@mlflow.example", "postgresql+psycopg2://ann:secret@db/mlflow"):
+    for uri in (
+        "https://ann:secret@mlflow.example",
+        "postgresql+psycopg2://ann:secret@db/mlflow",
+        "postgresql://:secret/@#@db/mlflow",
+    ):
         with pytest.raises(ParamsError, match="MLFLOW_TRACKING_PASSWORD") as error:
             load(tmp_path, changed("tracking.uri", uri))
         assert "secret" not in str(error.value)

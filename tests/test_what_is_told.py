@@ -73,11 +73,22 @@ def test_a_store_is_refused_by_the_name_of_who_named_it(monkeypatch: pytest.Monk
 
 
 def test_no_part_of_a_password_is_told() -> None:
-    for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a@b"):
+    for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a"):
         scheme, _, rest = address.partition("://")
-        for who in ("ann:secret@", "ann:se@cr@et@", "ann@team:secret@", "ann:se#cr?et@"):
+        passwords = ("secret", "se@cr@et", "se#cr?et", "se/cr/et", "1/se@c/r:et", "'se,cr\"et")
+        users = [f"{user}:{word}@" for user in ("ann", "", "ann@team") for word in passwords]
+        for who in (*users, "token@", "tok@en@"):
             said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
             assert said == f"at {address}, not {address}"
+    assert (
+        mlflow_place.without_secrets("http://host?x=a@b s3://b/a@c")
+        == "http://host?x=a@b s3://b/a@c"
+    )
+    several = (
+        "['http://ann:a/b@one/x','postgresql://:c?d@two:1/y?z=1',http://three:5000/#/models/z]"
+    )
+    told = "['http://one/x','postgresql://two:1/y?z=1',http://three:5000/#/models/z]"
+    assert mlflow_place.without_secrets(several) == told
 
 
 def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +293,7 @@ def test_storage_that_keeps_nothing_is_refused(storage: str) -> None:
 
 def test_keys_in_the_name_of_a_bucket_are_refused_and_not_printed() -> None:
     with pytest.raises(ValueError, match="storage has a user in it") as refused:
-        Mirror("s3://ann:secret@bucket/prefix")
+        Mirror("s3://ann:secret/+@bucket/prefix")
     assert "secret" not in str(refused.value)
 
 

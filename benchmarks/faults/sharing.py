@@ -72,9 +72,11 @@ def clone_with_dvc_alone(workspace: Workspace) -> None:
 @fault("sharing")
 def remote_that_refuses(workspace: Workspace) -> None:
     """The DVC remote can't be written: the flow says so, and the result stays."""
-    blocked = workspace.folder.with_name(f"{workspace.folder.name}.blocked")
-    blocked.write_text("a file where the remote's folder should be")
-    workspace.run("dvc", "remote", "add", "--default", "team", str(blocked))
+    remote = workspace.folder.with_name(f"{workspace.folder.name}.blocked")
+    remote.mkdir()
+    blocked = remote / "files"  # which a look at the start does not find
+    blocked.write_text("a file where DVC's folder should be")
+    workspace.run("dvc", "remote", "add", "--default", "team", str(remote))
     workspace.told(workspace.run(*FLOW), "error: push: ")
     blocked.unlink()
     workspace.recovers(*FLOW)

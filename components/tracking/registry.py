@@ -156,7 +156,8 @@ class Registry:
                 return {**found, "lineage": dict(lineage), "models": dict(models)}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UnjudgedError(
-                    f"{uri}/{SUMMARY} can't be read ({error}): register the guide again"
+                    f"{without_secrets(uri)}/{SUMMARY} can't be read ({error}): register the guide "
+                    "again"
                 ) from None
 
     def register(  # noqa: PLR0913, a decision's parts
@@ -340,7 +341,7 @@ class Registry:
         if self._is_lost(uri):
             raise LostError(
                 f"{self.name} version {version} is registered, but its files are lost: there is "
-                f"nothing at {uri}. Bring them back, or register the guide again: "
+                f"nothing at {without_secrets(uri)}. Bring them back, or register the guide again: "
                 "dvc repro --force --single-item register"
             )
         return uri
@@ -351,7 +352,7 @@ class Registry:
         Raises TrackingError if it can't be told.
         """
         if not uri.startswith(ON_THIS_DISK):
-            with self.store.asking(f"look into {uri}"):
+            with self.store.asking(f"look into {without_secrets(uri)}"):
                 return not mlflow.artifacts.list_artifacts(artifact_uri=uri)
         path = Path(uri.removeprefix("file://"))
         if path.is_dir():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+from components.mlflow_place import without_secrets
 from components.places import Tracking
 from components.tracking.delivery import METRICS_A_CALL, Delivery, begin, in_batches, settle
 from components.tracking.pipeline import Pipeline
@@ -288,7 +289,8 @@ def settle_or_warn(store: Store, stage: str | None = None, experiment: str | Non
 
 def warn(text: str) -> None:
     """Print a warning as one line on stderr."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    said = " ".join(without_secrets(text).split())
+    print(f"warning: {said}", file=sys.stderr, flush=True)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "", *, between: str = ".") -> dict[str, Any]:
