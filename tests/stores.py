@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -10,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,6 +54,16 @@ def fresh_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(tmp_path: Path, fresh_database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout, and the working directory, with a store that has nothing in it."""
     return make_checkout(tmp_path / "checkout", fresh_database, monkeypatch)
+
+
+def copy_checkout(made: Path, place: Path) -> None:
+    """Take over all that is in a checkout: its store, with its own paths, and its files."""
+    shutil.copytree(made, place, ignore=shutil.ignore_patterns("mlflow.db"), dirs_exist_ok=True)
+    with closing(sqlite3.connect(made / "mlflow.db")) as database:
+        script = "\n".join(database.iterdump()).replace(str(made), str(place))
+    (place / "mlflow.db").unlink()
+    with closing(sqlite3.connect(place / "mlflow.db")) as database:
+        database.executescript(script)
 
 
 def make_checkout(folder: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -23,6 +23,7 @@ from pnp_core.guiders import GUIDERS, Guider, GuiderConfig
 from pnp_core.schedule import NoiseSchedule
 from pnp_core.settings import CFG
 from pnp_core.train import State, micro_batches
+from tests.cases import few_of
 from tests.conftest import roused
 from tests.test_cache import builder
 from tests.test_training import TRAIN
@@ -196,7 +197,7 @@ def test_gradients_of_a_batch_on_several_cores_are_those_of_the_batch(
     assert torch.equal(*found)  # whichever part was through first
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few_of(KINDS, "tiny"))
 def test_one_denoiser_in_several_threads_gives_each_what_it_gives_alone(
     pipe: StableDiffusionPipeline, kind: str
 ) -> None:

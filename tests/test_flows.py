@@ -117,6 +117,7 @@ def test_the_flow_and_dvc_lead_to_the_same_result(pipeline: dict[str, Any]) -> N
     assert ran() == list(STAGES), "nothing changed, so nothing runs again"
 
 
+@pytest.mark.services
 def test_a_git_worktree_that_shares_dvcs_cache_takes_over_what_was_made(
     pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

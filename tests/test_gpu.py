@@ -135,6 +135,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
     assert few_rows == ["b", "d"]  # what had failed, and what was missing
 
 
+@pytest.mark.services
 def test_rows_of_other_code_are_made_again_and_kept_until_then(
     few_rows: list[str], scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,6 @@ def test_a_score_that_is_no_number_is_refused_by_its_name() -> None:
 def test_fid_with_all_its_replicates_takes_seconds() -> None:
     real = RealImages(GENERATOR.normal(size=(600, 512)))
     x = GENERATOR.normal(size=(192, 512))
-    start = time.perf_counter()
+    start = time.process_time()
     estimate(real.fid(x), resamples(192))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 10, "of the processor, whatever runs beside it"

@@ -108,6 +108,7 @@ def test_a_distilled_guide_brings_an_sdxl_pipeline_closer_to_cfg(
     assert np.array_equal(images(6.0), cfg)
 
 
+@pytest.mark.services
 def test_halving_trains_a_guide_of_an_sdxl_base(
     xl_pipe: StableDiffusionXLPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:

@@ -334,7 +334,7 @@ def kill_a_run(stage: str) -> None:
     assert runs()[-1].info.status == "RUNNING"
 
 
-@pytest.mark.parametrize("has_journal", [True, False], ids=["", "without its journal"])
+@pytest.mark.parametrize("has_journal", few_of([True, False], False))
 def test_a_killed_run_does_not_stay_running(place: Path, has_journal: bool) -> None:
     kill_a_run("distill")
     if not has_journal:

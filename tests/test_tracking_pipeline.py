@@ -25,7 +25,7 @@ from components.tracking import (
 )
 from components.training import curves
 from tests import toy
-from tests.cases import IF_CALLS_FAIL
+from tests.cases import IF_CALLS_FAIL, few_of
 from tests.stores import ERRORS, TOY, Calls
 from tests.test_tracking import ROOT, left, points, runs
 
@@ -105,7 +105,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("has_journal", [True, False], ids=["", "without its journal"])
+@pytest.mark.parametrize("has_journal", few_of([True, False], False))
 @pytest.mark.parametrize("stage", ["distill", "register"])
 def test_nothing_of_a_killed_pipeline_stays_running(
     place: Path, stage: str, has_journal: bool

@@ -143,6 +143,7 @@ def test_weights_of_every_method_are_read_as_they_were_written(name: str, params
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.services
 def test_training_that_was_interrupted_goes_on_without_trying_rates_again(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +168,7 @@ def test_training_that_was_interrupted_goes_on_without_trying_rates_again(
     assert f"{fits[-1][0]:g}" in index_of("lora-1")["tried"]
 
 
+@pytest.mark.services
 def test_another_setting_trains_anew_and_other_bases_weights_are_not_taken(
     params: Params, tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.distill import distill, distillation_objective, draw_guidance_scale, drawing
 from pnp_core.guide import KINDS, Guide
 from pnp_core.halve import halve, halving_objective, rounds_of
-from pnp_core.memory import RESERVED_GB, Step
+from pnp_core.memory import RESERVED_GB, Step, fitting
 from pnp_core.seeds import step_generator
 from pnp_core.train import (
     State,
@@ -178,12 +178,14 @@ def test_memory_settings_change_neither_a_runs_identity_nor_its_checkpoint(
 def test_a_run_in_parts_that_was_stopped_goes_on_to_the_same_guide(
     pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:
-    training = dataclasses.replace(TRAIN, micro_batch_size=5, gradient_checkpointing=True)
+    training = dataclasses.replace(
+        TRAIN, num_images=48, micro_batch_size=5, gradient_checkpointing=True
+    )
     config = dataclasses.replace(DISTILL, train=training)
     whole = distill(pipe.unet, cache, config)
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(Stop):
-        distill(pipe.unet, cache, config, checkpoint=checkpoint, report=interrupted(64))
+        distill(pipe.unet, cache, config, checkpoint=checkpoint, report=interrupted(32))
     resumed = distill(pipe.unet, cache, config, checkpoint=checkpoint)
     assert resumed.weights_digest() == whole.weights_digest()
 
@@ -192,8 +194,9 @@ def test_halving_in_parts_through_checkpoints_takes_the_same_steps(
     pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:
     losses: dict[str, list[float]] = {"whole": [], "parts": []}
-    smaller = dataclasses.replace(HALVE.train, micro_batch_size=3, gradient_checkpointing=True)
-    for name, training in (("whole", HALVE.train), ("parts", smaller)):
+    short = dataclasses.replace(HALVE.train, num_images=48)
+    smaller = dataclasses.replace(short, micro_batch_size=3, gradient_checkpointing=True)
+    for name, training in (("whole", short), ("parts", smaller)):
         halve(
             pipe.unet,
             pipe.scheduler,
@@ -290,6 +293,26 @@ def test_memory_that_runs_out_in_the_middle_leaves_the_checkpoint_and_the_run_go
     assert seen == [80, 96]
 
 
+def test_as_many_samples_at_once_as_fit_are_found() -> None:
+    class Straight:
+        settings = dataclasses.replace(TRAIN, batch_size=64)
+
+        def peak_gb(self, rows: int, *, checkpoints: bool) -> float:
+            return 1.5 + (0.1 if checkpoints else 0.37) * rows + 0.02 * (rows > 7)
+
+    step = Straight()
+    for memory in (1.0, 1.9, 4.0, 8.5, 30.0):
+        for checkpoints in (False, True):
+            fit = [
+                rows
+                for rows in range(1, 65)
+                if step.peak_gb(rows, checkpoints=checkpoints) <= memory
+            ]
+            found = fitting(step, memory + RESERVED_GB, checkpoints=checkpoints)  # type: ignore[arg-type]
+            assert min(found, 64) == len(fit)
+
+
+@pytest.mark.services
 def test_settings_that_do_not_fit_the_gpu_are_refused_with_a_micro_batch_that_does(
     pipe: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
