@@ -115,7 +115,9 @@ def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(
         "unguided": {"guidance_scale": 0.0},
         "no_scale": {"guidance_scale": 5.0},  # what it was evaluated at
     }.items():
-        assert np.array_equal(made[name], plugged(version, toy_folder, **call)), name
+        own = plugged(version, toy_folder, **call)
+        # another process may round otherwise: it has as many threads as there are cores
+        assert np.abs(made[name].astype(int) - own).max() <= 1, name
     assert not np.array_equal(made["base"], made["fine_tune"])
     assert np.array_equal(made["weakest"], made["unguided"])
 

