@@ -76,6 +76,7 @@ def test_no_part_of_a_password_is_told() -> None:
     for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a"):
         scheme, _, rest = address.partition("://")
         passwords = ("secret", "se@cr@et", "se#cr?et", "se/cr/et", "1/se@c/r:et", "'se,cr\"et")
+        passwords += ("se://cr@et", "://", "http://secret", "'se,cr://e=t://", "80://se@cret")
         users = [f"{user}:{word}@" for user in ("ann", "", "ann@team") for word in passwords]
         for who in (*users, "token@", "tok@en@"):
             said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
@@ -89,6 +90,21 @@ def test_no_part_of_a_password_is_told() -> None:
     )
     told = "['http://one/x','postgresql://two:1/y?z=1',http://three:5000/#/models/z]"
     assert mlflow_place.without_secrets(several) == told
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:5000/#/models/toy@champion",
+        "http://mlflow:5000/#/models/toy@champion",
+        "http://localhost:5000/a:b@c?d=e@f",
+        "http://[::1]:5000?at=a@b",
+        "https://mlflow.example/models/toy@champion:1",
+    ],
+)
+def test_an_at_sign_behind_the_host_is_told(address: str) -> None:
+    said = f"['{address}','postgresql+psycopg://ann:se@cret@db/mlflow'] and {address}"
+    assert mlflow_place.without_secrets(said) == said.replace("ann:se@cret@", "")
 
 
 def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
