@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from components.errors import MayPassError
+from components.errors import MISTAKES, NO_BUCKET, MayPassError, causes_of
 from components.mlflow_place import secrets_of
 from pnp_core.files import atomic_file
 
@@ -24,33 +24,6 @@ Result = TypeVar("Result")
 
 # Seconds to wait after each failed attempt: storage may be away for two minutes.
 WAITS = (1, 2, 4, 8, 16, 32, 60)
-# What waiting doesn't mend, by the names that S3's client and server have for it.
-MISTAKES = {
-    "AccountProblem",
-    "AllAccessDisabled",
-    "AuthorizationHeaderMalformed",
-    "ConfigParseError",
-    "ExpiredToken",
-    "IllegalLocationConstraintException",
-    "InvalidAccessKeyId",
-    "InvalidBucketName",
-    "InvalidConfigError",
-    "InvalidRegionError",
-    "InvalidToken",
-    "MethodNotAllowed",
-    "NoCredentialsError",
-    "NoRegionError",
-    "ParamValidationError",
-    "PartialCredentialsError",
-    "PermanentRedirect",
-    "ProfileNotFound",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TypeError",
-    "UnknownCredentialError",
-    "ValueError",
-}
-NO_BUCKET = "NoSuchBucket"
 CHECKED_AT_ONCE = 8  # shards, each in a thread: one connection alone is slow
 HEADER_BYTES = 8192  # of a shard, at most: its few tensors' shapes, and its key
 NOTHING_KEPT = {"memory", "http", "https", "data", "github"}  # of what fsspec knows
@@ -201,7 +174,7 @@ class Mirror:
         try:
             found: Mapping[str, Mapping[str, Any]] = self._files.find(root, detail=True)
         except FileNotFoundError as error:
-            if NO_BUCKET in _causes(error):
+            if NO_BUCKET in causes_of(error):
                 raise
             return {}
         except PermissionError:
@@ -217,7 +190,7 @@ class Mirror:
         try:
             return not self._files.ls(root, detail=False)
         except FileNotFoundError as error:
-            if NO_BUCKET in _causes(error):
+            if NO_BUCKET in causes_of(error):
                 raise
             return True
 
@@ -230,7 +203,7 @@ class Mirror:
             try:
                 return action()
             except FileNotFoundError as error:
-                if is_place or NO_BUCKET in _causes(error):
+                if is_place or NO_BUCKET in causes_of(error):
                     raise OSError(self._no_place()) from None
                 raise FileNotFoundError(f"there is no {self.url}/{name}") from None
             except PermissionError as error:
@@ -241,7 +214,7 @@ class Mirror:
             except Exception as error:  # each of fsspec's backends has its own
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
-                if _causes(error) & MISTAKES:
+                if causes_of(error) & MISTAKES:
                     raise OSError(
                         f"storage: can't {what}: {error}. Correct `storage` in params.yaml, or the "
                         "AWS_* variables and files that keys, region and endpoint come from"
@@ -376,15 +349,3 @@ def _key_of(begin: bytes) -> str | None:
         key = header.get("__metadata__", {}).get("key")
         return key if isinstance(key, str) else None
     return None
-
-
-def _causes(error: BaseException | None) -> set[str]:
-    """What an error and those behind it are called, by class and by S3's code."""
-    names: set[str] = set()
-    while error is not None:
-        names.add(type(error).__name__)
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            names.add(str(response.get("Error", {}).get("Code")))
-        error = error.__cause__ or error.__context__
-    return names
