@@ -10,6 +10,7 @@ Run again beside its index, it looks at every shard, and makes damaged ones anew
 
 import json
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -295,9 +296,10 @@ def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
                 check_room("cache", CACHE, plan.num_bytes[shard.name], NO_ROOM)
                 store.fetch(shard, path)
 
-            if fetch_once(path, sha256, fetch, RUNS / "cache"):
-                continue
-            forget(store.file(name, sha256), store)
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                if fetch_once(path, sha256, fetch, RUNS / "cache"):
+                    continue
+                forget(store.file(name, sha256), store)
             path.unlink(missing_ok=True)
         build_and_send(name, builder, store)
 

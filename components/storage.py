@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -119,9 +120,14 @@ class Mirror:
 
     def fetch(self, name: str, path: Path) -> None:
         """One file, to `path`. FileNotFoundError if there is none."""
-        with atomic_file(path) as new:
-            there = f"{self._root}/{name}"
-            self._patiently("read", name, lambda: self._files.get_file(there, str(new)))
+        there = f"{self._root}/{name}"
+        try:
+            with atomic_file(path) as new:
+                self._patiently("read", name, lambda: self._files.get_file(there, str(new)))
+        except OSError as error:
+            if isinstance(error.__cause__, FileNotFoundError | MayPassError):
+                raise error.__cause__ from None  # it is not writing that failed
+            raise
 
     def put(self, path: Path, folder: Path) -> None:
         """Send one file of `folder`."""
@@ -129,17 +135,16 @@ class Mirror:
 
     def send(self, path: Path, name: str) -> None:
         """Send a file, to be called `name` there."""
+        self._patiently("write", name, lambda: self._put(path, name), is_place=True)
+
+    def _put(self, path: Path, name: str) -> None:
         there = f"{self._root}/{name}"
-
-        def put() -> None:
-            if self._is_local:  # of a bucket, S3 shows a file whole or not at all
-                self._files.info(self._place)
-                with atomic_file(Path(there)) as new:
-                    shutil.copyfile(path, new)
-            else:
-                self._files.put_file(str(path), there)
-
-        self._patiently("write", name, put, is_place=True)
+        if not self._is_local:  # of a bucket, S3 shows a file whole or not at all
+            self._files.put_file(str(path), there)
+            return
+        self._files.info(self._place)
+        with atomic_file(Path(there)) as new:
+            shutil.copyfile(path, new)
 
     def copy(self, name: str, other: "Mirror", new: str) -> None:
         """Copy one file to another mirror, not by way of here. FileNotFoundError if there is none.
@@ -147,10 +152,19 @@ class Mirror:
         `new`: what it is called there.
         """
         there = f"{self._root}/{name}"
-        if self._is_local:
-            other.send(Path(there), new)
-            return
-        self._patiently("copy", name, lambda: self._files.cp_file(there, f"{other._root}/{new}"))
+
+        def copy() -> None:
+            if not self._is_local:
+                self._files.cp_file(there, f"{other._root}/{new}")
+                return
+            try:
+                other._put(Path(there), new)
+            except OSError:
+                if os.path.exists(there):
+                    raise
+                raise FileNotFoundError(there) from None  # deleted meanwhile
+
+        self._patiently("copy", name, copy)
 
     def remove(self, name: str) -> None:
         """Delete one file, if it is there."""
@@ -309,7 +323,9 @@ class ShardStore:
         def is_damaged(file: str) -> bool:
             if self._is_short(file, sizes):
                 return True
-            return look_inside and self.mirror.checksum(file) != self._parsed(file)[1]
+            with suppress(FileNotFoundError):  # another machine has forgotten it meanwhile
+                return look_inside and self.mirror.checksum(file) != self._parsed(file)[1]
+            return False
 
         with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
             return [f for f, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
