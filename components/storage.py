@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -286,20 +286,30 @@ class ShardStore:
         """SHA-256 by name: of a shard that two machines made at once, all take the same."""
         return dict(sorted(self.shards(), reverse=True))
 
-    def take(self, keys: Mapping[str, str]) -> set[str]:
+    def take(
+        self, keys: Mapping[str, str], shared: Callable[[Any, Mapping[str, str]], Set[str]]
+    ) -> set[str]:
         """Copy shards that are in caches beside this one, such as a smaller one, if they are whole.
 
         `keys`: of the shards that are wanted, by name; what :class:`CacheBuilder` writes into them.
+        `shared`: by what a cache's index says, the names of those that it may have.
         Returns the names of those that were there.
         """
         sizes = self._caches.sizes()
-        found: dict[str, list[tuple[str, str]]] = {}
+        there: dict[str, list[tuple[str, str, str]]] = {}  # by cache
         for path in sizes:
             folder, _, file = path.rpartition("/")
             name, sha256 = self._parsed(file)
             is_whole = sizes[path] >= self.num_bytes.get(name, 0)
             if sha256 and name in keys and folder != self._name and is_whole:
-                found.setdefault(name, []).append((sha256, path))
+                there.setdefault(folder, []).append((name, sha256, path))
+
+        def names(folder: str) -> Set[str]:
+            """A cache of many shards has one index; one that is not complete has none."""
+            with suppress(FileNotFoundError, ValueError):
+                if (index := f"{folder}/index.json") in sizes:
+                    return shared(json.loads(self._caches.read(index)), keys)
+            return keys.keys()
 
         def is_taken(name: str) -> bool:
             for sha256, path in sorted(found[name]):
@@ -312,6 +322,11 @@ class ShardStore:
             return False
 
         with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            found: dict[str, list[tuple[str, str]]] = {}
+            for shards, may_be in zip(there.values(), pool.map(names, there), strict=True):
+                for name, sha256, path in shards:
+                    if name in may_be:
+                        found.setdefault(name, []).append((sha256, path))
             taken = zip(found, pool.map(is_taken, found), strict=True)
             return {name for name, is_there in taken if is_there}
 

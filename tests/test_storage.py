@@ -16,7 +16,7 @@ from components.environment import quiet
 from components.errors import MayPassError
 from components.params import Params, load_params
 from components.storage import Mirror, ShardStore
-from pnp_core.files import read_json
+from pnp_core.files import read_json, write_json
 from pnp_core.shards import Shard
 from tests import toy
 
@@ -418,6 +418,41 @@ def test_a_cache_that_grows_at_storage_computes_only_what_the_smaller_one_has_no
     shutil.rmtree("data/cache")
     cache.run(grown(48, None))
     assert at_storage_now == files(), "what one machine makes at once"
+
+
+def test_of_a_cache_of_another_base_only_shards_that_both_may_have_are_looked_at(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its index; one without an index is looked into."""
+    from pnp_core.cache import CacheBuilder
+
+    def grown(num_forward: int) -> Params:
+        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
+        return params_with(storage=str(storage), cache=section)
+
+    prepare.run(grown(32))
+    cache.run(grown(32))
+    index = read_json(Path("data/cache/index.json"))
+    other = shutil.copytree(index["storage"], storage / "cache/0")
+    tuned = index["base"] | {"base_hash": "another", "unet": "another"}
+    write_json(other / "index.json", index | {"base": tuned})
+    (Path(index["storage"]) / "index.json").unlink()
+    shutil.rmtree("data/cache")  # another machine
+    looked_at: list[str] = []
+    built: list[str] = []
+    begin, build = Mirror.begin, CacheBuilder.build
+    monkeypatch.setattr(
+        Mirror,
+        "begin",
+        lambda self, name, size: (looked_at.append(name), begin(self, name, size))[1],
+    )
+    monkeypatch.setattr(
+        CacheBuilder, "build", lambda self, name: (built.append(name), build(self, name))
+    )
+    cache.run(grown(48))
+    assert built == ["pairs-forward-00002"]
+    of_other = {Path(path).name.partition(".")[0] for path in looked_at if path.startswith("0/")}
+    assert of_other == {"text", "moments-00000", "moments-00001"}
 
 
 def test_a_shard_that_goes_while_a_cache_at_a_folder_grows_is_computed(
