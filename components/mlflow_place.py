@@ -14,8 +14,10 @@ HOST = r"(?:localhost|\d+(?:\.\d+){3}|\[[\da-fA-F:.]+\]):\d{1,5}[/?#]|[^/?#\s:@]
 # Another URL, with no blank before it. What else has a :// may be a password.
 SCHEMES = "|".join((*SERVERS, *DATABASE_SERVERS, "sqlite", "s3"))
 NEXT = rf"(?<=[,;|=<(\[{{'\"])(?:{SCHEMES})(?:\+\w+)?://"
+# Where a container or bucket stands before the @, and no user.
+PLACED = "".join(f"(?<!{s}://)" for s in ("abfs", "abfss", "az", "oci", "ocilake", "wasb", "wasbs"))
 # A user, a colon, and all up to the last @ before a blank or another URL; else a user alone.
-SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:(?:(?!{NEXT})\S)*|[^/?#\s]+)@")
+SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:(?:(?!{NEXT})\S)*|{PLACED}[^/?#\s]+)@")
 
 
 def checkout() -> Path:

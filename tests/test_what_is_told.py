@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -311,6 +312,28 @@ def test_keys_in_the_name_of_a_bucket_are_refused_and_not_printed() -> None:
     with pytest.raises(ValueError, match="storage has a user in it") as refused:
         Mirror("s3://ann:secret/+@bucket/prefix")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "abfs://team@account.dfs.core.windows.net/prefix",
+        "abfss://team@account.dfs.core.windows.net/prefix",
+        "az://team@account.dfs.core.windows.net/prefix",
+        "oci://team@namespace/prefix",
+    ],
+)
+def test_a_container_before_an_at_sign_is_no_user(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SimpleNamespace(protocol=storage.partition(":")[0])  # else a package that is not here
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (files, "team/prefix"))
+    url = Mirror(storage, "cache").url
+    assert mlflow_place.without_secrets(f"at {url}") == f"at {storage}/cache"
+    secret = storage.replace("team@", "team:se@cret@")
+    with pytest.raises(ValueError, match="storage has a user in it"):
+        Mirror(secret)
+    assert mlflow_place.without_secrets(secret) == storage.replace("team@", "")
 
 
 def test_a_file_is_no_folder_to_keep_shards_in(tmp_path: Path) -> None:
