@@ -10,6 +10,8 @@ Run again beside its index, it looks at every shard, and makes damaged ones anew
 
 import json
 from collections.abc import Callable, Mapping, Set
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -55,7 +57,8 @@ def run(params: Params) -> None:
     missing = plan.num_rows.keys() - set(there)
     if store and missing:  # a cache of another size has a folder of its own
         print(f"cache: looking for shards in other caches of {params.storage}", flush=True)
-        missing -= store.take({name: builder.key(name) for name in missing})
+        keys = {name: builder.key(name) for name in missing}
+        missing -= store.take(keys, partial(shared, builder))
     total = sum(plan.num_bytes.values())
     print(
         f"cache: {plan.num_pairs:,} teacher pairs, {megabytes(total)} in {len(plan.num_rows)} "
@@ -114,6 +117,36 @@ def check_disk(
     here = [name for name in plan.phases[0] if not builder.path(name).exists()]
     needed += sum(plan.num_bytes[name] for name in here if pairs or name in missing)
     check_room("cache", CACHE, needed, NO_ROOM)
+
+
+def shared(builder: "CacheBuilder", index: Any, keys: Mapping[str, str]) -> Set[str]:
+    """Which shards of these keys another cache may have, by its index.
+
+    That has all that a key is made of but the images' size and what the models compute in.
+    Raises ValueError for what is no index.
+    """
+    from pnp_core.cache.identity import VERSION
+    from pnp_core.identity import BaseIdentity
+
+    try:
+        if index.get("version") != VERSION:
+            return set()
+        other = replace(
+            builder.identity,
+            base=BaseIdentity(**index["base"]),
+            data_hash=index["data_hash"],
+            companions=tuple(index["companions"]),
+            prompts=tuple(index["prompts"]),
+            config=replace(builder.config, **index["config"]),
+        )
+        num_rows, teachers = index["num_rows"], index["teachers"]
+        return {
+            name
+            for name in keys.keys() & num_rows.keys()
+            if keys[name] == other.key(name, num_rows=num_rows[name], teacher=teachers.get(name, 0))
+        }
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"no index of a cache: {error}") from None
 
 
 def index_there(store: ShardStore) -> bytes | None:
@@ -295,9 +328,10 @@ def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
                 check_room("cache", CACHE, plan.num_bytes[shard.name], NO_ROOM)
                 store.fetch(shard, path)
 
-            if fetch_once(path, sha256, fetch, RUNS / "cache"):
-                continue
-            forget(store.file(name, sha256), store)
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                if fetch_once(path, sha256, fetch, RUNS / "cache"):
+                    continue
+                forget(store.file(name, sha256), store)
             path.unlink(missing_ok=True)
         build_and_send(name, builder, store)
 

@@ -8,8 +8,16 @@ from urllib.parse import unquote, urlsplit
 DEFAULT = "sqlite:///mlflow.db"  # of the checkout
 SERVERS = ("http", "https", "databricks")
 DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
+# A host and its port for certain, so that an @ behind them is in no password: what no user is
+# called, or any host of a page of MLflow's.
+HOST = r"(?:localhost|\d+(?:\.\d+){3}|\[[\da-fA-F:.]+\]):\d{1,5}[/?#]|[^/?#\s:@]+:\d{1,5}/#/"
+# Another URL, with no blank before it. What else has a :// may be a password.
+SCHEMES = "|".join((*SERVERS, *DATABASE_SERVERS, "sqlite", "s3"))
+NEXT = rf"(?<=[,;|=<(\[{{'\"])(?:{SCHEMES})(?:\+\w+)?://"
+# Where a container or bucket stands before the @, and no user.
+PLACED = "".join(f"(?<!{s}://)" for s in ("abfs", "abfss", "az", "oci", "ocilake", "wasb", "wasbs"))
 # A user, a colon, and all up to the last @ before a blank or another URL; else a user alone.
-SECRETS = re.compile(r"(?<=://)(?:[^/?#\s:]*:(?:(?!://)\S)*|[^/?#\s]+)@")
+SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:(?:(?!{NEXT})\S)*|{PLACED}[^/?#\s]+)@")
 
 
 def checkout() -> Path:
@@ -84,7 +92,8 @@ def _located(uri: str | None) -> str:
 def without_secrets(text: str) -> str:
     """Without the `user:password@` of any URL in it, whatever signs but blanks a password has.
 
-    Rather too much goes than too little: of `http://host:1/a@b`, the password may be `1/a`.
+    Rather too much goes than too little: of `http://host:1/a@b`, the password may be `1/a`, unless
+    HOST says that it can't.
     """
     return SECRETS.sub("", text)
 

@@ -115,9 +115,9 @@ class Room:
             f"cluster has {has:g}, {free:g} of them free"
         )
         if give_up and waited >= self.limit_s:
+            what = self._what_to_do(lacking, has)
             raise ValueError(
-                f"{line}; waited {clock(waited)}: lower cluster.num_workers, add nodes, or raise "
-                "cluster.wait_minutes. The same command goes on from here"
+                f"{line}; waited {clock(waited)}: {what}. The same command goes on from here"
             )
         if waited >= min(SECONDS_UNTOLD, self.limit_s) and (
             now - self._told >= SECONDS_BETWEEN_LINES
@@ -125,3 +125,16 @@ class Room:
             self._told = now
             print(f"{line}: waiting, {clock(waited)} of {clock(self.limit_s)} at most", flush=True)
         return True
+
+    def _what_to_do(self, lacking: str, has: float) -> str:
+        """Where the cluster has so many GPUs or CPUs, whichever is lacking."""
+        if lacking != "GPU" or not self._wants_gpu or has >= self.num_workers:
+            return "lower cluster.num_workers, add nodes, or raise cluster.wait_minutes"
+        came, instead = "too few", "lower cluster.num_workers"
+        if not has:
+            came, instead = "none", "set it to false to compute on CPUs"
+        return (
+            f"cluster.wait_for_gpus is true, and {came} came: {instead}, add nodes with GPUs or "
+            "see why the autoscaler does not (ray status), or raise cluster.wait_minutes to longer "
+            "than such a node takes to start"
+        )

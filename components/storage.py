@@ -3,15 +3,16 @@
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from components.errors import MayPassError
+from components.errors import MISTAKES, NO_BUCKET, MayPassError, causes_of
 from components.mlflow_place import secrets_of
 from pnp_core.files import atomic_file
 
@@ -24,33 +25,6 @@ Result = TypeVar("Result")
 
 # Seconds to wait after each failed attempt: storage may be away for two minutes.
 WAITS = (1, 2, 4, 8, 16, 32, 60)
-# What waiting doesn't mend, by the names that S3's client and server have for it.
-MISTAKES = {
-    "AccountProblem",
-    "AllAccessDisabled",
-    "AuthorizationHeaderMalformed",
-    "ConfigParseError",
-    "ExpiredToken",
-    "IllegalLocationConstraintException",
-    "InvalidAccessKeyId",
-    "InvalidBucketName",
-    "InvalidConfigError",
-    "InvalidRegionError",
-    "InvalidToken",
-    "MethodNotAllowed",
-    "NoCredentialsError",
-    "NoRegionError",
-    "ParamValidationError",
-    "PartialCredentialsError",
-    "PermanentRedirect",
-    "ProfileNotFound",
-    "RequestTimeTooSkewed",
-    "SignatureDoesNotMatch",
-    "TypeError",
-    "UnknownCredentialError",
-    "ValueError",
-}
-NO_BUCKET = "NoSuchBucket"
 CHECKED_AT_ONCE = 8  # shards, each in a thread: one connection alone is slow
 HEADER_BYTES = 8192  # of a shard, at most: its few tensors' shapes, and its key
 NOTHING_KEPT = {"memory", "http", "https", "data", "github"}  # of what fsspec knows
@@ -146,9 +120,14 @@ class Mirror:
 
     def fetch(self, name: str, path: Path) -> None:
         """One file, to `path`. FileNotFoundError if there is none."""
-        with atomic_file(path) as new:
-            there = f"{self._root}/{name}"
-            self._patiently("read", name, lambda: self._files.get_file(there, str(new)))
+        there = f"{self._root}/{name}"
+        try:
+            with atomic_file(path) as new:
+                self._patiently("read", name, lambda: self._files.get_file(there, str(new)))
+        except OSError as error:
+            if isinstance(error.__cause__, FileNotFoundError | MayPassError):
+                raise error.__cause__ from None  # it is not writing that failed
+            raise
 
     def put(self, path: Path, folder: Path) -> None:
         """Send one file of `folder`."""
@@ -156,17 +135,16 @@ class Mirror:
 
     def send(self, path: Path, name: str) -> None:
         """Send a file, to be called `name` there."""
+        self._patiently("write", name, lambda: self._put(path, name), is_place=True)
+
+    def _put(self, path: Path, name: str) -> None:
         there = f"{self._root}/{name}"
-
-        def put() -> None:
-            if self._is_local:  # of a bucket, S3 shows a file whole or not at all
-                self._files.info(self._place)
-                with atomic_file(Path(there)) as new:
-                    shutil.copyfile(path, new)
-            else:
-                self._files.put_file(str(path), there)
-
-        self._patiently("write", name, put, is_place=True)
+        if not self._is_local:  # of a bucket, S3 shows a file whole or not at all
+            self._files.put_file(str(path), there)
+            return
+        self._files.info(self._place)
+        with atomic_file(Path(there)) as new:
+            shutil.copyfile(path, new)
 
     def copy(self, name: str, other: "Mirror", new: str) -> None:
         """Copy one file to another mirror, not by way of here. FileNotFoundError if there is none.
@@ -174,10 +152,19 @@ class Mirror:
         `new`: what it is called there.
         """
         there = f"{self._root}/{name}"
-        if self._is_local:
-            other.send(Path(there), new)
-            return
-        self._patiently("copy", name, lambda: self._files.cp_file(there, f"{other._root}/{new}"))
+
+        def copy() -> None:
+            if not self._is_local:
+                self._files.cp_file(there, f"{other._root}/{new}")
+                return
+            try:
+                other._put(Path(there), new)
+            except OSError:
+                if os.path.exists(there):
+                    raise
+                raise FileNotFoundError(there) from None  # deleted meanwhile
+
+        self._patiently("copy", name, copy)
 
     def remove(self, name: str) -> None:
         """Delete one file, if it is there."""
@@ -201,7 +188,7 @@ class Mirror:
         try:
             found: Mapping[str, Mapping[str, Any]] = self._files.find(root, detail=True)
         except FileNotFoundError as error:
-            if NO_BUCKET in _causes(error):
+            if NO_BUCKET in causes_of(error):
                 raise
             return {}
         except PermissionError:
@@ -217,7 +204,7 @@ class Mirror:
         try:
             return not self._files.ls(root, detail=False)
         except FileNotFoundError as error:
-            if NO_BUCKET in _causes(error):
+            if NO_BUCKET in causes_of(error):
                 raise
             return True
 
@@ -230,7 +217,7 @@ class Mirror:
             try:
                 return action()
             except FileNotFoundError as error:
-                if is_place or NO_BUCKET in _causes(error):
+                if is_place or NO_BUCKET in causes_of(error):
                     raise OSError(self._no_place()) from None
                 raise FileNotFoundError(f"there is no {self.url}/{name}") from None
             except PermissionError as error:
@@ -241,7 +228,7 @@ class Mirror:
             except Exception as error:  # each of fsspec's backends has its own
                 if getattr(error, "errno", None) == errno.ENOSPC:
                     raise
-                if _causes(error) & MISTAKES:
+                if causes_of(error) & MISTAKES:
                     raise OSError(
                         f"storage: can't {what}: {error}. Correct `storage` in params.yaml, or the "
                         "AWS_* variables and files that keys, region and endpoint come from"
@@ -299,20 +286,30 @@ class ShardStore:
         """SHA-256 by name: of a shard that two machines made at once, all take the same."""
         return dict(sorted(self.shards(), reverse=True))
 
-    def take(self, keys: Mapping[str, str]) -> set[str]:
+    def take(
+        self, keys: Mapping[str, str], shared: Callable[[Any, Mapping[str, str]], Set[str]]
+    ) -> set[str]:
         """Copy shards that are in caches beside this one, such as a smaller one, if they are whole.
 
         `keys`: of the shards that are wanted, by name; what :class:`CacheBuilder` writes into them.
+        `shared`: by what a cache's index says, the names of those that it may have.
         Returns the names of those that were there.
         """
         sizes = self._caches.sizes()
-        found: dict[str, list[tuple[str, str]]] = {}
+        there: dict[str, list[tuple[str, str, str]]] = {}  # by cache
         for path in sizes:
             folder, _, file = path.rpartition("/")
             name, sha256 = self._parsed(file)
             is_whole = sizes[path] >= self.num_bytes.get(name, 0)
             if sha256 and name in keys and folder != self._name and is_whole:
-                found.setdefault(name, []).append((sha256, path))
+                there.setdefault(folder, []).append((name, sha256, path))
+
+        def names(folder: str) -> Set[str]:
+            """A cache of many shards has one index; one that is not complete has none."""
+            with suppress(FileNotFoundError, ValueError):
+                if (index := f"{folder}/index.json") in sizes:
+                    return shared(json.loads(self._caches.read(index)), keys)
+            return keys.keys()
 
         def is_taken(name: str) -> bool:
             for sha256, path in sorted(found[name]):
@@ -325,6 +322,11 @@ class ShardStore:
             return False
 
         with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+            found: dict[str, list[tuple[str, str]]] = {}
+            for shards, may_be in zip(there.values(), pool.map(names, there), strict=True):
+                for name, sha256, path in shards:
+                    if name in may_be:
+                        found.setdefault(name, []).append((sha256, path))
             taken = zip(found, pool.map(is_taken, found), strict=True)
             return {name for name, is_there in taken if is_there}
 
@@ -336,7 +338,9 @@ class ShardStore:
         def is_damaged(file: str) -> bool:
             if self._is_short(file, sizes):
                 return True
-            return look_inside and self.mirror.checksum(file) != self._parsed(file)[1]
+            with suppress(FileNotFoundError):  # another machine has forgotten it meanwhile
+                return look_inside and self.mirror.checksum(file) != self._parsed(file)[1]
+            return False
 
         with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
             return [f for f, bad in zip(files, pool.map(is_damaged, files), strict=True) if bad]
@@ -376,15 +380,3 @@ def _key_of(begin: bytes) -> str | None:
         key = header.get("__metadata__", {}).get("key")
         return key if isinstance(key, str) else None
     return None
-
-
-def _causes(error: BaseException | None) -> set[str]:
-    """What an error and those behind it are called, by class and by S3's code."""
-    names: set[str] = set()
-    while error is not None:
-        names.add(type(error).__name__)
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            names.add(str(response.get("Error", {}).get("Code")))
-        error = error.__cause__ or error.__context__
-    return names

@@ -178,7 +178,7 @@ def version_page(params: Params, version: str) -> tuple[str, str]:
 def as_seen(page: str, params: Params) -> str:
     """A page of MLflow's server by the address that a browser has for it, PNP_MLFLOW_UI_URL."""
     own = without_secrets(resolve(params.tracking.uri)).rstrip("/")
-    seen = os.environ.get("PNP_MLFLOW_UI_URL", "").rstrip("/")
+    seen = without_secrets(os.environ.get("PNP_MLFLOW_UI_URL", "")).rstrip("/")
     return seen + page.removeprefix(own) if seen and page.startswith(f"{own}/") else page
 
 

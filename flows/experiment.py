@@ -34,8 +34,13 @@ PARAMS, LOCK = Path("params.yaml"), Path("dvc.lock")
 PLACE = Path(".dvc/tmp/exps")  # components.mlflow_place knows it too
 DEEPER = "checkout"
 REFS = "refs/pnp-guide"  # keep the commits that lineages name
-# How settings of DVC's remotes are called that are paths.
-PATHS = (".url", ".credentialpath", ".configpath", ".keyfile", ".cert_path", ".key_path")
+# How settings of DVC's remotes are called that are paths, which it tells whole; and those that it
+# leaves as they are: paths from where it runs, if not something else.
+PATHS = (
+    *(".url", ".credentialpath", ".configpath", ".keyfile", ".cert_path", ".key_path"),
+    *(".gdrive_user_credentials_file", ".gdrive_service_account_json_file_path"),
+)
+PATHS_FROM_HERE = (".ssl_verify", ".kerb_ticket")
 OUTPUTS = {path.parts[0] for path in (PREPARED, BUNDLE, EVALUATED)}
 # For whoever has told git no name, as in a container.
 NOBODY = {
@@ -145,7 +150,7 @@ def _make(worktree: Path, inside: Path, source: str, params: str, title: str) ->
         shutil.copy(local, inside / ".dvc/config.local")
     places = {"cache.dir": str((checkout / cache).resolve())}
     for name, value in dvc_settings("start").items():
-        if name.startswith("remote.") and name.endswith(PATHS) and Path(value).is_absolute():
+        if name.startswith("remote.") and _leads_elsewhere(name, Path(value)):
             places[name] = value
     for name, value in places.items():
         _set_path(name, Path(value), inside)
@@ -156,6 +161,13 @@ def _make(worktree: Path, inside: Path, source: str, params: str, title: str) ->
     _link(params, inside)
     _git("commit", "--all", "--allow-empty", "--no-verify", "--quiet", "-m", title, cwd=worktree)
     return _git("rev-parse", "HEAD", cwd=worktree)
+
+
+def _leads_elsewhere(name: str, value: Path) -> bool:
+    """Whether a setting of a remote is a path that a copy of the settings would lose."""
+    if name.endswith(PATHS_FROM_HERE):
+        return not value.is_absolute() and value.is_file()
+    return name.endswith(PATHS) and value.is_absolute()
 
 
 def _set_path(name: str, path: Path, inside: Path) -> None:

@@ -235,7 +235,7 @@ def lock_holder(pid: int) -> str | None:
             return None
         if not any(Path(file.path) == LOCK.absolute() for file in holder.open_files()):
             return None  # it was left behind
-        return f"PID {holder.pid}: {' '.join(holder.cmdline())}"
+        return f"PID {holder.pid}: {without_secrets(' '.join(holder.cmdline()))}"
     except (OSError, ValueError, IndexError, psutil.Error):
         return None
 
@@ -269,5 +269,5 @@ def _drop_traceback(record: logging.LogRecord) -> bool:
         isinstance(error, StageFailed | ParamsError | HTTPError)
         and os.environ.get("PNP_TRACEBACK") != "1"
     ):
-        record.exc_info = None
+        record.exc_info = record.exc_text = None
     return True

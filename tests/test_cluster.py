@@ -124,6 +124,23 @@ def test_gpus_that_come_only_when_asked_for_are_asked_for_and_waited_for(
     assert "2 Ray workers need 2 GPUs, the cluster has 0, 0 of them free: waiting" in told
 
 
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"CPU": 8.0}, "none came: set it to false to compute on CPUs, "),
+        ({"CPU": 8.0, "GPU": 1.0}, "too few came: lower cluster.num_workers, "),
+    ],
+)
+def test_gpus_that_are_waited_for_in_vain_are_given_up_by_the_name_of_the_setting(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, there: dict[str, float], said: str
+) -> None:
+    cluster_of(monkeypatch, clock, (0, there))
+    room = Room(params_with(num_workers=2, wait_minutes=2, wait_for_gpus=True), "distill")
+    with pytest.raises(ValueError, match="2 Ray workers need 2 GPUs, the cluster has") as failed:
+        room.wait()
+    assert f"; waited 2:00: cluster.wait_for_gpus is true, and {said}" in str(failed.value)
+
+
 def test_what_is_asked_of_a_cluster_that_does_not_get_it_is_asked_no_longer_when_it_is_given_up(
     monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> None:

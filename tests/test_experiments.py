@@ -4,10 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
+from dvc.config_schema import REMOTE_SCHEMAS
 from ruamel.yaml import YAML
 
 import flows.experiment
@@ -462,6 +463,44 @@ def test_what_a_workspace_sends_stays_when_it_goes(repository: Path) -> None:
         assert {f"{name}={there[name]}" for name in there if name.startswith("remote.")} == remotes
     assert Path("shared/shard").read_text() == "new"
     assert [path for path in Path("sent").rglob("*") if path.is_file()]
+
+
+def test_what_settings_of_remotes_name_by_relative_paths_is_the_same_in_a_workspace(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of DVC's: where it takes one for a path, it tells it whole."""
+
+    def dvc_in(*arguments: str, cwd: Path) -> None:
+        with chdir(cwd):
+            dvc(*arguments)
+
+    kinds = {kind: keys for kind, keys in REMOTE_SCHEMAS.items() if kind not in ("", "remote")}
+    from_here = {("ssl_verify", "certificates.pem"), ("kerb_ticket", "ticket")}
+    for _, name in from_here:
+        Path(name).touch()
+    with Path(".dvc/config").open("a") as file:
+        for kind, keys in kinds.items():
+            texts = [str(key) for key, value in keys.items() if value is str and key != "url"]
+            given = {key: f"../of/{key}" for key in texts} | dict(from_here)
+            file.write(f"['remote \"{kind}\"']\nurl = {kind}://place/prefix\n")
+            file.writelines(
+                f"{key} = {given[key]}\n" for key in (*texts, "ssl_verify") if key in keys
+            )
+        file.write("['remote \"plain\"']\nurl = https://place/prefix\nssl_verify = false\n")
+    git("add", ".dvc/config")
+
+    def settings() -> dict[str, str]:
+        told = dict(line.partition("=")[::2] for line in dvc("config", "--list").splitlines())
+        for name, value in told.items():
+            if (name.rpartition(".")[2], Path(value).name) in from_here:
+                told[name] = str(Path(value).resolve())
+        return {name: value for name, value in told.items() if name.startswith("remote.")}
+
+    here = settings()
+    assert here["remote.gdrive.gdrive_user_credentials_file"].startswith(f"{repository}/of/")
+    monkeypatch.setattr(flows.experiment, "_dvc", dvc_in)  # a process for each takes seconds
+    with flows.experiment.workspace(Path("params.yaml").read_text(), "a", print):
+        assert Path.cwd() != repository and settings() == here
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The flows: in-process on a stub of a pipeline; on a server and a worker with the toy world."""
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -22,10 +23,12 @@ import psutil
 import pytest
 import s3fs
 from mlflow import MlflowClient
+from prefect import flow, get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.logging import handlers
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from ruamel.yaml import YAML
 
 from components.cli import stop
@@ -515,6 +518,29 @@ def test_no_password_reaches_a_log_or_what_mlflow_is_told_of_the_flow(
     assert capfd.readouterr().err == "error: no https://prefect.example\n"
 
 
+def test_no_password_of_prefects_own_address_is_in_its_log_which_begins_with_it(
+    prefect_server: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    @flow(name="nothing")
+    def nothing() -> None:
+        get_run_logger().info("at %s", address)
+        logging.getLogger("prefect.events.clients").warning("no way to %r", f"{address}/events")
+        raise OSError(f"no {address}")
+
+    address = "https://ann:se/cr@et@prefect.example"
+    monkeypatch.setattr(handlers, "emit_api_log", lambda log: sent.append(log["message"]))
+    with temporary_settings({PREFECT_UI_URL: address}), pytest.raises(OSError, match="no "):
+        nothing()
+    told = caplog.text
+    assert "View at https://prefect.example/runs/flow-run/" in told
+    assert "no way to 'https://prefect.example/events'" in told
+    assert "OSError: no https://prefect.example\n" in told, "in the traceback"
+    assert "at https://prefect.example" in sent
+    assert not [text for text in (told, *sent) if "cr@et" in text]
+
+
 def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/api"
     done = subprocess.run(
@@ -684,7 +710,7 @@ def test_the_page_of_a_version_has_no_password_in_it(monkeypatch: pytest.MonkeyP
 
 def test_links_lead_to_where_a_browser_finds_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ann:secret@mlflow:5000")
-    monkeypatch.setenv("PNP_MLFLOW_UI_URL", "https://mlflow.example/x/")
+    monkeypatch.setenv("PNP_MLFLOW_UI_URL", "https://ann:secret@mlflow.example/x/")
     params = load_params(ROOT / "params.yaml")
     page, _ = version_page(params, "3")
     assert page.startswith("https://mlflow.example/x/#/models/pnp-guide/versions/3")

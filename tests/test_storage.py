@@ -13,9 +13,10 @@ import torch
 
 from components import cache, cli, distill, prepare
 from components.environment import quiet
+from components.errors import MayPassError
 from components.params import Params, load_params
 from components.storage import Mirror, ShardStore
-from pnp_core.files import read_json
+from pnp_core.files import read_json, write_json
 from pnp_core.shards import Shard
 from tests import toy
 
@@ -149,6 +150,25 @@ def test_the_servers_word_decides_whether_to_try_again(
     with pytest.raises(OSError, match="storage: "):
         mirror.read("a")
     assert bool(waits) != is_mistake
+
+
+@pytest.mark.parametrize(("error", "told"), [(OSError, MayPassError), (FileNotFoundError,) * 2])
+def test_a_file_that_can_not_be_fetched_is_told_as_one_that_can_not_be_read(
+    tmp_path: Path, error: type[OSError], told: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a flow tries again where storage was away, and what is gone can be made anew."""
+
+    def fail(*_: str) -> None:
+        raise error("Input/output error")
+
+    mirror = Mirror(str(tmp_path))
+    for way in ("cat_file", "get_file"):
+        monkeypatch.setattr(mirror._files, way, fail)
+    for ask in (lambda: mirror.read("a"), lambda: mirror.fetch("a", tmp_path / "here")):
+        with pytest.raises(OSError, match="storage: could not read|there is no") as caught:
+            ask()
+        assert type(caught.value) is told
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.fixture
@@ -398,6 +418,93 @@ def test_a_cache_that_grows_at_storage_computes_only_what_the_smaller_one_has_no
     shutil.rmtree("data/cache")
     cache.run(grown(48, None))
     assert at_storage_now == files(), "what one machine makes at once"
+
+
+def test_of_a_cache_of_another_base_only_shards_that_both_may_have_are_looked_at(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its index; one without an index is looked into."""
+    from pnp_core.cache import CacheBuilder
+
+    def grown(num_forward: int) -> Params:
+        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
+        return params_with(storage=str(storage), cache=section)
+
+    prepare.run(grown(32))
+    cache.run(grown(32))
+    index = read_json(Path("data/cache/index.json"))
+    other = shutil.copytree(index["storage"], storage / "cache/0")
+    tuned = index["base"] | {"base_hash": "another", "unet": "another"}
+    write_json(other / "index.json", index | {"base": tuned})
+    (Path(index["storage"]) / "index.json").unlink()
+    shutil.rmtree("data/cache")  # another machine
+    looked_at: list[str] = []
+    built: list[str] = []
+    begin, build = Mirror.begin, CacheBuilder.build
+    monkeypatch.setattr(
+        Mirror,
+        "begin",
+        lambda self, name, size: (looked_at.append(name), begin(self, name, size))[1],
+    )
+    monkeypatch.setattr(
+        CacheBuilder, "build", lambda self, name: (built.append(name), build(self, name))
+    )
+    cache.run(grown(48))
+    assert built == ["pairs-forward-00002"]
+    of_other = {Path(path).name.partition(".")[0] for path in looked_at if path.startswith("0/")}
+    assert of_other == {"text", "moments-00000", "moments-00001"}
+
+
+def test_a_shard_that_goes_while_a_cache_at_a_folder_grows_is_computed(
+    world: Path, storage: Path, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine deletes the smaller cache's when it has been found whole."""
+
+    def grown(num_forward: int) -> Params:
+        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
+        return params_with(storage=str(storage), cache=section)
+
+    prepare.run(grown(32))
+    cache.run(grown(32))
+    gone, checksum = Path(at_storage("pairs-forward-00001")), Mirror.checksum
+    shutil.rmtree("data/cache")  # another machine
+
+    def last_checksum(self: Mirror, name: str) -> str:
+        found = checksum(self, name)
+        if name.endswith(gone.name):
+            gone.unlink()
+        return found
+
+    monkeypatch.setattr(Mirror, "checksum", last_checksum)
+    cache.run(grown(48))
+    made = Path(at_storage("pairs-forward-00001"))
+    assert not gone.exists() and not waits
+    assert made.name == gone.name and made.parent != gone.parent, "the same, computed anew"
+    assert hashlib.sha256(made.read_bytes()).hexdigest() in made.name
+
+
+@pytest.mark.parametrize(("name", "way"), [("text", "fetch"), ("pairs-base-00000", "checksum")])
+def test_a_shard_that_goes_as_it_is_read_from_a_folder_is_computed(
+    world: Path, storage: Path, name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    index = Path("data/cache/index.json").read_bytes()
+    gone, read = Path(at_storage(name)), getattr(Mirror, way)
+    content = gone.read_bytes()
+    if way == "fetch":  # on another machine, to make this one
+        Path(at_storage("pairs-forward-00001")).unlink()
+        shutil.rmtree("data/cache")
+
+    def lose_and_read(self: Mirror, file: str, *arguments: Any) -> Any:
+        if file == gone.name:
+            gone.unlink(missing_ok=True)
+        return read(self, file, *arguments)
+
+    monkeypatch.setattr(Mirror, way, lose_and_read)
+    cache.run(params)
+    assert gone.read_bytes() == content and Path("data/cache/index.json").read_bytes() == index
 
 
 @pytest.mark.parametrize("first", ["0", "f"])

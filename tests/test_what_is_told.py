@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -76,6 +77,7 @@ def test_no_part_of_a_password_is_told() -> None:
     for address in ("http://host:5000/x", "postgresql://db/mlflow", "http://host?x=a"):
         scheme, _, rest = address.partition("://")
         passwords = ("secret", "se@cr@et", "se#cr?et", "se/cr/et", "1/se@c/r:et", "'se,cr\"et")
+        passwords += ("se://cr@et", "://", "http://secret", "'se,cr://e=t://", "80://se@cret")
         users = [f"{user}:{word}@" for user in ("ann", "", "ann@team") for word in passwords]
         for who in (*users, "token@", "tok@en@"):
             said = mlflow_place.without_secrets(f"at {scheme}://{who}{rest}, not {address}")
@@ -89,6 +91,21 @@ def test_no_part_of_a_password_is_told() -> None:
     )
     told = "['http://one/x','postgresql://two:1/y?z=1',http://three:5000/#/models/z]"
     assert mlflow_place.without_secrets(several) == told
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://127.0.0.1:5000/#/models/toy@champion",
+        "http://mlflow:5000/#/models/toy@champion",
+        "http://localhost:5000/a:b@c?d=e@f",
+        "http://[::1]:5000?at=a@b",
+        "https://mlflow.example/models/toy@champion:1",
+    ],
+)
+def test_an_at_sign_behind_the_host_is_told(address: str) -> None:
+    said = f"['{address}','postgresql+psycopg://ann:se@cret@db/mlflow'] and {address}"
+    assert mlflow_place.without_secrets(said) == said.replace("ann:se@cret@", "")
 
 
 def test_a_registry_apart_from_the_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,6 +312,28 @@ def test_keys_in_the_name_of_a_bucket_are_refused_and_not_printed() -> None:
     with pytest.raises(ValueError, match="storage has a user in it") as refused:
         Mirror("s3://ann:secret/+@bucket/prefix")
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "abfs://team@account.dfs.core.windows.net/prefix",
+        "abfss://team@account.dfs.core.windows.net/prefix",
+        "az://team@account.dfs.core.windows.net/prefix",
+        "oci://team@namespace/prefix",
+    ],
+)
+def test_a_container_before_an_at_sign_is_no_user(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = SimpleNamespace(protocol=storage.partition(":")[0])  # else a package that is not here
+    monkeypatch.setattr("fsspec.core.url_to_fs", lambda _: (files, "team/prefix"))
+    url = Mirror(storage, "cache").url
+    assert mlflow_place.without_secrets(f"at {url}") == f"at {storage}/cache"
+    secret = storage.replace("team@", "team:se@cret@")
+    with pytest.raises(ValueError, match="storage has a user in it"):
+        Mirror(secret)
+    assert mlflow_place.without_secrets(secret) == storage.replace("team@", "")
 
 
 def test_a_file_is_no_folder_to_keep_shards_in(tmp_path: Path) -> None:

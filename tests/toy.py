@@ -25,7 +25,6 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from filelock import FileLock
 from PIL import Image
 from ruamel.yaml import YAML
 from transformers import (
@@ -118,27 +117,12 @@ def inside_copy(world: Path, parent: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def trained_world(
-    untouched_world: Path, tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> Path:
-    """A toy world in which every stage up to register has run; of several workers, one makes it."""
-    if worker_id == "master":
-        return train_world(untouched_world, tmp_path_factory.mktemp("trained"))
-    shared = tmp_path_factory.getbasetemp().parent
-    made = shared / "trained.txt"
-    with FileLock(shared / "trained.lock"):
-        if not made.exists():
-            folder = train_world(untouched_world, tmp_path_factory.mktemp("trained"))
-            made.write_text(str(folder))
-    return Path(made.read_text())
-
-
-def train_world(untouched: Path, parent: Path) -> Path:
-    """Run every stage up to register on a copy of it, in this process."""
+def trained_world(untouched_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy world in which every stage up to register has run."""
     from components import cache, distill, evaluate, halve, prepare, register
     from components.params import load_params
 
-    with inside_copy(untouched, parent) as folder:
+    with inside_copy(untouched_world, tmp_path_factory.mktemp("trained")) as folder:
         params = load_params(Path("params.yaml"))
         for stage in (prepare, cache, distill, halve):
             stage.run(params)
