@@ -522,6 +522,37 @@ def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
     assert Path("data/cache/index.json").read_bytes() == index
 
 
+@pytest.mark.parametrize("is_there", [False, True])
+def test_where_one_copy_of_a_shard_is_gone_or_damaged_another_is_fetched(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch, *, is_there: bool
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    own = Path(at_storage("text"))
+    header = int.from_bytes(own.read_bytes()[:8], "little")
+    longer = (header + 8).to_bytes(8, "little") + own.read_bytes()[8 : 8 + header] + b" " * 8
+    content = longer + own.read_bytes()[8 + header :]  # another file of the same tensors
+    other = own.with_name(f"text.{hashlib.sha256(content).hexdigest()}.safetensors")
+    other.write_bytes(content)
+    first, second = sorted((own, other))  # all take the first
+    Path(at_storage("pairs-forward-00001")).unlink()
+    shutil.rmtree("data/cache")  # another machine
+    fetch = Mirror.fetch
+
+    def lose_and_fetch(self: Mirror, file: str, path: Path) -> None:
+        if file == first.name:
+            whole = first.read_bytes()
+            first.unlink()
+            if is_there:
+                first.write_bytes(DAMAGES["altered"](whole))
+        fetch(self, file, path)
+
+    monkeypatch.setattr(Mirror, "fetch", lose_and_fetch)
+    cache.run(params)
+    assert not first.exists() and Path(at_storage("text")) == second
+
+
 def test_a_cache_at_storage_is_never_downloaded_to_tell_its_checksums_nor_held_in_memory(
     world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
