@@ -146,7 +146,7 @@ def test_the_servers_word_decides_whether_to_try_again(
         raise OSError(5, "Input/output error") from Answers(code)
 
     mirror = Mirror(s3)
-    monkeypatch.setattr(mirror, "_files", type("Files", (), {"cat_file": staticmethod(refuse)}))
+    monkeypatch.setattr(mirror._files, "cat_file", refuse)
     with pytest.raises(OSError, match="storage: "):
         mirror.read("a")
     assert bool(waits) != is_mistake
@@ -169,6 +169,18 @@ def test_a_file_that_can_not_be_fetched_is_told_as_one_that_can_not_be_read(
             ask()
         assert type(caught.value) is told
     assert not (tmp_path / "here").exists()
+
+
+def test_a_file_that_another_machine_replaces_at_s3_after_a_look_is_read_as_it_is_now(
+    s3: str, tmp_path: Path, waits: list[float]
+) -> None:
+    mirror, path = Mirror(s3), tmp_path / "a"
+    path.write_bytes(b"damaged")
+    mirror.send(path, "a")
+    assert mirror.sizes() == {"a": 7}
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3}/a", b"whole")
+    assert mirror.checksum("a") == hashlib.sha256(b"whole").hexdigest()
+    assert waits == [1]
 
 
 @pytest.fixture
