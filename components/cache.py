@@ -319,21 +319,28 @@ def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
 
     plan, there = builder.plan, store.checksums()
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name in plan.phases[0]:
+
+    def is_fetched(name: str, sha256: str) -> bool:
         path = builder.path(name)
-        if sha256 := there.get(name):
-            shard = Shard(name=name, sha256=sha256, num_rows=plan.num_rows[name])
+        shard = Shard(name=name, sha256=sha256, num_rows=plan.num_rows[name])
 
-            def fetch(shard: Shard = shard, path: Path = path) -> None:
-                check_room("cache", CACHE, plan.num_bytes[shard.name], NO_ROOM)
-                store.fetch(shard, path)
+        def fetch() -> None:
+            check_room("cache", CACHE, plan.num_bytes[name], NO_ROOM)
+            store.fetch(shard, path)
 
-            with suppress(FileNotFoundError):  # deleted meanwhile
-                if fetch_once(path, sha256, fetch, RUNS / "cache"):
-                    continue
-                forget(store.file(name, sha256), store)
-            path.unlink(missing_ok=True)
-        build_and_send(name, builder, store)
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if fetch_once(path, sha256, fetch, RUNS / "cache"):
+                return True
+            forget(store.file(name, sha256), store)
+        path.unlink(missing_ok=True)
+        return False
+
+    for name in plan.phases[0]:
+        while not (name in there and is_fetched(name, there[name])):
+            build_and_send(name, builder, store)
+            if builder.path(name).exists():
+                break
+            there = store.checksums()  # there is another copy
 
 
 if __name__ == "__main__":

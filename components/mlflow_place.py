@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -11,13 +12,14 @@ DATABASE_SERVERS = ("postgresql", "mysql", "mssql")
 # A host and its port for certain, so that an @ behind them is in no password: what no user is
 # called, or any host of a page of MLflow's.
 HOST = r"(?:localhost|\d+(?:\.\d+){3}|\[[\da-fA-F:.]+\]):\d{1,5}[/?#]|[^/?#\s:@]+:\d{1,5}/#/"
-# Another URL, with no blank before it. What else has a :// may be a password.
+# Behind a blank, or before another URL with no blank before it, no password goes on. What else has
+# a :// may be one.
 SCHEMES = "|".join((*SERVERS, *DATABASE_SERVERS, "sqlite", "s3"))
-NEXT = rf"(?<=[,;|=<(\[{{'\"])(?:{SCHEMES})(?:\+\w+)?://"
+ENDS = re.compile(rf"(?<=\s)|(?<=[,;|=<(\[{{'\"])(?=(?:{SCHEMES})(?:\+\w+)?://)")
 # Where a container or bucket stands before the @, and no user.
 PLACED = "".join(f"(?<!{s}://)" for s in ("abfs", "abfss", "az", "oci", "ocilake", "wasb", "wasbs"))
-# A user, a colon, and all up to the last @ before a blank or another URL; else a user alone.
-SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:(?:(?!{NEXT})\S)*|{PLACED}[^/?#\s]+)@")
+# A user, a colon, and all up to the last @ before one of ENDS; else a user alone.
+SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:\S*|{PLACED}[^/?#\s]+)@")
 
 
 def checkout() -> Path:
@@ -95,10 +97,22 @@ def without_secrets(text: str) -> str:
     Rather too much goes than too little: of `http://host:1/a@b`, the password may be `1/a`, unless
     HOST says that it can't.
     """
-    return SECRETS.sub("", text)
+    return "".join(SECRETS.sub("", part) + rest for part, rest in _parts(text))
 
 
 def secrets_of(url: str) -> str:
     """The `user:password@` of a URL; empty without one."""
-    found = SECRETS.search(url)
-    return found[0] if found else ""
+    return next((found[0] for part, _ in _parts(url) if (found := SECRETS.search(part))), "")
+
+
+def _parts(text: str) -> Iterator[tuple[str, str]]:
+    """The text between ENDS, cut behind its last @: SECRETS looks there for none in vain.
+
+    So what a line takes grows as the line does, not as its square.
+    """
+    if "@" not in text:
+        yield "", text
+        return
+    for part in ENDS.split(text):
+        end = part.rfind("@") + 1
+        yield part[:end], part[end:]

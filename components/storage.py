@@ -240,6 +240,7 @@ class Mirror:
                     ) from error
                 print(f"storage: could not {what} ({error}), again in {wait} s", flush=True)
                 time.sleep(wait)
+                self._files.invalidate_cache()  # another machine may have replaced what it lists
         raise AssertionError("the last attempt returns or raises")
 
     def _no_place(self) -> str:

@@ -1,6 +1,7 @@
 """Log records without the passwords of addresses: Prefect tells its server's as each run begins."""
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 from components.mlflow_place import without_secrets
@@ -15,12 +16,10 @@ def begin() -> None:
 
     def masked(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make(*arguments, **named)
-        try:
+        with suppress(Exception):  # what it lacks is for the handler to tell
             said = record.getMessage()
-        except (TypeError, ValueError):  # does not fit its arguments: for the handler to tell
-            return record
-        if (told := without_secrets(said)) != said:
-            record.msg, record.args = told, ()
+            if (told := without_secrets(said)) != said:
+                record.msg, record.args = told, ()
         if record.exc_info and record.exc_info[0]:
             traceback = logging.Formatter().formatException(record.exc_info)
             if (told := without_secrets(traceback)) != traceback:

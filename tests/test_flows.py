@@ -518,6 +518,13 @@ def test_no_password_reaches_a_log_or_what_mlflow_is_told_of_the_flow(
     assert capfd.readouterr().err == "error: no https://prefect.example\n"
 
 
+class Unsaid:
+    """Has no words."""
+
+    def __str__(self) -> str:
+        raise LookupError("unsaid")
+
+
 def test_no_password_of_prefects_own_address_is_in_its_log_which_begins_with_it(
     prefect_server: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -539,6 +546,22 @@ def test_no_password_of_prefects_own_address_is_in_its_log_which_begins_with_it(
     assert "OSError: no https://prefect.example\n" in told, "in the traceback"
     assert "at https://prefect.example" in sent
     assert not [text for text in (told, *sent) if "cr@et" in text]
+
+
+@pytest.mark.parametrize("arguments", [({"b": 1},), ("a", "b"), (Unsaid(),)])
+def test_a_log_line_that_can_not_be_told_stops_nothing_and_its_traceback_has_no_password(
+    arguments: tuple[Any, ...],
+) -> None:
+    form = "%(a)s" if arguments[0] == {"b": 1} else "%s"
+    try:
+        raise OSError("no https://ann:se/cr@et@prefect.example")
+    except OSError as error:
+        record = logging.getLogger("any").makeRecord(
+            "any", logging.ERROR, "a", 1, form, arguments, (OSError, error, error.__traceback__)
+        )
+    with pytest.raises(Exception, match=r"'a'|not all arguments|unsaid"):
+        record.getMessage()
+    assert str(record.exc_text).endswith("OSError: no https://prefect.example")
 
 
 def test_a_server_that_is_not_there_is_told_within_seconds(world: Path) -> None:

@@ -146,7 +146,7 @@ def test_the_servers_word_decides_whether_to_try_again(
         raise OSError(5, "Input/output error") from Answers(code)
 
     mirror = Mirror(s3)
-    monkeypatch.setattr(mirror, "_files", type("Files", (), {"cat_file": staticmethod(refuse)}))
+    monkeypatch.setattr(mirror._files, "cat_file", refuse)
     with pytest.raises(OSError, match="storage: "):
         mirror.read("a")
     assert bool(waits) != is_mistake
@@ -169,6 +169,18 @@ def test_a_file_that_can_not_be_fetched_is_told_as_one_that_can_not_be_read(
             ask()
         assert type(caught.value) is told
     assert not (tmp_path / "here").exists()
+
+
+def test_a_file_that_another_machine_replaces_at_s3_after_a_look_is_read_as_it_is_now(
+    s3: str, tmp_path: Path, waits: list[float]
+) -> None:
+    mirror, path = Mirror(s3), tmp_path / "a"
+    path.write_bytes(b"damaged")
+    mirror.send(path, "a")
+    assert mirror.sizes() == {"a": 7}
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(f"{s3}/a", b"whole")
+    assert mirror.checksum("a") == hashlib.sha256(b"whole").hexdigest()
+    assert waits == [1]
 
 
 @pytest.fixture
@@ -520,6 +532,37 @@ def test_a_second_copy_of_a_shard_leaves_an_index_that_is_there_as_it_is(
     shutil.rmtree("data/cache")  # another machine
     cache.run(params)
     assert Path("data/cache/index.json").read_bytes() == index
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_where_one_copy_of_a_shard_is_gone_or_damaged_another_is_fetched(
+    world: Path, storage: Path, monkeypatch: pytest.MonkeyPatch, *, is_there: bool
+) -> None:
+    params = params_with(storage=str(storage))
+    prepare.run(params)
+    cache.run(params)
+    own = Path(at_storage("text"))
+    header = int.from_bytes(own.read_bytes()[:8], "little")
+    longer = (header + 8).to_bytes(8, "little") + own.read_bytes()[8 : 8 + header] + b" " * 8
+    content = longer + own.read_bytes()[8 + header :]  # another file of the same tensors
+    other = own.with_name(f"text.{hashlib.sha256(content).hexdigest()}.safetensors")
+    other.write_bytes(content)
+    first, second = sorted((own, other))  # all take the first
+    Path(at_storage("pairs-forward-00001")).unlink()
+    shutil.rmtree("data/cache")  # another machine
+    fetch = Mirror.fetch
+
+    def lose_and_fetch(self: Mirror, file: str, path: Path) -> None:
+        if file == first.name:
+            whole = first.read_bytes()
+            first.unlink()
+            if is_there:
+                first.write_bytes(DAMAGES["altered"](whole))
+        fetch(self, file, path)
+
+    monkeypatch.setattr(Mirror, "fetch", lose_and_fetch)
+    cache.run(params)
+    assert not first.exists() and Path(at_storage("text")) == second
 
 
 def test_a_cache_at_storage_is_never_downloaded_to_tell_its_checksums_nor_held_in_memory(
