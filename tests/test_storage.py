@@ -399,21 +399,23 @@ def test_of_a_shard_that_two_machines_sent_at_once_neither_spoils_the_others(
     assert store.damaged(look_inside=True) == []
 
 
+def of_size(num_forward: int, storage: str | None) -> Params:
+    """Of a cache with so many pairs at noised images."""
+    section = toy.toy_params()["cache"] | {"num_forward": num_forward}
+    return params_with(storage=storage, cache=section)
+
+
 def test_a_cache_that_grows_at_storage_computes_only_what_the_smaller_one_has_not(
     world: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pnp_core.cache import CacheBuilder
 
-    def grown(num_forward: int, storage: str | None) -> Params:
-        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
-        return params_with(storage=storage, cache=section)
-
     def files() -> dict[str, str]:
         found: dict[str, str] = read_json(Path("data/cache/index.json"))["files"]
         return found
 
-    prepare.run(grown(24, s3))  # shards of 16: the second is not full
-    cache.run(grown(24, s3))
+    prepare.run(of_size(24, s3))  # shards of 16: the second is not full
+    cache.run(of_size(24, s3))
     damaged = at_storage("pairs-base-00000").removeprefix("s3://")
     content = s3fs.S3FileSystem().cat_file(damaged)
     s3fs.S3FileSystem().pipe_file(damaged, DAMAGES["altered"](content))
@@ -423,12 +425,12 @@ def test_a_cache_that_grows_at_storage_computes_only_what_the_smaller_one_has_no
     monkeypatch.setattr(
         CacheBuilder, "build", lambda self, name: (built.append(name), build(self, name))
     )
-    cache.run(grown(48, s3))
+    cache.run(of_size(48, s3))
     here = sorted(built)
     assert here == ["pairs-base-00000", *(f"pairs-forward-0000{n}" for n in (1, 2))]
     at_storage_now = files()
     shutil.rmtree("data/cache")
-    cache.run(grown(48, None))
+    cache.run(of_size(48, None))
     assert at_storage_now == files(), "what one machine makes at once"
 
 
@@ -438,12 +440,8 @@ def test_of_a_cache_of_another_base_only_shards_that_both_may_have_are_looked_at
     """By its index; one without an index is looked into."""
     from pnp_core.cache import CacheBuilder
 
-    def grown(num_forward: int) -> Params:
-        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
-        return params_with(storage=str(storage), cache=section)
-
-    prepare.run(grown(32))
-    cache.run(grown(32))
+    prepare.run(of_size(32, str(storage)))
+    cache.run(of_size(32, str(storage)))
     index = read_json(Path("data/cache/index.json"))
     other = shutil.copytree(index["storage"], storage / "cache/0")
     tuned = index["base"] | {"base_hash": "another", "unet": "another"}
@@ -461,7 +459,7 @@ def test_of_a_cache_of_another_base_only_shards_that_both_may_have_are_looked_at
     monkeypatch.setattr(
         CacheBuilder, "build", lambda self, name: (built.append(name), build(self, name))
     )
-    cache.run(grown(48))
+    cache.run(of_size(48, str(storage)))
     assert built == ["pairs-forward-00002"]
     of_other = {Path(path).name.partition(".")[0] for path in looked_at if path.startswith("0/")}
     assert of_other == {"text", "moments-00000", "moments-00001"}
@@ -472,12 +470,8 @@ def test_a_shard_that_goes_while_a_cache_at_a_folder_grows_is_computed(
 ) -> None:
     """Another machine deletes the smaller cache's when it has been found whole."""
 
-    def grown(num_forward: int) -> Params:
-        section = toy.toy_params()["cache"] | {"num_forward": num_forward}
-        return params_with(storage=str(storage), cache=section)
-
-    prepare.run(grown(32))
-    cache.run(grown(32))
+    prepare.run(of_size(32, str(storage)))
+    cache.run(of_size(32, str(storage)))
     gone, checksum = Path(at_storage("pairs-forward-00001")), Mirror.checksum
     shutil.rmtree("data/cache")  # another machine
 
@@ -488,7 +482,7 @@ def test_a_shard_that_goes_while_a_cache_at_a_folder_grows_is_computed(
         return found
 
     monkeypatch.setattr(Mirror, "checksum", last_checksum)
-    cache.run(grown(48))
+    cache.run(of_size(48, str(storage)))
     made = Path(at_storage("pairs-forward-00001"))
     assert not gone.exists() and not waits
     assert made.name == gone.name and made.parent != gone.parent, "the same, computed anew"
