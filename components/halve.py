@@ -1,12 +1,17 @@
 """Stage halve: from many sampling steps to few, halving them round by round.
 
-Reads guides/distilled, data/cache and the base's UNet. Writes guides/bundle, a guide for each step
-count. Interrupted, it goes on from the round's checkpoint in runs/halve.
+Reads guides/distilled, data/cache and the UNets of the base and its companions. Writes
+guides/bundle, a guide for each step count; those for the fewest are matched in the end, if
+`halve.match_steps` says so. Interrupted, it goes on from the checkpoint in runs/halve.
 """
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from components.cli import main
 from components.following import Report
-from components.params import Params
+from components.params import Params, companion_paths, teacher_guider
 from components.paths import BUNDLE, DISTILLED
 from components.training import (
     check_precision,
@@ -17,11 +22,19 @@ from components.training import (
 )
 from pnp_core.settings import HalveConfig, halving_rounds
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+    from pnp_core.cache import TeacherCache
+    from pnp_core.guide import Guide
+    from pnp_core.match import MatchConfig
+
 
 def run(params: Params) -> None:
     """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
-    rounds = halving_rounds(params.halve.start_steps, params.halve.end_steps)
-    num_images = len(rounds) * params.halve.num_images
+    section = params.halve
+    rounds = halving_rounds(section.start_steps, section.end_steps)
+    num_images = len(rounds) * section.num_images + len(section.matched) * section.match_images
     train_stage("halve", train_rounds, params, num_images=num_images, makes=BUNDLE)
 
 
@@ -44,20 +57,70 @@ def train_rounds(params: Params, report: Report) -> None:
     )
     check_precision("halve", config.train)
     in_bf16 = config.train.precision == "bf16"
-    pipeline, _ = load_for_training(params.base, [], in_bf16=in_bf16)
-    guides = halve(
-        pipeline.unet,
-        pipeline.scheduler,
-        Guide.from_pretrained(DISTILLED).to(device()),
-        open_cache(params, pipeline.scheduler),
-        config,
-        directory=checkpoint_folder("halve"),
-        report=report,
-    )
+    others = companion_paths(params) if params.halve.matched else []
+    pipeline, companions = load_for_training(params.base, others, in_bf16=in_bf16)
+    first = Guide.from_pretrained(DISTILLED).to(device())
+    cache, unet = open_cache(params, pipeline.scheduler), pipeline.unet
+    folder = checkpoint_folder("halve")
+    guides = halve(unet, pipeline.scheduler, first, cache, config, directory=folder, report=report)
+    matched = match_guides(params, config, guides, pipeline, companions, cache, report)
     if rank_and_world()[0] == 0:
         # Each round is trained on the steps of this sampler, and measured with it.
         best = SchedulerChoice(name="DDIMScheduler", timestep_spacing=params.halve.timestep_spacing)
-        GuideBundle(guides, dict.fromkeys(guides, best)).save(BUNDLE)
+        GuideBundle({**guides, **matched}, dict.fromkeys(guides, best)).save(BUNDLE)
+
+
+def match_guides(  # noqa: PLR0913, what there is after halving
+    params: Params,
+    config: HalveConfig,
+    guides: Mapping[int, "Guide"],
+    pipeline: "DiffusionPipeline",
+    companions: Mapping[str, "UNet2DConditionModel"],
+    cache: "TeacherCache",
+    report: Report,
+) -> dict[int, "Guide"]:
+    """The guides for the fewest steps, matched; images are counted on from those of halving."""
+    from pnp_core.match import match
+
+    before = (len(guides) - 1) * config.train.num_images
+    matched: dict[int, Guide] = {}
+    for number, num_steps in enumerate(params.halve.matched):
+        this = match_config(params, num_steps)
+
+        def report_one(done: int, metrics: Mapping[str, float], number: int = number) -> None:
+            seen = number * params.halve.match_images + min(done, params.halve.match_images)
+            report(before + seen, {**metrics, "matched": done})
+
+        matched[num_steps] = match(
+            pipeline.unet,
+            pipeline.scheduler,
+            guides[num_steps],
+            guides[config.start_steps],
+            cache,
+            this,
+            companions=companions,
+            directory=checkpoint_folder("halve"),
+            report=report_one,
+        )
+    return matched
+
+
+def match_config(params: Params, num_steps: int) -> "MatchConfig":
+    """How the guide for so many steps is matched."""
+    from pnp_core.match import MatchConfig
+
+    section = params.halve
+    return MatchConfig(
+        train=replace(
+            train_config(section),
+            num_images=section.match_images,
+            learning_rate=section.match_learning_rate,
+        ),
+        num_steps=num_steps,
+        guidance_scale=params.distill.guidance_scale,
+        timestep_spacing=section.timestep_spacing,
+        guider=teacher_guider(params),
+    )
 
 
 if __name__ == "__main__":

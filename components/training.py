@@ -58,6 +58,7 @@ def train_stage(
 
         def report(done: int, metrics: Mapping[str, float]) -> None:
             rounds = f"{metrics['num_steps']:.0f} steps, " if "num_steps" in metrics else ""
+            rounds += "matching, " if "matched" in metrics else ""
             progress(done, f"{rounds}loss {metrics['loss']:.4f}")
             run.curve(*curves(stage, done, metrics, section.num_images))
 
@@ -72,13 +73,17 @@ def curves(
     Args:
         stage: its name.
         done: images seen, over all rounds.
-        metrics: what training reports; `num_steps` says which round.
+        metrics: what training reports; `num_steps` says which round, `matched` how many images of
+            the matching after it.
         num_images: of a round.
     """
     values = dict(metrics)
     if "num_steps" not in values:
         return done, {f"{stage}/{name}": value for name, value in values.items()}
     num_steps = int(values.pop("num_steps"))
+    if "matched" in values:
+        within = int(values.pop("matched"))
+        return within, {f"{stage}/matched-{num_steps}/{name}": x for name, x in values.items()}
     within = (done - 1) % num_images + 1
     return within, {f"{stage}/steps-{num_steps}/{name}": value for name, value in values.items()}
 

@@ -326,6 +326,8 @@ class HalveSettings:
         guidance_gain: see :func:`pnp_core.halve.raised_guidance_scale`; 1 leaves the guide as it
             is.
         timestep_spacing: of the sampler, in diffusers' terms, leading or trailing.
+        match_steps: guides for so many steps or fewer are matched, see :mod:`pnp_core.match`.
+        match_images, match_learning_rate: of each matching.
 
     Raises:
         ValueError: step counts that halving does not connect; a gain outside [1, 2); a spacing
@@ -336,6 +338,9 @@ class HalveSettings:
     end_steps: int = 8
     guidance_gain: float = 1.0
     timestep_spacing: str = "trailing"
+    match_steps: int = 0
+    match_images: int = 4000
+    match_learning_rate: float = 4e-4
 
     def __post_init__(self) -> None:
         at_least(self, 1, "start_steps", "end_steps")
@@ -351,6 +356,14 @@ class HalveSettings:
                 "is 'linspace', where two steps of 2 N are not one of N; take trailing or leading.",
             )
         one_of(self, SPACINGS, "timestep_spacing")
+        at_least(self, 0, "match_steps", "match_images")
+        positive(self, "match_learning_rate")
+
+    @property
+    def matched(self) -> tuple[int, ...]:
+        """The step counts whose guides are matched, in the order of halving."""
+        counts = halving_rounds(self.start_steps, self.end_steps)
+        return tuple(n for n in counts if n <= self.match_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -770,7 +770,7 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
         {steps: cell.scores["fid"].value for steps, cell in cells.items() if cell}
     )
     rounds = {name for name in by_name["halve"].data.metrics if name.endswith("/loss")}
-    assert rounds == {"halve/steps-4/loss", "halve/steps-2/loss"}
+    assert rounds == {"halve/steps-4/loss", "halve/steps-2/loss", "halve/matched-2/loss"}
 
 
 def with_another_result(fvu: float) -> str:

@@ -281,6 +281,8 @@ def test_each_round_of_halving_has_its_own_curve_from_its_first_image() -> None:
     metrics = {"loss": 0.5, "num_steps": 16.0}
     assert curves("halve", 6000, metrics, 6000) == (6000, {"halve/steps-16/loss": 0.5})
     assert curves("halve", 6032, metrics, 6000) == (32, {"halve/steps-16/loss": 0.5})
+    matched = {"loss": 0.5, "num_steps": 4.0, "matched": 32.0}
+    assert curves("halve", 12_032, matched, 6000) == (32, {"halve/matched-4/loss": 0.5})
     assert curves("distill", 6032, {"loss": 0.5}, 28000) == (6032, {"distill/loss": 0.5})
 
 

@@ -349,6 +349,9 @@ def toy_params() -> dict[str, Any]:
             "end_steps": 2,
             "guidance_gain": 1.2,
             "timestep_spacing": "trailing",
+            "match_steps": 2,
+            "match_images": 32,
+            "match_learning_rate": 1e-3,
         },
         "evaluate": {
             "judges": ["models/judge"],

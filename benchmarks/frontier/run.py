@@ -127,9 +127,9 @@ class Maker:
         """
         name, at = self.bench.name, str(num_forwards)
         known = self.table.read()["choices"]
-        guide = self.bench.digest(method)
-        if method in (*GUIDES, *TRAINED_LABELS) and guide is None:
+        if not self.bench.has(method):
             return None
+        guide = self.trained_for(method, num_forwards)
         mine = known.get(name, {}).get(at, {}).get(method)
         if mine and mine.get("guide") == guide:
             return Setting.parse(mine["setting"])
@@ -155,12 +155,17 @@ class Maker:
             climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
         return self._chosen(method, num_forwards, tried)
 
+    def trained_for(self, method: str, num_forwards: int) -> str | None:
+        """Identity of all weights that a method may take at a cost."""
+        everything = layouts(method, num_forwards)
+        return self.bench.digest(everything) if everything else None
+
     def _chosen(self, method: str, num_forwards: int, tried: dict[Setting, float]) -> Setting:
         """The best of what was tried, written down with all of it."""
         name, at = self.bench.name, str(num_forwards)
         best = min(tried, key=lambda setting: tried[setting])
         choice = {
-            "guide": self.bench.digest(method),
+            "guide": self.trained_for(method, num_forwards),
             "setting": best.text,
             "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
         }
@@ -196,7 +201,7 @@ class Maker:
         """
         name = self.bench.name
         known = self.table.read()["cells"].get(name, {}).get(place, {})
-        guide = self.bench.digest(setting.method)
+        guide = self.bench.digest([setting])
         if known.get(setting.method, {"guide": -1})["guide"] == guide:
             return
         images, milliseconds = self.bench.images(setting, self.tasks)
@@ -238,7 +243,8 @@ class Maker:
         heldout = [task for task in self.tasks if task.is_heldout]
         known = self.table.read().get("fvu", {}).get(self.bench.name, {})
         for method, sampler in self.bench.samplers.items():
-            guide = self.bench.digests[method]
+            bundle = self.bench.bundles[method]
+            guide = bundle.guides[bundle.num_steps[-1]].weights_digest()[:16]
             if known.get(method, {"guide": -1})["guide"] == guide:
                 continue
             value = judging.rounded(sampler.guidance_fvu(heldout, method))

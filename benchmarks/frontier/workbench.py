@@ -23,10 +23,9 @@ from benchmarks.frontier.rivals import (
     ReusedGuidance,
     fit_linear,
 )
-from benchmarks.frontier.settings import GUIDES, LCM, MOST, Setting
+from benchmarks.frontier.settings import GUIDES, LCM, MOST, TRAINED_LABELS, Setting
 from benchmarks.frontier.trained import Trained, generators
 from benchmarks.peers.lcm import sample_consistent
-from benchmarks.record import digest
 from components.images import Task, batches
 from components.params import Model, Params
 from components.paths import RUNS
@@ -36,6 +35,7 @@ from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.exact import AT_ONCE, POWER, ExactDenoiser
 from pnp_core.files import write_json, write_tensors
+from pnp_core.guide import Guide
 from pnp_core.metrics import count_flops
 from pnp_core.model_files import weights_hash
 from pnp_core.sample import sample
@@ -81,8 +81,6 @@ class Workbench:
             "precision": params.evaluate.precision,
             "spacing": self.sampler.spacing,
         }
-        self.digests = {method: digest(bundle) for method, bundle in bundles.items()}
-        self.digests |= {method: rival.digest for method, rival in self.rivals.items()}
         self._coefficients: dict[Setting, Coefficients] = {}
         self._flops: dict[str, tuple[float, float]] = {}
         self._inputs: dict[tuple[Task, ...], dict[str, Any]] = {}  # settings share their batches
@@ -105,7 +103,7 @@ class Workbench:
 
     def _folder(self, setting: Setting) -> Path:
         values = {**self.identity, "setting": setting.text}
-        if (own := self.digest(setting.method)) is not None:
+        if (own := self.digest([setting])) is not None:
             values["guide"] = own
         if setting.method == "exact":
             values["correction"] = [AT_ONCE, POWER]
@@ -163,18 +161,32 @@ class Workbench:
         if setting.method in self.rivals:
             peer = self.rivals[setting.method].peer(setting.num_steps, setting.solver)
             return peer.denoiser(unet, schedule)
-        bundle = self.bundles[GUIDES[setting.method]]
-        halved = bundle.for_steps(setting.num_steps)
-        is_halved = setting.solver == "ddim" or setting.method == "halved"
-        guide = halved if is_halved else bundle.guides[bundle.num_steps[-1]]
-        guided = GuidedDenoiser(unet, guide, schedule)
+        guided = GuidedDenoiser(unet, self.guide(setting), schedule)
         if setting.method == "exact":
             return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
         return guided
 
-    def digest(self, method: str) -> str | None:
-        """Of the weights that a method has trained; None if it has none, or there are none."""
-        return self.digests.get(GUIDES.get(method, method))
+    def guide(self, setting: Setting) -> Guide:
+        """The one of its method's bundle that a setting takes."""
+        bundle = self.bundles[GUIDES[setting.method]]
+        is_halved = setting.solver == "ddim" or setting.method == "halved"
+        steps = setting.num_steps if is_halved else bundle.num_steps[-1]
+        return bundle.for_steps(steps)
+
+    def has(self, method: str) -> bool:
+        """Whether there is what a method has trained, if it has."""
+        if method in GUIDES:
+            return GUIDES[method] in self.bundles
+        return method in self.rivals or method not in TRAINED_LABELS
+
+    def digest(self, settings: Sequence[Setting]) -> str | None:
+        """Of the weights that these settings of a method take; None where none are trained."""
+        method = settings[0].method
+        if method in self.rivals:
+            return self.rivals[method].digest
+        if method not in GUIDES:
+            return None
+        return _hash(sorted({self.guide(setting).weights_digest() for setting in settings}))
 
     def _fitted(self, setting: Setting) -> Coefficients:
         if setting not in self._coefficients:
@@ -201,7 +213,9 @@ class Workbench:
     def _step_costs(self, method: str) -> tuple[float, float]:
         """Of a run's first step, which reads the prompt, and of each later one, in forwards."""
         own = GUIDES.get(method, method)
-        if own not in self.digests or (own in self.rivals and self.rivals[own].merges):
+        if own not in {*self.bundles, *self.rivals}:
+            return 1.0, 1.0
+        if own in self.rivals and self.rivals[own].merges:
             return 1.0, 1.0
         if own not in self._flops:
             task = tasks_of(self.params, NUM_FITTED, FIT_SEED)[:1]
