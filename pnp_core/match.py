@@ -40,8 +40,9 @@ from pnp_core.shards import Ahead, pinning
 from pnp_core.train import RECIPE, Report, agreed, config_hash, rank_and_world, train
 
 NEAREST = 1 / 25  # of a step: where tau is nearer to its end, noise tells little of the states
-NUM_NOISED = 2  # times that a state is noised for the fake score, which must keep up
+NUM_NOISED = 2  # times that a state is noised for the fake scores
 SEEDS = 2**16  # from here on, apart from those of halving's rounds
+EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
 RANK = 32  # of the fake scores' low-rank changes
 # Of attention, transformer and residual blocks, as diffusers' LCM-LoRA script has them.
 CHANGED = (
@@ -240,7 +241,8 @@ def matching_objective(  # noqa: PLR0913, three networks for each teacher, data 
 ) -> Callable[[int, slice], Tensor]:
     """What :func:`pnp_core.train.train` minimises: the fake score's loss, and the guide's.
 
-    Neither has gradients of the other's. During the warm-up the fake score alone learns.
+    Neither has gradients of the other's. In the warm-up, and in every other step after it, the fake
+    score learns alone.
 
     Args:
         students: the guide on the base, and on each companion.
@@ -254,15 +256,19 @@ def matching_objective(  # noqa: PLR0913, three networks for each teacher, data 
     schedule, spacing = cache.schedule, config.timestep_spacing
     grid = sampling_timesteps(scheduler, config.num_steps, spacing)
     draw = drawing(cache, config, device)
+    batch_size, warmup_images = config.train.batch_size, config.train.warmup_images
 
     def loss_fn(step: int, part: slice) -> Tensor:
-        turn, _ = turn_of(step, len(students))
+        turn, _ = turn_of(step // EVERY, len(students))
         student, fake, teacher = students[turn], fakes[turn], teachers[turn]
         latents, w_B, number_B, shares, noises = draw(step, part)
         t_B, s_B = grid[number_B].to(device), grid[number_B + 1].to(device)
+        moves = step * batch_size >= warmup_images and step % EVERY == 0
         with torch.no_grad():
             z_t = own_states(student, schedule, grid, latents, w_B, number_B)
-        z_s = schedule.ddim_step(z_t, student(z_t, t_B, latents.conditions(w_B)).float(), t_B, s_B)
+        with torch.set_grad_enabled(moves and torch.is_grad_enabled()):
+            eps = student(z_t, t_B, latents.conditions(w_B)).float()
+            z_s = schedule.ddim_step(z_t, eps, t_B, s_B)
         first, *others = (
             Noised(schedule, z_s.detach(), s_B, t_B, *draws)
             for draws in zip(shares, noises, strict=True)
@@ -271,7 +277,7 @@ def matching_objective(  # noqa: PLR0913, three networks for each teacher, data 
         for at in others:
             eps = fake(at.z, at.tau_B, latents.conditions(w_B))
             loss = loss + fake_loss(schedule, eps, at) / len(others)
-        if step * config.train.batch_size < config.train.warmup_images:
+        if not moves:
             return loss
         with torch.no_grad():
             conditions = latents.conditions(w_B)
@@ -327,11 +333,12 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         base.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)
     guide = copy.deepcopy(guide).requires_grad_(True)
-    matched = Matched(guide, [FakeScore(base, first) for base in bases]).to(unet.device)
+    scores = [FakeScore(base, first) for base in bases]
+    matched = Matched(guide, scores).to(unet.device)
     schedule, guider = cache.schedule, Guider(config.guider, cache.schedule.num_train_timesteps)
-    fakes = [GuidedDenoiser(fake.unet, fake.guide, schedule) for fake in matched.scores]
+    fakes = [GuidedDenoiser(fake.unet, fake.guide, schedule) for fake in scores]
     with checkpointing(
-        [*bases, *(fake.unet for fake in matched.scores)], config.train.gradient_checkpointing
+        [*bases, *(fake.unet for fake in scores)], config.train.gradient_checkpointing
     ):
         train(
             matching_objective(

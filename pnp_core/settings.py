@@ -339,7 +339,7 @@ class HalveSettings:
     guidance_gain: float = 1.0
     timestep_spacing: str = "trailing"
     match_steps: int = 0
-    match_images: int = 4000
+    match_images: int = 6400
     match_learning_rate: float = 4e-4
 
     def __post_init__(self) -> None:

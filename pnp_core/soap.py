@@ -64,13 +64,15 @@ class SOAP(torch.optim.Optimizer):
                 zeros = {name: torch.zeros_like(p) for name in ("mean", "square")}
                 self.state[p] = {"step": 0, **zeros}
             self.state[p]["step"] += 1
-        step = self.state[params[0]]["step"]
+        steps = [self.state[p]["step"] for p in params]  # some may have had no gradient at times
         means, squares = ([self.state[p][name] for p in params] for name in ("mean", "square"))
         torch._foreach_lerp_(means, grads, 1 - beta1)
         torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - beta2)
-        scales = torch._foreach_sqrt(torch._foreach_div(squares, 1 - beta2**step))
+        scales = torch._foreach_sqrt(torch._foreach_div(squares, [1 - beta2**n for n in steps]))
         torch._foreach_add_(scales, group["eps"])
-        updates = torch._foreach_div(torch._foreach_div(means, 1 - beta1**step), scales)
+        updates = torch._foreach_div(
+            torch._foreach_div(means, [1 - beta1**n for n in steps]), scales
+        )
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def update(self, p: Tensor, betas: tuple[float, float], eps: float) -> Tensor:

@@ -369,7 +369,8 @@ def summed_over_workers(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     dist.all_reduce(flat)
     total, *summed = flat.split([1, *(p.numel() for p in parameters)])
     for p, gradient in zip(parameters, summed, strict=True):
-        p.grad = gradient.view_as(p)
+        if p.grad is not None or gradient.any():  # else no worker has one, and it stays as it is
+            p.grad = gradient.view_as(p)
     return total[0]
 
 

@@ -32,6 +32,23 @@ def test_what_is_not_turned_moves_as_by_adam() -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_what_has_a_gradient_in_some_steps_only_moves_as_by_adam() -> None:
+    ours, theirs = ([nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))] for _ in range(2))
+    soap = SOAP(ours, lr=1e-2)
+    adam = torch.optim.Adam(theirs, lr=1e-2, betas=(0.9, 0.99))
+    for step in range(12):
+        for parameters, optimizer in ((ours, soap), (theirs, adam)):
+            optimizer.zero_grad(set_to_none=True)
+            often, seldom = parameters
+            loss = (often - 2).square().sum()
+            if step % 3 == 2:
+                loss = loss + (seldom - torch.arange(3)).square().sum()
+            loss.backward()
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_long_sides_are_not_turned() -> None:
     module = network()
     optimizer = SOAP(module.parameters(), lr=1e-2, max_side=6)

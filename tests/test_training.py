@@ -31,6 +31,7 @@ from pnp_core.halve import (
     rounds_of,
     truncated_snr_loss,
 )
+from pnp_core.match import MatchConfig, match
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule, cfg_target
 from pnp_core.train import TrainConfig, config_hash, train
@@ -327,15 +328,23 @@ def train_on_worker(rank: int, world: int, folder: Path, toy_folder: Path, cache
     )
     pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
     guide = distill(pipe.unet, TeacherCache.open(cache), DISTILL)
+    first = roused(Guide.from_unet(pipe.unet, DISTILL.guide), scale=0.05)
+    directory = folder / f"halving-{world}"
     guides = halve(
         pipe.unet,
         pipe.scheduler,
-        roused(Guide.from_unet(pipe.unet, DISTILL.guide), scale=0.05),
+        first,
         TeacherCache.open(cache),
         dataclasses.replace(HALVE, end_steps=4),
-        directory=folder / f"halving-{world}",
+        directory=directory,
     )
+    matching = MatchConfig(train=dataclasses.replace(HALVE_TRAIN, warmup_images=16), num_steps=4)
+    matched = match(
+        pipe.unet, pipe.scheduler, guides[4], first, TeacherCache.open(cache), matching,
+        directory=directory,
+    )  # fmt: skip
     if rank == 0:
+        matched.save_pretrained(folder / f"matched-{world}")
         guide.save_pretrained(folder / f"guide-{world}")
         guides[4].save_pretrained(folder / f"halved-{world}")
     torch.distributed.destroy_process_group()
@@ -353,7 +362,7 @@ def test_two_workers_train_the_guides_that_one_does(
     inputs = (pairs.z_t, pairs.timestep, pairs.conditions(w))
     with torch.no_grad():
         plain = GuidedDenoiser(pipe.unet, fresh, cache.schedule)(*inputs)
-        for kind in ("guide", "halved"):
+        for kind in ("guide", "halved", "matched"):
             one, two = (
                 GuidedDenoiser(pipe.unet, guide, cache.schedule)(*inputs) - plain
                 for guide in (Guide.from_pretrained(tmp_path / f"{kind}-{n}") for n in (1, 2))
