@@ -42,6 +42,7 @@ from pnp_core.train import RECIPE, Report, agreed, config_hash, rank_and_world, 
 NEAREST = 1 / 25  # of a step: where tau is nearer to its end, noise tells little of the states
 NUM_NOISED = 2  # times that a state is noised for the fake scores
 SEEDS = 2**16  # from here on, apart from those of halving's rounds
+KEPT = 0.5  # of the halved guide's weights, in the end
 EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
 RANK = 32  # of the fake scores' low-rank changes
 # Of attention, transformer and residual blocks, as diffusers' LCM-LoRA script has them.
@@ -291,7 +292,7 @@ def matching_objective(  # noqa: PLR0913, three networks for each teacher, data 
 def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     unet: UNet2DConditionModel,
     scheduler: Any,
-    guide: Guide,
+    halved: Guide,
     first: Guide,
     cache: TeacherCache,
     config: MatchConfig,
@@ -305,7 +306,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     Args:
         unet: the base, which is frozen here; its device is where training runs.
         scheduler: the base's; it fixes the timesteps.
-        guide: the halved one; it is not changed.
+        halved: the guide for so many steps; it is not changed.
         first: the guide before halving, which fake scores begin with.
         cache: of this base; it gives the prompts.
         config: how to train, and for how many steps.
@@ -314,7 +315,8 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         report: called with the number of images so far and metrics, ``num_steps`` among them.
 
     Returns:
-        The guide, with its averaged weights.
+        The mean of the halved guide and of what was trained, whose weights are averages too: it
+        keeps what halving does better (Wortsman et al. 2022, WiSE-FT).
 
     Raises:
         ValueError: other companions than the cache's; workers see different files; a loss that is
@@ -323,7 +325,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     companions = companions or {}
     check_companions(list(companions), cache)
     run_hash = config_hash(
-        config, cache.content_hash, guide.weights_digest(), first.weights_digest(), RECIPE
+        config, cache.content_hash, halved.weights_digest(), first.weights_digest(), RECIPE
     )
     finished = directory / f"matched-{config.num_steps}-{run_hash}"
     if agreed(partial(exists, finished), str(finished), unet.device):
@@ -332,7 +334,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     for base in bases:
         base.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)
-    guide = copy.deepcopy(guide).requires_grad_(True)
+    guide = copy.deepcopy(halved).requires_grad_(True)
     scores = [FakeScore(base, first) for base in bases]
     matched = Matched(guide, scores).to(unet.device)
     schedule, guider = cache.schedule, Guider(config.guider, cache.schedule.num_train_timesteps)
@@ -357,6 +359,9 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
             report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
             in_threads=True,
         )
+    with torch.no_grad():
+        for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
+            p.lerp_(before.to(p), KEPT)
     if rank_and_world()[0] == 0:
         write_directory(finished, guide.save_pretrained)
     return guide
