@@ -130,7 +130,7 @@ class Halve(Train, HalveSettings, frozen=True):
         if self.match_steps and self.warmup_images >= self.match_images:
             raise ValueError(
                 f"warmup_images is {self.warmup_images}, and match_images {self.match_images}, all "
-                "in the warm-up: raise match_images"
+                "in the warm-up: raise match_images, or set match_steps: 0"
             )
         return self
 

@@ -138,10 +138,14 @@ class UNetHook:
     def make_negatives(
         self, unet: nn.Module, negatives: "Negatives", arguments: Mapping[str, Any]
     ) -> None:
-        """What a compiled UNet is to find made: made within, it would be compiled twice."""
+        """What a compiled UNet is to find made: made within, it would be compiled twice.
+
+        And one that is trained with checkpoints: a block that is run again would not make it again.
+        """
         scale = (arguments.get("cross_attention_kwargs") or {}).get("scale", 1.0)
         negatives.follow(self.layers, scale)
-        if None not in negatives.kept or not is_compiled(unet):
+        runs_again = torch.is_grad_enabled() and getattr(unet, "is_gradient_checkpointing", False)
+        if None not in negatives.kept or not (is_compiled(unet) or runs_again):
             return
         if any(layer.to_k.weight.device != negatives.n_BLD.device for layer in self.layers):
             return  # offloaded: they come with the forward

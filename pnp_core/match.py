@@ -15,7 +15,7 @@ there are companions, they and the base take turns as in distillation.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from operator import itemgetter
 from os.path import exists
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from pnp_core.cache import Latents, TeacherCache
+from pnp_core.cache import Draws, Latents, TeacherCache
 from pnp_core.cache.read import as_float
 from pnp_core.calls import checkpointing
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
@@ -41,7 +41,7 @@ from pnp_core.train import RECIPE, Report, agreed, config_hash, rank_and_world, 
 
 NEAREST = 1 / 25  # of a step: where tau is nearer to its end, noise tells little of the states
 NUM_NOISED = 2  # times that a state is noised for the fake scores
-SEEDS = 2**16  # from here on, apart from those of halving's rounds
+SEEDS = 2**16
 KEPT = 0.5  # of the halved guide's weights, in the end
 EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
 RANK = 32  # of the fake scores' low-rank changes
@@ -50,6 +50,11 @@ CHANGED = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"),
 )
+
+MATCHING = (
+    f"kept {KEPT}, every {EVERY}, nearest {NEAREST}, noised {NUM_NOISED}, rank {RANK} of {CHANGED}"
+)
+"""Beside the recipe of all training, whatever makes another run of a matching."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +92,12 @@ class FakeScore(nn.Module):
         for p in self.unet.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
+
+    def train(self, mode: bool = True) -> "FakeScore":
+        """As any module, but for the UNet, in which nothing is random."""
+        super().train(mode)
+        self.unet.eval()
+        return self
 
 
 class Matched(nn.Module):
@@ -201,24 +212,34 @@ def matching_loss(  # noqa: PLR0913, two predictions, and of what
     return 0.5 * (x - wanted).square().mean(dim=(1, 2, 3))
 
 
+def seed_of(config: MatchConfig) -> int:
+    """Of the batches, apart from those of halving's rounds."""
+    return config.train.seed + SEEDS + config.num_steps
+
+
 def drawing(
     cache: TeacherCache, config: MatchConfig, device: torch.device
 ) -> Callable[[int, slice], Drawn]:
     """What a step sees, by its number and the part of its batch; the next is read ahead."""
-    batch_size, seed = config.train.batch_size, config.train.seed + SEEDS + config.num_steps
+    batch_size, seed = config.train.batch_size, seed_of(config)
 
-    def read(step: int, part: slice) -> Drawn:
+    @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
+    def drawn(step: int) -> tuple[Tensor, Draws, tuple[Tensor, ...]]:
         generator = step_generator(seed, step)
         indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
         w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)
         number_B = torch.randint(config.num_steps, (batch_size,), generator=generator)
-        latents = cache.latents(indices, cache.draws(indices, generator), part)
-        times = 1 + NUM_NOISED
-        shares = torch.rand(times, batch_size, generator=generator)[:, part]
-        shape = (times, batch_size, *latents.noise.shape[1:])
-        noises = torch.randn(shape, generator=generator)[:, part]
-        pin = pinning(device)
-        return Drawn(latents.map(pin), *map(pin, (w_B[part], number_B[part], shares, noises)))
+        draws = cache.draws(indices, generator)
+        shares = torch.rand(1 + NUM_NOISED, batch_size, generator=generator)
+        noises = torch.randn(1 + NUM_NOISED, *draws.noise.shape, generator=generator)
+        return indices, draws, (w_B, number_B, shares, noises)
+
+    def read(step: int, part: slice) -> Drawn:
+        indices, draws, numbers = drawn(step)
+        latents, pin = cache.latents(indices, draws, part), pinning(device)
+        return Drawn(
+            latents.map(pin), *(pin(x[..., part] if x.ndim < 3 else x[:, part]) for x in numbers)
+        )
 
     ahead = Ahead(read)
 
@@ -267,6 +288,7 @@ def matching_objective(  # noqa: PLR0913, three networks for each teacher, data 
         moves = step * batch_size >= warmup_images and step % EVERY == 0
         with torch.no_grad():
             z_t = own_states(student, schedule, grid, latents, w_B, number_B)
+        torch.clear_autocast_cache()  # else before 2.10 the casts made without gradients stay
         with torch.set_grad_enabled(moves and torch.is_grad_enabled()):
             eps = student(z_t, t_B, latents.conditions(w_B)).float()
             z_s = schedule.ddim_step(z_t, eps, t_B, s_B)
@@ -324,9 +346,8 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     """
     companions = companions or {}
     check_companions(list(companions), cache)
-    run_hash = config_hash(
-        config, cache.content_hash, halved.weights_digest(), first.weights_digest(), RECIPE
-    )
+    guides = (halved.weights_digest(), first.weights_digest())
+    run_hash = config_hash(config, cache.content_hash, *guides, RECIPE, MATCHING)
     finished = directory / f"matched-{config.num_steps}-{run_hash}"
     if agreed(partial(exists, finished), str(finished), unet.device):
         return Guide.from_pretrained(finished).to(unet.device)
@@ -339,6 +360,13 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     matched = Matched(guide, scores).to(unet.device)
     schedule, guider = cache.schedule, Guider(config.guider, cache.schedule.num_train_timesteps)
     fakes = [GuidedDenoiser(fake.unet, fake.guide, schedule) for fake in scores]
+
+    def name_row(step: int, row: int) -> str:
+        indices = cache.latent_indices(
+            batch_size=config.train.batch_size, seed=seed_of(config), step=step
+        )
+        return cache.moment_shards.name_row(int(indices[row]))
+
     with checkpointing(
         [*bases, *(fake.unet for fake in scores)], config.train.gradient_checkpointing
     ):
@@ -357,6 +385,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
             run_hash=run_hash,
             checkpoint=directory / "checkpoint.pt",
             report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
+            name_row=name_row,
             in_threads=True,
         )
     with torch.no_grad():

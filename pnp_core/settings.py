@@ -326,7 +326,8 @@ class HalveSettings:
         guidance_gain: see :func:`pnp_core.halve.raised_guidance_scale`; 1 leaves the guide as it
             is.
         timestep_spacing: of the sampler, in diffusers' terms, leading or trailing.
-        match_steps: guides for so many steps or fewer are matched, see :mod:`pnp_core.match`.
+        match_steps: guides for so many steps or fewer, 0 for none, are matched in the end, see
+            :mod:`pnp_core.match`.
         match_images, match_learning_rate: of each matching.
 
     Raises:

@@ -369,7 +369,7 @@ def summed_over_workers(loss: Tensor, parameters: list[Tensor]) -> Tensor:
     dist.all_reduce(flat)
     total, *summed = flat.split([1, *(p.numel() for p in parameters)])
     for p, gradient in zip(parameters, summed, strict=True):
-        if p.grad is not None or gradient.any():  # else no worker has one, and it stays as it is
+        if p.grad is not None:  # else no worker has one: they do the same in a step
             p.grad = gradient.view_as(p)
     return total[0]
 

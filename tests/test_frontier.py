@@ -224,6 +224,22 @@ def test_images_that_are_kept_are_not_made_again(
     assert not np.array_equal(other.images(setting, tasks[:4])[0], first[:4])
 
 
+def test_another_guide_for_one_number_of_steps_leaves_the_rows_of_others_as_they_are(
+    bench: workbench.Workbench,
+) -> None:
+    other = bench_of(bench.params)
+    other.bundles["guided"].guides[4] = bench_of(bench.params, seed=2).bundles["guided"].guides[4]
+
+    def rows(solver: str, num_steps: int) -> list[Setting]:
+        return [Setting(method="guided", solver=solver, num_steps=num_steps, scale=3.0)]
+
+    assert bench.digest(rows("ddim", 8)) == other.digest(rows("ddim", 8))
+    assert bench.digest(rows("unipc", 4)) == other.digest(rows("unipc", 4))  # not halved
+    assert bench.digest(rows("ddim", 4)) != other.digest(rows("ddim", 4))
+    assert bench.digest(rows("ddim", 4) + rows("ddim", 8)) != bench.digest(rows("ddim", 8))
+    assert bench.digest(layouts("cfg", 8)) is None
+
+
 @pytest.mark.parametrize("method", ["cfg", "linear", "guided", "exact"])
 def test_each_method_makes_images_of_its_own(method: str, bench: workbench.Workbench) -> None:
     tasks = workbench.tasks_of(bench.params, 4, 0)

@@ -227,3 +227,37 @@ def test_in_the_warm_up_and_in_every_other_step_the_fake_score_alone_learns(
         assert any(p.grad is not None and p.grad.any() for p in guide.parameters()) == learns
         trained = [p for p in fake.parameters() if p.requires_grad]
         assert any(p.grad is not None and p.grad.any() for p in trained)
+
+
+def test_gradient_checkpoints_change_nothing_of_what_is_matched(
+    pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
+) -> None:
+    guide = guide_of(pipe)
+    found = []
+    for checkpoints in (False, True):
+        directory = tmp_path / str(checkpoints)
+        directory.mkdir()
+        training = dataclasses.replace(TRAIN, gradient_checkpointing=checkpoints)
+        config = dataclasses.replace(MATCH, train=training)
+        found.append(
+            match(pipe.unet, pipe.scheduler, guide, guide, cache, config, directory=directory)
+        )
+    for one, other in zip(*(guide.parameters() for guide in found), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_micro_batch_sees_its_rows_of_the_batch(
+    pipe: StableDiffusionPipeline, cache: TeacherCache
+) -> None:
+    student = GuidedDenoiser(pipe.unet, guide_of(pipe), cache.schedule)
+    teacher = CFGDenoiser(pipe.unet, cache.schedule)
+    whole, parts = (
+        matching_objective(
+            [student], [student], [teacher], cache, pipe.scheduler, MATCH, torch.device("cpu")
+        )
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for step in (0, 2):
+            both = torch.cat([parts(step, slice(0, 6)), parts(step, slice(6, 16))])
+            torch.testing.assert_close(both, whole(step, slice(0, 16)), rtol=1e-3, atol=1e-4)
