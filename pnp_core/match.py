@@ -383,7 +383,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
             matched,
             config.train,
             run_hash=run_hash,
-            checkpoint=directory / "checkpoint.pt",
+            checkpoint=directory / "matching.pt",
             report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
             name_row=name_row,
             in_threads=True,
