@@ -125,15 +125,6 @@ class Distill(Train, DistillSettings, frozen=True):
 class Halve(Train, HalveSettings, frozen=True):
     """`num_images` is for each round; the guidance scales are those of `distill`."""
 
-    @model_validator(mode="after")
-    def _can_match(self) -> Self:
-        if self.match_steps and self.warmup_images >= self.match_images:
-            raise ValueError(
-                f"warmup_images is {self.warmup_images}, and match_images {self.match_images}, all "
-                "in the warm-up: raise match_images, or set match_steps: 0"
-            )
-        return self
-
 
 class Extent(Section, frozen=True):
     """How much is sampled of each model."""

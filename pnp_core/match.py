@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from pnp_core.cache import Draws, Latents, TeacherCache
 from pnp_core.cache.read import as_float
 from pnp_core.calls import checkpointing
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
 from pnp_core.distill import check_companions, draw_guidance_scale, turn_of
+from pnp_core.fake_score import CHANGED, RANK, FakeScore, Matched
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
@@ -44,12 +45,6 @@ NUM_NOISED = 2  # times that a state is noised for the fake scores
 SEEDS = 2**16
 KEPT = 0.5  # of the halved guide's weights, in the end
 EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
-RANK = 32  # of the fake scores' low-rank changes
-# Of attention, transformer and residual blocks, as diffusers' LCM-LoRA script has them.
-CHANGED = (
-    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv"),
-)
 
 MATCHING = (
     f"kept {KEPT}, every {EVERY}, nearest {NEAREST}, noised {NUM_NOISED}, rank {RANK} of {CHANGED}"
@@ -72,41 +67,6 @@ class MatchConfig:
     guidance_scale: tuple[float, float] = (1.0, 8.0)
     timestep_spacing: str = "trailing"
     guider: GuiderConfig = field(default_factory=GuiderConfig)
-
-
-class FakeScore(nn.Module):
-    """Tells how a guide's own states are distributed: a changed copy of a UNet, under a guide.
-
-    Attributes:
-        unet: the copy, whose low-rank changes are trained.
-        guide: of the copy; it is told the guidance scale and the negative prompt.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, rank: int = RANK) -> None:
-        from peft import LoraConfig
-
-        super().__init__()
-        self.unet = copy.deepcopy(unet).requires_grad_(False)
-        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(CHANGED)))
-        self.guide = copy.deepcopy(guide).requires_grad_(True)
-        for p in self.unet.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-
-    def train(self, mode: bool = True) -> "FakeScore":
-        """As any module, but for the UNet, in which nothing is random."""
-        super().train(mode)
-        self.unet.eval()
-        return self
-
-
-class Matched(nn.Module):
-    """What is trained: the guide, and the fake scores of its states on each teacher."""
-
-    def __init__(self, guide: Guide, fakes: Sequence[FakeScore]) -> None:
-        super().__init__()
-        self.guide = guide
-        self.scores = nn.ModuleList(fakes)
 
 
 class Drawn(NamedTuple):
@@ -351,13 +311,45 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     finished = directory / f"matched-{config.num_steps}-{run_hash}"
     if agreed(partial(exists, finished), str(finished), unet.device):
         return Guide.from_pretrained(finished).to(unet.device)
-    bases = (unet, *companions.values())
+    guide = copy.deepcopy(halved).requires_grad_(True)
+    train_beside_fakes(
+        guide,
+        first,
+        (unet, *companions.values()),
+        scheduler,
+        cache,
+        config,
+        run_hash=run_hash,
+        checkpoint=directory / "matching.pt",
+        report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
+    )
+    with torch.no_grad():
+        for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
+            p.lerp_(before.to(p), KEPT)
+    if rank_and_world()[0] == 0:
+        write_directory(finished, guide.save_pretrained)
+    return guide
+
+
+def train_beside_fakes(  # noqa: PLR0913, what a run needs, then by name how to follow it
+    guide: Guide,
+    first: Guide,
+    bases: Sequence[UNet2DConditionModel],
+    scheduler: Any,
+    cache: TeacherCache,
+    config: MatchConfig,
+    *,
+    run_hash: str,
+    checkpoint: Path,
+    report: Report,
+) -> None:
+    """Train the guide in place on these UNets, each with a fake score; see :func:`match`."""
     for base in bases:
         base.requires_grad_(False).eval()
     torch.manual_seed(config.train.seed)
-    guide = copy.deepcopy(halved).requires_grad_(True)
+    device = bases[0].device
     scores = [FakeScore(base, first) for base in bases]
-    matched = Matched(guide, scores).to(unet.device)
+    matched = Matched(guide, scores).to(device)
     schedule, guider = cache.schedule, Guider(config.guider, cache.schedule.num_train_timesteps)
     fakes = [GuidedDenoiser(fake.unet, fake.guide, schedule) for fake in scores]
 
@@ -378,19 +370,13 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
                 cache,
                 scheduler,
                 config,
-                unet.device,
+                device,
             ),
             matched,
             config.train,
             run_hash=run_hash,
-            checkpoint=directory / "matching.pt",
-            report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
+            checkpoint=checkpoint,
+            report=report,
             name_row=name_row,
             in_threads=True,
         )
-    with torch.no_grad():
-        for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
-            p.lerp_(before.to(p), KEPT)
-    if rank_and_world()[0] == 0:
-        write_directory(finished, guide.save_pretrained)
-    return guide

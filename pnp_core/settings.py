@@ -358,6 +358,13 @@ class HalveSettings:
             )
         one_of(self, SPACINGS, "timestep_spacing")
         at_least(self, 0, "match_steps", "match_images")
+        warmup_images = getattr(self, "warmup_images", 0)  # where training's are beside these
+        if self.match_steps and self.match_images <= warmup_images:
+            raise SettingError(
+                "match_images",
+                f"is {self.match_images}, all in the warm-up (warmup_images {warmup_images}): "
+                "raise it, or set match_steps: 0.",
+            )
         positive(self, "match_learning_rate")
 
     @property

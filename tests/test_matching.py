@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pnp_core.cache import TeacherCache
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser
+from pnp_core.fake_score import FakeScore
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.match import (
-    FakeScore,
     MatchConfig,
     Noised,
     fake_loss,

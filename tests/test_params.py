@@ -142,7 +142,11 @@ def test_names_as_people_have_them(tmp_path: Path) -> None:
         ("distill.guidance_scale", [1.0], "distill.guidance_scale"),
         ("halve.end_steps", 3, "halve: Halving 8 steps never gives 3: start_steps must be"),
         ("halve.guidance_gain", 0.5, "halve.guidance_gain is 0.5; it must lie in [1, 2)"),
-        ("halve.match_images", 16, "halve: warmup_images is 16, and match_images 16, all in the"),
+        (
+            "halve.match_images",
+            16,
+            "halve.match_images is 16, all in the warm-up (warmup_images 16)",
+        ),
         ("models.My Model", MODEL, "models.My Model: 'My Model' can't be a name here: letters"),
         ("models.café", MODEL, "'café' can't be a name here: letters, digits, - and _"),
         ("models._x", MODEL, "- and _, beginning with a letter or digit"),
