@@ -63,7 +63,7 @@ def train_rounds(params: Params, report: Report) -> None:
     cache, unet = open_cache(params, pipeline.scheduler), pipeline.unet
     folder = checkpoint_folder("halve")
     guides = halve(unet, pipeline.scheduler, first, cache, config, directory=folder, report=report)
-    matched = match_guides(params, config, guides, pipeline, companions, cache, report)
+    matched = match_guides(params, guides, pipeline, companions, cache, report)
     if rank_and_world()[0] == 0:
         # Each round is trained on the steps of this sampler, and measured with it.
         best = SchedulerChoice(name="DDIMScheduler", timestep_spacing=params.halve.timestep_spacing)
@@ -72,7 +72,6 @@ def train_rounds(params: Params, report: Report) -> None:
 
 def match_guides(  # noqa: PLR0913, what there is after halving
     params: Params,
-    config: HalveConfig,
     guides: Mapping[int, "Guide"],
     pipeline: "DiffusionPipeline",
     companions: Mapping[str, "UNet2DConditionModel"],
@@ -82,7 +81,7 @@ def match_guides(  # noqa: PLR0913, what there is after halving
     """The guides for the fewest steps, matched; images are counted on from those of halving."""
     from pnp_core.match import match
 
-    before = (len(guides) - 1) * config.train.num_images
+    before = (len(guides) - 1) * params.halve.num_images
     matched: dict[int, Guide] = {}
     for number, num_steps in enumerate(params.halve.matched):
         this = match_config(params, num_steps)
@@ -95,7 +94,7 @@ def match_guides(  # noqa: PLR0913, what there is after halving
             pipeline.unet,
             pipeline.scheduler,
             guides[num_steps],
-            guides[config.start_steps],
+            guides[params.halve.start_steps],
             cache,
             this,
             companions=companions,

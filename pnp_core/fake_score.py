@@ -24,12 +24,12 @@ class FakeScore(nn.Module):
         guide: of the copy; it is told the guidance scale and the negative prompt.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, guide: Guide, rank: int = RANK) -> None:
+    def __init__(self, unet: UNet2DConditionModel, guide: Guide) -> None:
         from peft import LoraConfig
 
         super().__init__()
         self.unet = copy.deepcopy(unet).requires_grad_(False)
-        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(CHANGED)))
+        self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(CHANGED)))
         self.guide = copy.deepcopy(guide).requires_grad_(True)
         for p in self.unet.parameters():
             if p.requires_grad:

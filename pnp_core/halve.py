@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from os.path import exists
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -140,6 +140,32 @@ def rounds_of(config: HalveConfig) -> list[Round]:
     ]
 
 
+class Batch(NamedTuple):
+    """A step's global batch of latents, on the CPU."""
+
+    indices: Tensor
+    w_B: Tensor
+    number_B: Tensor  # of the sampler's step, from 0
+    draws: Draws
+
+
+def draw_batch(  # noqa: PLR0913, what there is to draw, then by name how many and which
+    cache: TeacherCache,
+    generator: torch.Generator,
+    guidance_scale: tuple[float, float],
+    *,
+    num_steps: int,
+    batch_size: int,
+    seed: int,
+    step: int,
+) -> Batch:
+    """What a step of training sees that has a sampler's steps and no pairs."""
+    indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
+    w_B = draw_guidance_scale(guidance_scale, batch_size, generator)
+    number_B = torch.randint(num_steps, (batch_size,), generator=generator)
+    return Batch(indices, w_B, number_B, cache.draws(indices, generator))
+
+
 def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its settings
     student: Denoiser,
     teacher: Denoiser,
@@ -156,12 +182,11 @@ def halving_objective(  # noqa: PLR0913, a round's two guides, its data and its 
     middle = middle_times(grid, fine)
 
     @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
-    def drawn(step: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
-        generator = step_generator(this.seed, step)
-        indices = cache.latent_indices(batch_size=batch_size, seed=this.seed, step=step)
-        w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)
-        interval_B = torch.randint(this.num_steps, (batch_size,), generator=generator)
-        return indices, w_B, interval_B, cache.draws(indices, generator)
+    def drawn(step: int) -> Batch:
+        return draw_batch(
+            cache, step_generator(this.seed, step), config.guidance_scale,
+            num_steps=this.num_steps, batch_size=batch_size, seed=this.seed, step=step,
+        )  # fmt: skip
 
     def read(step: int, part: slice) -> tuple[Latents, list[Tensor]]:
         indices, w_B, interval_B, draws = drawn(step)
@@ -298,10 +323,8 @@ def train_round(  # noqa: PLR0913, what halve() has, and what differs from round
     own, theirs = (GuidedDenoiser(unet, guide, cache.schedule) for guide in (student, teacher))
 
     def name_row(step: int, row: int) -> str:
-        indices = cache.latent_indices(
-            batch_size=config.train.batch_size, seed=this.seed, step=step
-        )
-        return cache.moment_shards.name_row(int(indices[row]))
+        batch_size = config.train.batch_size
+        return cache.name_latent(batch_size=batch_size, seed=this.seed, step=step, row=row)
 
     with checkpointing([unet], config.train.gradient_checkpointing):
         return train(

@@ -25,15 +25,16 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from pnp_core.cache import Draws, Latents, TeacherCache
+from pnp_core.cache import Latents, TeacherCache
 from pnp_core.cache.read import as_float
 from pnp_core.calls import checkpointing
 from pnp_core.denoiser import CFGDenoiser, Denoiser, GuidedDenoiser
-from pnp_core.distill import check_companions, draw_guidance_scale, turn_of
+from pnp_core.distill import check_companions, turn_of
 from pnp_core.fake_score import CHANGED, RANK, FakeScore, Matched
 from pnp_core.files import write_directory
 from pnp_core.guide import Guide
 from pnp_core.guiders import Guider
+from pnp_core.halve import Batch, draw_batch
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.seeds import step_generator
 from pnp_core.settings import GuiderConfig, TrainConfig
@@ -184,22 +185,21 @@ def drawing(
     batch_size, seed = config.train.batch_size, seed_of(config)
 
     @lru_cache(maxsize=2)  # a batch may come in parts, and the next step's among them
-    def drawn(step: int) -> tuple[Tensor, Draws, tuple[Tensor, ...]]:
+    def drawn(step: int) -> tuple[Batch, Tensor, Tensor]:
         generator = step_generator(seed, step)
-        indices = cache.latent_indices(batch_size=batch_size, seed=seed, step=step)
-        w_B = draw_guidance_scale(config.guidance_scale, batch_size, generator)
-        number_B = torch.randint(config.num_steps, (batch_size,), generator=generator)
-        draws = cache.draws(indices, generator)
+        batch = draw_batch(
+            cache, generator, config.guidance_scale,
+            num_steps=config.num_steps, batch_size=batch_size, seed=seed, step=step,
+        )  # fmt: skip
         shares = torch.rand(1 + NUM_NOISED, batch_size, generator=generator)
-        noises = torch.randn(1 + NUM_NOISED, *draws.noise.shape, generator=generator)
-        return indices, draws, (w_B, number_B, shares, noises)
+        noises = torch.randn(1 + NUM_NOISED, *batch.draws.noise.shape, generator=generator)
+        return batch, shares, noises
 
     def read(step: int, part: slice) -> Drawn:
-        indices, draws, numbers = drawn(step)
-        latents, pin = cache.latents(indices, draws, part), pinning(device)
-        return Drawn(
-            latents.map(pin), *(pin(x[..., part] if x.ndim < 3 else x[:, part]) for x in numbers)
-        )
+        batch, *noising = drawn(step)
+        latents, pin = cache.latents(batch.indices, batch.draws, part), pinning(device)
+        numbers = batch.w_B[part], batch.number_B[part], *(x[:, part] for x in noising)
+        return Drawn(latents.map(pin), *map(pin, numbers))
 
     ahead = Ahead(read)
 
@@ -354,10 +354,8 @@ def train_beside_fakes(  # noqa: PLR0913, what a run needs, then by name how to 
     fakes = [GuidedDenoiser(fake.unet, fake.guide, schedule) for fake in scores]
 
     def name_row(step: int, row: int) -> str:
-        indices = cache.latent_indices(
-            batch_size=config.train.batch_size, seed=seed_of(config), step=step
-        )
-        return cache.moment_shards.name_row(int(indices[row]))
+        batch_size, seed = config.train.batch_size, seed_of(config)
+        return cache.name_latent(batch_size=batch_size, seed=seed, step=step, row=row)
 
     with checkpointing(
         [*bases, *(fake.unet for fake in scores)], config.train.gradient_checkpointing

@@ -238,6 +238,11 @@ class TeacherCache:
         teacher = int(torch.searchsorted(self.starts, index, right=True)) - 1
         return self.pair_shards[teacher].name_row(index - int(self.starts[teacher]))
 
+    def name_latent(self, *, batch_size: int, seed: int, step: int, row: int) -> str:
+        """Where the latent in a row of a step's global batch lies, for messages."""
+        indices = self.latent_indices(batch_size=batch_size, seed=seed, step=step)
+        return self.moment_shards.name_row(int(indices[row]))
+
     def draws(self, indices: Tensor, generator: torch.Generator) -> Draws:
         """The random numbers for the latents at ``indices``."""
         num_rows = len(indices)
