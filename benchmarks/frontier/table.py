@@ -1,10 +1,12 @@
 """What the table says: the numbers that the project answers for, and the page."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.frontier.final import final_models
 from benchmarks.frontier.judges import from_json, rounded
 from benchmarks.frontier.settings import (
     CONSISTENT,
@@ -103,6 +105,12 @@ class Found:
         own = self.score(model, place, self.own(model, place), "fid", "world")
         theirs = self.score(model, "100", "cfg", "fid", "world")
         return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+
+    def clip_over_cfg100(self, model: str, place: str) -> float:
+        """The guide's CLIP score less that CFG's, in points."""
+        own = self.score(model, place, self.own(model, place), "clip_score", "world")
+        theirs = self.score(model, "100", "cfg", "clip_score", "world")
+        return own.value - theirs.value if own and theirs else math.nan
 
     def clip_gain(self, model: str, place: str) -> Estimate | None:
         """The guide's share of what CFG gains in CLIP score over no guidance, at equal steps."""
@@ -258,6 +266,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             lines += compared(found, model, place)
             if place == "100":
                 lines += of_other_precision(results, model)
+    lines += beside_cfg100(results)
     lines += beside_trained(results)
     lines += ["", "## Runs", ""]
     lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
@@ -316,6 +325,42 @@ def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
         return []
     said = f"This row is in {own}, the guide's of {', of '.join(apart)}"
     return ["", f"{said}: what compares the two compares precisions besides."]
+
+
+def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
+    """A table of all models: the guide, as it is taken, beside CFG of 100 forwards."""
+    found = Found(results, results["cells"])
+    costs, final = ("8", "4", "2"), final_models()
+    models = [name for name in found.models if all(found.over_cfg100(name, at) for at in costs)]
+    if not models:
+        return []
+    lines = [
+        "",
+        "## Beside CFG of 100 forwards",
+        "",
+        "FID of the guide, in the way that is taken by the images for choosing, over that of 50 "
+        "DDIM steps of CFG at their best scale, and its CLIP score less that CFG's.",
+        "",
+        f"| model | {' | '.join(f'{at} forwards' for at in costs)} |",
+        "|---" * (1 + len(costs)) + "|",
+    ]
+
+    def line(name: str, ratios: Sequence[Estimate | None], leads: Sequence[float]) -> str:
+        pairs = zip(ratios, leads, strict=True)
+        words = [f"{with_interval(ratio, 3)}; {lead:+.1f}" for ratio, lead in pairs if ratio]
+        return f"| {name} | {' | '.join(words)} |"
+
+    leads = {name: [found.clip_over_cfg100(name, at) for at in costs] for name in models}
+    for name in models:
+        lines.append(line(name, [found.over_cfg100(name, at) for at in costs], leads[name]))
+    for words, some in (
+        ("mean of the development fine-tunes", [n for n in models if n not in (*final, "base")]),
+        ("mean of the final models", [n for n in models if n in final]),
+    ):
+        if some:
+            ratios = [mean([found.over_cfg100(name, at) for name in some]) for at in costs]
+            lines.append(line(words, ratios, np.mean([leads[n] for n in some], axis=0).tolist()))
+    return lines
 
 
 def beside_trained(results: Mapping[str, Any]) -> list[str]:
