@@ -479,6 +479,21 @@ def test_the_page_has_a_table_for_each_model_and_cost() -> None:
     assert f"{taken} the best free rival's 0.800 (0.800 to 0.800)" in page
 
 
+def test_the_page_holds_the_guide_against_cfg_of_100_on_each_model_and_on_their_mean() -> None:
+    found = results()
+    found["cells"]["b"]["4"] = found["cells"]["b"]["4"] | {"guided": cell("guided", 8.0, 39.0)}
+    page = table.as_markdown(found).split("## Beside CFG of 100 forwards")[1].split("\n## ")[0]
+    by_name = {
+        line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.splitlines() if line
+    }
+    lead = 41 - cell("cfg", 3.2)["scores"]["world"]["clip_score"]["value"]
+    assert by_name["a"][1].startswith("1.250 (") and by_name["a"][1].endswith(f"; {lead:+.1f}")
+    assert by_name["b"][1].startswith("2.500 (") and by_name["b"][1].endswith(f"; {lead - 2:+.1f}")
+    mean = by_name["mean of the development fine-tunes"][1]
+    assert mean.startswith("1.875 (") and mean.endswith(f"; {lead - 1:+.1f}")
+    assert "mean of the final models" not in by_name
+
+
 def test_the_page_says_where_cfg_of_100_forwards_is_of_another_precision_than_the_guide() -> None:
     found = results(["base", "a"])
     precisions = {("base", "100", "cfg"): "fp32", ("base", "8", "guided"): "bf16 in sampling"}

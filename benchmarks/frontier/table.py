@@ -84,7 +84,9 @@ class Found:
         own, theirs = (self.score(model, place, m, "clip_score", "world") for m in (method, rival))
         return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
 
-    def over_trained(self, model: str, place: str, rival: str) -> Estimate | None:
+    def over_trained(
+        self, model: str, place: str, rival: str, judge: str = "world"
+    ) -> Estimate | None:
         """The FID of this guide's form over that of a rival; None if not trained alike, or since.
 
         Rows are of the weights that they were made with.
@@ -97,8 +99,13 @@ class Found:
             alike.add((about["base_hash"], about["settings"]))
         if len(alike) > 1:
             return None
-        own, theirs = (self.score(model, place, m, "fid", "world") for m in ("ours", rival))
+        own, theirs = (self.score(model, place, m, "fid", judge) for m in ("ours", rival))
         return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+
+    def clip_over_trained(self, model: str, place: str, rival: str) -> float:
+        """The CLIP score of this guide's form less that of a rival, in points."""
+        own, theirs = (self.score(model, place, m, "clip_score", "world") for m in ("ours", rival))
+        return own.value - theirs.value if own and theirs else math.nan
 
     def over_cfg100(self, model: str, place: str) -> Estimate | None:
         """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
@@ -364,7 +371,7 @@ def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
 
 
 def beside_trained(results: Mapping[str, Any]) -> list[str]:
-    """A table of means over the models, as far as they have rows of trained rivals."""
+    """A table of means over the fine-tunes, as far as they have rows of trained rivals."""
     about = results.get("trained", {})
     models = [
         name
@@ -373,26 +380,41 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
     ]
     if "ours" not in about or not models:
         return []
-    own = about["ours"]
+    own, found = about["ours"], Found(results, models)
+    tuned = [name for name in models if name != "base"] or models
     lines = [
         "",
         "## Beside rivals that train",
         "",
-        f"FID of this guide's form over theirs, mean of {', '.join(models)}: below 1 it is ahead. "
-        f"All have seen {own['num_images']:,} samples of the same pairs at their best learning "
-        f"rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: none); "
-        "the guide of the tables above has seen more.",
+        f"FID of this guide's form over theirs, mean of {', '.join(tuned)}: below 1 it is ahead; "
+        "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
+        f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
+        f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
+        "none); the guide of the tables above has seen more.",
         "",
         f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
         "|---" * (2 + len(COSTS)) + "|",
     ]
-    for rival, by_cost in over_trained(results, models).items():
+    for rival, by_cost in over_trained(results, tuned).items():
         if rival in about and any(by_cost.values()):
-            found = [by_cost.get(at) for at in COSTS]
-            ratios = " | ".join(with_interval(one, 3) if one else "" for one in found)
+            cells = [beside_one(found, tuned, at, rival, by_cost.get(at)) for at in COSTS]
             share = f"{100 * about[rival]['params_ratio']:.1f} %"
-            lines.append(f"| {TRAINED_LABELS[rival]} | {share} | {ratios} |")
+            lines.append(f"| {TRAINED_LABELS[rival]} | {share} | {' | '.join(cells)} |")
     return lines
+
+
+def beside_one(
+    found: Found, tuned: Sequence[str], place: str, rival: str, ratio: Estimate | None
+) -> str:
+    """A cell of that table; empty where it is not made yet."""
+    if ratio is None:
+        return ""
+    foreign = mean([found.over_trained(name, place, rival, "foreign") for name in tuned])
+    lead = np.mean([found.clip_over_trained(name, place, rival) for name in tuned])
+    words = [with_interval(ratio, 3), f"{foreign.value:.3f}" if foreign else "", f"{lead:+.1f}"]
+    if base := found.over_trained("base", place, rival):
+        words.append(f"base {base.value:.3f}")
+    return "; ".join(words)
 
 
 def rows(cells: Cells, place: str, runs: Mapping[str, Run | None]) -> list[str]:
