@@ -44,7 +44,7 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
         bundle = GuideBundle.load(folder)
     row = row_of(arguments.model, params)
     pipe = load_row(row, params.base)
-    num_steps = min(bundle.num_steps) if arguments.steps is None else arguments.steps
+    num_steps = bundle.default_num_steps if arguments.steps is None else arguments.steps
     best = bundle.scheduler_for(num_steps)
     if best is not None:
         best.set(pipe)
@@ -206,7 +206,7 @@ def parsed() -> argparse.Namespace:
         "--model", help="a name in params.yaml, or the path of a fine-tune; default: the base"
     )
     parser.add_argument(
-        "--steps", type=steps, help="default: the fewest that the guide is made for"
+        "--steps", type=steps, help="default: the fewest from 4 on that the guide is made for"
     )
     parser.add_argument("--guidance-scale", type=factor, help="default: the model's, or evaluate's")
     parser.add_argument("--strength", type=factor, help="default: the model's, or 1")

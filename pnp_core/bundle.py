@@ -16,6 +16,7 @@ from pnp_core.model_files import check_safetensors
 from pnp_core.scheduling import SchedulerChoice
 
 INDEX = "bundle.json"
+FEWEST = 4  # steps, unless it is asked for fewer
 
 
 class GuideBundle:
@@ -39,6 +40,11 @@ class GuideBundle:
     def num_steps(self) -> tuple[int, ...]:
         """The step counts that there is a guide for, in ascending order."""
         return tuple(self.guides)
+
+    @property
+    def default_num_steps(self) -> int:
+        """The fewest, but no fewer than 4 where there is a choice: with 2, images are far worse."""
+        return next((n for n in self.num_steps if n >= FEWEST), self.num_steps[-1])
 
     def for_steps(self, num_steps: int) -> Guide:
         """The guide whose step count is nearest to ``num_steps``, by ratio."""

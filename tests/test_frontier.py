@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks.frontier import final, run, table, workbench
 from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
+from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
 from benchmarks.frontier.settings import (
     FORWARDS,
@@ -238,6 +239,31 @@ def test_another_guide_for_one_number_of_steps_leaves_the_rows_of_others_as_they
     assert bench.digest(rows("ddim", 4)) != other.digest(rows("ddim", 4))
     assert bench.digest(rows("ddim", 4) + rows("ddim", 8)) != bench.digest(rows("ddim", 8))
     assert bench.digest(layouts("cfg", 8)) is None
+
+
+def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
+    bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Setting] = []
+
+    def maker_of(bench: workbench.Workbench) -> run.Maker:
+        maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), Any, Any)
+
+        def fid_of_few(setting: Setting) -> float:
+            asked.append(setting)
+            return abs(setting.scale - 4) + (setting.solver != "unipc")
+
+        monkeypatch.setattr(maker, "fid_of_few", fid_of_few)
+        return maker
+
+    monkeypatch.setattr(run, "RUN", tmp_path)
+    chosen = maker_of(bench).choose("guided", 4)
+    assert {setting.solver for setting in asked} == {"ddim", "dpmsolver++", "unipc"}
+    asked.clear()
+    other = bench_of(bench.params)
+    other.bundles["guided"].guides[4] = bench_of(bench.params, seed=2).bundles["guided"].guides[4]
+    assert maker_of(other).choose("guided", 4) == chosen
+    assert {setting.solver for setting in asked} == {"ddim"}  # which takes the guide for 4 steps
 
 
 @pytest.mark.parametrize("method", ["cfg", "linear", "guided", "exact"])
@@ -472,7 +498,7 @@ def test_a_number_waits_for_the_row_of_every_rival_that_may_be_the_best() -> Non
 
 
 def test_the_page_has_a_table_for_each_model_and_cost() -> None:
-    page = table.as_markdown(results(["base"]))
+    page = as_markdown(results(["base"]))
     assert page.count("| this guide |") == 6
     assert "## base, 8 forwards" in page and "## base, 16 steps" in page
     taken = "For this guide (what is taken, by the images for choosing): FID over"
@@ -482,7 +508,7 @@ def test_the_page_has_a_table_for_each_model_and_cost() -> None:
 def test_the_page_holds_the_guide_against_cfg_of_100_on_each_model_and_on_their_mean() -> None:
     found = results()
     found["cells"]["b"]["4"] = found["cells"]["b"]["4"] | {"guided": cell("guided", 8.0, 39.0)}
-    page = table.as_markdown(found).split("## Beside CFG of 100 forwards")[1].split("\n## ")[0]
+    page = as_markdown(found).split("## Beside CFG of 100 forwards")[1].split("\n## ")[0]
     by_name = {
         line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.splitlines() if line
     }
@@ -492,6 +518,24 @@ def test_the_page_holds_the_guide_against_cfg_of_100_on_each_model_and_on_their_
     mean = by_name["mean of the development fine-tunes"][1]
     assert mean.startswith("1.875 (") and mean.endswith(f"; {lead - 1:+.1f}")
     assert "mean of the final models" not in by_name
+
+
+def test_two_trainings_of_the_guide_stand_side_by_side() -> None:
+    found = results(["base", "a", "b"])
+    for name, fid in (("base", 4.4), ("a", 4.0), ("b", 3.6)):
+        places = found["cells"][name]
+        places["8"] = places["8"] | {"guided-2": cell("guided-2", fid, 40.0)}
+    assert table.summary(found, ["a", "b"], [])["trainings"] == {
+        "fid_8_base": [0.8, 0.88],
+        "fid_8_mean": [0.8, 0.76],
+    }
+    page = as_markdown(found).split("## The guide trained a second time")[1].split("\n## ")[0]
+    lines = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in page.splitlines() if line}
+    assert lines["base"] == ["", "1.100 (1.100 to 1.100); -1.0; 0.800, 0.880", " |"]
+    mean_of = lines["mean of the development fine-tunes"]
+    assert mean_of[1].startswith("0.950 (") and mean_of[1].endswith("; 0.800, 0.760")
+    assert "second time" not in as_markdown(results())
+    assert table.summary(results(), ["a", "b"], [])["trainings"] is None
 
 
 def test_the_page_says_where_cfg_of_100_forwards_is_of_another_precision_than_the_guide() -> None:
@@ -505,7 +549,7 @@ def test_the_page_says_where_cfg_of_100_forwards_is_of_another_precision_than_th
         row_name(*row): [{"guide": "g", "precision": precision, "commit": "c", "command": "x"}]
         for row, precision in precisions.items()
     }
-    page = table.as_markdown(found)
+    page = as_markdown(found)
     assert page.count("compares precisions besides") == 1
     of_base = page.split("## base, 100 forwards")[1].split("\n## ")[0]
     assert "This row is in fp32, the guide's of 8 forwards in bf16: what compares" in of_base
@@ -525,7 +569,7 @@ def test_whether_the_guide_has_exact_steps_is_chosen_by_other_images_than_the_ta
     summed = table.summary(found, [], [])
     assert summed["clip_8_base"] == pytest.approx(clip - 40.5)
     assert summed["fid_8_over_cfg100"] == pytest.approx((4 if clip == 41 else 3.9) / 3.2)
-    page = table.as_markdown(found).split("## base, 8 forwards")[1].split("\n## ")[0]
+    page = as_markdown(found).split("## base, 8 forwards")[1].split("\n## ")[0]
     (line,) = [line for line in page.splitlines() if "is taken, by" in line]
     assert taken in line
 
@@ -534,7 +578,7 @@ def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> N
     found = results(["base"])
     cells = found["cells"]["base"]["8"]
     cells["exact"] = {**cells["guided"], "setting": "exact ddim 6 3 0,3"}
-    page = table.as_markdown(found)
+    page = as_markdown(found)
     assert page.count("CFG in some steps: FID over the best free rival's 0.800") == 1
 
 

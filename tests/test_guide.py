@@ -413,6 +413,16 @@ def test_a_bundle_on_disk_gives_back_each_guide(
     assert [bundle.for_steps(n).config.num_steps for n in (4, 8, 11, 12, 50)] == [8, 8, 8, 16, 16]
 
 
+@pytest.mark.parametrize(
+    ("counts", "taken"), [((8, 16), 8), ((2, 4, 8), 4), ((2,), 2), ((1, 2), 2), ((3, 6), 6)]
+)
+def test_without_a_number_of_steps_the_fewest_from_four_on_are_taken(
+    pipe: StableDiffusionPipeline, counts: tuple[int, ...], taken: int
+) -> None:
+    guide = Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2))
+    assert GuideBundle(dict.fromkeys(counts, guide)).default_num_steps == taken
+
+
 def test_a_damaged_or_missing_guide_is_refused(
     pipe: StableDiffusionPipeline, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.frontier import run, table, trained, training, workbench
+from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.settings import (
     CONSISTENT,
     LABELS,
@@ -282,7 +283,7 @@ def test_where_it_is_not_surely_ahead_rival_and_cost_are_named_but_not_the_large
             found["cells"][model]["8"][name] = cell(name, 3.9)
     (named,) = table.summary(found, ["a", "b"], [])["behind_trained_rivals"]
     assert named.startswith("agd at 8: 1.026 (")
-    page = table.as_markdown(found)
+    page = as_markdown(found)
     (line,) = [
         line for line in page.splitlines() if line.startswith("| AGD (Jensen") and "%" in line
     ]
@@ -329,6 +330,6 @@ def test_a_rival_that_costs_more_a_step_is_too_dear_only_over_what_it_stands_und
     found = with_rivals(4.0, 5.0, ("a",))
     found["cells"]["a"]["8"]["paper-full"] |= {"forwards": 8.1, "setting": "paper-full unipc 5 4"}
     found["cells"]["a"]["8"]["agd"] |= {"forwards": 8.6}
-    page = table.as_markdown(found).split("## a, 8 forwards")[1].split("\n## ")[0]
+    page = as_markdown(found).split("## a, 8 forwards")[1].split("\n## ")[0]
     dear = [line.split("|")[1].strip() for line in page.splitlines() if "too dear" in line]
     assert dear == [LABELS["agd"]]

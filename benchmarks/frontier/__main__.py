@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.frontier.final import final_models
+from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.run import RESULTS, run
 from benchmarks.frontier.settings import FORWARDS
-from benchmarks.frontier.table import as_markdown, summary
+from benchmarks.frontier.table import summary
 from benchmarks.frontier.training import train_all
 from benchmarks.quality import models_of
 from components.environment import quiet

@@ -6,7 +6,7 @@ run side by side: a job that another one has in hand is left to it.
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +145,7 @@ class Maker:
             wanted = starts_from(base)
         if not wanted:
             return None
-        tried: dict[Setting, float] = {}
+        tried = self._still_good(mine)
         if method in CONSISTENT:  # not told the scale
             return self._chosen(method, num_forwards, {s: self._try(s, tried) for s in wanted})
         if method not in (*GUIDES, *TRAINED_LABELS):  # halved ones pull more at the same scale
@@ -160,6 +160,17 @@ class Maker:
         everything = layouts(method, num_forwards)
         return self.bench.digest(everything) if everything else None
 
+    def _still_good(self, choice: Mapping[str, Any] | None) -> dict[Setting, float]:
+        """What was tried before with the weights that there are now."""
+        if choice is None:
+            return {}
+        tried = [(Setting.parse(text), text) for text in choice.get("guides", {})]
+        return {
+            setting: choice["tried"][text]
+            for setting, text in tried
+            if choice["guides"][text] == self.bench.digest([setting])
+        }
+
     def _chosen(self, method: str, num_forwards: int, tried: dict[Setting, float]) -> Setting:
         """The best of what was tried, written down with all of it."""
         name, at = self.bench.name, str(num_forwards)
@@ -168,6 +179,9 @@ class Maker:
             "guide": self.trained_for(method, num_forwards),
             "setting": best.text,
             "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
+            "guides": {
+                setting.text: own for setting in tried if (own := self.bench.digest([setting]))
+            },
         }
 
         def change(results: dict[str, Any]) -> None:

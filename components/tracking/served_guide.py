@@ -67,7 +67,7 @@ class ServedGuide(PythonModel):
         import torch
 
         pipe = self._pipeline(asked)
-        num_steps = int(asked.get("num_steps") or min(self._bundle.num_steps))
+        num_steps = int(asked.get("num_steps") or self._bundle.default_num_steps)
         if best := self._bundle.scheduler_for(num_steps):
             best.set(pipe)
         images = []

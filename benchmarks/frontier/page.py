@@ -1,0 +1,260 @@
+"""The table as a page, benchmarks/results/frontier.md."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.frontier.final import final_models
+from benchmarks.frontier.judges import from_json
+from benchmarks.frontier.settings import GUIDES, LABELS, MOST, TRAINED_LABELS, Setting, row_name
+from benchmarks.frontier.table import (
+    COSTS,
+    TRAININGS,
+    Cells,
+    Found,
+    mean,
+    over_trained,
+    with_interval,
+)
+from benchmarks.record import Record, as_line
+from components.evaluation import Estimate
+
+
+def as_markdown(results: Mapping[str, Any]) -> str:
+    """The results as a page: a table for each model and cost."""
+    setting = results["setting"]
+    lines = [
+        "# The guide at equal cost",
+        "",
+        f"{setting['num_images']} images a row (PSNR: {setting['num_close']}); each method's "
+        f"layout, solver and scale chosen by FID of {setting['num_choosing']} images of other "
+        "seeds. "
+        f"World's judge: {setting['judge']}; the foreign one: {setting['foreign_judge']}. In "
+        "brackets 95 % intervals, by resampling images, which makes an FID's own several times "
+        "too wide: rows of one table are resampled alike, and a ratio of two is surer. PSNR is to "
+        "CFG of 64 DDIM steps at the row's own scale; ms is processor time of one thread, "
+        "denoising alone, beside other jobs: compare rows of one precision. FID is biased "
+        "upwards by few images: compare within a table. The last column is the run that made "
+        "a row, [below](#runs).",
+    ]
+    runs = runs_of(results.get("records", {}))
+    for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
+        places = results["cells"][model]
+        found = Found(results, [model])
+        for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
+            words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
+            of = {method: runs.get(row_name(model, place, method)) for method in places[place]}
+            lines += ["", f"## {model}, {words}", "", *rows(places[place], place, of)]
+            lines += compared(found, model, place)
+            if place == "100":
+                lines += of_other_precision(results, model)
+    lines += beside_cfg100(results)
+    lines += trained_again(results)
+    lines += beside_trained(results)
+    lines += ["", "## Runs", ""]
+    lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
+    return "\n".join(lines) + "\n"
+
+
+class Run(NamedTuple):
+    """That made rows: its record, and its number on the page."""
+
+    line: str
+    number: int
+
+
+def runs_of(records: Mapping[str, Sequence[Record]]) -> dict[str, Run]:
+    """The last run that made what goes by each name."""
+    lines = {name: as_line(made_by[-1]) for name, made_by in records.items()}
+    numbers = {line: number for number, line in enumerate(dict.fromkeys(lines.values()), 1)}
+    return {name: Run(line, numbers[line]) for name, line in lines.items()}
+
+
+def compared(found: Found, model: str, place: str) -> list[str]:
+    """A sentence for each method with a guide: beside the best free rival at this cost."""
+    lines = []
+    own = found.own(model, place)
+    for method in GUIDES:
+        chosen = " (what is taken, by the images for choosing)" if method == own else ""
+        ratio, foreign = (found.ratio(model, place, j, method) for j in ("world", "foreign"))
+        lead = found.clip_lead(model, place, method)
+        if place.isdigit() and ratio and foreign and lead:
+            lines += [
+                "",
+                f"For {LABELS[method]}{chosen}: FID over the best free rival's "
+                f"{with_interval(ratio, 3)}, by the foreign judge {with_interval(foreign, 3)}, "
+                f"CLIP score less that rival's {with_interval(lead, 2)}.",
+            ]
+    return lines
+
+
+def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
+    """A sentence if the guide's rows, which are held against CFG of 100 forwards, are not of its.
+
+    Rows are kept, whatever precision they were made in.
+    """
+    records: Mapping[str, Sequence[Record]] = results.get("records", {})
+
+    def precision(place: str, method: str) -> str | None:
+        made_by = records.get(row_name(model, place, method))
+        return made_by[-1]["precision"].split(" ")[0] if made_by else None
+
+    own, apart = precision("100", "cfg"), []
+    for place in (*COSTS, "2"):
+        made_in = {one for method in GUIDES if (one := precision(place, method))}
+        if others := sorted(made_in - {own}):
+            apart.append(f"{place} forwards in {' and '.join(others)}")
+    if own is None or not apart:
+        return []
+    said = f"This row is in {own}, the guide's of {', of '.join(apart)}"
+    return ["", f"{said}: what compares the two compares precisions besides."]
+
+
+def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
+    """A table of all models: the guide, as it is taken, beside CFG of 100 forwards."""
+    found = Found(results, results["cells"])
+    costs, final = ("8", "4", "2"), final_models()
+    models = [name for name in found.models if all(found.over_cfg100(name, at) for at in costs)]
+    if not models:
+        return []
+    lines = [
+        "",
+        "## Beside CFG of 100 forwards",
+        "",
+        "FID of the guide, in the way that is taken by the images for choosing, over that of 50 "
+        "DDIM steps of CFG at their best scale, and its CLIP score less that CFG's.",
+        "",
+        f"| model | {' | '.join(f'{at} forwards' for at in costs)} |",
+        "|---" * (1 + len(costs)) + "|",
+    ]
+
+    def line(name: str, ratios: Sequence[Estimate | None], leads: Sequence[float]) -> str:
+        pairs = zip(ratios, leads, strict=True)
+        words = [f"{with_interval(ratio, 3)}; {lead:+.1f}" for ratio, lead in pairs if ratio]
+        return f"| {name} | {' | '.join(words)} |"
+
+    leads = {name: [found.clip_over_cfg100(name, at) for at in costs] for name in models}
+    for name in models:
+        lines.append(line(name, [found.over_cfg100(name, at) for at in costs], leads[name]))
+    for words, some in (
+        ("mean of the development fine-tunes", [n for n in models if n not in (*final, "base")]),
+        ("mean of the final models", [n for n in models if n in final]),
+    ):
+        if some:
+            ratios = [mean([found.over_cfg100(name, at) for name in some]) for at in costs]
+            lines.append(line(words, ratios, np.mean([leads[n] for n in some], axis=0).tolist()))
+    return lines
+
+
+def trained_again(results: Mapping[str, Any]) -> list[str]:
+    """A table of the guide's second training beside its first, of models that have rows of both."""
+    found = Found(results, results["cells"])
+    models = [name for name in found.models if any(found.over_first(name, at) for at in COSTS)]
+    if not models:
+        return []
+    lines = [
+        "",
+        "## The guide trained a second time",
+        "",
+        "The same recipe with other seeds, the guide alone, each time at its best setting: FID of "
+        "the second over that of the first; its CLIP score less the first's; FID over the best "
+        "free rival's, of the first and the second.",
+        "",
+        f"| model | {' | '.join(f'{at} forwards' for at in COSTS)} |",
+        "|---" * (1 + len(COSTS)) + "|",
+    ]
+
+    def told(some: Sequence[str], at: str) -> str:
+        ratio = mean([found.over_first(name, at) for name in some])
+        if ratio is None:
+            return ""
+        lead = np.mean([found.clip_over_first(name, at) for name in some])
+        first, second = (
+            mean([found.ratio(name, at, method=method) for name in some]) for method in TRAININGS
+        )
+        beside = f"; {first.value:.3f}, {second.value:.3f}" if first and second else ""
+        return f"{with_interval(ratio, 3)}; {lead:+.1f}{beside}"
+
+    groups = [(name, [name]) for name in models]
+    if tuned := [name for name in models if name not in ("base", *final_models())]:
+        groups.append(("mean of the development fine-tunes", tuned))
+    for words, some in groups:
+        lines.append(f"| {words} | {' | '.join(told(some, at) for at in COSTS)} |")
+    return lines
+
+
+def beside_trained(results: Mapping[str, Any]) -> list[str]:
+    """A table of means over the fine-tunes, as far as they have rows of trained rivals."""
+    about = results.get("trained", {})
+    models = [
+        name
+        for name, places in results["cells"].items()
+        if any("ours" in places.get(at, {}) for at in COSTS)
+    ]
+    if "ours" not in about or not models:
+        return []
+    own, found = about["ours"], Found(results, models)
+    tuned = [name for name in models if name != "base"] or models
+    lines = [
+        "",
+        "## Beside rivals that train",
+        "",
+        f"FID of this guide's form over theirs, mean of {', '.join(tuned)}: below 1 it is ahead; "
+        "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
+        f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
+        f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
+        "none); the guide of the tables above has seen more.",
+        "",
+        f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
+        "|---" * (2 + len(COSTS)) + "|",
+    ]
+    for rival, by_cost in over_trained(results, tuned).items():
+        if rival in about and any(by_cost.values()):
+            cells = [beside_one(found, tuned, at, rival, by_cost.get(at)) for at in COSTS]
+            share = f"{100 * about[rival]['params_ratio']:.1f} %"
+            lines.append(f"| {TRAINED_LABELS[rival]} | {share} | {' | '.join(cells)} |")
+    return lines
+
+
+def beside_one(
+    found: Found, tuned: Sequence[str], place: str, rival: str, ratio: Estimate | None
+) -> str:
+    """A cell of that table; empty where it is not made yet."""
+    if ratio is None:
+        return ""
+    foreign = mean([found.over_trained(name, place, rival, "foreign") for name in tuned])
+    lead = np.mean([found.clip_over_trained(name, place, rival) for name in tuned])
+    words = [with_interval(ratio, 3), f"{foreign.value:.3f}" if foreign else "", f"{lead:+.1f}"]
+    if base := found.over_trained("base", place, rival):
+        words.append(f"base {base.value:.3f}")
+    return "; ".join(words)
+
+
+def rows(cells: Cells, place: str, runs: Mapping[str, Run | None]) -> list[str]:
+    """The table of one model at one cost; ``runs`` by method."""
+    head = ["method", "setting", "w", "forwards", "FID", "KID x1000", "CLIP score", "diversity"]
+    head += ["foreign FID", "PSNR", "ms", "run"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for method in (name for name in LABELS if name in cells):
+        cell = cells[method]
+        setting, world = Setting.parse(cell["setting"]), cell["scores"]["world"]
+        allowed = int(place) if place.isdigit() else setting.forwards
+        dear = " (too dear)" if cell["forwards"] > MOST * allowed else ""
+        close = cell.get("cfg64_psnr")
+        words = [
+            LABELS[method],
+            setting.layout,
+            f"{setting.scale:g}",
+            f"{cell['forwards']:.2f}{dear}",
+            with_interval(from_json(world["fid"]), 2),
+            f"{1000 * world['kid']['value']:.2f}",
+            f"{world['clip_score']['value']:.2f}",
+            f"{world['diversity']['value']:.3f}",
+            with_interval(from_json(cell["scores"]["foreign"]["fid"]), 1),
+            f"{close['value']:.1f} dB" if close else "",
+            f"{cell['cpu_ms']:.0f}",
+            str(run.number) if (run := runs[method]) else "",
+        ]
+        lines.append(f"| {' | '.join(words)} |")
+    return lines
