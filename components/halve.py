@@ -34,7 +34,7 @@ def run(params: Params) -> None:
     """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
     section = params.halve
     rounds = halving_rounds(section.start_steps, section.end_steps)
-    num_images = len(rounds) * section.num_images + len(section.matched) * section.match_images
+    num_images = len(rounds) * section.num_images + sum(section.matched.values())
     train_stage("halve", train_rounds, params, num_images=num_images, makes=BUNDLE)
 
 
@@ -83,12 +83,13 @@ def match_guides(  # noqa: PLR0913, what there is after halving
 
     before = (len(guides) - 1) * params.halve.num_images
     matched: dict[int, Guide] = {}
-    for number, num_steps in enumerate(params.halve.matched):
+    for num_steps, num_images in params.halve.matched.items():
         this = match_config(params, num_steps)
 
-        def report_one(done: int, metrics: Mapping[str, float], number: int = number) -> None:
-            seen = number * params.halve.match_images + min(done, params.halve.match_images)
-            report(before + seen, {**metrics, "matched": done})
+        def report_one(
+            done: int, metrics: Mapping[str, float], before: int = before, most: int = num_images
+        ) -> None:
+            report(before + min(done, most), {**metrics, "matched": done})
 
         matched[num_steps] = match(
             pipeline.unet,
@@ -101,6 +102,7 @@ def match_guides(  # noqa: PLR0913, what there is after halving
             directory=checkpoint_folder("halve"),
             report=report_one,
         )
+        before += num_images
     return matched
 
 
@@ -112,7 +114,7 @@ def match_config(params: Params, num_steps: int) -> "MatchConfig":
     return MatchConfig(
         train=replace(
             train_config(section),
-            num_images=section.match_images,
+            num_images=section.matched[num_steps],
             learning_rate=section.match_learning_rate,
         ),
         num_steps=num_steps,

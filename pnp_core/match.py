@@ -37,18 +37,19 @@ from pnp_core.guiders import Guider
 from pnp_core.halve import Batch, draw_batch
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.seeds import step_generator
-from pnp_core.settings import GuiderConfig, TrainConfig
+from pnp_core.settings import FEW_STEPS, GuiderConfig, TrainConfig
 from pnp_core.shards import Ahead, pinning
 from pnp_core.train import RECIPE, Report, agreed, config_hash, rank_and_world, train
 
 NEAREST = 1 / 25  # of a step: where tau is nearer to its end, noise tells little of the states
 NUM_NOISED = 2  # times that a state is noised for the fake scores
 SEEDS = 2**16
-KEPT = 0.5  # of the halved guide's weights, in the end
+KEPT = 0.5  # of the halved guide's weights, in the end; none with FEW_STEPS
 EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
 
 MATCHING = (
-    f"kept {KEPT}, every {EVERY}, nearest {NEAREST}, noised {NUM_NOISED}, rank {RANK} of {CHANGED}"
+    f"kept {KEPT} above {FEW_STEPS} steps, every {EVERY}, nearest {NEAREST}, noised {NUM_NOISED}, "
+    f"rank {RANK} of {CHANGED}"
 )
 """Beside the recipe of all training, whatever makes another run of a matching."""
 
@@ -297,8 +298,8 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         report: called with the number of images so far and metrics, ``num_steps`` among them.
 
     Returns:
-        The mean of the halved guide and of what was trained, whose weights are averages too: it
-        keeps what halving does better (Wortsman et al. 2022, WiSE-FT).
+        What was trained, whose weights are averages. But with FEW_STEPS, the mean of it and of
+        the halved guide: that keeps what halving does better (Wortsman et al. 2022, WiSE-FT).
 
     Raises:
         ValueError: other companions than the cache's; workers see different files; a loss that is
@@ -323,9 +324,10 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         checkpoint=directory / "matching.pt",
         report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
     )
-    with torch.no_grad():
-        for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
-            p.lerp_(before.to(p), KEPT)
+    if config.num_steps > FEW_STEPS:
+        with torch.no_grad():
+            for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
+                p.lerp_(before.to(p), KEPT)
     if rank_and_world()[0] == 0:
         write_directory(finished, guide.save_pretrained)
     return guide

@@ -15,6 +15,8 @@ Precision = Literal["bf16", "fp32"]
 PRECISIONS = get_args(Precision)
 SPACINGS = ("leading", "trailing")  # whose steps halve
 KINDS = ("tiny", "encoder", "full")
+# So few steps that nothing of halving is worth keeping: matching has further to go.
+FEW_STEPS, LONGER = 2, 3
 
 CFG = "ClassifierFreeGuidance"
 GUIDERS = (
@@ -328,7 +330,7 @@ class HalveSettings:
         timestep_spacing: of the sampler, in diffusers' terms, leading or trailing.
         match_steps: guides for so many steps or fewer, 0 for none, are matched in the end, see
             :mod:`pnp_core.match`.
-        match_images, match_learning_rate: of each matching.
+        match_images, match_learning_rate: of each matching, see :attr:`matched`.
 
     Raises:
         ValueError: step counts that halving does not connect; a gain outside [1, 2); a spacing
@@ -368,10 +370,11 @@ class HalveSettings:
         positive(self, "match_learning_rate")
 
     @property
-    def matched(self) -> tuple[int, ...]:
-        """The step counts whose guides are matched, in the order of halving."""
+    def matched(self) -> dict[int, int]:
+        """On how many samples guides are matched, by step count, in the order of halving."""
         counts = halving_rounds(self.start_steps, self.end_steps)
-        return tuple(n for n in counts if n <= self.match_steps)
+        longer = {n: LONGER if n <= FEW_STEPS else 1 for n in counts if n <= self.match_steps}
+        return {n: times * self.match_images for n, times in longer.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -168,6 +169,30 @@ def test_matched_states_are_distributed_as_the_teachers(
         )  # fmt: skip
     assert float(wanted.mean()) > 0.5
     assert float(made.mean()) == pytest.approx(float(wanted.mean()), abs=0.1)
+
+
+@pytest.mark.parametrize(("num_steps", "kept"), [(4, 0.5), (2, 0.0)])
+def test_above_two_steps_the_result_is_half_way_from_the_halved_guide(
+    num_steps: int,
+    kept: float,
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    tmp_path: Path,
+) -> None:
+    guide, config = guide_of(pipe), dataclasses.replace(MATCH, num_steps=num_steps)
+
+    def weights(folder: str) -> Tensor:
+        (tmp_path / folder).mkdir()
+        directory = tmp_path / folder
+        made = match(pipe.unet, pipe.scheduler, guide, guide, cache, config, directory=directory)
+        return nn.utils.parameters_to_vector(made.parameters()).detach()
+
+    made = weights("made")
+    with mock.patch("pnp_core.match.KEPT", 0.0):
+        trained = weights("trained")
+    halved = nn.utils.parameters_to_vector(guide.parameters())
+    assert not torch.equal(trained, halved)
+    torch.testing.assert_close(made, kept * halved + (1 - kept) * trained)
 
 
 def test_matching_trains_the_guide_alone_and_goes_on_after_a_stop(

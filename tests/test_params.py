@@ -34,6 +34,7 @@ from pnp_core.settings import (
     DistillConfig,
     GuideConfig,
     HalveConfig,
+    HalveSettings,
     SettingError,
     TrainConfig,
 )
@@ -60,6 +61,13 @@ def changed(dotted: str, value: Any) -> dict[str, Any]:
         place = place[section]
     place[key] = value
     return params
+
+
+def test_guides_for_two_steps_or_fewer_are_matched_on_three_times_as_many_samples() -> None:
+    made = HalveSettings(start_steps=32, end_steps=1, match_steps=8, match_images=100)
+    assert made.matched == {8: 100, 4: 100, 2: 300, 1: 300}
+    assert HalveSettings(start_steps=24, end_steps=3, match_steps=4).matched == {3: 6400}
+    assert HalveSettings(start_steps=32, end_steps=8, match_steps=4).matched == {}
 
 
 def test_a_password_in_the_address_of_mlflow_is_refused_and_not_told(tmp_path: Path) -> None:
