@@ -34,8 +34,15 @@ def run(params: Params) -> None:
     """Write guides/bundle. Raises ValueError if cache or guide are not of this base."""
     section = params.halve
     rounds = halving_rounds(section.start_steps, section.end_steps)
-    num_images = len(rounds) * section.num_images + sum(section.matched.values())
-    train_stage("halve", train_rounds, params, num_images=num_images, makes=BUNDLE)
+    num_matched = sum(section.matched.values())
+    train_stage(
+        "halve",
+        train_rounds,
+        params,
+        num_images=len(rounds) * section.num_images + num_matched,
+        num_matched=num_matched,
+        makes=BUNDLE,
+    )
 
 
 def train_rounds(params: Params, report: Report) -> None:

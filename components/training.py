@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from pnp_core.cache import TeacherCache
 
 
-def train_stage(
+MATCHING_TAKES = 3  # times as long for an image as halving
+
+
+def train_stage(  # noqa: PLR0913, a stage, then by name what it counts and makes
     stage: str,
     work: Callable[[Params, Report], None],
     params: Params,
     *,
     num_images: int,
+    num_matched: int = 0,
     makes: Path,
 ) -> None:
     """Run `work` on the cluster, with progress lines and an MLflow run that a restart resumes.
@@ -34,6 +38,7 @@ def train_stage(
         work: what each worker does.
         params: all of them.
         num_images: that it will report, over all rounds.
+        num_matched: how many of them come last, in matching.
         makes: the folder that the first worker writes.
 
     Raises ValueError if a stage before it has not run.
@@ -59,10 +64,18 @@ def train_stage(
         def report(done: int, metrics: Mapping[str, float]) -> None:
             rounds = f"{metrics['num_steps']:.0f} steps, " if "num_steps" in metrics else ""
             rounds += "matching, " if "matched" in metrics else ""
-            progress(done, f"{rounds}loss {metrics['loss']:.4f}")
+            share = share_of_work(done, num_images, num_matched)
+            progress(done, f"{rounds}loss {metrics['loss']:.4f}", share=share)
             run.curve(*curves(stage, done, metrics, section.num_images))
 
         run_training(work, params, report, name=stage, shipment=shipment)
+
+
+def share_of_work(done: int, num_images: int, num_matched: int) -> float:
+    """How much of a training's work is done with so many images."""
+    halved = num_images - num_matched
+    of_matching = max(0, done - halved)
+    return (done + (MATCHING_TAKES - 1) * of_matching) / (halved + MATCHING_TAKES * num_matched)
 
 
 def curves(

@@ -44,7 +44,7 @@ from pnp_core.train import RECIPE, Report, agreed, config_hash, rank_and_world, 
 NEAREST = 1 / 25  # of a step: where tau is nearer to its end, noise tells little of the states
 NUM_NOISED = 2  # times that a state is noised for the fake scores
 SEEDS = 2**16
-KEPT = 0.5  # of the halved guide's weights, in the end; none with FEW_STEPS
+KEPT = 0.5  # of the halved guide's weights, in the end; at FEW_STEPS or fewer, nothing
 EVERY = 2  # steps of the fake scores to one of the guide, which they must keep up with
 
 MATCHING = (
@@ -298,7 +298,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         report: called with the number of images so far and metrics, ``num_steps`` among them.
 
     Returns:
-        What was trained, whose weights are averages. But with FEW_STEPS, the mean of it and of
+        What was trained, whose weights are averages. Above FEW_STEPS steps, the mean of it and of
         the halved guide: that keeps what halving does better (Wortsman et al. 2022, WiSE-FT).
 
     Raises:
@@ -313,6 +313,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
     if agreed(partial(exists, finished), str(finished), unet.device):
         return Guide.from_pretrained(finished).to(unet.device)
     guide = copy.deepcopy(halved).requires_grad_(True)
+    checkpoint = directory / f"matching-{config.num_steps}.pt"
     train_beside_fakes(
         guide,
         first,
@@ -321,7 +322,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         cache,
         config,
         run_hash=run_hash,
-        checkpoint=directory / "matching.pt",
+        checkpoint=checkpoint,
         report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
     )
     if config.num_steps > FEW_STEPS:
@@ -330,6 +331,7 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
                 p.lerp_(before.to(p), KEPT)
     if rank_and_world()[0] == 0:
         write_directory(finished, guide.save_pretrained)
+        checkpoint.unlink(missing_ok=True)
     return guide
 
 

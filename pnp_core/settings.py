@@ -16,7 +16,7 @@ PRECISIONS = get_args(Precision)
 SPACINGS = ("leading", "trailing")  # whose steps halve
 KINDS = ("tiny", "encoder", "full")
 # So few steps that nothing of halving is worth keeping: matching has further to go.
-FEW_STEPS, LONGER = 2, 3
+FEW_STEPS, TIMES_AS_MANY = 2, 3
 
 CFG = "ClassifierFreeGuidance"
 GUIDERS = (
@@ -373,8 +373,8 @@ class HalveSettings:
     def matched(self) -> dict[int, int]:
         """On how many samples guides are matched, by step count, in the order of halving."""
         counts = halving_rounds(self.start_steps, self.end_steps)
-        longer = {n: LONGER if n <= FEW_STEPS else 1 for n in counts if n <= self.match_steps}
-        return {n: times * self.match_images for n, times in longer.items()}
+        times = {n: TIMES_AS_MANY if n <= FEW_STEPS else 1 for n in counts}
+        return {n: times[n] * self.match_images for n in counts if n <= self.match_steps}
 
 
 @dataclass(frozen=True, kw_only=True)

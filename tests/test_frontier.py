@@ -258,12 +258,38 @@ def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
 
     monkeypatch.setattr(run, "RUN", tmp_path)
     chosen = maker_of(bench).choose("guided", 4)
+    assert chosen and chosen.solver == "unipc"
     assert {setting.solver for setting in asked} == {"ddim", "dpmsolver++", "unipc"}
     asked.clear()
     other = bench_of(bench.params)
     other.bundles["guided"].guides[4] = bench_of(bench.params, seed=2).bundles["guided"].guides[4]
     assert maker_of(other).choose("guided", 4) == chosen
     assert {setting.solver for setting in asked} == {"ddim"}  # which takes the guide for 4 steps
+
+
+def test_what_was_tried_before_counts_only_where_it_would_be_tried_now(
+    bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "RUN", tmp_path)
+    bench.name = "a fine-tune"
+    wanted = {setting.solver: setting for setting in layouts("guided", 4)}
+    best, once_good = wanted["ddim"], wanted["unipc"]
+    of_base = {"guide": bench.digest(layouts("guided", 4)), "tried": {best.text: 1.0}}
+    before = {
+        "guide": "another",
+        "setting": once_good.text,
+        "tried": {once_good.text: 0.5, best.text: 9.0},
+        "images": {s.text: bench.identity_of(s) for s in (once_good, best)},
+    }
+    choices = {
+        name: {"4": {"guided": of}} for name, of in (("base", of_base), (bench.name, before))
+    }
+    write_json(tmp_path / "results.json", {"setting": {}, "choices": choices, "cells": {}})
+    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), Any, Any)
+    monkeypatch.setattr(maker, "fid_of_few", lambda setting: 20.0)
+    assert maker.choose("guided", 4) == best
+    tried = read_json(tmp_path / "results.json")["choices"][bench.name]["4"]["guided"]["tried"]
+    assert tried[best.text] == 9.0 and once_good.text not in tried
 
 
 @pytest.mark.parametrize("method", ["cfg", "linear", "guided", "exact"])

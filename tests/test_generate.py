@@ -29,7 +29,7 @@ def params(world: Path) -> Params:
     unet = load_pipeline(params.base).unet
     guide = roused(Guide.from_unet(unet, GuideConfig(max_parameters_ratio=0.2)))
     best = SchedulerChoice(name="DDIMScheduler", timestep_spacing="trailing")
-    GuideBundle({2: guide}, {2: best}).save("guides/bundle")
+    GuideBundle({2: guide, 4: guide}, {2: best, 4: best}).save("guides/bundle")
     return params
 
 
@@ -57,7 +57,7 @@ def test_a_registered_guide_makes_what_its_folder_makes(
     for guide in ("models:/pnp-guide@champion", "models:/pnp-guide/1"):
         assert np.array_equal(made(params, monkeypatch, "--guide", guide), image)
     assert (
-        "guide pnp-guide version 1 on models/base: scale 4, 2 steps, DDIMScheduler with trailing "
+        "guide pnp-guide version 1 on models/base: scale 4, 4 steps, DDIMScheduler with trailing "
         "spacing, seed 0"
     ) in capsys.readouterr().out
     with pytest.raises(ValueError, match="write models:/<name>@<alias>"):

@@ -228,6 +228,22 @@ def test_matching_trains_the_guide_alone_and_goes_on_after_a_stop(
     run("stopped", lambda done, metrics: pytest.fail("was trained again"))
 
 
+def test_one_matching_after_another_begins_anew_and_leaves_no_checkpoint(
+    pipe: StableDiffusionPipeline,
+    cache: TeacherCache,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    guide = guide_of(pipe)
+    for num_steps, num_images in ((4, 32), (2, 64)):
+        train = dataclasses.replace(TRAIN, num_images=num_images)
+        config = MatchConfig(train=train, num_steps=num_steps)
+        match(pipe.unet, pipe.scheduler, guide, guide, cache, config, directory=tmp_path)
+    assert "of another run" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pt"))
+    assert len(list(tmp_path.glob("matched-*"))) == 2
+
+
 def test_in_the_warm_up_and_in_every_other_step_the_fake_score_alone_learns(
     pipe: StableDiffusionPipeline, cache: TeacherCache
 ) -> None:

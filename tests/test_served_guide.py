@@ -54,7 +54,7 @@ def version(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     pipe = StableDiffusionPipeline.from_pretrained(toy_folder, safety_checker=None)
     guide = roused(Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)))
-    GuideBundle({2: guide}, {2: BEST}).save(folder)
+    GuideBundle({2: guide, 4: guide}, {2: BEST, 4: BEST}).save(folder)
     changed(pipe.unet).save_pretrained(folder.parent / "tuned/unet")
     make_servable(folder, base=str(toy_folder), guidance_scale=5.0)
     return folder
@@ -71,6 +71,8 @@ def answers(version: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         "weakest": {**usual, "strength": 0.0},
         "unguided": {**usual, "guidance_scale": 0.0},
         "no_scale": {"num_steps": 2, "seed": 7},
+        "no_steps": {"guidance_scale": 4.0, "seed": 7},
+        "four": {**usual, "num_steps": 4},
         "missing": {"base": "nowhere/base"},
     }
     asked = {
@@ -103,6 +105,12 @@ def plugged(version: Path, base: Path, **asked: Any) -> np.ndarray:
         "a dog", num_inference_steps=2, generator=torch.Generator().manual_seed(8), **asked
     )
     return np.asarray(image.images[0])
+
+
+def test_without_a_number_of_steps_the_fewest_from_four_on_are_taken(
+    answers: dict[str, Any],
+) -> None:
+    assert answers["no_steps"] == answers["four"] != answers["base"]
 
 
 def test_a_fresh_process_elsewhere_makes_the_images_that_the_plug_makes(

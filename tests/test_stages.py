@@ -9,6 +9,7 @@ import socket
 import tracemalloc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -33,6 +34,7 @@ from components.progress import Progress, clock
 from components.sampling import Sampler, choose_tasks, processor
 from components.scores import fid, kid
 from components.storage import Mirror
+from components.training import share_of_work
 from pnp_core.files import read_json, write_bytes, write_json
 from tests import toy
 
@@ -604,6 +606,34 @@ def test_halve_bundles_every_step_count(inside: Path) -> None:
     from pnp_core.bundle import GuideBundle
 
     assert GuideBundle.load("guides/bundle").num_steps == (2, 4, 8)
+
+
+def test_images_of_each_matching_are_counted_on_from_those_before(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = params_with(halve={"match_steps": 4})  # 32 samples at 4 steps, 96 at 2
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(halve, "train_stage", lambda *_, **named: told.update(named))
+    halve.run(params)
+    assert (told["num_images"], told["num_matched"]) == (2 * 64 + 32 + 96, 32 + 96)
+
+    def match(*args: Any, report: Any, **_: Any) -> None:
+        config = args[5]
+        for done in (16, config.train.num_images + 16):  # the last batch may go beyond
+            report(done, {"num_steps": config.num_steps})
+
+    monkeypatch.setattr("pnp_core.match.match", match)
+    seen: list[int] = []
+    guides: Any = dict.fromkeys((8, 4, 2))
+    nothing: Any = SimpleNamespace(unet=None, scheduler=None)
+    halve.match_guides(params, guides, nothing, {}, nothing, lambda done, _: seen.append(done))
+    assert seen == [128 + 16, 128 + 32, 160 + 16, 160 + 96]
+
+
+def test_a_matched_image_counts_as_three_halved_ones_in_the_time_left() -> None:
+    shares = [share_of_work(done, 400, 100) for done in (0, 150, 300, 350, 400)]
+    assert shares == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert share_of_work(150, 300, 0) == 0.5
 
 
 def test_halve_that_finds_its_rounds_finished_writes_the_same_bytes(inside: Path) -> None:

@@ -138,10 +138,13 @@ def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
     for name in models:
         lines.append(line(name, [found.over_cfg100(name, at) for at in costs], leads[name]))
     for words, some in (
-        ("mean of the development fine-tunes", [n for n in models if n not in (*final, "base")]),
-        ("mean of the final models", [n for n in models if n in final]),
+        (
+            "mean of the development fine-tunes",
+            [n for n in found.models if n not in (*final, "base")],
+        ),
+        ("mean of the final models", [n for n in found.models if n in final]),
     ):
-        if some:
+        if some and set(some) <= set(models):
             ratios = [mean([found.over_cfg100(name, at) for name in some]) for at in costs]
             lines.append(line(words, ratios, np.mean([leads[n] for n in some], axis=0).tolist()))
     return lines
@@ -177,9 +180,8 @@ def trained_again(results: Mapping[str, Any]) -> list[str]:
         return f"{with_interval(ratio, 3)}; {lead:+.1f}{beside}"
 
     groups = [(name, [name]) for name in models]
-    if tuned := [name for name in models if name not in ("base", *final_models())]:
-        groups.append(("mean of the development fine-tunes", tuned))
-    for words, some in groups:
+    tuned = [name for name in found.models if name not in ("base", *final_models())]
+    for words, some in [*groups, ("mean of the development fine-tunes", tuned)]:
         lines.append(f"| {words} | {' | '.join(told(some, at) for at in COSTS)} |")
     return lines
 

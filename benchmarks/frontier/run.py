@@ -145,14 +145,17 @@ class Maker:
             wanted = starts_from(base)
         if not wanted:
             return None
-        tried = self._still_good(mine)
+        tried: dict[Setting, float] = {}
+        kept = self._still_good(mine)
         if method in CONSISTENT:  # not told the scale
-            return self._chosen(method, num_forwards, {s: self._try(s, tried) for s in wanted})
+            return self._chosen(
+                method, num_forwards, {s: self._try(s, tried, kept) for s in wanted}
+            )
         if method not in (*GUIDES, *TRAINED_LABELS):  # halved ones pull more at the same scale
-            first = {start: self._try(start, tried) for start in wanted}
+            first = {start: self._try(start, tried, kept) for start in wanted}
             wanted = [s for s in wanted if first[s] <= NEAR_BEST * min(first.values())]
         for start in wanted:
-            climb(start.scale, lambda scale, s=start: self._try(s.at(scale), tried))  # type: ignore[misc]
+            climb(start.scale, lambda w, s=start: self._try(s.at(w), tried, kept))  # type: ignore[misc]
         return self._chosen(method, num_forwards, tried)
 
     def trained_for(self, method: str, num_forwards: int) -> str | None:
@@ -161,14 +164,15 @@ class Maker:
         return self.bench.digest(everything) if everything else None
 
     def _still_good(self, choice: Mapping[str, Any] | None) -> dict[Setting, float]:
-        """What was tried before with the weights that there are now."""
+        """What was tried before on the images that would be made now."""
         if choice is None:
             return {}
-        tried = [(Setting.parse(text), text) for text in choice.get("guides", {})]
+        images = choice.get("images", {})
+        tried = [(Setting.parse(text), text) for text in images]
         return {
             setting: choice["tried"][text]
             for setting, text in tried
-            if choice["guides"][text] == self.bench.digest([setting])
+            if images[text] == self.bench.identity_of(setting)
         }
 
     def _chosen(self, method: str, num_forwards: int, tried: dict[Setting, float]) -> Setting:
@@ -179,9 +183,7 @@ class Maker:
             "guide": self.trained_for(method, num_forwards),
             "setting": best.text,
             "tried": {setting.text: judging.rounded(found) for setting, found in tried.items()},
-            "guides": {
-                setting.text: own for setting in tried if (own := self.bench.digest([setting]))
-            },
+            "images": {setting.text: self.bench.identity_of(setting) for setting in tried},
         }
 
         def change(results: dict[str, Any]) -> None:
@@ -195,9 +197,12 @@ class Maker:
         of_base = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
         return method == "cfg" or method in GUIDES or method in contenders(of_base)
 
-    def _try(self, setting: Setting, tried: dict[Setting, float]) -> float:
+    def _try(
+        self, setting: Setting, tried: dict[Setting, float], kept: Mapping[Setting, float]
+    ) -> float:
         if setting not in tried:
-            tried[setting] = self.fid_of_few(setting)
+            known = kept.get(setting)
+            tried[setting] = self.fid_of_few(setting) if known is None else known
         return tried[setting]
 
     def fid_of_few(self, setting: Setting) -> float:
@@ -249,7 +254,7 @@ class Maker:
             return
         every = tuple(range(MANY_STEPS))
         start = Setting(method="cfg", solver="ddim", num_steps=MANY_STEPS, scale=3.0, full=every)
-        scale = climb(3.0, lambda scale: self._try(start.at(scale), {}))
+        scale = climb(3.0, lambda scale: self._try(start.at(scale), {}, {}))
         self.cell("100", start.at(scale), made_by)
 
     def unexplained(self, made_by: Record) -> None:

@@ -250,6 +250,7 @@ def summary(
     numbers["trainings"] = trainings(results, tuned)
     numbers["behind_trained_rivals"] = places = behind(results, tuned)
     unknown = ["behind_trained_rivals"] if any(NOT_MEASURED in place for place in places) else []
+    unknown += ["trainings"] if 0 < len(numbers["trainings"] or ()) < 2 * len(COSTS) else []
     intervals: dict[str, Any] = intervals_of(found)
     if any(name in results["cells"] for name in final):
         ended = estimates_of(results, [], final)

@@ -101,16 +101,23 @@ class Workbench:
                 seconds += float(file.metadata()["seconds"])
         return np.concatenate(found), 1000 * seconds / len(tasks)
 
-    def _folder(self, setting: Setting) -> Path:
+    def identity_of(self, setting: Setting) -> str:
+        """Of a setting's images: a hash of all that they depend on but prompts and seeds."""
+        return _hash(self._depends_on(setting))
+
+    def _depends_on(self, setting: Setting) -> dict[str, Any]:
         values = {**self.identity, "setting": setting.text}
         if (own := self.digest([setting])) is not None:
             values["guide"] = own
         if setting.method == "exact":
             values["correction"] = [AT_ONCE, POWER]
-        folder = KEPT / _hash(values)
+        return values
+
+    def _folder(self, setting: Setting) -> Path:
+        folder = KEPT / self.identity_of(setting)
         if not (folder / "identity.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "identity.json", values)
+            write_json(folder / "identity.json", self._depends_on(setting))
         return folder
 
     def _make(self, setting: Setting, batch: Sequence[Task], path: Path) -> None:
