@@ -7,12 +7,12 @@ r"""The guide against CFG and against the other ways to save a forward: on the b
 
     dvc exp run -S cache.num_trajectory=76000 -S distill.num_images=144000 \
         -S distill.batch_size=16 -S distill.warmup_images=2000 \
-        -S distill.ema_halflife_images=5000 -S halve.start_steps=128 -S halve.end_steps=4 \
+        -S distill.ema_halflife_images=5000 -S halve.start_steps=128 -S halve.end_steps=2 \
         -S halve.num_images=6000 -S halve.warmup_images=1000 -S halve.ema_halflife_images=1000 halve
 
-whose guide is zoo/guide. Every peer sees as many images as `distill` did, by the same loss and
-optimizer, in batches of 32, at the best of three learning rates, each tried for a tenth of them.
-Add-ons see what the guide sees, the base's pairs in every other step and the companions' in turns;
+as it was when zoo/guide was made; the card there says what differs. Every peer sees as many images
+as `distill` did, by the same loss and optimizer, in batches of 32, at the best of three learning
+rates, each tried for a tenth of them. Add-ons see what the guide sees, the base's pairs in every other step and the companions' in turns;
 the whole UNet, which can't sit in a companion, the base's. Results go to
 benchmarks/results/quality.json and quality.md; a row that is there, of as many images as are
 wanted, is not made again: after a change of the guide, `--run --anew guided`. Rows of another

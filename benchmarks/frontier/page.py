@@ -160,8 +160,8 @@ def trained_again(results: Mapping[str, Any]) -> list[str]:
         "",
         "## The guide trained a second time",
         "",
-        "The same recipe with other seeds, the guide alone, each time at its best setting: FID of "
-        "the second over that of the first; its CLIP score less the first's; FID over the best "
+        "Today's recipe of zoo/guide with other seeds, the guide alone, each at its best setting: "
+        "FID of the second over that of the first; its CLIP score less the first's; FID over the best "
         "free rival's, of the first and the second.",
         "",
         f"| model | {' | '.join(f'{at} forwards' for at in COSTS)} |",
