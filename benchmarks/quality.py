@@ -12,11 +12,11 @@ r"""The guide against CFG and against the other ways to save a forward: on the b
 
 as it was when zoo/guide was made; the card there says what differs. Every peer sees as many images
 as `distill` did, by the same loss and optimizer, in batches of 32, at the best of three learning
-rates, each tried for a tenth of them. Add-ons see what the guide sees, the base's pairs in every other step and the companions' in turns;
-the whole UNet, which can't sit in a companion, the base's. Results go to
-benchmarks/results/quality.json and quality.md; a row that is there, of as many images as are
-wanted, is not made again: after a change of the guide, `--run --anew guided`. Rows of another
-base, judge or setting are dropped, and all are made anew.
+rates, each tried for a tenth of them. Add-ons see what the guide sees, the base's pairs in every
+other step and the companions' in turns; the whole UNet, which can't sit in a companion, the base's.
+Results go to benchmarks/results/quality.json and quality.md; a row that is there, of as many images
+as are wanted, is not made again: after a change of the guide, `--run --anew guided`. Rows of
+another base, judge or setting are dropped, and all are made anew.
 
 `guidance_fvu` is measured along CFG trajectories of held-out prompts, FID by the judge that the
 results name. CFG at half the steps costs what a guide costs, and trains nothing.

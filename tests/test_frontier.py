@@ -46,6 +46,7 @@ from tests.conftest import roused
 pytest_plugins = ["tests.toy"]
 ROOT = Path(__file__).parent.parent
 STEPS = 6
+NOBODY: Any = None  # in place of a judge who is not asked
 
 
 def run_of(pipe: StableDiffusionPipeline, scale: float = 5.0) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
     asked: list[Setting] = []
 
     def maker_of(bench: workbench.Workbench) -> run.Maker:
-        maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), Any, Any)
+        maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
 
         def fid_of_few(setting: Setting) -> float:
             asked.append(setting)
@@ -265,6 +266,26 @@ def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
     other.bundles["guided"].guides[4] = bench_of(bench.params, seed=2).bundles["guided"].guides[4]
     assert maker_of(other).choose("guided", 4) == chosen
     assert {setting.solver for setting in asked} == {"ddim"}  # which takes the guide for 4 steps
+
+
+def test_closeness_leaves_the_rows_of_weights_that_are_not_here(
+    bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "RUN", tmp_path)
+    monkeypatch.setattr(run, "CLOSE_STEPS", 2)
+    monkeypatch.setattr(run, "NUM_CLOSE", 4)
+    settings = {method: layouts(method, 4)[0] for method in ("guided", "halved", "guided-2", "cfg")}
+    cells = {
+        method: {"setting": setting.text, "guide": None if method == "cfg" else "another"}
+        for method, setting in settings.items()
+    }
+    cells["guided"]["guide"] = bench.digest([settings["guided"]])
+    write_json(tmp_path / "results.json", {"setting": {}, "cells": {"base": {"4": cells}}})
+    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
+    made_by = {"guide": "", "precision": "", "commit": "", "command": ""}
+    maker.closeness(made_by)
+    made = read_json(tmp_path / "results.json")["cells"]["base"]["4"]
+    assert {method for method in made if "cfg64_psnr" in made[method]} == {"guided", "cfg"}
 
 
 def test_what_was_tried_before_counts_only_where_it_would_be_tried_now(
@@ -285,7 +306,7 @@ def test_what_was_tried_before_counts_only_where_it_would_be_tried_now(
         name: {"4": {"guided": of}} for name, of in (("base", of_base), (bench.name, before))
     }
     write_json(tmp_path / "results.json", {"setting": {}, "choices": choices, "cells": {}})
-    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), Any, Any)
+    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
     monkeypatch.setattr(maker, "fid_of_few", lambda setting: 20.0)
     assert maker.choose("guided", 4) == best
     tried = read_json(tmp_path / "results.json")["choices"][bench.name]["4"]["guided"]["tried"]

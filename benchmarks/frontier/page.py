@@ -161,8 +161,8 @@ def trained_again(results: Mapping[str, Any]) -> list[str]:
         "## The guide trained a second time",
         "",
         "Today's recipe of zoo/guide with other seeds, the guide alone, each at its best setting: "
-        "FID of the second over that of the first; its CLIP score less the first's; FID over the best "
-        "free rival's, of the first and the second.",
+        "FID of the second over that of the first; its CLIP score less the first's; FID over the "
+        "best free rival's, of the first and the second.",
         "",
         f"| model | {' | '.join(f'{at} forwards' for at in COSTS)} |",
         "|---" * (1 + len(COSTS)) + "|",

@@ -281,15 +281,20 @@ class Maker:
             self.table.change(change)
 
     def closeness(self, made_by: Record) -> None:
-        """PSNR of all cells to CFG of 64 steps at their scales and seeds, where it is missing."""
+        """PSNR of cells to CFG of 64 steps at their scales and seeds, where it is missing.
+
+        Cells are left whose weights are not here, or not any more.
+        """
         del made_by
         name = self.bench.name
         cells = self.table.read()["cells"].get(name, {})
         for place, method in [(at, method) for at in cells for method in cells[at]]:
             cell = cells[place][method]
-            if "cfg64_psnr" in cell:
-                continue
             setting = Setting.parse(cell["setting"])
+            if "cfg64_psnr" in cell or not self.bench.has(method):
+                continue
+            if self.bench.digest([setting]) != cell["guide"]:
+                continue
             every = tuple(range(CLOSE_STEPS))
             cfg = replace(setting, method="cfg", solver="ddim", num_steps=CLOSE_STEPS, full=every)
             tasks = self.tasks[:NUM_CLOSE]
