@@ -326,13 +326,18 @@ def match(  # noqa: PLR0913, what a run needs, then by name what it may have
         report=lambda done, metrics: report(done, {**metrics, "num_steps": config.num_steps}),
     )
     if config.num_steps > FEW_STEPS:
-        with torch.no_grad():
-            for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
-                p.lerp_(before.to(p), KEPT)
+        move_back(guide, halved)
     if rank_and_world()[0] == 0:
         write_directory(finished, guide.save_pretrained)
         checkpoint.unlink(missing_ok=True)
     return guide
+
+
+@torch.no_grad()
+def move_back(guide: Guide, halved: Guide) -> None:
+    """Keep some of what the guide was before it was matched."""
+    for p, before in zip(guide.parameters(), halved.parameters(), strict=True):
+        p.lerp_(before.to(p), KEPT)
 
 
 def train_beside_fakes(  # noqa: PLR0913, what a run needs, then by name how to follow it
