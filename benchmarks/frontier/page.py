@@ -1,9 +1,7 @@
 """The table as a page, benchmarks/results/frontier.md."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from benchmarks.frontier.final import final_models
 from benchmarks.frontier.judges import from_json
@@ -114,7 +112,7 @@ def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
 def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
     """A table of all models: the guide, as it is taken, beside CFG of 100 forwards."""
     found = Found(results, results["cells"])
-    costs, final = ("8", "4", "2"), final_models()
+    costs = ("8", "4", "2")
     models = [name for name in found.models if all(found.over_cfg100(name, at) for at in costs)]
     if not models:
         return []
@@ -125,29 +123,14 @@ def beside_cfg100(results: Mapping[str, Any]) -> list[str]:
         "FID of the guide, in the way that is taken by the images for choosing, over that of 50 "
         "DDIM steps of CFG at their best scale, and its CLIP score less that CFG's.",
         "",
-        f"| model | {' | '.join(f'{at} forwards' for at in costs)} |",
-        "|---" * (1 + len(costs)) + "|",
     ]
 
-    def line(name: str, ratios: Sequence[Estimate | None], leads: Sequence[float]) -> str:
-        pairs = zip(ratios, leads, strict=True)
-        words = [f"{with_interval(ratio, 3)}; {lead:+.1f}" for ratio, lead in pairs if ratio]
-        return f"| {name} | {' | '.join(words)} |"
+    def told(some: Sequence[str], at: str) -> str:
+        ratio = mean([found.over_cfg100(name, at) for name in some])
+        lead = mean([found.clip_over_cfg100(name, at) for name in some])
+        return f"{with_interval(ratio, 3)}; {lead.value:+.1f}" if ratio and lead else ""
 
-    leads = {name: [found.clip_over_cfg100(name, at) for at in costs] for name in models}
-    for name in models:
-        lines.append(line(name, [found.over_cfg100(name, at) for at in costs], leads[name]))
-    for words, some in (
-        (
-            "mean of the development fine-tunes",
-            [n for n in found.models if n not in (*final, "base")],
-        ),
-        ("mean of the final models", [n for n in found.models if n in final]),
-    ):
-        if some and set(some) <= set(models):
-            ratios = [mean([found.over_cfg100(name, at) for name in some]) for at in costs]
-            lines.append(line(words, ratios, np.mean([leads[n] for n in some], axis=0).tolist()))
-    return lines
+    return lines + means(found, models, costs, told)
 
 
 def trained_again(results: Mapping[str, Any]) -> list[str]:
@@ -164,25 +147,51 @@ def trained_again(results: Mapping[str, Any]) -> list[str]:
         "FID of the second over that of the first; its CLIP score less the first's; FID over the "
         "best free rival's, of the first and the second.",
         "",
-        f"| model | {' | '.join(f'{at} forwards' for at in COSTS)} |",
-        "|---" * (1 + len(COSTS)) + "|",
     ]
 
     def told(some: Sequence[str], at: str) -> str:
         ratio = mean([found.over_first(name, at) for name in some])
-        if ratio is None:
+        lead = mean([found.clip_over_first(name, at) for name in some])
+        if not (ratio and lead):
             return ""
-        lead = np.mean([found.clip_over_first(name, at) for name in some])
         first, second = (
             mean([found.ratio(name, at, method=method) for name in some]) for method in TRAININGS
         )
         beside = f"; {first.value:.3f}, {second.value:.3f}" if first and second else ""
-        return f"{with_interval(ratio, 3)}; {lead:+.1f}{beside}"
+        return f"{with_interval(ratio, 3)}; {lead.value:+.1f}{beside}"
 
+    return lines + means(found, models, COSTS, told)
+
+
+def means(
+    found: Found,
+    models: Sequence[str],
+    costs: Sequence[str],
+    told: Callable[[Sequence[str], str], str],
+) -> list[str]:
+    """A table with a line for each model, and for means where all of their models have one.
+
+    Args:
+        found: the cells.
+        models: that have a line.
+        costs: the columns.
+        told: what a line says of some models at a cost.
+    """
+    final = final_models()
+    tuned = [name for name in found.models if name not in (*final, "base")]
     groups = [(name, [name]) for name in models]
-    tuned = [name for name in found.models if name not in ("base", *final_models())]
-    for words, some in [*groups, ("mean of the development fine-tunes", tuned)]:
-        lines.append(f"| {words} | {' | '.join(told(some, at) for at in COSTS)} |")
+    groups += [
+        (words, some)
+        for words, some in (
+            ("mean of the development fine-tunes", tuned),
+            ("mean of the final models", [name for name in found.models if name in final]),
+        )
+        if some and set(some) <= set(models)
+    ]
+    lines = [f"| model | {' | '.join(f'{at} forwards' for at in costs)} |"]
+    lines.append("|---" * (1 + len(costs)) + "|")
+    for words, some in groups:
+        lines.append(f"| {words} | {' | '.join(told(some, at) for at in costs)} |")
     return lines
 
 
@@ -226,8 +235,9 @@ def beside_one(
     if ratio is None:
         return ""
     foreign = mean([found.over_trained(name, place, rival, "foreign") for name in tuned])
-    lead = np.mean([found.clip_over_trained(name, place, rival) for name in tuned])
-    words = [with_interval(ratio, 3), f"{foreign.value:.3f}" if foreign else "", f"{lead:+.1f}"]
+    lead = mean([found.clip_over_trained(name, place, rival) for name in tuned])
+    words = [with_interval(ratio, 3), f"{foreign.value:.3f}" if foreign else ""]
+    words.append(f"{lead.value:+.1f}" if lead else "")
     if base := found.over_trained("base", place, rival):
         words.append(f"base {base.value:.3f}")
     return "; ".join(words)

@@ -1,6 +1,5 @@
 """What the table says: the numbers that the project answers for."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,8 @@ from components.evaluation import Estimate
 COSTS = ("16", "8", "4")
 NOT_MEASURED = "not measured"
 TRAININGS = ("guided", "guided-2")  # of what is shipped, the second to tell how far they scatter
+CFG100 = ("100", "cfg")
+Row = tuple[str, str]  # place and method, of one model
 Cells = Mapping[str, Any]  # by method, of one model at one cost
 
 
@@ -37,6 +38,16 @@ class Found:
         """A score of a cell; None if there is no such cell yet."""
         cell = self.cells.get(model, {}).get(place, {}).get(method)
         return None if cell is None else from_json(cell["scores"][judge][name])
+
+    def fid_over(self, model: str, one: Row, other: Row, judge: str = "world") -> Estimate | None:
+        """The FID of a cell over that of another of the model; None if one is not there yet."""
+        own, theirs = (self.score(model, *row, "fid", judge) for row in (one, other))
+        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+
+    def clip_less(self, model: str, one: Row, other: Row) -> Estimate | None:
+        """The CLIP score of a cell less that of another, in points; None as above."""
+        own, theirs = (self.score(model, *row, "clip_score", "world") for row in (one, other))
+        return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
 
     def rival(self, model: str, place: str, judge: str = "world") -> str | None:
         """The free rival of least FID; None until all that may be it have rows, and the guide."""
@@ -66,18 +77,12 @@ class Found:
             method: default: :meth:`own`.
         """
         rival, method = self.rival(model, place, judge), method or self.own(model, place)
-        if rival is None:
-            return None
-        own, theirs = (self.score(model, place, m, "fid", judge) for m in (method, rival))
-        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+        return self.fid_over(model, (place, method), (place, rival), judge) if rival else None
 
     def clip_lead(self, model: str, place: str, method: str | None = None) -> Estimate | None:
         """The CLIP score of a method with the guide less that of the rival of least FID."""
         rival, method = self.rival(model, place), method or self.own(model, place)
-        if rival is None:
-            return None
-        own, theirs = (self.score(model, place, m, "clip_score", "world") for m in (method, rival))
-        return own.with_other(theirs, lambda a, b: a - b) if own and theirs else None
+        return self.clip_less(model, (place, method), (place, rival)) if rival else None
 
     def over_trained(
         self, model: str, place: str, rival: str, judge: str = "world"
@@ -94,35 +99,29 @@ class Found:
             alike.add((about["base_hash"], about["settings"]))
         if len(alike) > 1:
             return None
-        own, theirs = (self.score(model, place, m, "fid", judge) for m in ("ours", rival))
-        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+        return self.fid_over(model, (place, "ours"), (place, rival), judge)
 
-    def clip_over_trained(self, model: str, place: str, rival: str) -> float:
-        """The CLIP score of this guide's form less that of a rival, in points."""
-        own, theirs = (self.score(model, place, m, "clip_score", "world") for m in ("ours", rival))
-        return own.value - theirs.value if own and theirs else math.nan
+    def clip_over_trained(self, model: str, place: str, rival: str) -> Estimate | None:
+        """The CLIP score of this guide's form less that of a rival."""
+        return self.clip_less(model, (place, "ours"), (place, rival))
 
     def over_cfg100(self, model: str, place: str) -> Estimate | None:
         """The guide's FID over that of CFG with 50 DDIM steps at its best scale."""
-        own = self.score(model, place, self.own(model, place), "fid", "world")
-        theirs = self.score(model, "100", "cfg", "fid", "world")
-        return own.with_other(theirs, lambda a, b: a / b) if own and theirs else None
+        return self.fid_over(model, (place, self.own(model, place)), CFG100)
+
+    def clip_over_cfg100(self, model: str, place: str) -> Estimate | None:
+        """The guide's CLIP score less that CFG's."""
+        return self.clip_less(model, (place, self.own(model, place)), CFG100)
 
     def over_first(self, model: str, place: str) -> Estimate | None:
         """The FID of the guide that was trained a second time over that of the first, alone."""
-        own, first = (self.score(model, place, m, "fid", "world") for m in TRAININGS[::-1])
-        return own.with_other(first, lambda a, b: a / b) if own and first else None
+        first, second = ((place, method) for method in TRAININGS)
+        return self.fid_over(model, second, first)
 
-    def clip_over_first(self, model: str, place: str) -> float:
-        """The CLIP score of that guide less that of the first, in points."""
-        own, first = (self.score(model, place, m, "clip_score", "world") for m in TRAININGS[::-1])
-        return own.value - first.value if own and first else math.nan
-
-    def clip_over_cfg100(self, model: str, place: str) -> float:
-        """The guide's CLIP score less that CFG's, in points."""
-        own = self.score(model, place, self.own(model, place), "clip_score", "world")
-        theirs = self.score(model, "100", "cfg", "clip_score", "world")
-        return own.value - theirs.value if own and theirs else math.nan
+    def clip_over_first(self, model: str, place: str) -> Estimate | None:
+        """The CLIP score of that guide less that of the first."""
+        first, second = ((place, method) for method in TRAININGS)
+        return self.clip_less(model, second, first)
 
     def clip_gain(self, model: str, place: str) -> Estimate | None:
         """The guide's share of what CFG gains in CLIP score over no guidance, at equal steps."""
