@@ -254,13 +254,15 @@ def test_only_the_large_rivals_have_more_than_eight_percent_of_the_parameters() 
 def with_rivals(ours: float, theirs: float, models: tuple[str, ...] = ("a", "b")) -> dict[str, Any]:
     """Results in which every rival has the same FID on every model at every cost."""
     about = {
-        name: {"params_ratio": 0.5 if name in LARGE else 0.01, "num_images": 160}
-        | {"num_images_in_a_round": 32, "digest": None, "base_hash": "b", "settings": "s"}
+        name: {
+            "first": {"params_ratio": 0.5 if name in LARGE else 0.01, "num_images": 160}
+            | {"num_images_in_a_round": 32, "base_hash": "b", "settings": "s"}
+        }
         for name in TRAINED_LABELS
     }
     cells = {
         at: {
-            name: cell(name, ours if name == "ours" else theirs)
+            name: cell(name, ours if name == "ours" else theirs) | {"guide": "first"}
             for name in TRAINED_LABELS
             if name not in CONSISTENT or at != "16"
         }
@@ -280,7 +282,7 @@ def test_where_it_is_not_surely_ahead_rival_and_cost_are_named_but_not_the_large
     found = with_rivals(4.0, 5.0)
     for model in ("a", "b"):
         for name in ("agd", "meng"):
-            found["cells"][model]["8"][name] = cell(name, 3.9)
+            found["cells"][model]["8"][name] = cell(name, 3.9) | {"guide": "first"}
     (named,) = table.summary(found, ["a", "b"], [])["behind_trained_rivals"]
     assert named.startswith("agd at 8: 1.026 (")
     page = as_markdown(found)
@@ -305,9 +307,9 @@ def test_a_rival_without_all_its_rows_is_on_the_list_as_not_measured(lacks: str)
     elif lacks == "training":
         del found["trained"]["dice"]
     elif lacks == "weights":  # trained again since its rows were made
-        found["trained"]["ours"]["digest"] = "new"
+        found["trained"]["ours"] = {"second": found["trained"]["ours"]["first"]}
     else:
-        found["trained"]["agd"]["settings"] = "others"
+        found["trained"]["agd"]["first"]["settings"] = "others"
     summed = table.summary(found, ["a", "b"], [])
     places = summed["behind_trained_rivals"]
     expected = {
@@ -324,6 +326,26 @@ def test_a_rival_without_all_its_rows_is_on_the_list_as_not_measured(lacks: str)
     ]
     assert places == [f"{place}: not measured" for place in expected.get(lacks, everywhere)]
     assert "behind_trained_rivals" in summed["missing"]
+
+
+@pytest.mark.parametrize("replaced", [("a", "b"), ("b",)])
+def test_rows_of_a_later_training_are_compared_among_themselves_alone(
+    replaced: tuple[str, ...],
+) -> None:
+    found = with_rivals(4.0, 5.0)
+    for trainings in found["trained"].values():
+        trainings["second"] = trainings["first"] | {"settings": "of the second"}
+    for model in replaced:
+        cells = found["cells"][model]["16"]
+        cells |= {name: made | {"guide": "second"} for name, made in cells.items()}
+    places = table.summary(found, ["a", "b"], [])["behind_trained_rivals"]
+    if replaced == ("a", "b"):
+        assert places == []
+        assert "what stands at 16 forwards is of another training" in as_markdown(found)
+        assert "another training" not in as_markdown(with_rivals(4.0, 5.0))
+    else:  # a mean over two trainings is none of either
+        assert {place.split(":")[0].split()[-1] for place in places} == {"16"}
+        assert all(place.endswith("not measured") for place in places)
 
 
 def test_a_rival_that_costs_more_a_step_is_too_dear_only_over_what_it_stands_under() -> None:

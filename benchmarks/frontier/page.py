@@ -197,7 +197,10 @@ def means(
 
 def beside_trained(results: Mapping[str, Any]) -> list[str]:
     """A table of means over the fine-tunes, as far as they have rows of trained rivals."""
-    about = results.get("trained", {})
+    about = {
+        method: next(iter(trainings.values()))  # alike in what is told here
+        for method, trainings in results.get("trained", {}).items()
+    }
     models = [
         name
         for name, places in results["cells"].items()
@@ -215,7 +218,7 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
         "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
         f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
         f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
-        "none); the guide of the tables above has seen more.",
+        "none); the guide of the tables above has seen more." + of_other_trainings(found, tuned),
         "",
         f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
         "|---" * (2 + len(COSTS)) + "|",
@@ -226,6 +229,19 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
             share = f"{100 * about[rival]['params_ratio']:.1f} %"
             lines.append(f"| {TRAINED_LABELS[rival]} | {share} | {' | '.join(cells)} |")
     return lines
+
+
+def of_other_trainings(found: Found, tuned: Sequence[str]) -> str:
+    """Which columns of that table are not of the same weights as the last; empty if all are."""
+    weights = {at: {found.weights(name, at, "ours") for name in tuned} - {None} for at in COSTS}
+    made = [at for at in COSTS if weights[at]]
+    others = [at for at in made if weights[at] != weights[made[-1]]]
+    if not others:
+        return ""
+    return (
+        f" Weights are not kept: what stands at {' and '.join(others)} forwards is of another "
+        f"training, by the same settings, than what stands at {made[-1]}."
+    )
 
 
 def beside_one(

@@ -141,7 +141,8 @@ class Maker:
         most = self.bench.most_steps(method, num_forwards) if method in TRAINED_LABELS else None
         wanted = layouts(method, num_forwards, solvers, most)
         base = known.get("base", {}).get(at, {}).get(method)
-        if base and base.get("guide") == guide and name != "base":
+        from_base = base and base.get("guide") == guide and name != "base"
+        if from_base:
             wanted = starts_from(base)
         if not wanted:
             return None
@@ -151,7 +152,8 @@ class Maker:
             return self._chosen(
                 method, num_forwards, {s: self._try(s, tried, kept) for s in wanted}
             )
-        if method not in (*GUIDES, *TRAINED_LABELS):  # halved ones pull more at the same scale
+        # at one scale halved ones pull more; those of the base's choice have each its own
+        if method in FREE or (method in TRAINED_LABELS and from_base):
             first = {start: self._try(start, tried, kept) for start in wanted}
             wanted = [s for s in wanted if first[s] <= NEAR_BEST * min(first.values())]
         for start in wanted:
@@ -399,11 +401,13 @@ def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final
     made_by = record(guide=guide, precision=precision_of(params).split(", ")[-1])
     makers: dict[str, Maker] = {}
     rivals = trained(load_base(params.base).unet, params)
-    table.change(
-        lambda results: results.setdefault("trained", {}).update(
-            {method: rival.about for method, rival in rivals.items()}
-        )
-    )
+
+    def introduce(results: dict[str, Any]) -> None:
+        for method, rival in rivals.items():
+            of_method = results.setdefault("trained", {}).setdefault(method, {})
+            of_method[rival.digest] = rival.about
+
+    table.change(introduce)
     for model, name, job in jobs(models or list(there), forwards):
         with held(RUN / "jobs" / f"{model}-{name.replace(' ', '-')}", wait=False) as mine:
             if not mine:

@@ -84,17 +84,19 @@ class Found:
         rival, method = self.rival(model, place), method or self.own(model, place)
         return self.clip_less(model, (place, method), (place, rival)) if rival else None
 
+    def weights(self, model: str, place: str, method: str) -> str | None:
+        """Identity of what a cell was made with."""
+        found: str | None = self.cells.get(model, {}).get(place, {}).get(method, {}).get("guide")
+        return found
+
     def over_trained(
         self, model: str, place: str, rival: str, judge: str = "world"
     ) -> Estimate | None:
-        """The FID of this guide's form over that of a rival; None if not trained alike, or since.
-
-        Rows are of the weights that they were made with.
-        """
-        cells, alike = self.cells.get(model, {}).get(place, {}), set()
+        """The FID of this guide's form over that of a rival; None if not trained alike."""
+        alike = set()
         for method in ("ours", rival):
-            about = self.trained.get(method)
-            if about is None or cells.get(method, {}).get("guide", "") != about["digest"]:
+            about = self.trained.get(method, {}).get(self.weights(model, place, method))
+            if about is None:
                 return None
             alike.add((about["base_hash"], about["settings"]))
         if len(alike) > 1:
@@ -179,12 +181,24 @@ def estimates_of(
 def over_trained(
     results: Mapping[str, Any], models: Sequence[str]
 ) -> dict[str, dict[str, Estimate | None]]:
-    """By rival and cost: this guide's form over it, the mean over models; None: not made yet."""
+    """By rival and cost: this guide's form over it, the mean over models; None: not made yet.
+
+    Of one training each: one that is half replaced by a later one has no mean.
+    """
     found = Found(results, models)
     complete = len(found.models) == len(models)
+
+    def over(rival: str, at: str) -> Estimate | None:
+        weights = {
+            tuple(found.weights(name, at, method) for method in (rival, "ours")) for name in models
+        }
+        if not complete or len(weights) > 1:
+            return None
+        return mean([found.over_trained(name, at, rival) for name in models])
+
     return {
         rival: {
-            at: mean([found.over_trained(name, at, rival) for name in models if complete])
+            at: over(rival, at)
             for at in COSTS
             if rival not in CONSISTENT or int(at) <= MOST_CONSISTENT
         }
