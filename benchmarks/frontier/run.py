@@ -287,7 +287,6 @@ class Maker:
 
         Cells are left whose weights are not here, or not any more.
         """
-        del made_by
         name = self.bench.name
         cells = self.table.read()["cells"].get(name, {})
         for place, method in [(at, method) for at in cells for method in cells[at]]:
@@ -308,6 +307,7 @@ class Maker:
                 results: dict[str, Any], at: str = place, method: str = method, value: Any = value
             ) -> None:
                 results["cells"][name][at][method]["cfg64_psnr"] = value
+                note(results, f"{name}, PSNR", made_by)
 
             self.table.change(change)
 
