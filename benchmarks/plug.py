@@ -17,14 +17,15 @@ A plain step is one UNet forward without guidance, and without a guide's hooks i
                            prompts, guidance scales and numbers of steps
     step_over_plain_1, step_over_plain_64
                            time of a plugged pipeline's step over that of a plain one's, with the
-                           scheduler's; by batch size, fp32, eager, on one thread; the median of
-                           calls in turns
+                           scheduler's and without a callback; by batch size, fp32, eager, on one
+                           thread; the median of calls in turns
 
 All but the first two are of the embedded base, zoo/models/base, with zoo/guide.
 """
 
 import argparse
 import copy
+import functools
 import json
 import time
 from collections import Counter
@@ -236,20 +237,29 @@ def step_over_plain(
 
 
 def step_seconds(pipe: DiffusionPipeline, call: dict[str, Any], num_steps: int) -> list[float]:
-    """The time of each step after the first of a call."""
+    """The time of each step after the first of a call, from one step of the scheduler to the next.
+
+    Without a callback: after one a guide reads again what the callback may have changed.
+    """
     ended: list[float] = []
+    step = pipe.scheduler.step
 
-    def after_step(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001, diffusers' callback
+    @functools.wraps(step)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
         ended.append(time.perf_counter())
-        return given
+        return output
 
-    pipe(
-        **call,
-        num_inference_steps=num_steps,
-        output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-        callback_on_step_end=after_step,
-    )
+    pipe.scheduler.step = timed
+    try:
+        pipe(
+            **call,
+            num_inference_steps=num_steps,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        )
+    finally:
+        del pipe.scheduler.step
     return [after - before for before, after in pairwise(ended)]
 
 
