@@ -20,6 +20,12 @@ ENDS = re.compile(rf"(?<=\s)|(?<=[,;|=<(\[{{'\"])(?=(?:{SCHEMES})(?:\+\w+)?://)"
 PLACED = "".join(f"(?<!{s}://)" for s in ("abfs", "abfss", "az", "oci", "ocilake", "wasb", "wasbs"))
 # A user, a colon, and all up to the last @ before one of ENDS; else a user alone.
 SECRETS = re.compile(rf"(?<=://)(?:(?!{HOST})[^/?#\s:]*:\S*|{PLACED}[^/?#\s]+)@")
+# What a URL's query has of the kind: of database drivers, presigned addresses, storage accounts.
+SECRET_ARGUMENTS = re.compile(
+    r"([?&](?:[\w.%-]{0,40}(?:password|passwd|token|secret|signature|credential"
+    r"|(?:api|access|account|secret|private)[_-]?key(?:id)?)|pass|pwd|sig)=)[^&#\s'\"<>]+",
+    re.IGNORECASE,
+)
 
 
 def checkout() -> Path:
@@ -94,10 +100,13 @@ def _located(uri: str | None) -> str:
 def without_secrets(text: str) -> str:
     """Without the `user:password@` of any URL in it, whatever signs but blanks a password has.
 
+    Passwords, tokens, signatures and keys in a URL's query become `***`.
+
     Rather too much goes than too little: of `http://host:1/a@b`, the password may be `1/a`, unless
     HOST says that it can't.
     """
-    return "".join(SECRETS.sub("", part) + rest for part, rest in _parts(text))
+    bare = "".join(SECRETS.sub("", part) + rest for part, rest in _parts(text))
+    return SECRET_ARGUMENTS.sub(r"\1***", bare)
 
 
 def secrets_of(url: str) -> str:
