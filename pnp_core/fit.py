@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pnp_core.bundle import GuideBundle
-from pnp_core.guide.unet import text_attentions
+from pnp_core.guide.unet import MODULATED, NORMS, text_attentions
 from pnp_core.pipelines import check_class
 
 
@@ -31,6 +31,7 @@ def check_unet(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
             f"A guide works in a UNet2DConditionModel; this pipeline's UNet is a "
             f"{type(unet).__name__}."
         )
+    check_copies(unet)
     check_weights(unet)
     check_processors(unet)
     for guide in bundle.guides.values():
@@ -95,6 +96,20 @@ def check_processors(unet: UNet2DConditionModel) -> None:
             raise ValueError(
                 f"A guide makes the negative prompt's keys by each attention's own to_k, and a "
                 f"{type(layer.processor).__name__} has another: use Custom Diffusion unplugged."
+            )
+
+
+def check_copies(unet: UNet2DConditionModel) -> None:
+    """Raise ValueError if peft keeps a copy of a part in which a guide acts; of norms it may."""
+    for name, module in unet.named_modules():
+        kept = module._modules.get("original_module")
+        if kept is None or isinstance(kept, NORMS):
+            continue
+        if any(isinstance(part, MODULATED) for part in kept.modules()):
+            raise ValueError(
+                f"An adapter of peft keeps a copy of {name} in this UNet (modules_to_save) and "
+                "runs one of the two, and a guide would act in the other: load the adapter without "
+                "that part, or put the copy in its place for good."
             )
 
 

@@ -23,7 +23,14 @@ from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.compiled import forget_compiled, is_compiled
 from pnp_core.features import FirstHook, GatherHook, Reached, decoder_inputs
 from pnp_core.guide.kind import DecoderInput
-from pnp_core.guide.unet import Span, modulated_layers, repeated_blocks, text_attentions
+from pnp_core.guide.unet import (
+    NORMS,
+    Span,
+    copies_of_norms,
+    modulated_layers,
+    repeated_blocks,
+    text_attentions,
+)
 
 REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
@@ -64,9 +71,11 @@ class UNetHook:
         for _, (layers, attentions) in self.blocks:
             first_layer |= dict.fromkeys(layers, layers.start)
             first_attention |= dict.fromkeys(attentions, attentions.start)
+        copies = copies_of_norms(unet)
         for index, layer in enumerate(modulated):
-            is_norm = isinstance(layer, nn.GroupNorm | nn.LayerNorm)
-            place(layer, ModulateHook(index, first_layer.get(index, 0), is_norm=is_norm))
+            hook = ModulateHook(index, first_layer.get(index, 0), is_norm=isinstance(layer, NORMS))
+            for each in (layer, *copies.get(layer, ())):
+                place(each, hook)
         for index, layer in enumerate(self.layers):
             place(layer, NegativeHook(index, first_attention.get(index, 0)))
         self.first_attention = first_attention

@@ -21,6 +21,7 @@ from pnp_core.calls import entered, now
 from pnp_core.compiled import optimized
 from pnp_core.fit import (
     bare_unet,
+    check_copies,
     check_keeps_nothing,
     check_prediction_type,
     check_processors,
@@ -179,6 +180,7 @@ def get_ready(pipe: Any, plug: Plug) -> None:
         if known is not None:
             unuse(known, pipe)
         plug.unet = weakref.ref(unet)
+    check_copies(unet)
     check_processors(unet)
     if plug.exact_steps:
         check_keeps_nothing(unet)

@@ -12,9 +12,9 @@ from torch import nn
 
 from pnp_core.model_configs import check_told
 
+NORMS = (nn.GroupNorm, nn.LayerNorm)
 MODULATED = (
-    nn.GroupNorm,
-    nn.LayerNorm,
+    *NORMS,
     Attention,
     FeedForward,
     ResnetBlock2D,
@@ -66,7 +66,7 @@ def modulated_layers(unet: UNet2DConditionModel) -> list[nn.Module]:
     They start with the first cross-attention: what lies before it needs no gradients in training.
     Parts that a LoRA may replace are not among them.
     """
-    layers = [*in_order(unet), unet.conv_norm_out]
+    layers = [*in_order(unet), unwrapped(unet.conv_norm_out)]
     first = layers.index(text_attentions(unet)[0])
     return [layer for layer in layers[first:] if isinstance(layer, MODULATED)]
 
@@ -130,8 +130,27 @@ def inside_out(module: nn.Module) -> Iterator[nn.Module]:
         return
     for name, child in module.named_children():
         if not (isinstance(module, Attention) and name == "group_norm"):
-            yield from inside_out(child)
+            yield from inside_out(unwrapped(child))
     yield module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A norm without what peft puts around it to train it; any other module as it is."""
+    for name in ("base_layer", "original_module"):
+        inner = module._modules.get(name)
+        if isinstance(inner, NORMS):
+            return inner
+    return module
+
+
+def copies_of_norms(unet: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """What peft keeps beside a norm, to run in its place while an adapter is active."""
+    inside = ((unwrapped(module), module) for module in unet.modules())
+    return {
+        norm: [copy for copy in module.modules() if isinstance(copy, NORMS) and copy is not norm]
+        for norm, module in inside
+        if norm is not module
+    }
 
 
 def modulated_channels(layer: nn.Module) -> int:

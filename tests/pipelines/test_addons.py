@@ -29,7 +29,7 @@ from diffusers.models.embeddings import (
     IPAdapterFaceIDPlusImageProjection,
     MultiIPAdapterImageProjection,
 )
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoKrConfig, LoraConfig
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -249,7 +249,11 @@ ADAPTERS: dict[str, Any] = {
     "loha": LoHaConfig(r=4, target_modules=["to_q", "to_k", "to_v"]),
     "lokr": LoKrConfig(r=4, target_modules=["to_q", "to_k", "to_v"]),
     "ia3": IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
+    "norms": LNTuningConfig(target_modules=["norm1", "norm2", "conv_norm_out"]),
 }
+SAVED = LoraConfig(
+    r=4, target_modules=["to_q"], modules_to_save=["norm1", "norm2", "conv_norm_out"]
+)
 
 
 def add_adapter(unet: UNet2DConditionModel, kind: str) -> None:
@@ -300,6 +304,48 @@ def test_adapters_of_peft_are_added_before_or_after_plugging(
     np.testing.assert_allclose(run(pipe, CALL), expected, atol=1e-4)
     pipe.unet.disable_adapters()
     np.testing.assert_allclose(run(pipe, CALL), without, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["adapter", "guide"])
+@pytest.mark.parametrize("config", [ADAPTERS["norms"], SAVED], ids=["norms", "saved"])
+def test_norms_that_peft_trains_are_guided_as_if_the_unet_had_them(
+    pipe: StableDiffusionPipeline, config: Any, first: str
+) -> None:
+    twin, guide = copy.deepcopy(pipe), guide_for(pipe.unet)
+    if first == "guide":
+        plug(pipe, guide)
+        run(pipe, CALL)
+    pipe.unet.add_adapter(copy.deepcopy(config), adapter_name="style")
+    if first == "adapter":
+        plug(pipe, guide)
+    torch.manual_seed(7)
+    num_norms = 0
+    for name, kept in pipe.unet.named_modules():
+        if name.endswith((".ln_tuning_layers.style", ".modules_to_save.style")):
+            own = twin.unet.get_submodule(name.rsplit(".", 2)[0])
+            with torch.no_grad():
+                for parameter, theirs in zip(own.parameters(), kept.parameters(), strict=True):
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                    theirs.copy_(parameter)
+            num_norms += 1
+    assert num_norms > 10
+    expected = run(plug(twin, guide), CALL)
+    np.testing.assert_allclose(run(pipe, CALL), expected, atol=1e-4)
+    unplug(pipe)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize("first", ["adapter", "guide"])
+@pytest.mark.parametrize("part", ["attn2", "ff", "mid_block"])
+def test_a_copy_that_peft_keeps_of_another_part_is_refused(
+    pipe: StableDiffusionPipeline, part: str, first: str
+) -> None:
+    guide = guide_for(pipe.unet)
+    if first == "guide":
+        plug(pipe, guide)
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], modules_to_save=[part]))
+    with pytest.raises(ValueError, match=rf"keeps a copy of [\w.]*{part} in this UNet"):
+        plug(pipe, guide) if first == "adapter" else run(pipe, CALL)
 
 
 def test_a_loras_scale_in_cross_attention_kwargs_and_fusing_work(
