@@ -22,11 +22,13 @@ from benchmarks.frontier.settings import (
     FREE,
     GUIDES,
     NEAR_BEST,
+    OWN,
     PLACES,
     TRAINED_LABELS,
     Setting,
     climb,
     contenders,
+    finalists,
     layouts,
     row_name,
 )
@@ -36,6 +38,7 @@ from benchmarks.quality import precision_of
 from benchmarks.record import Record, digest, note, record
 from components.dataset import reference_images
 from components.device import device, load_base
+from components.images import Task
 from components.judging import Judge
 from components.params import Params
 from components.paths import RUNS
@@ -102,6 +105,7 @@ class Maker:
         self.bench, self.table, self.judge, self.foreign = bench, table, judge, foreign
         self.tasks = tasks_of(bench.params, NUM_IMAGES, bench.params.evaluate.seed)
         self.few = tasks_of(bench.params, NUM_CHOOSING, CHOOSING_SEED)
+        self.many = tasks_of(bench.params, NUM_IMAGES, CHOOSING_SEED)
         self._references: dict[str, np.ndarray] = {}
 
     def references(self, key: str) -> np.ndarray:
@@ -194,6 +198,39 @@ class Maker:
         self.table.change(change)
         return best
 
+    def choose_again(self, num_forwards: int) -> None:
+        """Choose by as many images as a row has, among the finalists of each side.
+
+        A side is the free rivals that may be the best at this cost, or the ways to take the guide.
+        """
+        name, at = self.bench.name, str(num_forwards)
+        for side in (FREE, OWN):
+            wanted = (method for method in side if self.is_contender(method, num_forwards))
+            methods = [method for method in wanted if self.choose(method, num_forwards)]
+            choices = self.table.read()["choices"][name][at]
+            tried = {
+                Setting.parse(text): found
+                for method in methods
+                for text, found in choices[method]["tried"].items()
+            }
+            for setting in finalists(tried):
+                self._try_again(setting, num_forwards, choices[setting.method])
+
+    def _try_again(self, setting: Setting, num_forwards: int, choice: Mapping[str, Any]) -> None:
+        """A finalist's FID of many images; its method takes the best of those that have one."""
+        if setting.text in choice.get("finalists", {}):
+            return
+        name, at = self.bench.name, str(num_forwards)
+        found = self._fid_of(setting, self.many)
+
+        def change(results: dict[str, Any]) -> None:
+            mine = results["choices"][name][at][setting.method]
+            of_many = mine.setdefault("finalists", {})
+            of_many[setting.text] = judging.rounded(found)
+            mine["setting"] = min(of_many, key=lambda text: float(of_many[text]))
+
+        self.table.change(change)
+
     def is_contender(self, method: str, num_forwards: int) -> bool:
         """Whether a method's row is worth making before others, by what was tried on the base."""
         of_base = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
@@ -209,7 +246,10 @@ class Maker:
 
     def fid_of_few(self, setting: Setting) -> float:
         """Of the images that settings are chosen by."""
-        images, _ = self.bench.images(setting, self.few)
+        return self._fid_of(setting, self.few)
+
+    def _fid_of(self, setting: Setting, tasks: Sequence[Task]) -> float:
+        images, _ = self.bench.images(setting, tasks)
         return float(fid(self.judge.features(images), self.references("world")))
 
     def cell(self, place: str, setting: Setting, made_by: Record) -> None:
@@ -221,9 +261,9 @@ class Maker:
             made_by: the record of this run.
         """
         name = self.bench.name
-        known = self.table.read()["cells"].get(name, {}).get(place, {})
+        known = self.table.read()["cells"].get(name, {}).get(place, {}).get(setting.method)
         guide = self.bench.digest([setting])
-        if known.get(setting.method, {"guide": -1})["guide"] == guide:
+        if known and (known["guide"], known["setting"]) == (guide, setting.text):
             return
         images, milliseconds = self.bench.images(setting, self.tasks)
         judges: dict[str, tuple[judging.Sees, RealImages]] = {
@@ -337,6 +377,13 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
 
         return job
 
+    def again(n: int) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            del made_by
+            maker.choose_again(n)
+
+        return job
+
     def row(method: str, n: int, *, of_contenders: bool = False) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
             if of_contenders and not maker.is_contender(method, n):
@@ -365,6 +412,7 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
             if model == "base":
                 for method in methods:
                     yield model, f"choose {n} {method}", choice(method, n)
+            yield model, f"choose {n} again", again(n)
             for method in methods:
                 yield model, f"{n} {method} first", row(method, n, of_contenders=True)
     for model in models:

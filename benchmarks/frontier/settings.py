@@ -52,6 +52,9 @@ GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
 # near 11, so this is about 3 % of what many would show.
 NEAR_BEST = 1.015
+NUM_FINALISTS = 5
+OWN = tuple(method for method, guide in GUIDES.items() if guide == "guided")
+"""What the guide is taken in: alone, halved under another solver, with exact steps."""
 
 
 def row_name(model: str, place: str, method: str) -> str:
@@ -194,6 +197,24 @@ def trained_layouts(method: str, num_steps: int, solvers: Iterable[str]) -> list
     return [
         Setting(method=method, solver=solver, num_steps=steps, scale=4.0) for solver, steps in found
     ]
+
+
+def finalists(tried: Mapping[Setting, float]) -> list[Setting]:
+    """The few to choose among by more images: of each layout its best scale, the best first.
+
+    Scales of one layout give images that are much alike, which few of them tell apart; layouts and
+    methods do not.
+
+    Args:
+        tried: FID of few images.
+    """
+    layouts_seen: set[tuple[str, str]] = set()
+    found = []
+    for setting in sorted(tried, key=lambda setting: tried[setting]):
+        if (key := (setting.method, setting.layout)) not in layouts_seen:
+            layouts_seen.add(key)
+            found.append(setting)
+    return found[:NUM_FINALISTS]
 
 
 def contenders(of_base: Mapping[str, Any]) -> list[str]:

@@ -9,9 +9,9 @@ from benchmarks.frontier.judges import from_json, rounded
 from benchmarks.frontier.settings import (
     CONSISTENT,
     FREE,
-    GUIDES,
     LARGE,
     MOST_CONSISTENT,
+    OWN,
     TRAINED_LABELS,
     contenders,
 )
@@ -62,8 +62,11 @@ class Found:
         """The guide alone or with exact steps, by FID of the images that settings are chosen by."""
         tried = self.choices.get(model, {}).get(place, {})
         made = self.cells.get(model, {}).get(place, {})
-        ways = [way for way in GUIDES if GUIDES[way] == "guided" and way in made and way in tried]
-        return min(ways, key=lambda way: min(tried[way]["tried"].values()), default="guided")
+        ways = [way for way in OWN if way in made and way in tried]
+        # by more images where there are any, see `Maker.choose_again`
+        again = [way for way in ways if "finalists" in tried[way]]
+        by = "finalists" if again else "tried"
+        return min(again or ways, key=lambda way: min(tried[way][by].values()), default="guided")
 
     def ratio(
         self, model: str, place: str, judge: str = "world", method: str | None = None
