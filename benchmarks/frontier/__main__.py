@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--forwards", type=int, action="append", choices=FORWARDS, help="with --run: at these costs"
     )
+    parser.add_argument("--jobs", default="", help="with --run: whose names this pattern is in")
     parser.add_argument(
         "--train", nargs="*", metavar="METHOD", help="these trained rivals, or all; needs a cache"
     )
@@ -50,7 +51,7 @@ def main() -> None:
             train_all(arguments.train, params)
         if arguments.run:
             forwards = arguments.forwards or FORWARDS
-            run(params, arguments.model, forwards, final=arguments.final)
+            run(params, arguments.model, forwards, arguments.jobs, final=arguments.final)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if arguments.train is not None and not arguments.run:

@@ -6,6 +6,7 @@ run side by side: a job that another one has in hand is left to it.
 
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -432,8 +433,22 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
         yield model, "psnr", Maker.closeness
 
 
-def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final: bool) -> None:
+def run(
+    params: Params,
+    models: Sequence[str],
+    forwards: Sequence[int],
+    pattern: str = "",
+    *,
+    final: bool,
+) -> None:
     """Make what the table lacks of these models at these costs.
+
+    Args:
+        params: all of them.
+        models: by name; none: all.
+        forwards: the costs.
+        pattern: a regular expression; jobs are left out in whose name it is not found.
+        final: of the final models instead.
 
     Raises ValueError for a model that there is not or that is final, for results of another
     setting, or without the foreign judge's packages.
@@ -457,6 +472,8 @@ def run(params: Params, models: Sequence[str], forwards: Sequence[int], *, final
 
     table.change(introduce)
     for model, name, job in jobs(models or list(there), forwards):
+        if not re.search(pattern, name):
+            continue
         with held(RUN / "jobs" / f"{model}-{name.replace(' ', '-')}", wait=False) as mine:
             if not mine:
                 continue
