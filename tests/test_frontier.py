@@ -273,9 +273,9 @@ def test_the_best_few_layouts_of_each_side_are_chosen_among_again_by_more_images
 ) -> None:
     monkeypatch.setattr(run, "RUN", tmp_path)
     tried = {
-        "cfg": {"cfg ddim 2 3 0,1": 1.0, "cfg unipc 2 3 0,1": 1.3, "cfg unipc 2 2 0,1": 1.2},
-        "first": {f"first ddim {n} 3 0": 1.2 + n / 100 for n in (3, 4, 5, 6)},
-        "guided": {"guided ddim 4 4": 2.0, "guided unipc 4 4": 3.0},
+        "cfg": {"cfg ddim 2 3 0,1": 9.9, "cfg unipc 2 3 0,1": 9.99, "cfg unipc 2 2 0,1": 9.95},
+        "first": {f"first ddim {n} 3 0": 9.9 + n / 100 for n in (3, 4, 5, 6)},
+        "guided": {"guided ddim 4 4": 9.0, "guided unipc 4 4": 9.1, "guided dpmsolver++ 4 4": 9.5},
     }
     of_many = {"cfg ddim 2 3 0,1": 9.0, "cfg unipc 2 2 0,1": 8.0, "first ddim 4 3 0": 7.0}
     choices = {
@@ -297,10 +297,10 @@ def test_the_best_few_layouts_of_each_side_are_chosen_among_again_by_more_images
     monkeypatch.setattr(maker, "_fid_of", fid_of)
     for _ in range(2):  # the second time it is all there
         maker.choose_again(4)
-    # five of the free rivals', of one layout the better scale; all that the guide has
+    # five of the free rivals', of one layout the better scale; what is near the guide's best
     assert asked == [
         "cfg ddim 2 3 0,1",
-        *("cfg unipc 2 2 0,1", "first ddim 3 3 0", "first ddim 4 3 0", "first ddim 5 3 0"),
+        *("first ddim 3 3 0", "first ddim 4 3 0", "cfg unipc 2 2 0,1", "first ddim 5 3 0"),
         *("guided ddim 4 4", "guided unipc 4 4"),
     ]
     chosen = {method: maker.choose(method, 4) for method in tried}

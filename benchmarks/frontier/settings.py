@@ -202,19 +202,18 @@ def trained_layouts(method: str, num_steps: int, solvers: Iterable[str]) -> list
 def finalists(tried: Mapping[Setting, float]) -> list[Setting]:
     """The few to choose among by more images: of each layout its best scale, the best first.
 
-    Scales of one layout give images that are much alike, which few of them tell apart; layouts and
-    methods do not.
+    Those near the best; none where it has no other near it. Scales of one layout give images that
+    are much alike, which few of them tell apart; layouts and methods do not.
 
     Args:
         tried: FID of few images.
     """
-    layouts_seen: set[tuple[str, str]] = set()
-    found = []
+    of_layout: dict[tuple[str, str], Setting] = {}
     for setting in sorted(tried, key=lambda setting: tried[setting]):
-        if (key := (setting.method, setting.layout)) not in layouts_seen:
-            layouts_seen.add(key)
-            found.append(setting)
-    return found[:NUM_FINALISTS]
+        of_layout.setdefault((setting.method, setting.layout), setting)
+    least = min(tried.values(), default=0.0)
+    near = [setting for setting in of_layout.values() if tried[setting] <= NEAR_BEST * least]
+    return near[:NUM_FINALISTS] if len(near) > 1 else []
 
 
 def contenders(of_base: Mapping[str, Any]) -> list[str]:
