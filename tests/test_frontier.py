@@ -268,47 +268,24 @@ def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
     assert {setting.solver for setting in asked} == {"ddim"}  # which takes the guide for 4 steps
 
 
-def test_the_best_few_layouts_of_each_side_are_chosen_among_again_by_more_images(
+def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
     bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "RUN", tmp_path)
-    tried = {
-        "cfg": {"cfg ddim 2 3 0,1": 9.9, "cfg unipc 2 3 0,1": 9.99, "cfg unipc 2 2 0,1": 9.95},
-        "first": {f"first ddim {n} 3 0": 9.9 + n / 100 for n in (3, 4, 5, 6)},
-        "guided": {"guided ddim 4 4": 9.0, "guided unipc 4 4": 9.1, "guided dpmsolver++ 4 4": 9.5},
-    }
-    of_many = {"cfg ddim 2 3 0,1": 9.0, "cfg unipc 2 2 0,1": 8.0, "first ddim 4 3 0": 7.0}
-    choices = {
-        method: {"guide": None, "setting": min(of, key=lambda s: of[s]), "tried": of}
-        for method, of in tried.items()
-    }
-    path = tmp_path / "results.json"
-    write_json(path, {"setting": {}, "choices": {"base": {"4": choices}}, "cells": {}})
-    maker = run.Maker(bench, run.Table(path, {}), NOBODY, NOBODY)
-    monkeypatch.setattr(bench, "digest", lambda settings: None)
-    monkeypatch.setattr(maker, "is_contender", lambda method, _: method in tried)
-    asked: list[str] = []
+    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
+    monkeypatch.setattr(maker, "fid_of_few", lambda setting: abs(setting.scale - 5))
+    asked: list[tuple[str, float, int]] = []
 
     def fid_of(setting: Setting, tasks: Sequence[Task]) -> float:
-        asked.append(setting.text)
-        assert len(tasks) == run.NUM_IMAGES
-        return of_many.get(setting.text, 10.0)
+        asked.append((setting.method, setting.scale, len(tasks)))
+        return 7.0
 
     monkeypatch.setattr(maker, "_fid_of", fid_of)
     for _ in range(2):  # the second time it is all there
-        maker.choose_again(4)
-    # five of the free rivals', of one layout the better scale; what is near the guide's best
-    assert asked == [
-        "cfg ddim 2 3 0,1",
-        *("first ddim 3 3 0", "first ddim 4 3 0", "cfg unipc 2 2 0,1", "first ddim 5 3 0"),
-        *("guided ddim 4 4", "guided unipc 4 4"),
-    ]
-    chosen = {method: maker.choose(method, 4) for method in tried}
-    assert {m: s and s.text for m, s in chosen.items()} == {
-        "cfg": "cfg unipc 2 2 0,1",
-        "first": "first ddim 4 3 0",
-        "guided": "guided ddim 4 4",
-    }
+        maker.compare_ways(4)
+    assert asked == [(method, 5.0, run.NUM_IMAGES) for method in ("guided", "halved", "exact")]
+    seeds = [{task.seed for task in tasks} for tasks in (maker.many, maker.tasks)]
+    assert not seeds[0] & seeds[1]
 
 
 def test_a_row_of_another_setting_than_the_chosen_one_is_made_anew(
@@ -689,19 +666,17 @@ def test_whether_the_guide_has_exact_steps_is_chosen_by_other_images_than_the_ta
     assert taken in line
 
 
-def test_the_way_of_guiding_goes_by_the_finalists_where_there_are_any() -> None:
+def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> None:
     found = results(["base"])
-    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9), "halved": cell("halved", 3.8)}
-    found["choices"] = {
-        "base": {
-            "8": {
-                "guided": {"tried": {"a": 11.0}, "finalists": {"a": 5.0}},
-                "exact": {"tried": {"b": 11.5}, "finalists": {"b": 4.9}},
-                "halved": {"tried": {"c": 10.0}},  # not among the best few
-            }
-        }
+    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
+    ways = {
+        "guided": {"tried": {"a": 11.0}, "of_many": 5.0},
+        "exact": {"tried": {"b": 11.5}, "of_many": 4.9},
     }
+    found["choices"] = {"base": {"8": ways}}
     assert table.Found(found, ["base"]).own("base", "8") == "exact"
+    del ways["exact"]["of_many"]
+    assert table.Found(found, ["base"]).own("base", "8") == "guided"
 
 
 def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> None:

@@ -27,7 +27,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "",
         f"{setting['num_images']} images a row (PSNR: {setting['num_close']}); each method's "
         f"layout, solver and scale chosen by FID of {setting['num_choosing']} images of other "
-        f"seeds{chosen_again(results)}. "
+        "seeds. "
         f"World's judge: {setting['judge']}; the foreign one: {setting['foreign_judge']}. In "
         "brackets 95 % intervals, by resampling images, which makes an FID's own several times "
         "too wide: rows of one table are resampled alike, and a ratio of two is surer. PSNR is to "
@@ -53,25 +53,6 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines += ["", "## Runs", ""]
     lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
     return "\n".join(lines) + "\n"
-
-
-def chosen_again(results: Mapping[str, Any]) -> str:
-    """Where settings were chosen among again by more images, in words."""
-    choices: Mapping[str, Any] = results["choices"]
-    places = {
-        (int(at), model)
-        for model, by_cost in choices.items()
-        for at, by_method in by_cost.items()
-        if any("finalists" in choice for choice in by_method.values())
-    }
-    costs = sorted({at for at, _ in places}, reverse=True)
-    models = sorted({model for _, model in places})
-    if not places:
-        return ""
-    return (
-        f", at {', '.join(map(str, costs))} forwards on {', '.join(models)} among the best few of "
-        f"the free rivals and of the guide by {results['setting']['num_images']}"
-    )
 
 
 class Run(NamedTuple):

@@ -29,7 +29,6 @@ from benchmarks.frontier.settings import (
     Setting,
     climb,
     contenders,
-    finalists,
     layouts,
     row_name,
 )
@@ -199,38 +198,24 @@ class Maker:
         self.table.change(change)
         return best
 
-    def choose_again(self, num_forwards: int) -> None:
-        """Choose by as many images as a row has, among the finalists of each side.
+    def compare_ways(self, num_forwards: int) -> None:
+        """FID of each way to take the guide, of as many images as a row has.
 
-        A side is the free rivals that may be the best at this cost, or the ways to take the guide.
+        So few as settings are chosen by can't tell methods apart.
         """
         name, at = self.bench.name, str(num_forwards)
-        for side in (FREE, OWN):
-            wanted = (method for method in side if self.is_contender(method, num_forwards))
-            methods = [method for method in wanted if self.choose(method, num_forwards)]
-            choices = self.table.read()["choices"][name][at]
-            tried = {
-                Setting.parse(text): found
-                for method in methods
-                for text, found in choices[method]["tried"].items()
-            }
-            for setting in finalists(tried):
-                self._try_again(setting, num_forwards, choices[setting.method])
+        for method in OWN:
+            setting = self.choose(method, num_forwards)
+            if setting is None:
+                continue
+            if "of_many" in self.table.read()["choices"][name][at][method]:
+                continue
+            found = judging.rounded(self._fid_of(setting, self.many))
 
-    def _try_again(self, setting: Setting, num_forwards: int, choice: Mapping[str, Any]) -> None:
-        """A finalist's FID of many images; its method takes the best of those that have one."""
-        if setting.text in choice.get("finalists", {}):
-            return
-        name, at = self.bench.name, str(num_forwards)
-        found = self._fid_of(setting, self.many)
+            def change(results: dict[str, Any], method: str = method, found: Any = found) -> None:
+                results["choices"][name][at][method]["of_many"] = found
 
-        def change(results: dict[str, Any]) -> None:
-            mine = results["choices"][name][at][setting.method]
-            of_many = mine.setdefault("finalists", {})
-            of_many[setting.text] = judging.rounded(found)
-            mine["setting"] = min(of_many, key=lambda text: float(of_many[text]))
-
-        self.table.change(change)
+            self.table.change(change)
 
     def is_contender(self, method: str, num_forwards: int) -> bool:
         """Whether a method's row is worth making before others, by what was tried on the base."""
@@ -378,10 +363,10 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
 
         return job
 
-    def again(n: int) -> Job:
+    def ways(n: int) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
             del made_by
-            maker.choose_again(n)
+            maker.compare_ways(n)
 
         return job
 
@@ -413,9 +398,9 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
             if model == "base":
                 for method in methods:
                     yield model, f"choose {n} {method}", choice(method, n)
-            yield model, f"choose {n} again", again(n)
             for method in methods:
                 yield model, f"{n} {method} first", row(method, n, of_contenders=True)
+            yield model, f"choose {n} ways", ways(n)
     for model in models:
         for steps in EQUAL_STEPS:
             yield model, f"equal {steps}", equal(steps)

@@ -52,7 +52,6 @@ GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
 # near 11, so this is about 3 % of what many would show.
 NEAR_BEST = 1.015
-NUM_FINALISTS = 5
 OWN = tuple(method for method, guide in GUIDES.items() if guide == "guided")
 """What the guide is taken in: alone, halved under another solver, with exact steps."""
 
@@ -197,23 +196,6 @@ def trained_layouts(method: str, num_steps: int, solvers: Iterable[str]) -> list
     return [
         Setting(method=method, solver=solver, num_steps=steps, scale=4.0) for solver, steps in found
     ]
-
-
-def finalists(tried: Mapping[Setting, float]) -> list[Setting]:
-    """The few to choose among by more images: of each layout its best scale, the best first.
-
-    Those near the best; none where it has no other near it. Scales of one layout give images that
-    are much alike, which few of them tell apart; layouts and methods do not.
-
-    Args:
-        tried: FID of few images.
-    """
-    of_layout: dict[tuple[str, str], Setting] = {}
-    for setting in sorted(tried, key=lambda setting: tried[setting]):
-        of_layout.setdefault((setting.method, setting.layout), setting)
-    least = min(tried.values(), default=0.0)
-    near = [setting for setting in of_layout.values() if tried[setting] <= NEAR_BEST * least]
-    return near[:NUM_FINALISTS] if len(near) > 1 else []
 
 
 def contenders(of_base: Mapping[str, Any]) -> list[str]:

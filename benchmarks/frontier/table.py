@@ -59,14 +59,14 @@ class Found:
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
 
     def own(self, model: str, place: str) -> str:
-        """The guide alone or with exact steps, by FID of the images that settings are chosen by."""
+        """The guide alone, halved or with exact steps, by FID of other images than the table's."""
         tried = self.choices.get(model, {}).get(place, {})
         made = self.cells.get(model, {}).get(place, {})
         ways = [way for way in OWN if way in made and way in tried]
-        # by more images where there are any, see `Maker.choose_again`
-        again = [way for way in ways if "finalists" in tried[way]]
-        by = "finalists" if again else "tried"
-        return min(again or ways, key=lambda way: min(tried[way][by].values()), default="guided")
+        of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
+        of_few = {way: min(tried[way]["tried"].values()) for way in ways}
+        fids = of_many if len(of_many) == len(ways) else of_few
+        return min(ways, key=lambda way: float(fids[way]), default="guided")
 
     def ratio(
         self, model: str, place: str, judge: str = "world", method: str | None = None
