@@ -8,6 +8,7 @@ params.yaml is used as it says there: with its trigger words, negative prompt, s
 """
 
 import argparse
+import io
 import math
 import re
 import time
@@ -84,8 +85,12 @@ def check_out(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--out {path}: name a file in a folder that there is")
     kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:  # some kinds are read alone
-        raise ValueError(f"--out {path}: end its name with .png, or as another kind of image does")
+    try:  # some kinds are read alone, or by what is not installed
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind or "none")
+    except (KeyError, OSError, ValueError) as error:
+        raise ValueError(
+            f"--out {path}: end its name with .png, or as another kind of image does"
+        ) from error
 
 
 def check_guide(guide: str) -> None:

@@ -24,10 +24,14 @@ class Call(ABC):
     Attributes:
         unet: whose forwards it is asked about.
         negatives: keys and values of its negative prompts.
+        was_asked: whether a forward has begun.
+        has_acted: whether one has ended in which its guide acted.
     """
 
     unet: nn.Module
     negatives: "Negatives"
+    was_asked = False
+    has_acted = False
 
     @abstractmethod
     def begin(self, arguments: dict[str, Any]) -> Effect | None:
@@ -58,6 +62,7 @@ class Acting:
     Attributes:
         is_of_block: whether it is of one repeated block alone, whose places count from 0.
         query: of the cross-attention that is running.
+        num_acted: in how many places, so far.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Acting:
         self.negatives = negatives
         self.is_of_block = is_of_block
         self.query: Tensor | None = None
+        self.num_acted = 0
 
 
 class Now(threading.local):
@@ -83,12 +89,13 @@ now = Now()
 @contextmanager
 def entered(call: Call) -> Iterator[None]:
     """While open, forwards of the call's UNet in this thread are the call's."""
-    before = now.calls
+    before, acting = now.calls, now.acting
     now.calls = (*before, call)
     try:
         yield
     finally:
-        now.calls = before
+        # also after what torch calls no hooks for, as a KeyboardInterrupt in a forward
+        now.calls, now.acting = before, acting
 
 
 @contextmanager
@@ -135,6 +142,7 @@ class CompiledBlock:
         with acting_again(part):
             output = self.inner(*args, **kwargs)
         whole.negatives.kept[kept] = own.kept
+        whole.num_acted += part.num_acted
         return output
 
 

@@ -38,6 +38,8 @@ class Forwards:
     ) -> None:
         """Raise ValueError if this forward is not of a row a prompt, or two, or is one too many.
 
+        Or if some of the text is masked, which a guide reads as a whole.
+
         Args:
             arguments: of the forward by name.
             num_prompts: as encoded, images a prompt included; None: not known.
@@ -45,6 +47,11 @@ class Forwards:
                 first forward counts: another call in a callback may share the scheduler.
         """
         num_rows = len(arguments["sample"])
+        if arguments.get("encoder_attention_mask") is not None:
+            raise ValueError(
+                f"{self.name} masks a part of the text by encoder_attention_mask, and a guide "
+                "reads all of it: use it unplugged."
+            )
         if num_prompts is not None:
             self.check_rows(num_rows, num_prompts)
         if self.way == VIEWS:

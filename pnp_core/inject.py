@@ -5,8 +5,6 @@ denoiser, is a user of theirs, and they go with the last user. They do nothing b
 of a :class:`pnp_core.calls.Call` that has been entered in the same thread.
 """
 
-import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Mapping
@@ -17,12 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
-from torch import Tensor, nn
+from torch import nn
 
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.compiled import forget_compiled, is_compiled
-from pnp_core.features import FirstHook, GatherHook, Reached, decoder_inputs
-from pnp_core.guide.kind import DecoderInput
+from pnp_core.features import FirstHook, GatherHook, decoder_inputs
 from pnp_core.guide.unet import (
     NORMS,
     Span,
@@ -31,10 +28,27 @@ from pnp_core.guide.unet import (
     repeated_blocks,
     text_attentions,
 )
+from pnp_core.hooks import (
+    AFTER,
+    BEFORE,
+    AttendHook,
+    EnterHook,
+    ModulateHook,
+    NegativeHook,
+    QueryHook,
+    parameter_names,
+    place,
+)
 
 REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
     "run it on one device."
+)
+PASSED_BY = (
+    "A guide was to act in {expected} places of this UNet, and {missing} of them did not run: "
+    "something computes in place of its modules, be it a compiled engine, a trace, a captured "
+    "graph or an attention processor that does not call to_out. Take that away where a guide is "
+    "plugged."
 )
 
 
@@ -49,6 +63,7 @@ class UNetHook:
         self.layers: list[Attention] = []
         self.projections: list[nn.Module] = []
         self.blocks: list[tuple[nn.Module, Span]] = []
+        self.num_modulated = 0
         self.first_attention: dict[int, int] = {}
         unet.register_forward_pre_hook(self.before, with_kwargs=True)
         unet.register_forward_hook(self.after, always_call=True)
@@ -65,6 +80,7 @@ class UNetHook:
         for index, block in enumerate(unet.up_blocks):
             place(block, EnterHook(index))
         modulated, self.layers = modulated_layers(unet), text_attentions(unet)
+        self.num_modulated = len(modulated)
         self.blocks = repeated_blocks(unet, modulated, self.layers)
         first_layer: dict[int, int] = {}
         first_attention: dict[int, int] = {}
@@ -128,7 +144,10 @@ class UNetHook:
             for user in list(self.users.values()):  # other threads' come and go
                 if (told := getattr(user(), "tell_others", None)) is not None and told(module):
                     break
+            if not self.users:
+                leave(module, 0)  # of a copied UNet, which nobody guides
             return None
+        call.was_asked = True
         unet_class: Any = type(module)  # mypy thinks that it can't be hashed
         names = parameter_names(unet_class)[1 : 1 + len(args)]
         arguments = {**dict(zip(names, args, strict=True)), **kwargs}
@@ -166,158 +185,24 @@ class UNetHook:
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
         """After the UNet's forward, also one that failed."""
-        now.acting = None
+        acting, now.acting = now.acting, None
         call = call_of(module)
-        return None if call is None or output is None else call.end(output)
-
-
-@functools.cache
-def parameter_names(unet_class: type[nn.Module]) -> list[str]:
-    """Of the forward, in order; of an ancestor's that a subclass hands on to.
-
-    Reading them takes as long as one of the UNet's layers.
-    """
-    forwards = [vars(cls)["forward"] for cls in unet_class.__mro__ if "forward" in vars(cls)]
-    named = [list(inspect.signature(forward).parameters) for forward in forwards]
-    return next((names for names in named if "sample" in names), named[0])
-
-
-class EnterHook:
-    """Lets the guide change what enters one up block."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-
-    def __call__(
-        self,
-        module: nn.Module,  # noqa: ARG002, torch's hook
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before an up block: replaces its hidden states and skips by the guide's."""
-        if now.features is not None:
-            now.features.append(kwargs["hidden_states"])
-            raise Reached
-        acting = now.acting
-        if acting is None:
+        if call is None or output is None:
             return None
-        entering = DecoderInput(kwargs["hidden_states"], kwargs["res_hidden_states_tuple"])
-        entered = acting.effect.enter(self.index, entering)
-        if entered is entering:
-            return None
-        return args, {
-            **kwargs,
-            "hidden_states": entered.hidden_states,
-            "res_hidden_states_tuple": entered.skips,
-        }
+        if acting is not None and not call.has_acted:
+            # once a call: what skips blocks, as DeepCache does, runs them all first
+            call.has_acted = True
+            self.check_acted(module, acting)
+        return call.end(output)
 
-
-class NumberedHook:
-    """Knows its place among its like: in the UNet, and in the repeated block that it is in.
-
-    Args:
-        index: in the UNet.
-        first: of the first one in the same block, or 0.
-    """
-
-    def __init__(self, index: int, first: int) -> None:
-        self.index = index
-        self.in_block = index - first
-
-    def place_in(self, acting: Acting) -> int:
-        """Where what is acting has it.
-
-        Compiled code is made again for each number that it reads: blocks that are alike are to
-        read like numbers.
-        """
-        return self.in_block if acting.is_of_block else self.index
-
-
-class ModulateHook(NumberedHook):
-    """Lets the guide change what one layer gives.
-
-    Args:
-        index: of the layer.
-        first: of its block.
-        is_norm: what a norm gives is nobody else's yet, and may be written over. What a block
-            gives may be kept, as DeepCache does.
-    """
-
-    def __init__(self, index: int, first: int, *, is_norm: bool) -> None:
-        super().__init__(index, first)
-        self.is_norm = is_norm
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:  # noqa: ARG002, torch's hook
-        """After a layer: its output, or a tuple's first entry, as the guide has it."""
-        acting = now.acting
-        if acting is None or not acting.effect.modulates:
-            return None
-        index = self.place_in(acting)
-        if isinstance(output, Tensor):
-            in_place = self.is_norm and not torch.is_grad_enabled()
-            return acting.effect.modulate(index, output, in_place=in_place)
-        return (acting.effect.modulate(index, output[0]), *output[1:])
-
-
-class NegativeHook(NumberedHook):
-    """Before a cross-attention: has its keys and values of the negative prompts made."""
-
-    def __call__(self, module: Any, args: tuple[Any, ...]) -> None:  # noqa: ARG002, torch's hook
-        """Fill the call's keys and values of this layer, if the guide reads them."""
-        acting = now.acting
-        if acting is not None and acting.effect.attends:
-            acting.negatives.fill(self.place_in(acting), module)
-
-
-class QueryHook:
-    """Keeps a cross-attention's queries, which serve the negative prompt too."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG002, torch's hook
-        """Keep the output of ``to_q`` until the same cross-attention's output projection."""
-        acting = now.acting
-        if acting is not None:
-            acting.query = output
-
-
-class AttendHook(NumberedHook):
-    """Lets the guide change what one cross-attention has read, before its output projection."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG002, torch's hook
-        """Before the output projection: replaces its input by what the guide makes of it.
-
-        Raises:
-            ValueError: the layer's attention processor does not call ``to_q``.
-        """
-        acting = now.acting
-        if acting is None or not acting.effect.attends:
-            return None
-        index = self.place_in(acting)
-        query, negative = acting.query, acting.negatives.kept[index]
-        if query is None or negative is None:
-            raise ValueError(
-                "A cross-attention of this UNet does not compute its queries by its to_q, which a "
-                "guide has to see: use one of diffusers' own attention processors."
-            )
-        acting.query = None
-        return (acting.effect.attend(index, query, args[0], negative), *args[1:])
-
-
-BEFORE = (FirstHook, EnterHook, NegativeHook, AttendHook)
-AFTER = (ModulateHook, QueryHook, GatherHook)
-
-
-def place(module: nn.Module, hook: Any) -> None:
-    """Register one of the hooks above, if the module has none of its kind."""
-    before = isinstance(hook, BEFORE)
-    there = module._forward_pre_hooks if before else module._forward_hooks
-    if any(type(other) is type(hook) for other in there.values()):
-        return
-    if isinstance(hook, FirstHook | EnterHook):
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-    elif before:
-        module.register_forward_pre_hook(hook)
-    else:
-        module.register_forward_hook(hook)
+    def check_acted(self, unet: nn.Module, acting: Acting) -> None:
+        """Raise ValueError if a part of the UNet ran past its hooks."""
+        expected = len(unet.up_blocks)  # type: ignore[arg-type]
+        expected += len(self.layers) if acting.effect.attends else 0
+        expected += self.num_modulated if acting.effect.modulates else 0
+        missing = expected - acting.num_acted
+        if missing > 0 and not is_compiled(unet):
+            raise ValueError(PASSED_BY.format(expected=expected, missing=missing))
 
 
 def displace(module: nn.Module) -> None:

@@ -54,8 +54,8 @@ BEGAN_UNGUIDED = (
     "so the negative prompt is unknown: begin with a guidance_scale above 1."
 )
 NOT_ENCODED = (
-    "{} did not call its encode_prompt, by which a guide learns of the negative prompt: use it "
-    "unplugged."
+    "{} did not call its encode_prompt, by which a guide learns of the negative prompt, or that is "
+    "wrapped by what does not name its arguments, as functools.wraps does: use it unplugged."
 )
 
 
@@ -119,10 +119,11 @@ class PipelineCall(Call):
     @property
     def guidance_scale(self) -> float:
         """As it is now: a callback may change it, where the pipeline looks at it again."""
-        if not self.asks:
-            return float(self.asked_scale)
-        own = getattr(self.pipe, "_guidance_scale", self.asked_scale)
-        return float(getattr(self.pipe, "guidance_scale", own))
+        scale = self.asked_scale
+        if self.asks:
+            own = getattr(self.pipe, "_guidance_scale", scale)
+            scale = float(getattr(self.pipe, "guidance_scale", own))
+        return scale if scale > 1 else 1.0  # NaN is no guidance, as in diffusers
 
     # What the pipeline's own methods are made to do.
 

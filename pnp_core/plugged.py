@@ -136,7 +136,9 @@ class Plugged:
         # no name for the frame that runs: it would hold itself, and all tensors above it
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            owner = frame.f_locals.get("self")
+            # of methods alone: a frame that was asked for its locals keeps them until it ends
+            is_method = frame.f_code.co_varnames[:1] == ("self",)
+            owner = frame.f_locals.get("self") if is_method else None
             if isinstance(owner, DiffusionPipeline | ModularPipeline) and bare_unet(owner) is unet:
                 if (plug := state_of_plug(owner)) is None:
                     raise ValueError(f"{NOT_PLUGGED} {what_to_do(owner)}")
@@ -189,6 +191,18 @@ def get_ready(pipe: Any, plug: Plug) -> None:
     use(unet, pipe)
 
 
+def check_asked(call: PipelineCall) -> None:
+    """Raise ValueError if a guided call is over and no forward of its UNet was seen."""
+    pipe = call.pipe
+    was_to_run = getattr(pipe, "_num_timesteps", 1) > 0 and not getattr(pipe, "_interrupt", False)
+    if call.asked_scale > 1 and was_to_run and not call.was_asked:
+        raise ValueError(
+            f"{type(pipe).__name__} has run without its guide: it did not call its UNet, or called "
+            "unet.forward, or called it in another thread. A guide acts where the pipeline calls "
+            "unet(...) in its own thread."
+        )
+
+
 @functools.cache
 def plugged_class(stock: Any) -> Any:
     """The subclass, of the same name, that a plugged pipeline is of."""
@@ -212,7 +226,9 @@ def plugged_class(stock: Any) -> Any:
                 if where.get(name) is not None:
                     where[name] = call.wrapped(where[name])
         with entered(call):
-            return stock.__call__(*bound.args, **bound.kwargs)
+            result = stock.__call__(*bound.args, **bound.kwargs)
+        check_asked(call)
+        return result
 
     names["__call__"] = __call__
     if way_in(stock) == ASKS:

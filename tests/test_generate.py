@@ -131,7 +131,7 @@ def test_a_number_that_can_t_be_is_told_by_the_option(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("out", [".", "a.txt", "a.psd", "no/such/folder/a.png"])
+@pytest.mark.parametrize("out", [".", "a.txt", "a.psd", "a.h5", "a.blp", "no/such/folder/a.png"])
 def test_where_no_image_can_be_written_is_told_before_a_model_is_opened(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str
 ) -> None:

@@ -190,8 +190,9 @@ class Modulations(nn.Module):
 
 
 def norm_of(x: Tensor) -> Tensor:
-    """Of each sample of ``(B, C, H, W)``: ``(B,)``, float32."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=torch.float32)
+    """Of each sample of ``(B, C, H, W)``: ``(B,)``, at least in float32."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=(1, 2, 3), dtype=dtype)
 
 
 def groups_of(channels: Sequence[int]) -> list[tuple[int, list[int]]]:

@@ -33,7 +33,9 @@ class EntranceChannels(NamedTuple):
 
 def decoder_entrances(unet: UNet2DConditionModel) -> list[EntranceChannels]:
     """Channels of the hidden states and skips that enter each of the UNet's up blocks."""
-    conv_in: Any = getattr(unet.conv_in, "base_layer", unet.conv_in)  # in a LoRA
+    conv_in: Any = unet.conv_in
+    while hasattr(conv_in, "base_layer"):  # in a LoRA, or in several adapters of other kinds
+        conv_in = conv_in.base_layer
     stack = [conv_in.out_channels]
     for block in unet.down_blocks:
         stack += [resnet.out_channels for resnet in block.resnets]
