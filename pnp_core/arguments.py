@@ -1,11 +1,15 @@
-"""What a pipeline's methods are given, by the names that its classes have for it.
+"""What a pipeline's methods or a module's forward are given, by the names that they have for it.
 
 A subclass may take ``*args, **kwargs`` and hand them on: the names are then an ancestor's.
 """
 
+import functools
 import inspect
+from collections.abc import Mapping
 from types import CodeType, FrameType
 from typing import Any
+
+from torch import nn
 
 
 class Arguments:
@@ -102,3 +106,21 @@ def place_in_call(
             return frame.f_code, frame.f_lineno
         frame = frame.f_back
     return None
+
+
+def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a module's forward, those by position under their names."""
+    module_class: Any = type(module)  # mypy thinks that it can't be hashed
+    names = parameter_names(module_class)[1 : 1 + len(args)] if args else []
+    return {**dict(zip(names, args, strict=True)), **kwargs}
+
+
+@functools.cache
+def parameter_names(unet_class: type[nn.Module]) -> list[str]:
+    """Of the forward, in order; of an ancestor's that a subclass hands on to.
+
+    Reading them takes as long as one of the UNet's layers.
+    """
+    forwards = [vars(cls)["forward"] for cls in unet_class.__mro__ if "forward" in vars(cls)]
+    named = [list(inspect.signature(forward).parameters) for forward in forwards]
+    return next((names for names in named if "sample" in names), named[0])

@@ -24,14 +24,14 @@ class Call(ABC):
     Attributes:
         unet: whose forwards it is asked about.
         negatives: keys and values of its negative prompts.
-        was_asked: whether a forward has begun.
-        has_acted: whether one has ended in which its guide acted.
+        was_asked: whether a forward has begun, of this UNet or in a call within this one.
+        was_checked: whether the guide is known to act where it should.
     """
 
     unet: nn.Module
     negatives: "Negatives"
     was_asked = False
-    has_acted = False
+    was_checked = False
 
     @abstractmethod
     def begin(self, arguments: dict[str, Any]) -> Effect | None:
@@ -62,7 +62,7 @@ class Acting:
     Attributes:
         is_of_block: whether it is of one repeated block alone, whose places count from 0.
         query: of the cross-attention that is running.
-        num_acted: in how many places, so far.
+        num_entered, num_attended, num_modulated: how often so far, by kind of place.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Acting:
         self.negatives = negatives
         self.is_of_block = is_of_block
         self.query: Tensor | None = None
-        self.num_acted = 0
+        self.num_entered = self.num_attended = self.num_modulated = 0
 
 
 class Now(threading.local):
@@ -142,7 +142,8 @@ class CompiledBlock:
         with acting_again(part):
             output = self.inner(*args, **kwargs)
         whole.negatives.kept[kept] = own.kept
-        whole.num_acted += part.num_acted
+        whole.num_attended += part.num_attended
+        whole.num_modulated += part.num_modulated
         return output
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pnp_core.arguments import by_name
 from pnp_core.calls import now
 from pnp_core.guide.kind import DecoderInput
 
@@ -53,13 +54,13 @@ class FirstHook:
 
     def __call__(
         self,
-        module: nn.Module,  # noqa: ARG002, torch's hook
-        args: tuple[Any, ...],  # noqa: ARG002
+        module: nn.Module,
+        args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
         """Begin the features under way."""
         if now.features is not None:
-            now.features.append(kwargs["hidden_states"])
+            now.features.append(by_name(module, args, kwargs)["hidden_states"])
 
 
 class GatherHook:

@@ -4,27 +4,15 @@ They do nothing but in the forwards of a :class:`pnp_core.calls.Call`; :mod:`pnp
 them in place.
 """
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pnp_core.arguments import by_name
 from pnp_core.calls import Acting, now
 from pnp_core.features import FirstHook, GatherHook, Reached
 from pnp_core.guide.kind import DecoderInput
-
-
-@functools.cache
-def parameter_names(unet_class: type[nn.Module]) -> list[str]:
-    """Of the forward, in order; of an ancestor's that a subclass hands on to.
-
-    Reading them takes as long as one of the UNet's layers.
-    """
-    forwards = [vars(cls)["forward"] for cls in unet_class.__mro__ if "forward" in vars(cls)]
-    named = [list(inspect.signature(forward).parameters) for forward in forwards]
-    return next((names for names in named if "sample" in names), named[0])
 
 
 class EnterHook:
@@ -40,17 +28,14 @@ class EnterHook:
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before an up block: replaces its hidden states and skips by the guide's."""
-        if args:  # diffusers' own UNet gives all by name
-            block_class: Any = type(module)  # mypy thinks that it can't be hashed
-            names = parameter_names(block_class)[1 : 1 + len(args)]
-            kwargs = {**dict(zip(names, args, strict=True)), **kwargs}
+        kwargs = by_name(module, args, kwargs)
         if now.features is not None:
             now.features.append(kwargs["hidden_states"])
             raise Reached
         acting = now.acting
         if acting is None:
             return None
-        acting.num_acted += 1
+        acting.num_entered += 1
         entering = DecoderInput(kwargs["hidden_states"], kwargs["res_hidden_states_tuple"])
         entered = acting.effect.enter(self.index, entering)
         if entered is entering:
@@ -102,7 +87,7 @@ class ModulateHook(NumberedHook):
         acting = now.acting
         if acting is None or not acting.effect.modulates:
             return None
-        acting.num_acted += 1
+        acting.num_modulated += 1
         index = self.place_in(acting)
         if isinstance(output, Tensor):
             in_place = self.is_norm and not torch.is_grad_enabled()
@@ -142,7 +127,7 @@ class AttendHook(NumberedHook):
         acting = now.acting
         if acting is None or not acting.effect.attends:
             return None
-        acting.num_acted += 1
+        acting.num_attended += 1
         index = self.place_in(acting)
         query, negative = acting.query, acting.negatives.kept[index]
         if query is None or negative is None:

@@ -5,6 +5,7 @@ denoiser, is a user of theirs, and they go with the last user. They do nothing b
 of a :class:`pnp_core.calls.Call` that has been entered in the same thread.
 """
 
+import logging
 import threading
 import weakref
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from torch import nn
 
+from pnp_core.arguments import by_name
 from pnp_core.calls import Acting, CompiledBlock, Negatives, call_of, now
 from pnp_core.compiled import forget_compiled, is_compiled
 from pnp_core.features import FirstHook, GatherHook, decoder_inputs
@@ -36,7 +38,6 @@ from pnp_core.hooks import (
     ModulateHook,
     NegativeHook,
     QueryHook,
-    parameter_names,
     place,
 )
 
@@ -44,12 +45,20 @@ REPLICA = (
     "This UNet carries a guide, which does not act in the replicas that DataParallel makes of it: "
     "run it on one device."
 )
-PASSED_BY = (
-    "A guide was to act in {expected} places of this UNet, and {missing} of them did not run: "
-    "something computes in place of its modules, be it a compiled engine, a trace, a captured "
-    "graph or an attention processor that does not call to_out. Take that away where a guide is "
-    "plugged."
+INSTEAD = (
+    "a compiled engine, a trace, a captured graph or an attention processor that does not call "
+    "to_out"
 )
+PASSED_BY = (
+    "A guide was to act in this UNet's modules, and none of them has run: something computes in "
+    f"their place, as {INSTEAD}. Use it unplugged."
+)
+PARTLY = (
+    "%d of the %d places in which a guide acts in this UNet did not run in the first guided "
+    "forward of a call. That is as it should be where a helper such as DeepCache skips them, but "
+    f"if something computes in their place ({INSTEAD}), the guide does less than it should there."
+)
+logger = logging.getLogger(__name__)
 
 
 class UNetHook:
@@ -64,6 +73,7 @@ class UNetHook:
         self.projections: list[nn.Module] = []
         self.blocks: list[tuple[nn.Module, Span]] = []
         self.num_modulated = 0
+        self.has_warned = False
         self.first_attention: dict[int, int] = {}
         unet.register_forward_pre_hook(self.before, with_kwargs=True)
         unet.register_forward_hook(self.after, always_call=True)
@@ -147,10 +157,10 @@ class UNetHook:
             if not self.users:
                 leave(module, 0)  # of a copied UNet, which nobody guides
             return None
-        call.was_asked = True
-        unet_class: Any = type(module)  # mypy thinks that it can't be hashed
-        names = parameter_names(unet_class)[1 : 1 + len(args)]
-        arguments = {**dict(zip(names, args, strict=True)), **kwargs}
+        for each in now.calls:  # also of a pipeline that has another one run
+            each.was_asked = True
+        arguments = by_name(module, args, kwargs)
+        names = list(arguments)[: len(args)]
         effect = call.begin(arguments)
         if effect is not None:
             self.follow()
@@ -189,20 +199,32 @@ class UNetHook:
         call = call_of(module)
         if call is None or output is None:
             return None
-        if acting is not None and not call.has_acted:
-            # once a call: what skips blocks, as DeepCache does, runs them all first
-            call.has_acted = True
+        if acting is not None and not call.was_checked:
             self.check_acted(module, acting)
+            call.was_checked = True
         return call.end(output)
 
     def check_acted(self, unet: nn.Module, acting: Acting) -> None:
-        """Raise ValueError if a part of the UNet ran past its hooks."""
-        expected = len(unet.up_blocks)  # type: ignore[arg-type]
-        expected += len(self.layers) if acting.effect.attends else 0
-        expected += self.num_modulated if acting.effect.modulates else 0
-        missing = expected - acting.num_acted
-        if missing > 0 and not is_compiled(unet):
-            raise ValueError(PASSED_BY.format(expected=expected, missing=missing))
+        """Say if parts of the UNet have run past their hooks.
+
+        Once a call, in its first guided forward: helpers that skip blocks mostly run them all then.
+
+        Raises:
+            ValueError: all have.
+        """
+        effect = acting.effect
+        expected_and_seen = (
+            (len(unet.up_blocks), acting.num_entered),  # type: ignore[arg-type]
+            (len(self.layers) if effect.attends else 0, acting.num_attended),
+            (self.num_modulated if effect.modulates else 0, acting.num_modulated),
+        )
+        missing = sum(max(0, expected - seen) for expected, seen in expected_and_seen)
+        num_places = sum(expected for expected, _ in expected_and_seen)
+        if missing == num_places:
+            raise ValueError(PASSED_BY)
+        if missing and not self.has_warned:
+            self.has_warned = True
+            logger.warning(PARTLY, missing, num_places)
 
 
 def displace(module: nn.Module) -> None:

@@ -191,12 +191,13 @@ def get_ready(pipe: Any, plug: Plug) -> None:
     use(unet, pipe)
 
 
-def check_asked(call: PipelineCall) -> None:
-    """Raise ValueError if a guided call is over and no forward of its UNet was seen."""
+def tell_unasked(call: PipelineCall) -> None:
+    """Warn if a guided call is over and no forward of its UNet was seen."""
     pipe = call.pipe
+    cuts_off = isinstance(call.denoising_end, float)  # may leave no step
     was_to_run = getattr(pipe, "_num_timesteps", 1) > 0 and not getattr(pipe, "_interrupt", False)
-    if call.asked_scale > 1 and was_to_run and not call.was_asked:
-        raise ValueError(
+    if call.asked_scale > 1 and was_to_run and not cuts_off and not call.was_asked:
+        call.plug.warn_once(
             f"{type(pipe).__name__} has run without its guide: it did not call its UNet, or called "
             "unet.forward, or called it in another thread. A guide acts where the pipeline calls "
             "unet(...) in its own thread."
@@ -227,7 +228,7 @@ def plugged_class(stock: Any) -> Any:
                     where[name] = call.wrapped(where[name])
         with entered(call):
             result = stock.__call__(*bound.args, **bound.kwargs)
-        check_asked(call)
+        tell_unasked(call)
         return result
 
     names["__call__"] = __call__

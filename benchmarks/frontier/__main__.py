@@ -12,6 +12,7 @@ docs/frontier.md says what is compared and how settings are chosen.
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument(
         "--forwards", type=int, action="append", choices=FORWARDS, help="with --run: at these costs"
     )
-    parser.add_argument("--jobs", default="", help="with --run: whose names this pattern is in")
+    parser.add_argument(
+        "--jobs", type=pattern, default="", help="with --run: whose names this pattern is in"
+    )
     parser.add_argument(
         "--train", nargs="*", metavar="METHOD", help="these trained rivals, or all; needs a cache"
     )
@@ -63,6 +66,15 @@ def main() -> None:
     tuned = [name for name in models_of(params) if name != "base"]
     found = summary(results, tuned, list(final_models()))
     print(json.dumps(found) if arguments.json else json.dumps(found, indent=2))
+
+
+def pattern(text: str) -> str:
+    """A regular expression, as an argument. Raises ArgumentTypeError if it is none."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text} is no regular expression: {error}") from error
+    return text
 
 
 if __name__ == "__main__":

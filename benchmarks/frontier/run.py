@@ -212,8 +212,12 @@ class Maker:
                 continue
             found = judging.rounded(self._fid_of(setting, self.many))
 
-            def change(results: dict[str, Any], method: str = method, found: Any = found) -> None:
-                results["choices"][name][at][method]["of_many"] = found
+            def change(
+                results: dict[str, Any], setting: Setting = setting, found: Any = found
+            ) -> None:
+                choice = results["choices"][name][at][setting.method]
+                if choice["setting"] == setting.text:  # another process may choose anew
+                    choice["of_many"] = found
 
             self.table.change(change)
 
