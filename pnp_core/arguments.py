@@ -116,11 +116,11 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 @functools.cache
-def parameter_names(unet_class: type[nn.Module]) -> list[str]:
+def parameter_names(module_class: type[nn.Module]) -> list[str]:
     """Of the forward, in order; of an ancestor's that a subclass hands on to.
 
     Reading them takes as long as one of the UNet's layers.
     """
-    forwards = [vars(cls)["forward"] for cls in unet_class.__mro__ if "forward" in vars(cls)]
+    forwards = [vars(cls)["forward"] for cls in module_class.__mro__ if "forward" in vars(cls)]
     named = [list(inspect.signature(forward).parameters) for forward in forwards]
     return next((names for names in named if "sample" in names), named[0])
