@@ -69,10 +69,11 @@ class Plug:
     stock_class: type[DiffusionPipeline]
     unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
     warned: set[str] = field(default_factory=set)
+    num_calls: int = 0  # under way, in all threads
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copied or pickled pipeline, with a guide of its own; its UNet has to be checked."""
-        return {**vars(self), "unet": None, "warned": set()}
+        return {**vars(self), "unet": None, "warned": set(), "num_calls": 0}
 
     def warn_once(self, message: str) -> None:
         """Log a warning, the first time."""
@@ -370,8 +371,7 @@ class PipelineCall(Call):
                 )
             self.follow_samples(returned)
             if not self.doubles:
-                names = (*CONDITIONS, *self.images)
-                changed = halves.take_back(returned, names, self.num_samples)
+                changed = halves.take_back(returned, (*CONDITIONS, *self.images), self.num_samples)
                 if "prompt_embeds" in changed:
                     self.negative = shared(changed["prompt_embeds"])
                 self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)

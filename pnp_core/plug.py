@@ -19,7 +19,7 @@ from pnp_core.guide import Guide
 from pnp_core.inject import unuse, use
 from pnp_core.pipeline_call import Plug
 from pnp_core.pipelines import check_exact_steps
-from pnp_core.plugged import STATE, is_in_call, plugged_class, state_of_plug
+from pnp_core.plugged import STATE, plugged_class, state_of_plug
 
 
 def plug(
@@ -101,12 +101,12 @@ def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Take the guide out again; the pipeline is as it was, bit for bit.
 
     Raises:
-        ValueError: nothing is plugged in, or a call of the pipeline in this thread is under way.
+        ValueError: nothing is plugged in, or a call of the pipeline is under way, in any thread.
     """
     state = state_of_plug(pipe)
     if state is None:
         raise ValueError("This pipeline has no guide plugged in.")
-    if is_in_call(pipe):
+    if state.num_calls:
         raise ValueError(
             "This pipeline is in the middle of a call, which can't go on without its guide: unplug "
             "it after that, or set guidance_scale to 1 in the callback."

@@ -7,8 +7,10 @@ nothing of a call on the pipeline: what a call is told belongs to it, and goes w
 import functools
 import inspect
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -39,9 +41,11 @@ NOT_PLUGGED = (
 )
 
 PAST_GUIDE = (
-    "{0}.__call__ has been called on a plugged pipeline, past its guide, so it would run two "
-    "forwards a step and no guide. Call pipe(...), or unplug(pipe) first."
+    "{0}.__call__ is running on a plugged pipeline past its guide: it was called by that name, or "
+    "before the guide was plugged in. It would run two forwards a step and no guide. Call "
+    "pipe(...) anew, or unplug(pipe) first."
 )
+counting = threading.Lock()
 
 
 def state_of_plug(pipe: Any) -> Plug | None:
@@ -115,7 +119,7 @@ class Plugged:
         vars(twin).update(vars(self))
         plug = state_of_plug(self)
         if plug is not None:
-            vars(twin)[STATE] = replace(plug, unet=None, warned=set())
+            vars(twin)[STATE] = replace(plug, unet=None, warned=set(), num_calls=0)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -191,6 +195,18 @@ def get_ready(pipe: Any, plug: Plug) -> None:
     use(unet, pipe)
 
 
+@contextmanager
+def counted(plug: Plug) -> Iterator[None]:
+    """While open, one more call is under way, which :func:`pnp_core.plug.unplug` would break."""
+    with counting:
+        plug.num_calls += 1
+    try:
+        yield
+    finally:
+        with counting:
+            plug.num_calls -= 1
+
+
 def tell_unasked(call: PipelineCall) -> None:
     """Warn if a guided call is over and no forward of its UNet was seen."""
     pipe = call.pipe
@@ -226,7 +242,7 @@ def plugged_class(stock: Any) -> Any:
             for name in CALLBACKS:
                 if where.get(name) is not None:
                     where[name] = call.wrapped(where[name])
-        with entered(call):
+        with counted(plug), entered(call):
             result = stock.__call__(*bound.args, **bound.kwargs)
         tell_unasked(call)
         return result

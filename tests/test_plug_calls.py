@@ -447,6 +447,39 @@ def test_unplugging_in_a_callback_is_refused(pipe: StableDiffusionPipeline, tiny
     unplug(pipe)
 
 
+def test_unplugging_in_another_thread_is_refused_while_a_call_is_under_way(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    plug(pipe, tiny)
+    expected = generate(pipe)
+
+    def callback(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        with (
+            ThreadPoolExecutor(1) as other,
+            pytest.raises(ValueError, match="in the middle of a call"),
+        ):
+            other.submit(unplug, running).result()
+        unplug(copy.copy(running))  # another pipeline, of which no call is under way
+        return given
+
+    assert np.array_equal(generate(pipe, callback_on_step_end=callback), expected)
+    with pytest.raises(ZeroDivisionError):
+        generate(pipe, callback_on_step_end=lambda *_: 1 / 0)  # a call that failed is over
+    unplug(pipe)
+
+
+def test_plugging_in_the_middle_of_a_call_ends_it_with_an_error(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    def callback(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        plug(running, tiny)
+        return given
+
+    with pytest.raises(ValueError, match="before the guide was plugged in"):
+        generate(pipe, guidance_scale=4.0, callback_on_step_end=callback)
+    generate(pipe, guidance_scale=4.0)
+
+
 @pytest.mark.parametrize("through", ["in place", "data", "a new parameter", "dtype"])
 def test_a_guide_stays_where_it_is_and_has_one_copy_on_each_other_device(
     tiny: Guide, through: str
