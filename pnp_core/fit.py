@@ -90,13 +90,29 @@ def own_parameters(unet: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def check_processors(unet: UNet2DConditionModel) -> None:
-    """Raise ValueError if the text's keys and values are made where a guide does not see it."""
+    """Raise ValueError if the text's keys and values are made where a guide does not see it.
+
+    Or if image tokens stand behind the text's, as diffusers' own IP-Adapter does not have them.
+    """
     for layer in text_attentions(unet):
+        name = type(layer.processor).__name__
         if hasattr(layer.processor, "to_k_custom_diffusion"):
             raise ValueError(
                 f"A guide makes the negative prompt's keys by each attention's own to_k, and a "
-                f"{type(layer.processor).__name__} has another: use Custom Diffusion unplugged."
+                f"{name} has another: use Custom Diffusion unplugged."
             )
+        if hasattr(layer.processor, "num_tokens") and unet.encoder_hid_proj is None:
+            raise ValueError(
+                f"A {name} of this UNet reads an image's tokens behind the text's, where a guide "
+                "would take them for text: use pipe.load_ip_adapter and ip_adapter_image_embeds, "
+                "or use it unplugged."
+            )
+
+
+def processors_of_others(unet: UNet2DConditionModel) -> set[str]:
+    """The classes of the UNet's attention processors that are none of diffusers' own."""
+    kinds = {type(processor) for processor in unet.attn_processors.values()}
+    return {kind.__name__ for kind in kinds if not kind.__module__.startswith("diffusers.")}
 
 
 def check_copies(unet: UNet2DConditionModel) -> None:

@@ -86,6 +86,27 @@ class Forwards:
             )
 
 
+def check_text(name: str, sample: Tensor, text: Tensor, negative: Tensor) -> None:
+    """Raise ValueError if prompts and negative prompts are not as many, or not as long.
+
+    Args:
+        name: of the pipeline's class.
+        sample: what the forward is run on, a row a sample.
+        text: states of the prompts.
+        negative: of the negative prompts; one row may serve all samples.
+    """
+    if len(text) != len(sample) or len(negative) not in (1, len(sample)):
+        raise ValueError(
+            f"{name} runs its UNet on {len(sample)} samples with {len(text)} prompts and "
+            f"{len(negative)} negative prompts: a guide needs one of each a sample."
+        )
+    if text.shape[1] != negative.shape[1]:
+        raise ValueError(
+            f"{name} runs its UNet under prompts of {text.shape[1]} tokens and has negative ones "
+            f"of {negative.shape[1]}: a guide needs as many of both."
+        )
+
+
 def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> Any:
     """Rows under the prompts, or the negative ones.
 

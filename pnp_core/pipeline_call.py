@@ -1,20 +1,16 @@
 """What one call of a plugged pipeline knows, and what the guide does in its forwards."""
 
-import logging
 import sys
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from torch import Tensor, nn
+from torch import Tensor
 
 from pnp_core.ahead import StepsAhead
 from pnp_core.arguments import Arguments, place_in_call, signature_with
-from pnp_core.bundle import GuideBundle
 from pnp_core.callbacks import (
     CONDITIONS,
     CONTROL_IMAGES,
@@ -23,14 +19,16 @@ from pnp_core.callbacks import (
     OfficialCallback,
     guesses,
 )
-from pnp_core.calls import Call, Negatives, suspended
+from pnp_core.calls import Call, Negatives, now, suspended
 from pnp_core.conditions import AddedConditions, Conditions
+from pnp_core.encoded import Encoded, the_one_run
 from pnp_core.exact import ExactSteps, exact_steps_with
 from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import (
     NEGATIVE,
     Forwards,
     changed,
+    check_text,
     doubled,
     forwards_left,
     half,
@@ -42,44 +40,24 @@ from pnp_core.forwards import (
 )
 from pnp_core.guide import Guide
 from pnp_core.guide.kind import Effect, Prepared
-from pnp_core.pipelines import ASKS, CFG, way_in
+from pnp_core.pipelines import ASKS, CFG, check_arguments, is_guided, way_in
 from pnp_core.placing import on_device
+from pnp_core.plug_state import Plug
 from pnp_core.precision import is_mixed
 from pnp_core.scheduling import of_scheduler
-
-logger = logging.getLogger(__name__)
 
 BEGAN_UNGUIDED = (
     "guidance_scale has been raised above 1 in the middle of a call that began without guidance, "
     "so the negative prompt is unknown: begin with a guidance_scale above 1."
 )
+NOT_NAMED = (
+    "The __call__ of {} does not name its guidance_scale, as where it is wrapped without "
+    "functools.wraps: wrap it with that, or use the pipeline unplugged."
+)
 NOT_ENCODED = (
     "{} did not call its encode_prompt, by which a guide learns of the negative prompt, or that is "
     "wrapped by what does not name its arguments, as functools.wraps does: use it unplugged."
 )
-
-
-@dataclass(kw_only=True)
-class Plug:
-    """What a pipeline has been plugged with."""
-
-    bundle: GuideBundle
-    strength: float
-    exact_steps: int
-    stock_class: type[DiffusionPipeline]
-    unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
-    warned: set[str] = field(default_factory=set)
-    num_calls: int = 0  # under way, in all threads
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copied or pickled pipeline, with a guide of its own; its UNet has to be checked."""
-        return {**vars(self), "unet": None, "warned": set(), "num_calls": 0}
-
-    def warn_once(self, message: str) -> None:
-        """Log a warning, the first time."""
-        if message not in self.warned:
-            self.warned.add(message)
-            logger.warning(message)
 
 
 class PipelineCall(Call):
@@ -88,11 +66,13 @@ class PipelineCall(Call):
     def __init__(self, pipe: Any, plug: Plug, arguments: Mapping[str, Any]) -> None:
         self.pipe = pipe
         self.plug = plug
+        self.way = way_in(plug.stock_class)
+        self.asks = self.way == ASKS
+        if not self.asks and "guidance_scale" not in arguments:
+            raise ValueError(NOT_NAMED.format(type(pipe).__name__))
         self.asked_scale = float(arguments.get("guidance_scale") or 1.0)
         self.unet = bare_unet(pipe)
         self.denoising_end = arguments.get("denoising_end")
-        self.way = way_in(plug.stock_class)
-        self.asks = self.way == ASKS
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
         self.doubles = not self.asks or plug.exact_steps > 0
         self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
@@ -104,6 +84,7 @@ class PipelineCall(Call):
         self.negative: Tensor | None = None  # text states; one row if all samples share it
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
         self.encoded_at: tuple[Any, ...] | None = None  # its prompts
+        self.encodings: list[Encoded] = []  # before the first forward
         self.has_forwards = False
         self.has_time_ids = False
         self.began_unguided = False
@@ -124,7 +105,8 @@ class PipelineCall(Call):
         if self.asks:
             own = getattr(self.pipe, "_guidance_scale", scale)
             scale = float(getattr(self.pipe, "guidance_scale", own))
-        return scale if scale > 1 else 1.0  # NaN is no guidance, as in diffusers
+        # NaN is no guidance, as in diffusers
+        return scale if scale > 1 and is_guided(self.pipe, self.plug.stock_class) else 1.0
 
     # What the pipeline's own methods are made to do.
 
@@ -143,12 +125,16 @@ class PipelineCall(Call):
         if begins:
             self.begin_run()
             self.encoded_at, self.began_unguided = place, not is_guided
-        if begins and signature is not None:
-            self.num_prompts = len(result[0])
-            # copied, as the stock pipeline does: what a callback writes into them has no effect
-            self.negative = shared(result[1]).clone()
-            self.negative_pooled = result[3].clone() if len(result) == 4 else None  # SDXL
+        if signature is not None:
+            self.encodings.append(Encoded.of(result))
+            if begins:
+                self.take(self.encodings[0])
         return result
+
+    def take(self, encoded: Encoded) -> None:
+        """Run under these prompts."""
+        self.num_prompts = len(encoded.positive)
+        self.negative, self.negative_pooled = encoded.negative, encoded.negative_pooled
 
     def begins_run(self, place: tuple[Any, ...] | None) -> bool:
         """Whether a run begins with the prompts that are encoded at this place.
@@ -215,6 +201,13 @@ class PipelineCall(Call):
             if self.num_prompts is None and self.asks:
                 message = BEGAN_UNGUIDED if self.began_unguided else NOT_ENCODED
                 raise ValueError(message.format(type(self.pipe).__name__))
+            if self.asks:
+                rescale = getattr(self.pipe, "_guidance_rescale", None)
+                check_arguments({"guidance_rescale": rescale})
+            if len(self.encodings) > 1:
+                name, text = type(self.pipe).__name__, arguments["encoder_hidden_states"]
+                self.take(the_one_run(name, self.encodings, text))
+            self.encodings = []
             timesteps = getattr(self.pipe.scheduler, "timesteps", None)
             num_steps = None if timesteps is None else len(timesteps)
             self.forwards.check(arguments, self.num_prompts, num_steps)
@@ -307,12 +300,9 @@ class PipelineCall(Call):
         if now_for == self.prepared_for:
             return
         assert negative is not None
-        if len(text) != len(sample) or len(negative) not in (1, len(sample)):
-            raise ValueError(
-                f"{type(self.pipe).__name__} runs its UNet on {len(sample)} samples with "
-                f"{len(text)} prompts and {len(negative)} negative prompts: a guide needs one of "
-                "each a sample."
-            )
+        check_text(type(self.pipe).__name__, sample, text, negative)
+        if scale > torch.finfo(torch.float32).max:
+            raise ValueError(f"guidance_scale {scale:g} is more than a guide can compute with.")
         check_face_embeddings(self.unet, len(sample))
         guide = self.guide_in_use(sample.device, scale)
         conditions = Conditions.at_scale(scale, c_BLD=text, n_BLD=negative.to(text))
@@ -353,6 +343,8 @@ class PipelineCall(Call):
         """A callback that sees the states of both prompts, as CFG has them, and may change them."""
 
         def called(*args: Any) -> Any:
+            if now.calls[-1:] != (self,):
+                return callback(*args)  # of a call within this one, which shows both halves
             halves = Halves()
             if not (self.doubles or self.guidance_scale <= 1 or self.negative is None):
                 for given in args:

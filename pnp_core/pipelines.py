@@ -202,6 +202,12 @@ REFUSED: dict[str, str] = {
     ),
 }
 
+# The same of diffusers' community pipelines, in whatever module.
+COMMUNITY: dict[str, str] = dict.fromkeys(
+    ("StyleAlignedSDXLPipeline", "StableDiffusionHDPainterPipeline", "FrescoV2VPipeline"),
+    "its attention processors look for the two halves of CFG's batch: " + UNPLUGGED,
+)
+
 # Why there is nothing for a guide to do.
 UNAFFECTED: dict[str, str] = {
     **dict.fromkeys(
@@ -231,6 +237,10 @@ def known(pipeline_class: type[Any]) -> str | None:
 def check_class(pipeline_class: type[Any]) -> None:
     """Raise ValueError if pipelines of this class are known not to go with a guide."""
     name = known(pipeline_class)
+    for ancestor in pipeline_class.__mro__:
+        if ancestor.__name__ in COMMUNITY:
+            why = COMMUNITY[ancestor.__name__]
+            raise ValueError(f"{pipeline_class.__name__} can't have a guide: {why}.")
     if name in REFUSED:
         raise ValueError(f"{pipeline_class.__name__} can't have a guide: {REFUSED[name]}.")
     if name in UNAFFECTED:
@@ -256,6 +266,17 @@ def way_in(pipeline_class: type[Any]) -> str:
             "encode_prompt and do_classifier_free_guidance. Derive it from the class it resembles."
         )
     return ASKS
+
+
+def is_guided(pipe: Any, stock_class: type[Any]) -> bool:
+    """Whether a pipeline says so as its stock class does: a subclass may decide otherwise."""
+    asked = getattr(stock_class, CFG, None)
+    if not isinstance(asked, property) or asked.fget is None:
+        return True
+    try:
+        return bool(asked.fget(pipe))
+    except AttributeError:  # not told its scale yet
+        return True
 
 
 def check_exact_steps(pipeline_class: type[Any]) -> None:

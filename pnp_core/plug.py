@@ -17,9 +17,9 @@ from pnp_core.compiled import optimized
 from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
 from pnp_core.inject import unuse, use
-from pnp_core.pipeline_call import Plug
 from pnp_core.pipelines import check_exact_steps
-from pnp_core.plugged import STATE, plugged_class, state_of_plug
+from pnp_core.plug_state import STATE, Plug, state_of_plug
+from pnp_core.plugged import plugged_class
 
 
 def plug(

@@ -28,29 +28,28 @@ from pnp_core.fit import (
     check_prediction_type,
     check_processors,
     check_unet,
+    processors_of_others,
 )
 from pnp_core.inject import unuse, use
-from pnp_core.pipeline_call import PipelineCall, Plug
+from pnp_core.pipeline_call import PipelineCall
 from pnp_core.pipelines import ASKS, check_arguments, check_class, way_in
+from pnp_core.plug_state import STATE, Plug, state_of_plug
 
-STATE = "_pnp_plug"  # attribute of a plugged pipeline
 CALLBACKS = ("callback_on_step_end", "callback")
-NOT_PLUGGED = (
-    "This UNet carries a guide, but the pipeline that runs it has not been plugged, so it would "
-    "run two forwards a step and no guide."
-)
-
+NOT_PLUGGED = "This UNet carries a guide, which would not act: its pipeline has not been plugged."
 PAST_GUIDE = (
     "{0}.__call__ is running on a plugged pipeline past its guide: it was called by that name, or "
     "before the guide was plugged in. It would run two forwards a step and no guide. Call "
     "pipe(...) anew, or unplug(pipe) first."
 )
+OTHERS_PROCESSOR = (
+    "{} is none of diffusers' attention processors. A guided step has one row a sample, under its "
+    "prompt: one that looks for the two halves of CFG's batch does something else there."
+)
+OTHER_METHOD = (
+    "{0}.{1} runs the UNet of a plugged pipeline outside of pipe(...), where no guide acts."
+)
 counting = threading.Lock()
-
-
-def state_of_plug(pipe: Any) -> Plug | None:
-    """What a pipeline has been plugged with; None: it has not."""
-    return vars(pipe).get(STATE)
 
 
 class Intercepted:
@@ -119,7 +118,7 @@ class Plugged:
         vars(twin).update(vars(self))
         plug = state_of_plug(self)
         if plug is not None:
-            vars(twin)[STATE] = replace(plug, unet=None, warned=set(), num_calls=0)
+            vars(twin)[STATE] = replace(plug, unet=None, num_calls=0)
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -147,9 +146,12 @@ class Plugged:
                 if (plug := state_of_plug(owner)) is None:
                     raise ValueError(f"{NOT_PLUGGED} {what_to_do(owner)}")
                 is_stock = frame.f_code in codes_of_call(plug.stock_class)
-                wants_guidance = getattr(owner, "_guidance_scale", 2.0) > 1
-                if is_stock and wants_guidance and not is_in_call(owner):
-                    raise ValueError(PAST_GUIDE.format(plug.stock_class.__name__))
+                wants_guidance = getattr(owner, "_guidance_scale", 2.0 if is_stock else 1.0) > 1
+                if wants_guidance and not is_in_call(owner):
+                    name = plug.stock_class.__name__
+                    if is_stock:
+                        raise ValueError(PAST_GUIDE.format(name))
+                    plug.warn_once(OTHER_METHOD.format(name, frame.f_code.co_name))
                 break
             frame = frame.f_back
         return True
@@ -188,6 +190,8 @@ def get_ready(pipe: Any, plug: Plug) -> None:
         plug.unet = weakref.ref(unet)
     check_copies(unet)
     check_processors(unet)
+    for name in processors_of_others(unet):
+        plug.warn_once(OTHERS_PROCESSOR.format(name))
     if plug.exact_steps:
         check_keeps_nothing(unet)
     if pipe.unet is not unet:
@@ -220,11 +224,8 @@ def tell_unasked(call: PipelineCall) -> None:
         )
 
 
-@functools.cache
-def plugged_class(stock: Any) -> Any:
-    """The subclass, of the same name, that a plugged pipeline is of."""
-    names: dict[str, Any] = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    names |= {"__doc__": stock.__doc__, "_pnp_stock": stock}
+def guided_call(stock: Any) -> Any:
+    """The ``__call__`` of a class, which lets the guide act in what it runs."""
     signature = inspect.signature(stock.__call__)
 
     @functools.wraps(stock.__call__)
@@ -247,7 +248,28 @@ def plugged_class(stock: Any) -> Any:
         tell_unasked(call)
         return result
 
-    names["__call__"] = __call__
+    return __call__
+
+
+def called_within(stock: Any) -> list[Any]:
+    """What stands between a user's subclass and the class that it hands its call on to.
+
+    What a call is told is then what the subclass makes of it. Empty if it has no ``__call__``.
+    """
+    calling = [ancestor for ancestor in stock.__mro__ if "__call__" in vars(ancestor)]
+    own = [ancestor for ancestor in calling if ancestor.__module__.startswith("diffusers.")]
+    if not own or own[0] is calling[0]:
+        return []
+    names = {"__module__": __name__, "__call__": guided_call(own[0])}
+    return [type(own[0].__name__, (own[0],), names)]
+
+
+@functools.cache
+def plugged_class(stock: Any) -> Any:
+    """The subclass, of the same name, that a plugged pipeline is of."""
+    names: dict[str, Any] = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    names |= {"__doc__": stock.__doc__, "_pnp_stock": stock}
+    names["__call__"] = guided_call(stock)
     if way_in(stock) == ASKS:
 
         def do_classifier_free_guidance(self: Any) -> bool:
@@ -257,5 +279,5 @@ def plugged_class(stock: Any) -> Any:
             return bool(asked) and (call is None or call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
-    made: Any = type(stock.__name__, (Plugged, stock), names)
+    made: Any = type(stock.__name__, (Plugged, stock, *called_within(stock)), names)
     return made
