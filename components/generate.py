@@ -9,7 +9,6 @@ params.yaml is used as it says there: with its trigger words, negative prompt, s
 
 import argparse
 import io
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -19,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components.cli import main
+from components.inputs import check_num_steps
 from components.methods import METHODS
+from components.mlflow_place import without_secrets
 from components.params import Model, Params
 from components.paths import BUNDLE
 from pnp_core.files import old_of
+from pnp_core.model_files import check_model_files
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
+MOST_STEPS = 10_000
+MOST = 1000  # of a scale or a strength: images are noise long before
+MOST_IN_TITLE = 400  # characters of a prompt
+
 
 def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
@@ -38,12 +44,16 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     check_guide(arguments.guide)
     from components.rows import load_row
     from pnp_core.bundle import GuideBundle
-    from pnp_core.plug import plug
+    from pnp_core.plug import checked, plug
     from pnp_core.scheduling import of_scheduler
 
+    row = row_of(arguments.model, params)
+    for model in (params.base, row.path):
+        check_model_files(model)
+    if arguments.steps is not None:
+        check_num_steps(arguments.steps, params.base)
     with guide_folder(arguments.guide, params) as (folder, guide):
         bundle = GuideBundle.load(folder)
-    row = row_of(arguments.model, params)
     pipe = load_row(row, params.base)
     num_steps = bundle.default_num_steps if arguments.steps is None else arguments.steps
     best = bundle.scheduler_for(num_steps)
@@ -52,21 +62,24 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     scales = (arguments.guidance_scale, row.guidance_scale, params.evaluate.guidance_scale)
     scale = next(scale for scale in scales if scale is not None)
     negative = row.negative_prompt if arguments.negative is None else arguments.negative
+    prompt = f"{row.trigger} {arguments.prompt}".strip()
     asked = {
-        "prompt": f"{row.trigger} {arguments.prompt}".strip(),
+        "prompt": prompt,
         "negative_prompt": negative or None,
         "num_inference_steps": num_steps,
     }
+    strength = row.strength if arguments.strength is None else arguments.strength
     made: dict[str, Image.Image] = {}
     if arguments.compare:
+        checked(pipe, bundle, strength, 0)  # before two pictures are made without it
         for method, w in (("unguided", 1.0), ("cfg", scale)):
             image, seconds = timed(pipe, arguments.seed, guidance_scale=w, **asked)
             made[f"{METHODS[method]}, {seconds:.2f} s"] = image
-    plug(pipe, bundle, strength=row.strength if arguments.strength is None else arguments.strength)
+    plug(pipe, bundle, strength=strength)
     if arguments.compare:
         image, seconds = timed(pipe, arguments.seed, guidance_scale=scale, **asked)
         made[f"{METHODS['guided']}, {seconds:.2f} s"] = image
-        side_by_side(made, title=f"{asked['prompt']}, seed {arguments.seed}").save(arguments.out)
+        side_by_side(made, title=title_of(prompt, arguments.seed)).save(arguments.out)
     else:
         sample(pipe, arguments.seed, guidance_scale=scale, **asked).save(arguments.out)
     print(
@@ -117,9 +130,18 @@ def guide_folder(guide: str, params: Params) -> Iterator[tuple[Path, str]]:
         yield Path(guide), guide
         return
     from components.tracking import Registry
+    from components.tracking.store import database_of, store_uri
 
     asked = REGISTERED.fullmatch(guide)
     assert asked, "check_guide has seen it"
+    uri = store_uri(params.tracking)
+    database = database_of(uri)
+    if database is not None and not database.exists():  # asking MLflow would make it
+        raise ValueError(
+            f"--guide {guide}: {asked['name']} has no versions here, for there is no MLflow at "
+            f"{without_secrets(uri)}: name the store that has it as tracking.uri, or a guide's "
+            "folder"
+        )
     registry = Registry(params.tracking, asked["name"])
     version = asked["version"] or registry.named(asked["alias"])
     if version is None:
@@ -170,6 +192,25 @@ def side_by_side(images: "dict[str, Image.Image]", *, title: str) -> "Image.Imag
     return grid(rows, list(images), title=title, cell=cell)
 
 
+def title_of(prompt: str, seed: int) -> str:
+    """Of a picture: the prompt, or the beginning of a long one, and the seed."""
+    words = " ".join(prompt.split())
+    shown = words if len(words) <= MOST_IN_TITLE else f"{words[:MOST_IN_TITLE]}…"
+    return f"{shown}, seed {seed}"
+
+
+def utf8(given: str) -> str:
+    """What is UTF-8. Python has odd characters for the bytes of an argument that are none."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"it is not UTF-8 from character {error.start + 1} on: {given[: error.start]!r} is "
+            "what can be read"
+        ) from None
+    return given
+
+
 def seed(text: str) -> int:
     """A seed that PyTorch takes."""
     number = int(text)
@@ -185,14 +226,21 @@ def steps(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"at least one step is needed, not {number}")
+    if number > MOST_STEPS:
+        raise argparse.ArgumentTypeError(f"{MOST_STEPS:,} steps are the most")
     return number
+
+
+def utf8_path(given: str) -> Path:
+    """A path, which is printed, so that it is UTF-8."""
+    return Path(utf8(given))
 
 
 def factor(text: str) -> float:
     """A scale or a strength."""
     number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"a number from 0 on is needed, not {text}")
+    if not 0 <= number <= MOST:
+        raise argparse.ArgumentTypeError(f"a number from 0 to {MOST} is needed, not {text}")
     return number
 
 
@@ -201,28 +249,35 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m components.generate", description="Make an image with a guide."
     )
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", type=utf8)
     parser.add_argument(
         "--guide",
+        type=utf8,
         default=BUNDLE.as_posix(),
         help="a folder, or models:/<name>@champion of the registry; default: %(default)s",
     )
     parser.add_argument(
-        "--model", help="a name in params.yaml, or the path of a fine-tune; default: the base"
+        "--model",
+        type=utf8,
+        help="a name in params.yaml, or the path of a fine-tune; default: the base",
     )
     parser.add_argument(
         "--steps", type=steps, help="default: the fewest from 4 on that the guide is made for"
     )
     parser.add_argument("--guidance-scale", type=factor, help="default: the model's, or evaluate's")
     parser.add_argument("--strength", type=factor, help="default: the model's, or 1")
-    parser.add_argument("--negative", metavar="PROMPT", help="what the image should not show")
+    parser.add_argument(
+        "--negative", type=utf8, metavar="PROMPT", help="what the image should not show"
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--compare",
         action="store_true",
         help="also without guidance and with CFG, in one picture, with the time of each",
     )
-    parser.add_argument("--out", type=Path, default=Path("out.png"), help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=utf8_path, default=Path("out.png"), help="default: %(default)s"
+    )
     return parser.parse_args()
 
 

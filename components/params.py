@@ -36,7 +36,7 @@ from pnp_core.settings import (
 )
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Guided = Annotated[float, Field(gt=1)]  # at 1 there is no guidance
+Guided = Annotated[float, Field(gt=1, le=1000)]  # at 1 there is no guidance
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # what is counted up from it has 64 bits
 # FID of few images is mostly bias. On the embedded base that of 32 finds CFG surely worse than no
 # guidance (by 6.0, interval 0.7 to 11.5), of 64 no longer, and of 192 surely better (4.7, 2.4 to
@@ -81,7 +81,7 @@ class Model(Section, frozen=True):
     trigger: str = ""  # words that come before every prompt
     negative_prompt: str = ""  # that every image is made with
     guidance_scale: Guided | None = None  # None: that of `evaluate`
-    strength: Annotated[float, Field(ge=0)] = 1.0  # of the guide
+    strength: Annotated[float, Field(ge=0, le=1000)] = 1.0  # of the guide
     clip_skip: CountOrZero = 0  # layers of the text encoder, from its end, as diffusers counts
 
 

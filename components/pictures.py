@@ -21,23 +21,27 @@ def grid(
     """Images in labelled rows: label -> uint8 (N, height, width, 3), `columns` the N prompts.
 
     Each image is scaled to `cell` pixels, by whole pixels if it is smaller. Prompts that are
-    `marked` as held out stand in blue, with a line below, and the title says what that means.
+    `marked` as held out stand in blue, with a line below, and the title says what that means. A
+    long title is broken into lines.
     """
     font = ImageFont.load_default(FONT_SIZE)
     small = ImageFont.load_default(FONT_SIZE - 3)
-    header = 2 * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
     beside = LABEL_WIDTH if any(rows) else MARGIN
+    table = beside + len(columns) * (cell + MARGIN)
+    titles = _wrapped(title, table - 2 * MARGIN, font) or [""]
+    header = (len(titles) + 1) * (FONT_SIZE + MARGIN) + 3 * FONT_SIZE
     note = HELDOUT if any(marked) else ""
-    head = font.getlength(title) + (beside + 2 * MARGIN + font.getlength(note) if note else 0)
-    width = max(beside + len(columns) * (cell + MARGIN), int(head) + 2 * MARGIN)
+    head = font.getlength(titles[0]) + (beside + 2 * MARGIN + font.getlength(note) if note else 0)
+    width = max(table, int(head) + 2 * MARGIN)
     sheet = Image.new("RGB", (width, header + len(rows) * (cell + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, fill="black", font=font)
-    left = 2 * MARGIN + draw.textlength(title, font=font)
+    for number, line in enumerate(titles):
+        draw.text((MARGIN, MARGIN + number * (FONT_SIZE + MARGIN)), line, fill="black", font=font)
+    left = 2 * MARGIN + draw.textlength(titles[0], font=font)
     draw.text((left + beside, MARGIN), note, fill=MARK, font=font)
     for number, prompt in enumerate(columns):
         left = beside + number * (cell + MARGIN)
-        lines = _wrapped(draw, prompt, cell, small)[:3]
+        lines = _wrapped(prompt, cell, small)[:3]
         top = header - MARGIN - len(lines) * FONT_SIZE
         is_marked = number < len(marked) and marked[number]
         fill = MARK if is_marked else "black"
@@ -66,15 +70,17 @@ def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def _wrapped(
-    draw: ImageDraw.ImageDraw,
-    text: str,
-    width: int,
-    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> list[str]:
+    """Its lines; a word that is wider than one is broken."""
     lines: list[str] = []
     for word in text.split():
-        if lines and draw.textlength(f"{lines[-1]} {word}", font=font) <= width:
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        lines.append("")
+        for sign in word:
+            if lines[-1] and font.getlength(lines[-1] + sign) > width:
+                lines.append("")
+            lines[-1] += sign
     return lines

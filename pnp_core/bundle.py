@@ -11,7 +11,7 @@ import torch
 
 from pnp_core.files import read_json, recover, write_directory
 from pnp_core.guide import Guide
-from pnp_core.guide.guide import check_config
+from pnp_core.guide.guide import check_config, is_count
 from pnp_core.model_files import check_safetensors
 from pnp_core.scheduling import SchedulerChoice
 
@@ -90,22 +90,45 @@ class GuideBundle:
         if not directory.exists():
             recover(directory)
         if (directory / INDEX).exists():
-            index = read_json(directory / INDEX)
-            try:
-                counts = list(index["num_steps"])
-                best = index.get("schedulers", {})  # bundles made before this were known have none
-                schedulers = {int(n): SchedulerChoice(**choice) for n, choice in best.items()}
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{directory / INDEX} is damaged ({error!r}): get the bundle again."
-                ) from None
+            counts, schedulers = read_index(directory / INDEX)
             return cls({n: load_guide(directory / f"steps-{n}") for n in counts}, schedulers)
         guide = load_guide(directory)
         return cls({guide.config.num_steps or 50: guide})
 
 
+def read_index(file: Path) -> tuple[list[int], dict[int, SchedulerChoice]]:
+    """What a bundle's index says: its step counts, and the schedulers that are best for them.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    index = read_json(file)
+    try:
+        counts = list(index["num_steps"])
+        best = index.get("schedulers", {})  # bundles made before this were known have none
+        keys = [int(n) if str(n).isdecimal() else n for n in best]
+        if odd := [n for n in (*counts, *keys) if not is_count(n)]:
+            raise ValueError(f"it has {odd[0]!r} for a number of steps")
+        if not counts:
+            raise ValueError("it names no guide")
+        choices = [SchedulerChoice(**choice) for choice in best.values()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        why = str(error).rstrip(".") if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{file} is damaged ({why}): get the bundle again.") from None
+    return counts, dict(zip(keys, choices, strict=True))
+
+
 def nearest(counts: Iterable[int], num_steps: int) -> int:
-    """Of some step counts, the one nearest to ``num_steps``, by ratio."""
+    """Of some step counts, the one nearest to ``num_steps``, by ratio.
+
+    Raises:
+        ValueError: ``num_steps`` is below 1.
+    """
+    if num_steps < 1:
+        raise ValueError(f"A number of steps is 1 or more, and not {num_steps!r}.")
+    counts = list(counts)
+    if num_steps >= max(counts):  # however large: a ratio may be too small for a float
+        return max(counts)
     return min(counts, key=lambda n: abs(math.log(n / num_steps)))
 
 

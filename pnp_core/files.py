@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,6 +281,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(
             f"{path} is damaged ({error}): bring it back, or delete it and run what makes it"
         ) from None
+
+
+@contextmanager
+def opened_weights(path: Path) -> Iterator[Any]:
+    """A .safetensors file, open to be read as NumPy's arrays.
+
+    Raises:
+        ValueError: it is none, or not whole.
+    """
+    try:
+        file = safe_open(path, "np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or only partly downloaded ({error}): get it again."
+        ) from None
+    with file:
+        yield file
 
 
 def write_json(path: Path, value: Any) -> None:

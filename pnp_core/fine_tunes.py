@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from pnp_core.model_files import is_whole, refuse_clip_skip
+from pnp_core.model_files import check_model_files, is_whole, refuse_clip_skip
 from pnp_core.models import check_is_fine_tune, is_xl, load_pipeline, load_unet
 
 # What configs say of where and by what they were written.
@@ -28,6 +28,7 @@ def load_model(
     Raises:
         ValueError: see :func:`pnp_core.models.load_pipeline` and :func:`pnp_core.models.load_unet`.
     """
+    check_model_files(path)
     if is_whole(path):
         unet = base.unet
         pipe = load_pipeline(path, dtype=unet.dtype, device=unet.device, like=configs)

@@ -97,6 +97,7 @@ def model_identity(path: str | Path, base: str | Path) -> str:
     Raises:
         ValueError: see :func:`base_identity`.
     """
+    check_model_files(path)
     own = base_identity(path, configs_of(base)) if is_whole(path) else None
     if own is None:
         own = replace(base_identity(base), unet=weights_hash(path), base_hash=weights_hash(path))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors import safe_open
+from pnp_core.files import opened_weights
 
 # A LoRA's matrix for a module of a UNet: by diffusers, as now and as earlier, or by kohya's tools.
 MATRIX = re.compile(
@@ -70,7 +70,7 @@ def shapes_of(files: Iterable[Path]) -> dict[str, list[int]]:
     """The shape of every weight in .safetensors files."""
     shapes = {}
     for file in files:
-        with safe_open(file, "np") as weights:
+        with opened_weights(file) as weights:
             for key in weights.keys():  # noqa: SIM118
                 shapes[key] = list(weights.get_slice(key).get_shape())
     return shapes

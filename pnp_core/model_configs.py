@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
-from pnp_core.files import read_json
+from pnp_core.files import opened_weights, read_json
 from pnp_core.model_files import LORA_FILE, configs_of
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -147,7 +145,7 @@ def check_not_distilled(path: str | Path) -> None:
     width = _config(folder / "unet/config.json").get("time_cond_proj_dim")
     told = f"time_cond_proj_dim is {width}" if width is not None else ""
     if Path(path).is_file():
-        with safe_open(path, "np") as file:
+        with opened_weights(Path(path)) as file:
             names = [key for key in file.keys() if "time_embed" in key and "cond_proj" in key]  # noqa: SIM118
         told = told or (f"it has {names[0]}" if names else "")
     if told:
@@ -181,7 +179,7 @@ def schedule_of(path: str | Path, *, weights_only: bool = False) -> tuple[dict[s
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
         return {}, ""
-    with safe_open(file, "np") as weights:
+    with opened_weights(file) as weights:
         keys, metadata = set(weights.keys()), weights.metadata() or {}
     # Empty weights of these names are how a checkpoint says it, and this entry how a LoRA does.
     # Both are left out by many: without them, nothing is known.

@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from pnp_core.files import read_json
+from pnp_core.files import opened_weights, read_json
 from pnp_core.lora_files import check_lora_keys, check_lora_shapes
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -135,7 +133,7 @@ def check_base(path: str | Path) -> None:
 
 def check_is_unet(path: Path) -> None:
     """Raise ValueError if a .safetensors file has neither a UNet nor a LoRA for one."""
-    with safe_open(path, "np") as file:
+    with opened_weights(path) as file:
         keys = list(file.keys())
     if is_lora(path):
         check_lora_keys(path, keys)
@@ -206,7 +204,7 @@ def architecture_of(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     found: dict[str, Any] = {}
-    with safe_open(file, "np") as weights:
+    with opened_weights(file) as weights:
         for key in weights.keys():  # noqa: SIM118
             if key in (CONV_IN, OWN_CONV_IN):
                 width, found["in_channels"] = weights.get_slice(key).get_shape()[:2]
@@ -218,13 +216,8 @@ def architecture_of(path: Path) -> dict[str, Any]:
 
 def check_safetensors(path: Path) -> None:
     """Raise ValueError if the file is not whole."""
-    try:
-        with safe_open(path, "np"):
-            pass
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or only partly downloaded ({error}): get it again."
-        ) from None
+    with opened_weights(path):
+        pass
 
 
 def is_whole(path: str | Path) -> bool:
@@ -238,13 +231,13 @@ def is_whole(path: str | Path) -> bool:
 def is_lora(path: Path) -> bool:
     """Whether a .safetensors file holds a LoRA, in the layout of diffusers or of kohya's tools."""
     marks = ("lora_", ".lora.", "_lora.")
-    with safe_open(path, "np") as file:
+    with opened_weights(path) as file:
         return any(mark in key for key in file.keys() for mark in marks)  # noqa: SIM118
 
 
 def has_all_parts(path: Path) -> bool:
     """Whether a .safetensors file holds a VAE and a text encoder beside the UNet."""
-    with safe_open(path, "np") as file:
+    with opened_weights(path) as file:
         keys = list(file.keys())
     return all(any(key.startswith(prefixes) for key in keys) for prefixes in PARTS.values())
 
@@ -301,7 +294,7 @@ def config_folder(path: Path, like: Path | None = None) -> Path:
     Raises:
         ValueError: the file is no whole checkpoint, or of a kind whose configs aren't known.
     """
-    with safe_open(path, "np") as file:
+    with opened_weights(path) as file:
         keys = list(file.keys())
         if CONV_IN not in keys or TEXT_TO_KEY not in keys:
             raise ValueError(

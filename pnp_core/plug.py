@@ -8,16 +8,18 @@ itself. See :mod:`pnp_core.plugged` for what it does otherwise.
 
 import math
 import weakref
+from numbers import Real
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from pnp_core.bundle import GuideBundle
 from pnp_core.compiled import optimized
 from pnp_core.fit import bare_unet, check_prediction_type, check_unet
 from pnp_core.guide import Guide
 from pnp_core.inject import unuse, use
-from pnp_core.pipelines import check_exact_steps
+from pnp_core.pipelines import check_class, check_exact_steps
 from pnp_core.plug_state import STATE, Plug, state_of_plug
 from pnp_core.plugged import plugged_class
 
@@ -51,7 +53,7 @@ def plug(
             quantised or sharded one is not), or one of another architecture or prediction type
             than the guide's; a pipeline that is plugged already; a strength or a number of exact
             steps that can't be. The pipeline is unchanged.
-        TypeError: no guide was given.
+        TypeError: no pipeline, no guide, or a strength that is no number.
     """
     bundle = checked(pipe, guide, strength, exact_steps)
     stock: Any = type(pipe)
@@ -75,15 +77,18 @@ def checked(
     pipe: DiffusionPipeline, guide: Guide | GuideBundle, strength: float, exact_steps: int
 ) -> GuideBundle:
     """The guide as a bundle; raises what :func:`plug` says."""
+    check_class(type(pipe))
+    if not (isinstance(pipe, DiffusionPipeline) or hasattr(pipe, "unet")):
+        raise TypeError(
+            f"A pipeline of diffusers is needed, not a {type(pipe).__name__}: "
+            "DiffusionPipeline.from_pretrained(model) opens one."
+        )
     if not isinstance(guide, Guide | GuideBundle):
         raise TypeError(
-            f"A guide or a bundle of guides is needed, not {guide!r}: GuideBundle.load(folder) or "
-            "load_guide(folder) opens one."
+            f"A guide or a bundle of guides is needed, not a {type(guide).__name__}: "
+            "GuideBundle.load(folder) or load_guide(folder) opens one."
         )
-    if not 0 <= strength < math.inf:
-        raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
-    if isinstance(exact_steps, bool) or not isinstance(exact_steps, int) or exact_steps < 0:
-        raise ValueError(f"exact_steps is a whole number from 0 on, and not {exact_steps!r}.")
+    check_numbers(strength, exact_steps)
     bundle = guide if isinstance(guide, GuideBundle) else as_bundle(guide)
     plugged = state_of_plug(pipe)
     if plugged is not None:
@@ -95,6 +100,19 @@ def checked(
     if exact_steps:
         check_exact_steps(type(pipe))
     return bundle
+
+
+def check_numbers(strength: Any, exact_steps: Any) -> None:
+    """Raise what :func:`plug` says if they can't be. A tensor of one number is one."""
+    is_one = isinstance(strength, Tensor) and strength.ndim == 0
+    if not (is_one or isinstance(strength, Real)):
+        raise TypeError(f"strength is a number from 0 on, and not a {type(strength).__name__}.")
+    if not 0 <= strength < math.inf:
+        raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
+    if isinstance(exact_steps, bool) or not isinstance(exact_steps, int) or exact_steps < 0:
+        is_short = isinstance(exact_steps, int | float | str | None)
+        given = repr(exact_steps) if is_short else f"a {type(exact_steps).__name__}"
+        raise ValueError(f"exact_steps is a whole number from 0 on, and not {given}.")
 
 
 def unplug(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -39,5 +39,5 @@ class Plug:
 
 def state_of_plug(pipe: Any) -> Plug | None:
     """What a pipeline has been plugged with; None: it has not."""
-    state: Plug | None = vars(pipe).get(STATE)
+    state: Plug | None = getattr(pipe, "__dict__", {}).get(STATE)
     return state

@@ -7,13 +7,16 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
+# In diffusers' terms; "unknown" is what :func:`of_scheduler` says of one without a spacing.
+SPACINGS = ("leading", "linspace", "trailing", "unknown")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerChoice:
     """A scheduler of diffusers', and how its timesteps are spaced.
 
     Raises:
-        ValueError: diffusers has no such scheduler for these pipelines.
+        ValueError: diffusers has no such scheduler for these pipelines, or no such spacing.
     """
 
     name: str
@@ -23,6 +26,10 @@ class SchedulerChoice:
         if self.name not in KarrasDiffusionSchedulers.__members__:
             known = ", ".join(KarrasDiffusionSchedulers.__members__)
             raise ValueError(f"{self.name!r} is no scheduler that a guide works with: {known}.")
+        if self.timestep_spacing not in SPACINGS:
+            raise ValueError(
+                f"{self.timestep_spacing!r} is no spacing of timesteps: {', '.join(SPACINGS)}."
+            )
 
     def __str__(self) -> str:
         return f"{self.name} with {self.timestep_spacing} spacing"

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from pnp_core.bundle import GuideBundle
 from pnp_core.fine_tunes import load_model, skip_layers
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.identity import model_identity
+from pnp_core.model_configs import check_not_distilled
+from pnp_core.model_files import check_base, configs_of, is_whole
 from pnp_core.models import encode_prompts, load_pipeline
 from tests import toy
 from tests.conftest import changed, roused, same_weights, save_lora
@@ -150,6 +153,33 @@ def test_a_whole_model_of_another_architecture_is_refused(
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="not a fine-tune of the base"):
         load_model(tmp_path / "other", base=pipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("empty.safetensors", "damaged or only partly downloaded"),
+        ("m.ckpt", "pickled checkpoint"),
+        ("m.png", "not a model"),
+    ],
+)
+def test_a_file_that_is_no_model_is_told_by_its_name(
+    pipe: StableDiffusionPipeline, toy_folder: Path, tmp_path: Path, name: str, said: str
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is .*{said}"):
+        load_model(tmp_path / name, base=pipe)
+    with pytest.raises(ValueError, match=f"{name} is .*{said}"):
+        model_identity(tmp_path / name, toy_folder)
+
+
+@pytest.mark.parametrize("read", [check_base, is_whole, configs_of, check_not_distilled])
+def test_whoever_reads_a_damaged_file_of_weights_says_so(
+    tmp_path: Path, read: Callable[[Path], Any]
+) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(b"\x20" + 7 * b"\0" + b'{"a":')
+    with pytest.raises(ValueError, match="cut.safetensors is damaged or only partly downloaded"):
+        read(tmp_path / "cut.safetensors")
 
 
 def test_the_identity_of_a_model_is_of_all_its_parts(

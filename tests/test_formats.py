@@ -8,19 +8,21 @@ changed. (Format 2 reads guides of format 1 as its own.)
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from pnp_core.bundle import GuideBundle, load_guide
+from pnp_core.bundle import GuideBundle, load_guide, nearest
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import GuidedDenoiser
 from pnp_core.guide import FORMAT, FORMATS, Guide
 from pnp_core.schedule import NoiseSchedule
 
 DATA = Path(__file__).parent / "data"
+BEST = '{"name": "DDIMScheduler", "timestep_spacing": "trailing"}'
 
 
 @torch.no_grad()
@@ -65,16 +67,18 @@ def test_a_guide_of_a_later_format_is_said_to_need_a_newer_version_whatever_its_
         ("[]", "config.json lacks kind"),
         ("{}", "config.json lacks kind"),
         ('{"_class_name": "UNet2DConditionModel", "in_channels": 4}', "config.json lacks kind"),
-        (None, "has the kind 'small', and there are tiny"),
+        ({"kind": "small"}, "has the kind 'small', and there are tiny"),
+        ({"num_steps": 0}, "has 0 for num_steps"),
+        ({"num_steps": "4"}, "has '4' for num_steps"),
     ],
 )
 def test_a_guides_damaged_config_is_told_by_its_folder(
-    tmp_path: Path, text: str | None, message: str
+    tmp_path: Path, text: str | dict[str, Any], message: str
 ) -> None:
     load_guide(DATA / "format-1" / "tiny").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     whole = json.loads(file.read_text())
-    file.write_text(json.dumps({**whole, "kind": "small"}) if text is None else text)
+    file.write_text(text if isinstance(text, str) else json.dumps({**whole, **text}))
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
         load_guide(tmp_path)
 
@@ -87,6 +91,15 @@ def test_a_guides_damaged_config_is_told_by_its_folder(
         '{"num_steps": 4}',
         '{"num_steps": [4], "schedulers": []}',
         '{"num_steps": [4], "schedulers": {"4": {"name": "DDIMScheduler"}}}',
+        f'{{"num_steps": [4], "schedulers": {{"a": {BEST}}}}}',
+        f'{{"num_steps": [4], "schedulers": {{"0": {BEST}}}}}',
+        f'{{"num_steps": [4], "schedulers": {{"4": {BEST.replace("trailing", "sideways")}}}}}',
+        f'{{"num_steps": [4], "schedulers": {{"4": {BEST.replace("DDIM", "No")}}}}}',
+        '{"num_steps": []}',
+        '{"num_steps": [4, 0]}',
+        '{"num_steps": [true]}',
+        '{"num_steps": ["../bundle/steps-4"]}',
+        '{"num_steps": [1' + "0" * 400 + "]}",
     ],
 )
 def test_a_bundles_damaged_index_is_told_by_its_name(tmp_path: Path, text: str) -> None:
@@ -94,3 +107,13 @@ def test_a_bundles_damaged_index_is_told_by_its_name(tmp_path: Path, text: str) 
     (tmp_path / "bundle" / "bundle.json").write_text(text)
     with pytest.raises(ValueError, match="bundle.json is damaged"):
         GuideBundle.load(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1, 2), (3, 4), (5, 4), (8, 8), (10**400, 8)])
+def test_any_number_of_steps_has_the_guide_whose_own_is_nearest(asked: int, got: int) -> None:
+    assert nearest((2, 4, 8), asked) == got
+
+
+def test_no_steps_at_all_have_no_guide() -> None:
+    with pytest.raises(ValueError, match="A number of steps is 1 or more, and not 0"):
+        nearest((2, 4, 8), 0)

@@ -112,9 +112,12 @@ def test_a_guide_that_is_none_is_told_before_anything_is_opened(
     [
         (["--steps", "0"], "--steps: at least one step"),
         (["--steps", "-3"], "--steps: at least one step"),
-        (["--guidance-scale", "nan"], "--guidance-scale: a number from 0 on"),
-        (["--guidance-scale", "-1"], "--guidance-scale: a number from 0 on"),
-        (["--strength", "inf"], "--strength: a number from 0 on"),
+        (["--steps", "9" * 400], "--steps: 10,000 steps are the most"),
+        (["--guidance-scale", "nan"], "--guidance-scale: a number from 0 to 1000"),
+        (["--guidance-scale", "-1"], "--guidance-scale: a number from 0 to 1000"),
+        (["--guidance-scale", "1e308"], "--guidance-scale: a number from 0 to 1000"),
+        (["--strength", "inf"], "--strength: a number from 0 to 1000"),
+        (["--strength", "1e39"], "--strength: a number from 0 to 1000"),
         (["--seed", "99999999999999999999"], "--seed: a number below 2^64"),
     ],
 )
@@ -129,6 +132,83 @@ def test_a_number_that_can_t_be_is_told_by_the_option(
         generate.parsed()
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["prompt", "--negative", "--guide", "--model", "--out"])
+def test_an_argument_that_is_not_utf_8_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    argument = ["caf\udce9"] if option == "prompt" else ["red disc", option, "caf\udce9"]
+    monkeypatch.setattr("sys.argv", ["generate", *argument])
+    with pytest.raises(SystemExit) as stopped:
+        generate.parsed()
+    assert stopped.value.code == 2
+    assert f"{option}: it is not UTF-8 from character 4 on" in capsys.readouterr().err
+
+
+def test_more_steps_than_the_base_has_timesteps_are_told_before_it_is_opened(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("components.rows.load_row", None)
+    with pytest.raises(ValueError, match="1001 steps, but models/base has 1000 timesteps"):
+        made(params, monkeypatch, "--steps", "1001")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("empty.safetensors", b"", "is damaged or only partly downloaded"),
+        ("cut.safetensors", b"\x20" + 7 * b"\0" + b'{"a":', "is damaged or only partly downloaded"),
+        ("m.ckpt", b"PK\3\4", "is a pickled checkpoint"),
+        ("m.bin", b"x" * 9, "is a pickled checkpoint"),
+        ("m.png", b"\x89PNG", "is not a model: expected a folder or a .safetensors file"),
+        ("models/base/model_index.json", None, "is not a model: expected a folder or"),
+    ],
+)
+def test_a_file_that_is_no_model_is_told_before_anything_is_opened(
+    params: Params, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes | None, said: str
+) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    monkeypatch.setattr("components.rows.load_row", None)
+    with pytest.raises(ValueError, match=f"^{name} {said}"):
+        made(params, monkeypatch, "--model", name)
+
+
+def test_a_guide_that_does_not_fit_is_told_before_pictures_are_made_without_it(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, config = load_pipeline(params.base).unet, GuideConfig(max_parameters_ratio=0.2)
+    other = Guide.from_unet(unet, config, prediction_type="v_prediction")
+    GuideBundle({4: other}).save("guides/other")
+    monkeypatch.setattr(generate, "timed", None)
+    with pytest.raises(ValueError, match="This guide was made for a base with prediction_type"):
+        made(params, monkeypatch, "--guide", "guides/other", "--compare")
+
+
+@pytest.mark.parametrize("guide", ["models:/x@y", "models:/x/1"])
+def test_no_store_is_made_to_say_that_a_guide_is_not_registered(
+    params: Params, monkeypatch: pytest.MonkeyPatch, guide: str
+) -> None:
+    for file in Path().glob("mlflow.db*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=f"--guide {guide}: x has no versions here, .* no MLflow"):
+        made(params, monkeypatch, "--guide", guide)
+    assert not Path("mlflow.db").exists()
+
+
+@pytest.mark.parametrize("prompt", ["a red\ndisc \t on\u2028blue", "apple " * 300, "a" * 1800])
+def test_a_picture_of_several_is_as_wide_as_they_are_whatever_the_prompt(prompt: str) -> None:
+    images = {label: Image.new("RGB", (64, 64)) for label in ("unguided", "CFG", "guided")}
+    width = generate.side_by_side(images, title="a disc, seed 0").width
+    sheet = generate.side_by_side(images, title=generate.title_of(prompt, 7))
+    assert sheet.width == width
+    assert sheet.height < 2 * width
+
+
+def test_a_title_has_no_line_breaks_and_always_the_seed() -> None:
+    assert generate.title_of("a red\ndisc ", 7) == "a red disc, seed 7"
+    assert generate.title_of("a" * 1800, 7) == "a" * 400 + "…, seed 7"
 
 
 @pytest.mark.parametrize("out", [".", "a.txt", "a.psd", "a.h5", "a.blp", "no/such/folder/a.png"])

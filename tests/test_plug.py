@@ -16,6 +16,8 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -469,6 +471,60 @@ def test_plugging_what_does_not_fit_is_refused_and_changes_nothing(
     plug(pipe, tiny)
     refused(pipe, tiny, "plugged already")
     refused(pipe, v_guide, "another guide plugged in")
+
+
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_a_scheduler_that_preconditions_the_unet_is_refused(
+    pipe: StableDiffusionPipeline, tiny: Guide, scheduler: type[SchedulerMixin]
+) -> None:
+    own, said = pipe.scheduler, f"under a {scheduler.__name__} it predicts something else"
+    pipe.scheduler = scheduler(prediction_type="epsilon")
+    refused(pipe, tiny, said)
+    pipe.scheduler = own
+    plug(pipe, tiny)
+    pipe.scheduler = scheduler(prediction_type="epsilon")
+    with pytest.raises(ValueError, match=said):
+        generate(pipe)
+
+
+@pytest.mark.parametrize("given", [None, "models/base", {}, torch.zeros(2)])
+def test_what_is_no_pipeline_is_told_by_its_type(tiny: Guide, given: Any) -> None:
+    with pytest.raises(TypeError, match=f"pipeline .* needed, not a {type(given).__name__}: "):
+        plug(given, tiny)
+    with pytest.raises(ValueError, match="has no guide plugged in"):
+        unplug(given)
+
+
+def test_what_is_no_guide_is_told_by_its_type(pipe: StableDiffusionPipeline) -> None:
+    given: Any
+    for given in (pipe.unet, None, "guides/bundle"):
+        with pytest.raises(TypeError, match=f"needed, not a {type(given).__name__}: ") as told:
+            plug(pipe, given)
+        assert len(str(told.value)) < 200
+
+
+@pytest.mark.parametrize("given", ["1", None, torch.ones(2), [1.0], 1j])
+def test_a_strength_that_is_no_number_is_told_by_its_type(
+    pipe: StableDiffusionPipeline, tiny: Guide, given: Any
+) -> None:
+    with pytest.raises(TypeError, match=f"^strength is .* and not a {type(given).__name__}.$"):
+        plug(pipe, tiny, strength=given)
+
+
+def test_what_is_no_number_of_exact_steps_is_told_in_short(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    given: Any = pipe.unet
+    with pytest.raises(ValueError, match="^exact_steps is .* not a UNet2DConditionModel.$"):
+        plug(pipe, tiny, exact_steps=given)
+
+
+@pytest.mark.parametrize("given", [1, np.float32(1.0), torch.tensor(1.0)])
+def test_a_strength_may_be_any_number(
+    pipe: StableDiffusionPipeline, tiny: Guide, given: Any
+) -> None:
+    expected = generate(plug(pipe, tiny))
+    assert np.array_equal(generate(plug(unplug(pipe), tiny, strength=given)), expected)
 
 
 class Int4Tensor(torch.Tensor):

@@ -24,6 +24,7 @@ from pnp_core.settings import GuideConfig, SettingError
 # 3: the kind `encoder`; guides of other kinds are as they were, and older versions open them.
 FORMATS = {"tiny": 2, "encoder": 3, "full": 2}
 FORMAT = max(FORMATS.values())
+MOST_STEPS = 10**6
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -209,6 +210,16 @@ def check_config(config: Any, path: str | os.PathLike[str]) -> None:
             f"The guide in {path} is damaged: its config.json has the kind {entries['kind']!r}, "
             f"and there are {', '.join(FORMATS)}."
         )
+    num_steps = entries.get("num_steps")
+    if num_steps is not None and not is_count(num_steps):
+        raise ValueError(
+            f"The guide in {path} is damaged: its config.json has {num_steps!r} for num_steps."
+        )
+
+
+def is_count(value: Any) -> bool:
+    """Whether it can be a guide's number of steps."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
 
 
 def check_share(guide: Guide, config: GuideConfig, base_parameters: int) -> None:
