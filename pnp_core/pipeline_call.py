@@ -105,8 +105,9 @@ class PipelineCall(Call):
         if self.asks:
             own = getattr(self.pipe, "_guidance_scale", scale)
             scale = float(getattr(self.pipe, "guidance_scale", own))
-        # NaN is no guidance, as in diffusers
-        return scale if scale > 1 and is_guided(self.pipe, self.plug.stock_class) else 1.0
+            if not is_guided(self.pipe, self.plug.stock_class):
+                return 1.0
+        return scale if scale > 1 else 1.0  # NaN is no guidance, as in diffusers
 
     # What the pipeline's own methods are made to do.
 
