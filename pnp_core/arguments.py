@@ -11,6 +11,13 @@ from typing import Any
 
 from torch import nn
 
+SIZES = ("original_size", "crops_coords_top_left", "target_size")
+NO_NEGATIVE_SIZES = (
+    "negative_original_size, negative_crops_coords_top_left, negative_target_size and a refiner's "
+    "negative_aesthetic_score have no effect where a guide acts: it knows the negative prompt by "
+    "its text alone."
+)
+
 
 class Arguments:
     """Of one call of a pipeline's method, which a name may be looked up in and changed.
@@ -39,6 +46,17 @@ class Arguments:
             self.args = (*self.args[:at], value, *self.args[at + 1 :])
         else:
             self.kwargs = {**self.kwargs, name: value}
+
+
+def has_negative_sizes(given: Arguments, *, is_refiner: bool) -> bool:
+    """Whether SDXL's sizes, or a refiner's aesthetic score, are others for the negative prompt.
+
+    Args:
+        given: to ``_get_add_time_ids``.
+        is_refiner: whether there are scores.
+    """
+    names = (*SIZES, "aesthetic_score") if is_refiner else SIZES
+    return any(given.get(f"negative_{name}") not in (None, given.get(name)) for name in names)
 
 
 def signature_with(pipeline_class: type[Any], method: str, name: str) -> inspect.Signature | None:
@@ -80,6 +98,18 @@ def told_to(pipeline_class: type[Any], bound: inspect.BoundArguments) -> dict[st
 def is_told(value: Any, told: dict[str, Any], name: str) -> bool:
     """Whether it says more than an ancestor: a default of None leaves it to that."""
     return value is not None or name not in told
+
+
+def handed_on_to(pipeline_class: Any) -> Any:
+    """Diffusers' own class to which a user's class may hand its calls on; None: it has none."""
+    calling = [ancestor for ancestor in pipeline_class.__mro__ if "__call__" in vars(ancestor)]
+    own = [ancestor for ancestor in calling if ancestor.__module__.startswith("diffusers.")]
+    return own[0] if own and own[0] is not calling[0] else None
+
+
+def is_by_name(code: CodeType, own: Any) -> bool:
+    """Whether this runs in the ``__call__`` of a class that was to be reached by ``super()``."""
+    return own is not None and code is getattr(inspect.unwrap(own.__call__), "__code__", None)
 
 
 def codes_of_call(pipeline_class: type[Any]) -> set[CodeType]:

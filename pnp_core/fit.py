@@ -110,7 +110,8 @@ def check_processors(unet: UNet2DConditionModel) -> None:
                 f"A guide makes the negative prompt's keys by each attention's own to_k, and a "
                 f"{name} has another: use Custom Diffusion unplugged."
             )
-        if hasattr(layer.processor, "num_tokens") and unet.encoder_hid_proj is None:
+        appends = hasattr(layer.processor, "num_tokens") and hasattr(layer.processor, "to_k_ip")
+        if appends and unet.encoder_hid_proj is None:
             raise ValueError(
                 f"A {name} of this UNet reads an image's tokens behind the text's, where a guide "
                 "would take them for text: use pipe.load_ip_adapter and ip_adapter_image_embeds, "

@@ -10,7 +10,14 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from pnp_core.ahead import StepsAhead
-from pnp_core.arguments import Arguments, place_in_call, signature_with
+from pnp_core.arguments import (
+    NO_NEGATIVE_SIZES,
+    SIZES,
+    Arguments,
+    has_negative_sizes,
+    place_in_call,
+    signature_with,
+)
 from pnp_core.callbacks import (
     CONDITIONS,
     CONTROL_IMAGES,
@@ -21,7 +28,7 @@ from pnp_core.callbacks import (
 )
 from pnp_core.calls import Call, Negatives, now, suspended
 from pnp_core.conditions import AddedConditions, Conditions
-from pnp_core.encoded import Encoded, the_one_run
+from pnp_core.encoded import BEFORE, Encoded, Encodings, why_unknown
 from pnp_core.exact import ExactSteps, exact_steps_with
 from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import (
@@ -46,35 +53,32 @@ from pnp_core.plug_state import Plug
 from pnp_core.precision import is_mixed
 from pnp_core.scheduling import of_scheduler
 
-BEGAN_UNGUIDED = (
-    "guidance_scale has been raised above 1 in the middle of a call that began without guidance, "
-    "so the negative prompt is unknown: begin with a guidance_scale above 1."
-)
 NOT_NAMED = (
     "The __call__ of {} does not name its guidance_scale, as where it is wrapped without "
     "functools.wraps: wrap it with that, or use the pipeline unplugged."
-)
-NOT_ENCODED = (
-    "{} did not call its encode_prompt, by which a guide learns of the negative prompt, or that is "
-    "wrapped by what does not name its arguments, as functools.wraps does: use it unplugged."
 )
 
 
 class PipelineCall(Call):
     """One call of a plugged pipeline."""
 
-    def __init__(self, pipe: Any, plug: Plug, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, plug: Plug, arguments: Mapping[str, Any], hands_on_to: Any = None
+    ) -> None:
         self.pipe = pipe
+        self.hands_on_to = hands_on_to
+        self.name = type(pipe).__name__
         self.plug = plug
         self.way = way_in(plug.stock_class)
         self.asks = self.way == ASKS
         if not self.asks and "guidance_scale" not in arguments:
-            raise ValueError(NOT_NAMED.format(type(pipe).__name__))
+            raise ValueError(NOT_NAMED.format(self.name))
         self.asked_scale = float(arguments.get("guidance_scale") or 1.0)
         self.unet = bare_unet(pipe)
         self.denoising_end = arguments.get("denoising_end")
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
         self.doubles = not self.asks or plug.exact_steps > 0
+        self.has_begun = False
         self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
         self.begin_run()
 
@@ -84,13 +88,14 @@ class PipelineCall(Call):
         self.negative: Tensor | None = None  # text states; one row if all samples share it
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
         self.encoded_at: tuple[Any, ...] | None = None  # its prompts
-        self.encodings: list[Encoded] = []  # before the first forward
+        self.encodings = Encodings()
+        self.has_answered = False  # whether there is guidance
         self.has_forwards = False
         self.has_time_ids = False
         self.began_unguided = False
         self.num_prompts: int | None = None  # as encoded, before the batch is doubled
         self.num_samples = 0
-        self.forwards = Forwards(type(self.pipe).__name__, self.way, doubles=self.doubles)
+        self.forwards = Forwards(self.name, self.way, doubles=self.doubles)
         self.exact: ExactSteps | None = None
         self.is_exact = False  # the forward under way
         self.prepared: Prepared | None = None
@@ -120,16 +125,19 @@ class PipelineCall(Call):
             signature = signature_with(self.plug.stock_class, "encode_prompt", CFG)
         if signature is not None:
             given = Arguments(signature, args, kwargs)
+            if self.asks and not self.has_answered and given.get(CFG) is False:
+                return method(*args, **kwargs)  # for something else, without guidance
             given.put(CFG, True)
             args, kwargs = given.args, given.kwargs
         result = method(*args, **kwargs)
         if begins:
+            self.has_begun = True
             self.begin_run()
             self.encoded_at, self.began_unguided = place, not is_guided
         if signature is not None:
-            self.encodings.append(Encoded.of(result))
+            self.encodings.add(encoded := Encoded.of(result, given))
             if begins:
-                self.take(self.encodings[0])
+                self.take(encoded)
         return result
 
     def take(self, encoded: Encoded) -> None:
@@ -168,22 +176,13 @@ class PipelineCall(Call):
         Text-to-image pipelines call it again for a negative size that is given; image-to-image and
         inpainting pass both sizes in one call.
         """
-        names = ["original_size", "crops_coords_top_left", "target_size"]
-        signature = signature_with(self.plug.stock_class, "_get_add_time_ids", names[0])
+        signature = signature_with(self.plug.stock_class, "_get_add_time_ids", SIZES[0])
         if signature is None:
             return method(*args, **kwargs)
-        given = Arguments(signature, args, kwargs)
-        if self.pipe.config.get("requires_aesthetics_score"):  # a refiner
-            names.append("aesthetic_score")
-        differs = any(
-            given.get(f"negative_{name}") not in (None, given.get(name)) for name in names
-        )
+        is_refiner = bool(self.pipe.config.get("requires_aesthetics_score"))
+        differs = has_negative_sizes(Arguments(signature, args, kwargs), is_refiner=is_refiner)
         if self.guidance_scale > 1 and (differs or self.has_time_ids):
-            self.plug.warn_once(
-                "negative_original_size, negative_crops_coords_top_left, negative_target_size and "
-                "a refiner's negative_aesthetic_score have no effect where a guide acts: it knows "
-                "the negative prompt by its text alone."
-            )
+            self.plug.warn_once(NO_NEGATIVE_SIZES)
         self.has_time_ids = True
         return method(*args, **kwargs)
 
@@ -196,19 +195,21 @@ class PipelineCall(Call):
             ValueError: the pipeline called the UNet in a way that a guide can't follow.
         """
         scale = self.guidance_scale
+        self.plug.num_forwards += 1
         self.has_forwards = True
+        if self.is_before_its_run() and scale > 1:
+            self.plug.warn_once(BEFORE.format(self.name))
+            return None
         self.is_exact = self.begins_exact(arguments)
         if scale > 1:
             if self.num_prompts is None and self.asks:
-                message = BEGAN_UNGUIDED if self.began_unguided else NOT_ENCODED
-                raise ValueError(message.format(type(self.pipe).__name__))
+                raise ValueError(why_unknown(self.name, began_unguided=self.began_unguided))
             if self.asks:
-                rescale = getattr(self.pipe, "_guidance_rescale", None)
-                check_arguments({"guidance_rescale": rescale})
-            if len(self.encodings) > 1:
-                name, text = type(self.pipe).__name__, arguments["encoder_hidden_states"]
-                self.take(the_one_run(name, self.encodings, text))
-            self.encodings = []
+                check_arguments({"guidance_rescale": getattr(self.pipe, "_guidance_rescale", None)})
+            text = arguments["encoder_hidden_states"]
+            found = self.encodings.run_under(self.name, text, must=not self.doubles)
+            if found is not None:
+                self.take(found)
             timesteps = getattr(self.pipe.scheduler, "timesteps", None)
             num_steps = None if timesteps is None else len(timesteps)
             self.forwards.check(arguments, self.num_prompts, num_steps)
@@ -233,10 +234,15 @@ class PipelineCall(Call):
         arguments["encoder_hidden_states"] = effect.steer(text)
         return effect
 
+    def is_before_its_run(self) -> bool:
+        """Whether a subclass runs the UNet for itself, before it hands its call on."""
+        has_begun = self.has_begun or self.has_answered
+        return self.asks and self.hands_on_to is not None and not has_begun
+
     def end(self, output: Any) -> Any:
         """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""
         scale, exact = self.guidance_scale, self.exact
-        if not self.doubles or scale <= 1:
+        if not self.doubles or scale <= 1 or self.is_before_its_run():
             return None
         if exact is not None and self.is_exact:
             sample = output[0] if isinstance(output, tuple) else output.sample
@@ -268,9 +274,9 @@ class PipelineCall(Call):
         num_rows, text = len(arguments["sample"]), arguments["encoder_hidden_states"]
         if self.asks and len(text) != num_rows:
             raise ValueError(
-                f"{type(self.pipe).__name__} runs its UNet on {num_rows} rows with {len(text)} "
-                "text states: with exact steps a callback has to give those of the negative prompt "
-                "too, torch.cat([negative, prompt])."
+                f"{self.name} runs its UNet on {num_rows} rows with {len(text)} text states: with "
+                "exact steps a callback has to give those of the negative prompt too, "
+                "torch.cat([negative, prompt])."
             )
 
     def halve(self, arguments: dict[str, Any]) -> None:
@@ -301,7 +307,7 @@ class PipelineCall(Call):
         if now_for == self.prepared_for:
             return
         assert negative is not None
-        check_text(type(self.pipe).__name__, sample, text, negative)
+        check_text(self.name, sample, text, negative)
         if scale > torch.finfo(torch.float32).max:
             raise ValueError(f"guidance_scale {scale:g} is more than a guide can compute with.")
         check_face_embeddings(self.unet, len(sample))
@@ -343,29 +349,30 @@ class PipelineCall(Call):
     def wrapped(self, callback: Any) -> Any:
         """A callback that sees the states of both prompts, as CFG has them, and may change them."""
 
-        def called(*args: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
             if now.calls[-1:] != (self,):
-                return callback(*args)  # of a call within this one, which shows both halves
+                return callback(*args, **kwargs)  # of a call within this one, which shows both
             halves = Halves()
             if not (self.doubles or self.guidance_scale <= 1 or self.negative is None):
-                for given in args:
+                for given in (*args, *kwargs.values()):
                     if isinstance(given, dict):
                         halves.show(given, self.first_halves(), self.num_samples)
             with suspended():
-                returned = callback(*args)
+                returned = callback(*args, **kwargs)
             if self.prepared is not None:
                 self.negatives.doubt()
             if self.prepared is not None and self.held[0].is_inference():
                 self.halved, self.prepared_for = None, ()  # writing into them leaves no trace
             if bare_unet(self.pipe) is not self.unet and self.guidance_scale > 1:
                 raise ValueError(
-                    f"A callback has given {type(self.pipe).__name__} another UNet in the middle "
-                    "of a call, where a guide can't follow: do that between calls."
+                    f"A callback has given {self.name} another UNet in the middle of a call, where "
+                    "a guide can't follow: do that between calls."
                 )
             self.follow_samples(returned)
             if not self.doubles:
                 changed = halves.take_back(returned, (*CONDITIONS, *self.images), self.num_samples)
                 if "prompt_embeds" in changed:
+                    self.encodings.forget()
                     self.negative = shared(changed["prompt_embeds"])
                 self.negative_pooled = changed.get("add_text_embeds", self.negative_pooled)
             return returned

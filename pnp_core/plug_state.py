@@ -25,6 +25,7 @@ class Plug:
     unet: "weakref.ref[nn.Module] | None" = None  # the one that was checked
     warned: set[str] = field(default_factory=set)
     num_calls: int = 0  # under way, in all threads
+    num_forwards: int = 0  # begun, in all threads
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copied or pickled pipeline, with a guide of its own; its UNet has to be checked."""

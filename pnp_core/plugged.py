@@ -9,7 +9,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
@@ -18,7 +18,14 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
-from pnp_core.arguments import codes_of_call, rest_of, told_to
+from pnp_core.arguments import (
+    codes_of_call,
+    handed_on_to,
+    is_by_name,
+    place_in_call,
+    rest_of,
+    told_to,
+)
 from pnp_core.calls import entered, now
 from pnp_core.compiled import optimized
 from pnp_core.fit import (
@@ -48,6 +55,10 @@ OTHERS_PROCESSOR = (
 )
 OTHER_METHOD = (
     "{0}.{1} runs the UNet of a plugged pipeline outside of pipe(...), where no guide acts."
+)
+BY_NAME = (
+    "{0} calls {1}.__call__ by name, so a guide does not see what it hands on, as its scale or a "
+    "callback: call super().__call__."
 )
 counting = threading.Lock()
 
@@ -94,6 +105,21 @@ def is_in_call(pipe: Any) -> bool:
     return any(isinstance(call, PipelineCall) and call.pipe is pipe for call in now.calls)
 
 
+def encode_prompt(call: PipelineCall, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Say if what a subclass hands on can't be seen, and go on as :class:`PipelineCall` does.
+
+    Raises:
+        ValueError: it decides the scale.
+    """
+    place = place_in_call(call.plug.stock_class, sys._getframe(1))
+    if place is not None and is_by_name(place[0], call.hands_on_to):
+        message = BY_NAME.format(call.name, call.hands_on_to.__name__)
+        if not call.asks:
+            raise ValueError(message)
+        call.plug.warn_once(message)
+    return call.encode_prompt(method, *args, **kwargs)
+
+
 class Plugged:
     """Mixed into a pipeline's class by :func:`plug`."""
 
@@ -106,7 +132,7 @@ class Plugged:
         """
         return cls._pnp_stock(*args, **kwargs)
 
-    encode_prompt = Intercepted("encode_prompt", PipelineCall.encode_prompt)
+    encode_prompt = Intercepted("encode_prompt", encode_prompt)
     prepare_ip_adapter_image_embeds = Intercepted(
         "prepare_ip_adapter_image_embeds", PipelineCall.prepare_ip_adapter_image_embeds
     )
@@ -211,12 +237,18 @@ def counted(plug: Plug) -> Iterator[None]:
             plug.num_calls -= 1
 
 
-def tell_unasked(call: PipelineCall) -> None:
-    """Warn if a guided call is over and no forward of its UNet was seen."""
+def tell_unasked(call: PipelineCall, num_before: int) -> None:
+    """Warn if a guided call is over and no forward of its UNet was seen.
+
+    Args:
+        call: that is over.
+        num_before: forwards that had begun before it.
+    """
     pipe = call.pipe
     cuts_off = isinstance(call.denoising_end, float)  # may leave no step
     was_to_run = getattr(pipe, "_num_timesteps", 1) > 0 and not getattr(pipe, "_interrupt", False)
-    if call.asked_scale > 1 and was_to_run and not cuts_off and not call.was_asked:
+    was_asked = call.was_asked or call.plug.num_forwards != num_before  # in another thread
+    if call.asked_scale > 1 and was_to_run and not cuts_off and not was_asked:
         call.plug.warn_once(
             f"{type(pipe).__name__} has run without its guide: it did not call its UNet, or called "
             "unet.forward, or called it in another thread. A guide acts where the pipeline calls "
@@ -226,7 +258,7 @@ def tell_unasked(call: PipelineCall) -> None:
 
 def guided_call(stock: Any) -> Any:
     """The ``__call__`` of a class, which lets the guide act in what it runs."""
-    signature = inspect.signature(stock.__call__)
+    signature, own = inspect.signature(stock.__call__), handed_on_to(stock)
 
     @functools.wraps(stock.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807, a method
@@ -236,16 +268,19 @@ def guided_call(stock: Any) -> Any:
         get_ready(self, plug)
         bound = signature.bind(self, *args, **kwargs)
         told = told_to(stock, bound)
-        call = PipelineCall(self, plug, told)
+        call, num_before = PipelineCall(self, plug, told, own), plug.num_forwards
         if call.asked_scale > 1:
             check_arguments(told)
         for where in (bound.arguments, bound.arguments.get(rest_of(signature), {})):
             for name in CALLBACKS:
                 if where.get(name) is not None:
                     where[name] = call.wrapped(where[name])
+        if call.asks and "guidance_scale" in told and "_guidance_scale" in vars(self):
+            self._guidance_scale = call.asked_scale  # that of the call before is there still
         with counted(plug), entered(call):
             result = stock.__call__(*bound.args, **bound.kwargs)
-        tell_unasked(call)
+        if not isinstance(result, Awaitable | Iterator | AsyncIterator):  # which only begin now
+            tell_unasked(call, num_before)
         return result
 
     return __call__
@@ -256,12 +291,10 @@ def called_within(stock: Any) -> list[Any]:
 
     What a call is told is then what the subclass makes of it. Empty if it has no ``__call__``.
     """
-    calling = [ancestor for ancestor in stock.__mro__ if "__call__" in vars(ancestor)]
-    own = [ancestor for ancestor in calling if ancestor.__module__.startswith("diffusers.")]
-    if not own or own[0] is calling[0]:
+    own = handed_on_to(stock)
+    if own is None:
         return []
-    names = {"__module__": __name__, "__call__": guided_call(own[0])}
-    return [type(own[0].__name__, (own[0],), names)]
+    return [type(own.__name__, (own,), {"__module__": __name__, "__call__": guided_call(own)})]
 
 
 @functools.cache
@@ -276,6 +309,8 @@ def plugged_class(stock: Any) -> Any:
             """Whether the batch is doubled: in a call only if it has exact steps."""
             asked: Any = super(made, self).do_classifier_free_guidance
             call = call_under_way(self)
+            if call is not None:
+                call.has_answered = True
             return bool(asked) and (call is None or call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)

@@ -1,10 +1,12 @@
 """Users' own pipeline classes, attention processors and methods: served as meant, or told."""
 
+import asyncio
 import copy
 import inspect
 import logging
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from types import MethodType
 from typing import Any
 
@@ -38,12 +40,24 @@ def of_class(cls: Any, pipe: StableDiffusionPipeline) -> Any:
     return other
 
 
-def with_loop(before_encoding: str) -> Any:
-    """A class with a loop of its own: diffusers', and this statement before it encodes."""
+def with_loop(before_encoding: str, after_encoding: str = "", switch: str = "") -> Any:
+    """A class with a loop of its own: diffusers', with these statements in it.
+
+    Args:
+        before_encoding: one before it encodes its prompts.
+        after_encoding: another, after that.
+        switch: one at the end of each step.
+    """
     source = textwrap.dedent(inspect.getsource(LOOP))
-    source = source[source.index("def __call__") :]
-    assert source.count(f"    {ENCODES}") == 1
-    changed = source.replace(ENCODES, f"{before_encoding}\n    {ENCODES}")
+    changed = source[source.index("def __call__") :]
+    for there, statement in (
+        (f"    {ENCODES}", before_encoding),
+        ("    if self.do_classifier_free_guidance:\n        prompt_embeds = torch", after_encoding),
+        ("            if callback_on_step_end is not None:", switch),
+    ):
+        assert changed.count(there) == 1
+        indent = " " * (len(there) - len(there.lstrip()))
+        changed = changed.replace(there, f"{indent}{statement}\n{there}" if statement else there)
     names = dict(vars(sys.modules[LOOP.__module__]))
     exec(f"@torch.no_grad()\n{changed}", names)
     return type("OwnLoop", (StableDiffusionPipeline,), {"__call__": names["__call__"]})
@@ -62,6 +76,54 @@ def test_what_is_encoded_before_a_runs_own_prompts_has_no_effect(
     assert not np.array_equal(generate(own, **{**call, "negative_prompt": "dog house"}), guided)
 
 
+COUNTS = "self.encode_prompt(prompt, self.device, 1, False)"
+STYLE = "style, _ = self.encode_prompt('blue dog', self.device, 1, {})"
+
+
+@pytest.mark.parametrize("exact_steps", [0, 2])
+def test_a_token_counter_gives_no_negative_prompt(
+    pipe: StableDiffusionPipeline, guide: Guide, exact_steps: int
+) -> None:
+    own = of_class(with_loop(COUNTS), pipe)
+    for each in (pipe, own):
+        plug(each, guide, exact_steps=exact_steps)
+    expected = generate(pipe, negative_prompt="leaf")
+    assert np.array_equal(generate(own, negative_prompt="leaf"), expected)
+
+
+@pytest.mark.parametrize("asked", ["False", "True", "self.do_classifier_free_guidance"])
+@pytest.mark.parametrize("exact_steps", [0, 2])
+def test_blended_prompts_are_guided_away_from_the_negative_one_that_was_given(
+    pipe: StableDiffusionPipeline, guide: Guide, asked: str, exact_steps: int
+) -> None:
+    blend = "prompt_embeds = 0.5 * (prompt_embeds + style)"
+    own = of_class(with_loop(STYLE.format(asked), blend), pipe)
+    prompt, negative = pipe.encode_prompt("a cat", pipe.device, 1, True, "leaf")
+    style, _ = pipe.encode_prompt("blue dog", pipe.device, 1, False)
+    given = {"prompt_embeds": 0.5 * (prompt + style), "negative_prompt_embeds": negative}
+    for each in (pipe, own):
+        plug(each, guide, exact_steps=exact_steps)
+    expected = generate(pipe, None, **given)
+    assert np.array_equal(generate(own, negative_prompt="leaf"), expected)
+
+
+def test_a_loop_that_switches_prompts_switches_their_negative_ones(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    pair = "later = torch.cat(self.encode_prompt('dog', self.device, 1, True, 'red')[::-1])"
+    own = of_class(with_loop(pair, switch="prompt_embeds = later[-1:]"), pipe)
+
+    def callback(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        prompt, negative = running.encode_prompt("dog", running.device, 1, True, "red")
+        return {**given, "prompt_embeds": torch.cat([negative, prompt])}
+
+    options = {**OPTIONS, "callback_on_step_end": callback}
+    for each in (pipe, own):
+        plug(each, guide)
+    expected = generate(pipe, negative_prompt="leaf", **options)
+    assert np.abs(generate(own, negative_prompt="leaf") - expected).max() < 1e-5  # leaf: 4e-3
+
+
 def test_the_same_prompts_encoded_with_two_negative_ones_are_refused(
     pipe: StableDiffusionPipeline, guide: Guide
 ) -> None:
@@ -71,6 +133,78 @@ def test_the_same_prompts_encoded_with_two_negative_ones_are_refused(
         generate(own, negative_prompt="leaf")
     generate(own, negative_prompt="red")
     generate(own, guidance_scale=1.0)
+
+
+class Inverting(StableDiffusionPipeline):
+    """Runs its UNet without guidance before its run, and hands the result on."""
+
+    def invert(self, prompt: Any) -> Tensor:
+        text, _ = self.encode_prompt(prompt, self.device, 1, False)
+        with torch.no_grad():
+            inverted: Tensor = self.unet(torch.ones(1, 4, 4, 4), 5, text).sample
+        return inverted
+
+    def __call__(self, prompt: Any, **rest: Any) -> Any:
+        return super().__call__(prompt, latents=self.invert(prompt), **rest)
+
+
+@pytest.mark.parametrize("exact_steps", [0, 2])
+def test_forwards_before_a_subclass_hands_its_call_on_are_as_unplugged(
+    pipe: StableDiffusionPipeline,
+    guide: Guide,
+    caplog: pytest.LogCaptureFixture,
+    exact_steps: int,
+) -> None:
+    inverting = of_class(Inverting, pipe)
+    latents = inverting.invert("a cat")
+    for each in (pipe, inverting):
+        plug(each, guide, exact_steps=exact_steps)
+    expected = generate(pipe, latents=latents)
+    for scale in (1.0, 4.0, 1.0):
+        made = generate(inverting, guidance_scale=scale)
+        assert np.array_equal(made, expected) == (scale > 1)
+        assert ("before it hands its call on" in caplog.text) == (scale > 1)
+        caplog.clear()
+        inverting._pnp_plug.warned.clear()
+
+
+class ByName(StableDiffusionUpscalePipeline):
+    def __call__(self, prompt: Any, **rest: Any) -> Any:
+        return StableDiffusionUpscalePipeline.__call__(self, prompt, guidance_scale=3.0, **rest)
+
+
+def test_an_ancestors_call_by_name_is_refused_where_the_guide_would_not_see_its_scale(
+    pipe: StableDiffusionPipeline, xl_pipe: Any
+) -> None:
+    case = CASES["StableDiffusionUpscalePipeline"]
+    upscaler = ByName(**case.parts(Parts(pipe, xl_pipe)))
+    plug(upscaler, roused(Guide.from_unet(upscaler.unet, GuideConfig(max_parameters_ratio=0.2))))
+    with pytest.raises(ValueError, match=r"by name.*super\(\).__call__"):
+        upscaler("a cat", **case.call)
+
+
+def test_a_call_that_only_begins_or_runs_in_another_thread_is_not_taken_for_unguided(
+    pipe: StableDiffusionPipeline, guide: Guide, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Waiting(StableDiffusionPipeline):
+        async def __call__(self, prompt: Any, **rest: Any) -> Any:
+            return super().__call__(prompt, **rest)
+
+    class Threaded(StableDiffusionPipeline):
+        def __call__(self, prompt: Any, **rest: Any) -> Any:
+            call = super().__call__
+            with ThreadPoolExecutor(1) as other:
+                return other.submit(call, prompt, **rest).result()
+
+    waiting, threaded = of_class(Waiting, pipe), of_class(Threaded, pipe)
+    for each in (pipe, waiting, threaded):
+        plug(each, guide)
+    expected = generate(pipe)
+    call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "np"}
+    noise = torch.Generator().manual_seed(3)
+    assert np.array_equal(asyncio.run(waiting("a cat", generator=noise, **call)).images, expected)
+    assert np.array_equal(generate(threaded), expected)
+    assert not caplog.records
 
 
 class Soft(StableDiffusionPipeline):
@@ -237,6 +371,7 @@ def test_image_tokens_behind_the_text_are_refused(
 ) -> None:
     class Appended(Others):
         num_tokens = 4
+        to_k_ip = None
 
     plug(pipe, guide)
     pipe.unet.set_attn_processor(Appended())
