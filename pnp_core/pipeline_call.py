@@ -60,7 +60,7 @@ NOT_NAMED = (
 
 
 class PipelineCall(Call):
-    """One call of a plugged pipeline."""
+    """One call of a plugged pipeline, whose class may hand it on to another one's."""
 
     def __init__(
         self, pipe: Any, plug: Plug, arguments: Mapping[str, Any], hands_on_to: Any = None
