@@ -78,7 +78,8 @@ class PipelineCall(Call):
         self.denoising_end = arguments.get("denoising_end")
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
         self.doubles = not self.asks or plug.exact_steps > 0
-        self.has_begun = False
+        # a run; text that was let pass before it; the class, whether there is guidance
+        self.has_begun = self.has_passed = self.has_asked = False
         self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
         self.begin_run()
 
@@ -89,7 +90,6 @@ class PipelineCall(Call):
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
         self.encoded_at: tuple[Any, ...] | None = None  # its prompts
         self.encodings = Encodings()
-        self.has_answered = False  # whether there is guidance
         self.has_forwards = False
         self.has_time_ids = False
         self.began_unguided = False
@@ -125,8 +125,9 @@ class PipelineCall(Call):
             signature = signature_with(self.plug.stock_class, "encode_prompt", CFG)
         if signature is not None:
             given = Arguments(signature, args, kwargs)
-            if self.asks and not self.has_answered and given.get(CFG) is False:
-                return method(*args, **kwargs)  # for something else, without guidance
+            if self.asks and not self.has_asked and given.get(CFG) is False:
+                self.has_passed = True  # for something else
+                return method(*args, **kwargs)
             given.put(CFG, True)
             args, kwargs = given.args, given.kwargs
         result = method(*args, **kwargs)
@@ -236,8 +237,7 @@ class PipelineCall(Call):
 
     def is_before_its_run(self) -> bool:
         """Whether a subclass runs the UNet for itself, before it hands its call on."""
-        has_begun = self.has_begun or self.has_answered
-        return self.asks and self.hands_on_to is not None and not has_begun
+        return bool(self.has_passed and self.hands_on_to) and not (self.has_begun or self.has_asked)
 
     def end(self, output: Any) -> Any:
         """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""

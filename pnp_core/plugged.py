@@ -310,7 +310,7 @@ def plugged_class(stock: Any) -> Any:
             asked: Any = super(made, self).do_classifier_free_guidance
             call = call_under_way(self)
             if call is not None:
-                call.has_answered = True
+                call.has_asked = True
             return bool(asked) and (call is None or call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
