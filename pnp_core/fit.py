@@ -41,13 +41,13 @@ def check_unet(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
 def check_prediction_type(pipe: DiffusionPipeline, bundle: GuideBundle) -> None:
     """Raise ValueError if the guides were made for a base that predicts something else.
 
-    Or if the scheduler is one of EDM's, which scale what the UNet reads and gives in another way.
+    Or if the scheduler is one of EDM's or of flow matching, which takes it for something else.
     """
-    if hasattr(pipe.scheduler, "precondition_inputs"):
+    name = type(pipe.scheduler).__name__
+    if hasattr(pipe.scheduler, "precondition_inputs") or name.startswith("Flow"):
         raise ValueError(
-            f"A guide corrects what a UNet predicts of the noise, and under a "
-            f"{type(pipe.scheduler).__name__} it predicts something else: take a scheduler of the "
-            "base's own kind."
+            f"A guide corrects what a UNet predicts of the noise, and under a {name} it predicts "
+            "something else: take a scheduler of the base's own kind."
         )
     prediction_type = pipe.scheduler.config.get("prediction_type", "epsilon")
     for guide in bundle.guides.values():

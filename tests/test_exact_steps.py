@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    EDMEulerScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
     StableDiffusionPipeline,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
@@ -335,9 +335,9 @@ def test_what_is_no_number_of_exact_steps_is_refused_in_one_line(
 def test_a_scheduler_without_noise_levels_is_told_to_go_without_exact_steps(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
-    pipe.scheduler = EDMEulerScheduler()
+    pipe.scheduler = IPNDMScheduler()
     plug(pipe, tiny, exact_steps=1)
-    with pytest.raises(ValueError, match=r"exact_steps need .* EDMEulerScheduler .*exact_steps=0"):
+    with pytest.raises(ValueError, match=r"exact_steps need .* IPNDMScheduler .*exact_steps=0"):
         generate(pipe)
     unplug(pipe)
     plug(pipe, tiny, exact_steps=0)

@@ -20,6 +20,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
@@ -473,16 +474,19 @@ def test_plugging_what_does_not_fit_is_refused_and_changes_nothing(
     refused(pipe, v_guide, "another guide plugged in")
 
 
-@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
-def test_a_scheduler_that_preconditions_the_unet_is_refused(
+@pytest.mark.parametrize(
+    "scheduler",
+    [EDMEulerScheduler, EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler],
+)
+def test_a_scheduler_that_takes_a_prediction_for_something_else_is_refused(
     pipe: StableDiffusionPipeline, tiny: Guide, scheduler: type[SchedulerMixin]
 ) -> None:
     own, said = pipe.scheduler, f"under a {scheduler.__name__} it predicts something else"
-    pipe.scheduler = scheduler(prediction_type="epsilon")
+    pipe.scheduler = scheduler()
     refused(pipe, tiny, said)
     pipe.scheduler = own
     plug(pipe, tiny)
-    pipe.scheduler = scheduler(prediction_type="epsilon")
+    pipe.scheduler = scheduler()
     with pytest.raises(ValueError, match=said):
         generate(pipe)
 
