@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+Place = tuple[CodeType, int]  # in a pipeline's call: its code, and a line
 SIZES = ("original_size", "crops_coords_top_left", "target_size")
 NO_NEGATIVE_SIZES = (
     "negative_original_size, negative_crops_coords_top_left, negative_target_size and a refiner's "
@@ -118,9 +119,7 @@ def codes_of_call(pipeline_class: type[Any]) -> set[CodeType]:
     return {code for m in methods if (code := getattr(inspect.unwrap(m), "__code__", None))}
 
 
-def place_in_call(
-    pipeline_class: type[Any], frame: FrameType | None
-) -> tuple[CodeType, int] | None:
+def place_in_call(pipeline_class: type[Any], frame: FrameType | None) -> Place | None:
     """Where the innermost ``__call__`` of a class's own or its ancestors' stands, by code and line.
 
     Args:

@@ -1,6 +1,5 @@
 """What one call of a plugged pipeline knows, and what the guide does in its forwards."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,8 +13,8 @@ from pnp_core.arguments import (
     NO_NEGATIVE_SIZES,
     SIZES,
     Arguments,
+    Place,
     has_negative_sizes,
-    place_in_call,
     signature_with,
 )
 from pnp_core.callbacks import (
@@ -88,7 +87,7 @@ class PipelineCall(Call):
         self.guide: Guide | None = None  # for the number of steps
         self.negative: Tensor | None = None  # text states; one row if all samples share it
         self.negative_pooled: Tensor | None = None  # of an SDXL pipeline
-        self.encoded_at: tuple[Any, ...] | None = None  # its prompts
+        self.encoded_at: Place | None = None  # its prompts
         self.encodings = Encodings()
         self.has_forwards = False
         self.has_time_ids = False
@@ -116,9 +115,10 @@ class PipelineCall(Call):
 
     # What the pipeline's own methods are made to do.
 
-    def encode_prompt(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Encode the negative prompt too, which a pipeline without CFG would not."""
-        place = place_in_call(self.plug.stock_class, sys._getframe(1))
+    def encode_prompt(
+        self, place: Place | None, method: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """At a place in ``__call__``: encode the negative prompt too, as with CFG."""
         begins, is_guided = self.begins_run(place), self.guidance_scale > 1
         signature = None
         if is_guided and (begins or not self.has_forwards):
@@ -146,7 +146,7 @@ class PipelineCall(Call):
         self.num_prompts = len(encoded.positive)
         self.negative, self.negative_pooled = encoded.negative, encoded.negative_pooled
 
-    def begins_run(self, place: tuple[Any, ...] | None) -> bool:
+    def begins_run(self, place: Place | None) -> bool:
         """Whether a run begins with the prompts that are encoded at this place.
 
         Those that one ``__call__`` encodes first are its run's. One that it hands on to, or comes

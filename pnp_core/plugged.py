@@ -117,7 +117,7 @@ def encode_prompt(call: PipelineCall, method: Callable[..., Any], *args: Any, **
         if not call.asks:
             raise ValueError(message)
         call.plug.warn_once(message)
-    return call.encode_prompt(method, *args, **kwargs)
+    return call.encode_prompt(place, method, *args, **kwargs)
 
 
 class Plugged:
