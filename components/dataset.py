@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -266,8 +267,10 @@ def own_prompts(model: Model) -> tuple[str, ...]:
     where, found = "the list", model.prompts
     if isinstance(found, str):
         file = Path(model.path, found)
-        if not (Path(model.path).is_dir() and file.is_file()):
-            raise ValueError(f"there is no file {file}: put it into the model's folder")
+        within = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(model.path))
+        if not (within and Path(model.path).is_dir() and file.is_file()):
+            why = f"there is no file {file}" if within else f"{file} is not in {model.path}"
+            raise ValueError(f"{why}: put it into the model's folder")
         where, found = str(file), tuple(lines_of(file))
     prompts = tuple(line.strip() for line in found if line.strip())
     if not prompts:

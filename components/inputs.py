@@ -2,6 +2,7 @@
 
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pnp_core.files import read_json
 from pnp_core.model_configs import check_base_configs, check_prediction, num_train_timesteps
@@ -12,6 +13,9 @@ from pnp_core.model_files import (
     check_weight_files,
     image_size,
 )
+
+if TYPE_CHECKING:
+    from components.params import Params
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -40,6 +44,16 @@ def check_num_steps(num_steps: int, base: str) -> None:
     most = num_train_timesteps(base)
     if most is not None and num_steps > most:
         raise ValueError(f"{num_steps} steps, but {base} has {most} timesteps: no more than that")
+
+
+def counts_of_steps(params: "Params") -> dict[str, int]:
+    """By the key of params.yaml, the most sampling steps that each asks for."""
+    return {
+        "cache.trajectory_steps": params.cache.trajectory_steps,
+        "halve.start_steps": params.halve.start_steps,
+        "evaluate.num_steps": max(params.evaluate.num_steps),
+        "evaluate.full.num_steps": max(params.evaluate.full.num_steps),
+    }
 
 
 def check_judge(judge: str) -> None:

@@ -296,8 +296,8 @@ def check_files(params: Params) -> None:
         if not Path(path).exists() and Path(path) != PREPARED:
             raise ParamsError(f"params.yaml: {key}: there is no {path}")
 
+    from components import inputs
     from components.dataset import check_reference, own_prompts
-    from components.inputs import check_judge, check_model, check_num_steps, check_resolution
     from pnp_core.model_files import check_clip_skip
 
     with _named_in_errors("teacher"):
@@ -306,22 +306,23 @@ def check_files(params: Params) -> None:
     models |= {f"models.{name}.path": model.path for name, model in params.models.items()}
     for key, path in models.items():
         with _named_in_errors(key):
-            check_model(path, params.base)
+            inputs.check_model(path, params.base)
     for companion in companion_paths(params):
         with _named_in_errors(f"companions/{companion.name}"):
-            check_model(str(companion), params.base, teaches=True)
+            inputs.check_model(str(companion), params.base, teaches=True)
         if not params.cache.num_trajectory:
             raise ParamsError(
                 "params.yaml: cache.num_trajectory is 0, and companions teach along trajectories: "
                 f"raise it, or empty {params.companions}"
             )
-    with _named_in_errors("halve.start_steps"):
-        check_num_steps(params.halve.start_steps, params.base)
+    for key, num_steps in inputs.counts_of_steps(params).items():
+        with _named_in_errors(key):
+            inputs.check_num_steps(num_steps, params.base)
     with _named_in_errors("prepare.resolution"):
-        check_resolution(params.prepare.resolution, params.base)
+        inputs.check_resolution(params.prepare.resolution, params.base)
     for i, judge in enumerate(params.evaluate.judges):
         with _named_in_errors(f"evaluate.judges[{i}]"):
-            check_judge(judge)
+            inputs.check_judge(judge)
     for name, model in params.models.items():
         with _named_in_errors(f"models.{name}.clip_skip"):
             check_clip_skip(model.path, params.base, model.clip_skip)

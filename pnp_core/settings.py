@@ -132,12 +132,15 @@ class GuiderConfig:
                 f"The guider {self.name!r} can't be distilled: {why}. Choose one of "
                 f"{', '.join(GUIDERS)}."
             )
-        known = set(inspect.signature(getattr(guiders, self.name).__init__).parameters)
+        known = set(inspect.signature(getattr(guiders, self.name).__init__).parameters) - {"self"}
         for key in self.arguments:
             if key in RESERVED:
                 raise ValueError(f"{self.name}: {key} is not for the guider's arguments.")
             if key not in known:
                 raise ValueError(f"{self.name} has no argument {key!r}.")
+        start, stop = self.arguments.get("start", 0.0), self.arguments.get("stop", 1.0)
+        if not 0 <= start < stop <= 1:
+            raise ValueError(f"{self.name} guides from start {start} to stop {stop}, never.")
         for key, why in STATEFUL.items():
             if self.arguments.get(key):
                 raise ValueError(

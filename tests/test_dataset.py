@@ -346,3 +346,15 @@ def test_a_models_own_prompts_are_the_lines_of_its_file_whatever_editor_wrote_it
     )
     model = Model(path=str(tmp_path), reference="", prompts="words.txt")
     assert dataset.own_prompts(model) == ("a bar", "two\u2028lines")
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_prompts_outside_of_the_models_folder_are_refused(
+    tmp_path: Path, is_absolute: bool
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "words.txt").write_text("a bar\n")
+    prompts = str(tmp_path / "words.txt") if is_absolute else "../words.txt"
+    model = Model(path=str(tmp_path / "model"), reference="", prompts=prompts)
+    with pytest.raises(ValueError, match=r"is not in .*model: put it into the model's folder"):
+        dataset.own_prompts(model)

@@ -63,6 +63,10 @@ def test_guidance_can_be_limited_to_an_interval_of_the_schedule() -> None:
         ),
         ("ClassifierFreeGuidance", {"guidance_scale": 3.0}, "guidance_scale is not for"),
         ("ClassifierFreeGuidance", {"etta": 3.0}, "has no argument 'etta'"),
+        ("ClassifierFreeGuidance", {"self": 1.0}, "has no argument 'self'"),
+        ("ClassifierFreeGuidance", {"start": 0.8, "stop": 0.1}, "start 0.8 to stop 0.1, never"),
+        ("TangentialClassifierFreeGuidance", {"start": 2.0}, "start 2.0 to stop 1.0, never"),
+        ("ClassifierFreeGuidance", {"stop": float("nan")}, "never"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused_by_name(

@@ -626,3 +626,18 @@ def test_what_params_yaml_points_at_is_checked_without_loading_anything_heavy(
         world,
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cache.trajectory_steps", 1001),
+        ("evaluate.num_steps", [2, 1001]),
+        ("evaluate.full.num_steps", [1001, 4, 2, 1]),
+    ],
+)
+def test_more_steps_than_the_base_has_timesteps_are_refused_by_key(
+    world: Path, key: str, value: Any
+) -> None:
+    with pytest.raises(ParamsError, match=f"{key}: 1001 steps, but models/base has 1000"):
+        check_files(load(world, changed(key, value)))
