@@ -341,8 +341,6 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
     with torch.device("meta"):
         rest, counted = (Modulations(c, None, embedding_dim) for c in (modulated_channels, few))
-    max_parameters -= sum(p.numel() for p in rest.parameters())
-    max_parameters += sum(p.numel() for p in counted.parameters())
 
     def shape(rank: int) -> TinyShape:
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
@@ -351,10 +349,25 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
         text_rank = rank if rank < 32 else rank // 64 * 32 + 32
         return TinyShape(ranks, text_rank, embedding_dim)
 
-    def num_parameters(rank: int) -> int:  # never falls as the rank rises
+    with torch.device("meta"):
+        net = TinyGuide(entrances, shape(4), text_dim, attention_channels, few)
+    of_rank = num_parameters_of(net.text, net.entrances)
+    max_parameters -= num_parameters_of(net, rest) - num_parameters_of(counted) - of_rank
+
+    def num_parameters(rank: int) -> int:  # of what depends on it; never falls as the rank rises
+        ranks, text_rank, _ = shape(rank)
         with torch.device("meta"):
-            net = TinyGuide(entrances, shape(rank), text_dim, attention_channels, few)
-        return sum(p.numel() for p in net.parameters())
+            text = TextAdapter(text_dim, text_rank, embedding_dim)
+            each = [
+                EntranceAdapter(channels, r, embedding_dim)
+                for channels, r in zip(entrances, ranks, strict=True)
+            ]
+        return num_parameters_of(text, *each)
 
     num_fitting = bisect_right(range(4, widest), max_parameters, key=num_parameters)
     return shape(3 + max(num_fitting, 1))
+
+
+def num_parameters_of(*parts: nn.Module) -> int:
+    """Of all of them."""
+    return sum(p.numel() for part in parts for p in part.parameters())
