@@ -29,6 +29,12 @@ def why_unknown(name: str, *, began_unguided: bool) -> str:
     return (BEGAN_UNGUIDED if began_unguided else NOT_ENCODED).format(name)
 
 
+NO_NEGATIVE = (
+    "This pipeline's encode_prompt was asked for the states of a negative prompt by "
+    "do_classifier_free_guidance=True and gave none, and a guide needs them: use it unplugged."
+)
+
+
 class Encoded(NamedTuple):
     """Prompts and negative prompts that were encoded together.
 
@@ -50,7 +56,12 @@ class Encoded(NamedTuple):
 
         The negative ones are copied, as the stock pipeline does: what a callback writes into them
         has no effect.
+
+        Raises:
+            ValueError: there are none.
         """
+        if result[1] is None:
+            raise ValueError(NO_NEGATIVE)
         pooled = result[3].clone() if len(result) == 4 else None
         has_own = any(given.get(name) is not None for name in OWN_NEGATIVES)
         return cls(result[0], shared(result[1]).clone(), pooled, has_own)

@@ -154,10 +154,18 @@ def check_face_embeddings(unet: Any, num_samples: int) -> None:
 
 
 def check_keeps_nothing(unet: Any) -> None:
-    """Raise ValueError if something in place of a block's forward may keep what it gave.
+    """Raise ValueError if something may keep what a part of the UNet gave, for later steps.
 
     In an exact step the UNet has twice the rows of the step before. Offloading is no such thing.
     """
+    for part in unet.modules():
+        for hook in getattr(vars(part).get("_diffusers_hook"), "hooks", {}).values():
+            if hook._is_stateful:
+                raise ValueError(
+                    f"A {type(hook).__name__} keeps what parts of this UNet gave in earlier steps, "
+                    "which does not fit exact steps: take it off, or plug the guide with "
+                    "exact_steps=0."
+                )
     blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
     if any(
         "forward" in vars(block) and not {"_hf_hook", "_diffusers_hook"} & vars(block).keys()

@@ -105,7 +105,7 @@ class UNetHook:
         for index, layer in enumerate(self.layers):
             place(layer, NegativeHook(index, first_attention.get(index, 0)))
         self.first_attention = first_attention
-        self.follow()
+        self.follow(again=True)
 
     def come_last(self, unet: UNet2DConditionModel) -> None:
         """Be the last hook before the UNet's forward: an encoder that it runs needs the others."""
@@ -113,16 +113,24 @@ class UNetHook:
         (key,) = (key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self)
         hooks.move_to_end(key)
 
-    def follow(self) -> None:
-        """Be in the projections as they are now: loading a LoRA puts others in place."""
+    def follow(self, *, again: bool = False) -> None:
+        """Be in the projections as they are now: loading a LoRA puts others in place.
+
+        Args:
+            again: also if they are the ones of before, of which somebody may have taken the hooks.
+        """
         current = []
         for layer in self.layers:  # by what `layer.to_q` and `layer.to_out[0]` look up, in no time
             parts = layer._modules
             current += [parts["to_q"], parts["to_out"]._modules["0"]]
-        if len(current) == len(self.projections) and all(map(is_, current, self.projections)):
+        are_same = len(current) == len(self.projections) and all(
+            map(is_, current, self.projections)
+        )
+        if are_same and not again:
             return
-        for projection in self.projections:
-            displace(projection)
+        if not are_same:
+            for projection in self.projections:
+                displace(projection)
         for index, (to_q, to_out) in enumerate(zip(current[::2], current[1::2], strict=True)):
             place(to_q, QueryHook())
             place(to_out, AttendHook(index, self.first_attention.get(index, 0)))

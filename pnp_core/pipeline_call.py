@@ -78,7 +78,7 @@ class PipelineCall(Call):
         # With exact steps it runs as the stock one with CFG, which guided steps see half of.
         self.doubles = not self.asks or plug.exact_steps > 0
         # a run; text that was let pass before it; the class, whether there is guidance
-        self.has_begun = self.has_passed = self.has_asked = False
+        self.has_begun = self.has_passed = self.has_asked = self.is_encoding = False
         self.images = IMAGES if guesses(pipe, arguments) else IMAGES + CONTROL_IMAGES
         self.begin_run()
 
@@ -90,7 +90,7 @@ class PipelineCall(Call):
         self.encoded_at: Place | None = None  # its prompts
         self.encodings = Encodings()
         self.has_forwards = False
-        self.has_time_ids = False
+        self.time_ids_of: Any = None  # the sizes that were first asked for
         self.began_unguided = False
         self.num_prompts: int | None = None  # as encoded, before the batch is doubled
         self.num_samples = 0
@@ -182,9 +182,9 @@ class PipelineCall(Call):
             return method(*args, **kwargs)
         is_refiner = bool(self.pipe.config.get("requires_aesthetics_score"))
         differs = has_negative_sizes(Arguments(signature, args, kwargs), is_refiner=is_refiner)
-        if self.guidance_scale > 1 and (differs or self.has_time_ids):
+        if self.guidance_scale > 1 and (differs or self.time_ids_of not in (None, (args, kwargs))):
             self.plug.warn_once(NO_NEGATIVE_SIZES)
-        self.has_time_ids = True
+        self.time_ids_of = self.time_ids_of or (args, kwargs)
         return method(*args, **kwargs)
 
     # What the UNet's hook asks.

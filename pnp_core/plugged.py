@@ -117,7 +117,11 @@ def encode_prompt(call: PipelineCall, method: Callable[..., Any], *args: Any, **
         if not call.asks:
             raise ValueError(message)
         call.plug.warn_once(message)
-    return call.encode_prompt(place, method, *args, **kwargs)
+    before, call.is_encoding = call.is_encoding, True
+    try:
+        return call.encode_prompt(place, method, *args, **kwargs)
+    finally:
+        call.is_encoding = before
 
 
 class Plugged:
@@ -306,12 +310,16 @@ def plugged_class(stock: Any) -> Any:
     if way_in(stock) == ASKS:
 
         def do_classifier_free_guidance(self: Any) -> bool:
-            """Whether the batch is doubled: in a call only if it has exact steps."""
+            """Whether the batch is doubled: in a call only if it has exact steps.
+
+            Where prompts are encoded, whether those of both kinds are: as in the stock pipeline.
+            """
             asked: Any = super(made, self).do_classifier_free_guidance
             call = call_under_way(self)
-            if call is not None:
-                call.has_asked = True
-            return bool(asked) and (call is None or call.doubles)
+            if call is None or call.is_encoding:
+                return bool(asked)
+            call.has_asked = True
+            return bool(asked) and call.doubles
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
     made: Any = type(stock.__name__, (Plugged, stock, *called_within(stock)), names)

@@ -50,6 +50,8 @@ from tests.cases import few_of
 from tests.conftest import roused, save_lora
 from tests.plugged import generate, picture
 
+SIZES_OF_XL = ("original_size", "target_size")
+
 
 def test_a_plugged_pipeline_makes_what_our_own_sampler_makes(
     pipe: StableDiffusionPipeline, guide: Guide
@@ -590,6 +592,8 @@ def test_sdxl_negative_sizes_are_said_to_have_no_effect(
     plug(xl, Guide.from_unet(xl.unet, GuideConfig(max_parameters_ratio=0.2)))
     with caplog.at_level(logging.WARNING):
         xl("a cat", **call)
+        same = {f"{which}{size}": (32, 32) for which in ("", "negative_") for size in SIZES_OF_XL}
+        xl("a cat", **same, **call)
         assert "no effect" not in caplog.text
         xl("a cat", negative_original_size=(8, 8), negative_target_size=(8, 8), **call)
         assert "negative_original_size" in caplog.text and "no effect" in caplog.text

@@ -1,5 +1,6 @@
 """Nothing of the base's is touched, and what is replaced after plugging is looked at."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,19 @@ def test_a_unet_that_is_replaced_is_served_if_the_guide_fits_it(
     pipe.unet = UNet2DConditionModel.from_config({**other.config, "block_out_channels": (64, 64)})
     with pytest.raises(ValueError, match="This guide was made for a UNet with channels"):
         generate(pipe)
+
+
+def test_a_unet_stays_guided_where_another_shares_its_blocks_and_is_unplugged(
+    pipe: StableDiffusionPipeline, tiny: Guide
+) -> None:
+    other = copy.deepcopy(pipe)
+    other.unet.up_blocks = pipe.unet.up_blocks
+    plug(pipe, tiny)
+    expected = generate(pipe)
+    plug(other, tiny)
+    assert np.array_equal(generate(other), expected)
+    unplug(other)
+    assert np.array_equal(generate(pipe), expected)
 
 
 def test_a_scheduler_of_another_prediction_type_is_refused_when_called(

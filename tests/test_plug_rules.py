@@ -202,7 +202,6 @@ def test_exact_steps_compile_without_a_break_and_once(pipe: StableDiffusionPipel
     assert counts[0] == counts[1] == 2  # an exact step and a guided one
 
 
-@pytest.mark.services
 def test_repeated_blocks_that_are_alike_share_their_compiled_code(
     pipe: StableDiffusionPipeline,
 ) -> None:

@@ -423,3 +423,51 @@ def test_community_pipelines_that_need_both_halves_are_refused_in_whatever_modul
         check_class(cls)
     with pytest.raises(ValueError, match="two halves of CFG's batch"):
         check_class(type("Derived", (cls,), {}))
+
+
+class Asking(StableDiffusionPipeline):
+    """Makes the negative prompt stronger where it is told that there is guidance."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        prompt, negative = super().encode_prompt(*args, **kwargs)
+        return prompt, 2 * negative if self.do_classifier_free_guidance else negative
+
+
+class HandingOn(StableDiffusionPipeline):
+    """Encodes as it knows that there is guidance, whatever it is told."""
+
+    def encode_prompt(self, prompt: Any, device: Any, num: int, cfg: bool, *rest: Any, **more: Any):  # type: ignore[no-untyped-def]
+        guided = self.do_classifier_free_guidance
+        return super().encode_prompt(prompt, device, num, guided, *rest, **more)
+
+
+class WithoutNegative(StableDiffusionPipeline):
+    """Has no negative prompts."""
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return super().encode_prompt(*args, **kwargs)[0], None
+
+
+@pytest.mark.parametrize("exact_steps", [0, 2])
+@pytest.mark.parametrize(("cls", "factor"), [(Asking, 2), (HandingOn, 1)])
+def test_a_class_that_asks_while_it_encodes_is_told_what_the_stock_one_is(
+    pipe: StableDiffusionPipeline, guide: Guide, cls: Any, factor: int, exact_steps: int
+) -> None:
+    own = of_class(cls, pipe)
+    prompt, negative = pipe.encode_prompt("a cat", pipe.device, 1, True, "leaf")
+    given = {"prompt_embeds": prompt, "negative_prompt_embeds": factor * negative}
+    assert np.array_equal(generate(own, negative_prompt="leaf"), generate(pipe, None, **given))
+    for each in (pipe, own):
+        plug(each, guide, exact_steps=exact_steps)
+    assert np.array_equal(generate(own, negative_prompt="leaf"), generate(pipe, None, **given))
+
+
+def test_a_class_that_encodes_no_negative_prompt_is_told_to_go_unplugged(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    own = of_class(WithoutNegative, pipe)
+    unguided = generate(own, guidance_scale=1.0)
+    plug(own, guide)
+    with pytest.raises(ValueError, match=r"gave none, and a guide needs them: use it unplugged"):
+        generate(own)
+    assert np.array_equal(generate(own, guidance_scale=1.0), unguided)

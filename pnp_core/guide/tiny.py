@@ -338,9 +338,6 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
     grow with the share of parameters.
     """
     widest = max(max(e.skips) for e in entrances)
-    few = modulated_channels[:1]  # the rest are the same at every rank, and slow to make
-    with torch.device("meta"):
-        rest, counted = (Modulations(c, None, embedding_dim) for c in (modulated_channels, few))
 
     def shape(rank: int) -> TinyShape:
         ranks = [max(4, round(rank * sum(e.skips) / len(e.skips) / widest)) for e in entrances]
@@ -350,9 +347,8 @@ def tiny_shape(  # noqa: PLR0913, a base's shape, by name
         return TinyShape(ranks, text_rank, embedding_dim)
 
     with torch.device("meta"):
-        net = TinyGuide(entrances, shape(4), text_dim, attention_channels, few)
-    of_rank = num_parameters_of(net.text, net.entrances)
-    max_parameters -= num_parameters_of(net, rest) - num_parameters_of(counted) - of_rank
+        net = TinyGuide(entrances, shape(4), text_dim, attention_channels, modulated_channels)
+    max_parameters -= num_parameters_of(net) - num_parameters_of(net.text, net.entrances)
 
     def num_parameters(rank: int) -> int:  # of what depends on it; never falls as the rank rises
         ranks, text_rank, _ = shape(rank)

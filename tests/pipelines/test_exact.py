@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
@@ -125,6 +126,26 @@ def test_a_block_that_keeps_features_from_step_to_step_is_refused(parts: Parts) 
     call = asked(pipe, "StableDiffusionPipeline")
     pipe.unet.mid_block.forward = pipe.unet.mid_block.forward
     with pytest.raises(ValueError, match=r"as DeepCache does.*exact_steps=0"):
+        run(pipe, call)
+
+
+@torch.no_grad()
+def test_attentions_that_keep_what_they_gave_are_refused_with_exact_steps_alone(
+    parts: Parts,
+) -> None:
+    pipe = made("StableDiffusionPipeline", parts)
+    call = {**asked(pipe, "StableDiffusionPipeline"), "num_inference_steps": 6}
+    config = PyramidAttentionBroadcastConfig(
+        cross_attention_block_skip_range=2,
+        cross_attention_timestep_skip_range=(100, 800),
+        current_timestep_callback=lambda: 500,
+    )
+    apply_pyramid_attention_broadcast(pipe.unet, config)
+    plug(pipe, guide_for(pipe.unet))
+    run(pipe, call)
+    unplug(pipe)
+    plug(pipe, guide_for(pipe.unet), exact_steps=2)
+    with pytest.raises(ValueError, match=r"PyramidAttentionBroadcastHook keeps .*exact_steps=0"):
         run(pipe, call)
 
 
