@@ -269,8 +269,7 @@ def own_prompts(model: Model) -> tuple[str, ...]:
         file = Path(model.path, found)
         within = Path(os.path.abspath(file)).is_relative_to(os.path.abspath(model.path))
         if not (within and Path(model.path).is_dir() and file.is_file()):
-            why = f"there is no file {file}" if within else f"{file} is not in {model.path}"
-            raise ValueError(f"{why}: put it into the model's folder")
+            raise ValueError(f"there is no file {file} in the model's folder: put it there")
         where, found = str(file), tuple(lines_of(file))
     prompts = tuple(line.strip() for line in found if line.strip())
     if not prompts:

@@ -356,5 +356,5 @@ def test_prompts_outside_of_the_models_folder_are_refused(
     (tmp_path / "words.txt").write_text("a bar\n")
     prompts = str(tmp_path / "words.txt") if is_absolute else "../words.txt"
     model = Model(path=str(tmp_path / "model"), reference="", prompts=prompts)
-    with pytest.raises(ValueError, match=r"is not in .*model: put it into the model's folder"):
+    with pytest.raises(ValueError, match=r"words.txt in the model's folder: put it there"):
         dataset.own_prompts(model)
