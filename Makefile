@@ -6,6 +6,9 @@ PY        := $(VENV)/bin/python
 # Install again when, and only when, what is to be installed has changed.
 WANTED    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/.installed-$(WANTED)
+ALL       := --editable '.[pipeline,zoo,frontier,dev]'
+# By uv, on the same disk, so that what is installed are links to it; a failed install goes on from it.
+UNPACKED  := $(VENV)/.uv
 # Free, for 7 that stay.
 GB        := 9
 
@@ -79,8 +82,16 @@ $(INSTALLED):
 	        exit 1; }; \
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
-	@PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[pipeline,zoo,frontier,dev]'
-	@rm -f $(VENV)/.installed-* && touch $@
+	@said=$$($(PY) -m pip config list 2>/dev/null); \
+	pip_has() { printf '%s\n' "$$said" | sed -nE "s/^[^=]*\.$$1='(.*)'$$/\1/p" | head -n 1; }; \
+	export PYTHONWARNINGS=ignore UV_CACHE_DIR="$(CURDIR)/$(UNPACKED)"; \
+	export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$(pip_has index-url)}"; \
+	export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$(pip_has cert)}"; \
+	wanted="--quiet --constraint constraints.txt"; \
+	{ $(PY) -m pip install $$wanted uv && $(PY) -m uv pip install --python $(PY) $$wanted $(ALL); } \
+	    || { echo "uv can't install it: pip, which takes minutes, tries too"; \
+	        $(PY) -m pip install $$wanted $(ALL); }
+	@rm -rf $(UNPACKED) $(VENV)/.installed-* && touch $@
 
 need-git:
 	@command -v git >/dev/null || { \

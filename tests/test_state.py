@@ -461,3 +461,37 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_installed(
     said = run("env", path, "make", "-C", str(tmp_path), "install", *given)
     assert ("Installing into" in said.stdout) == (not is_told)
     assert ("4 GB free, and installing takes 9 GB" in said.stderr) == is_told
+
+
+STUB = """#!/bin/sh
+echo "$UV_DEFAULT_INDEX $SSL_CERT_FILE: $*" >> {log}
+case "$*" in
+    *"pip config list") printf "%s\\n" ":env:.cert='/a ca'" "global.extra-index-url='b'" {index} ;;
+    "-m uv"*) exit {uv} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("uv", [0, 1], ids=["uv works", "uv fails"])
+@pytest.mark.parametrize("index", ["", "http://mirror/simple"], ids=["no index", "an index"])
+def test_everything_is_installed_by_uv_from_pips_index_and_else_by_pip(
+    tmp_path: Path, uv: int, index: str
+) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python, log = tmp_path / "python", tmp_path / "log"
+    (tmp_path / ".venv").mkdir()
+    quoted = f""""global.index-url='{index}'" """ if index else ""
+    python.write_text(STUB.format(log=log, index=quoted, uv=uv))
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "SSL_"))}
+    subprocess.run(
+        ["make", "-C", tmp_path, "install", f"PY={python}", "GB=0"], env=environment, check=True
+    )
+    asked = log.read_text().splitlines()
+    by_uv = [line for line in asked if "-m uv pip install" in line]
+    assert [line.split(": ")[0] for line in by_uv] == [f"{index} /a ca"]
+    by_pip = [line for line in asked if "-m pip install" in line and "--editable" in line]
+    assert len(by_pip) == uv
+    assert all("--constraint constraints.txt" in line for line in by_uv + by_pip)
+    assert list((tmp_path / ".venv").glob(".installed-*"))
