@@ -15,7 +15,7 @@ from pnp_core.model_files import (
 )
 
 if TYPE_CHECKING:
-    from components.params import Params
+    from components.params import Params, Prepare
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
@@ -37,6 +37,15 @@ def check_model(path: str, base: str, *, teaches: bool = False) -> None:
         check_base_configs(base)
     else:
         check_prediction(path, base, teaches=teaches)
+
+
+def check_dataset(config: "Prepare") -> None:
+    """Raise ValueError if a file of the data set lacks a column, as far as no image is read."""
+    from components.dataset import count_records
+
+    for name in config.files or ("",):
+        path = Path(config.dataset, name)
+        count_records(path, image_column=config.image_column, caption_column=config.caption_column)
 
 
 def check_num_steps(num_steps: int, base: str) -> None:

@@ -5,7 +5,6 @@ One section for each stage, of the stage's name; `models`, `tracking` and `clust
 """
 
 import difflib
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,16 +13,28 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from components.paths import PREPARED
 from components.places import Cluster, Tracking
 from components.rules import Promote
-from components.section import Count, CountOrZero, Positive, Section, not_json
+from components.section import (
+    Count,
+    CountOrZero,
+    Filled,
+    Guided,
+    ModelName,
+    Positive,
+    RegisteredName,
+    Section,
+    Share,
+    not_json,
+)
 from pnp_core.model_files import PICKLES
 from pnp_core.settings import (
+    SEEDS,
     CacheConfig,
     CacheSettings,
     DistillSettings,
@@ -35,36 +46,10 @@ from pnp_core.settings import (
     TrainConfig,
 )
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Guided = Annotated[float, Field(gt=1, le=1000)]  # at 1 there is no guidance
-Seed = Annotated[int, Field(ge=0, lt=2**62)]  # what is counted up from it has 64 bits
 # FID of few images is mostly bias. On the embedded base that of 32 finds CFG surely worse than no
 # guidance (by 6.0, interval 0.7 to 11.5), of 64 no longer, and of 192 surely better (4.7, 2.4 to
 # 6.9). KID has no bias, but of 32 images an interval as wide as itself (0.09).
 LEAST_IMAGES = {"FID": 64, "KID": 64}
-
-
-def _named(pattern: str, rule: str) -> AfterValidator:
-    """Refuses a name that is not of the pattern, in words."""
-
-    def check(name: str) -> str:
-        if not re.fullmatch(pattern, name, re.ASCII):
-            raise ValueError(f"{name!r} can't be a name here: {rule}")
-        return name
-
-    return AfterValidator(check)
-
-
-# A row of the table, a DVC stage and parameter (where a dot goes a level down), and a folder.
-ModelName = Annotated[
-    str,
-    _named(r"[A-Za-z0-9][\w-]*", "letters, digits, - and _, beginning with a letter or digit"),
-]
-# A registered model of MLflow, and part of a URI.
-RegisteredName = Annotated[
-    str,
-    _named(r"[A-Za-z0-9][\w.-]*", "letters, digits, -, _ and dots, a letter or digit at first"),
-]
 
 
 class ParamsError(ValueError):
@@ -74,8 +59,8 @@ class ParamsError(ValueError):
 class Model(Section, frozen=True):
     """A row of the results: the base itself, or a fine-tune of it, with what it is used with."""
 
-    path: str
-    reference: str  # parquet file, or a folder of them: real images in this model's style
+    path: Filled
+    reference: Filled  # parquet file, or a folder of them: real images in this model's style
     # Of its own, in place of the data's: a list, or a text file in the model's folder.
     prompts: tuple[str, ...] | str | None = None
     trigger: str = ""  # words that come before every prompt
@@ -95,11 +80,11 @@ class Teacher(Section, frozen=True):
 class Prepare(Section, frozen=True):
     """Which images and prompts to learn from, and how many to hold out."""
 
-    dataset: str  # parquet file, folder of them, or image folder with metadata.jsonl
+    dataset: Filled  # parquet file, folder of them, or image folder with metadata.jsonl
     files: tuple[str, ...]  # which of the dataset's files; empty: all
     image_column: str
     caption_column: str
-    prompts: str  # text file of further prompts
+    prompts: Filled  # text file of further prompts
     resolution: Count  # pixels
     heldout_fraction: Share  # for data without a `split` column
 
@@ -137,7 +122,8 @@ class Extent(Section, frozen=True):
 class Evaluate(Extent, frozen=True):
     """What is sampled and measured, and the networks that judge it."""
 
-    judges: Annotated[tuple[str, ...], Field(min_length=1)]  # folders; the first one is asked first
+    # Folders; the first one is asked first.
+    judges: Annotated[tuple[Filled, ...], Field(min_length=1)]
     review: Literal["quick", "full"]
     full: Extent  # what a full review takes in place of the same keys here
     guidance_scale: Guided
@@ -148,7 +134,7 @@ class Evaluate(Extent, frozen=True):
     batch_size: Count
     timed_batch_size: Count
     grid_prompts: Annotated[tuple[str, ...], Field(min_length=1)]
-    seed: Seed
+    seed: Annotated[int, Field(ge=0, lt=SEEDS)]
 
     @model_validator(mode="after")
     def _measurable(self) -> Self:
@@ -179,10 +165,10 @@ class Register(Section, frozen=True):
 class Params(Section, frozen=True):
     """All of params.yaml, checked as it is read."""
 
-    base: str
+    base: Filled
     models: Annotated[dict[ModelName, Model], Field(min_length=1)]
-    companions: str  # folder of fine-tunes
-    storage: str | None  # s3://bucket/prefix to keep teacher caches and checkpoints in
+    companions: Filled  # folder of fine-tunes
+    storage: Filled | None  # s3://bucket/prefix to keep teacher caches and checkpoints in
     teacher: Teacher
     prepare: Prepare
     cache: Cache
@@ -299,6 +285,9 @@ def check_files(params: Params) -> None:
     from components import inputs
     from components.dataset import check_reference, own_prompts
     from pnp_core.model_files import check_clip_skip
+
+    with _named_in_errors("prepare.dataset"):
+        inputs.check_dataset(params.prepare)
 
     with _named_in_errors("teacher"):
         teacher_guider(params)

@@ -15,6 +15,7 @@ Precision = Literal["bf16", "fp32"]
 PRECISIONS = get_args(Precision)
 SPACINGS = ("leading", "trailing")  # whose steps halve
 KINDS = ("tiny", "encoder", "full")
+SEEDS = 2**62  # what is counted up from one has 64 bits
 # So few steps that nothing of halving is worth keeping: matching has further to go.
 FEW_STEPS, TIMES_AS_MANY = 2, 3
 
@@ -54,12 +55,13 @@ class SettingError(ValueError):
         self.name, self.problem = name, problem
 
 
-def at_least(config: object, minimum: float, *names: str) -> None:
-    """Raise SettingError for a field below ``minimum``."""
+def at_least(config: object, minimum: int, *names: str, below: float = math.inf) -> None:
+    """Raise SettingError for a field below ``minimum``, or from ``below`` on."""
     for name in names:
         value = getattr(config, name)
-        if not value >= minimum:
-            raise SettingError(name, f"is {value}; it must be at least {minimum}.")
+        if not minimum <= value < below:
+            most = f" and below {below}" if below < math.inf else ""
+            raise SettingError(name, f"is {value}; it must be at least {minimum}{most}.")
 
 
 def positive(config: object, *names: str) -> None:
@@ -179,15 +181,15 @@ class CacheSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "num_forward", "num_trajectory", "seed")
+        at_least(self, 0, "num_forward", "num_trajectory")
+        at_least(self, 0, "seed", below=SEEDS)
         if self.num_forward + self.num_trajectory == 0:
             raise ValueError("num_forward and num_trajectory are both 0: nothing to cache.")
         at_least(self, 1, "trajectory_steps", "batch_size", "shard_size")
         check_guidance_range(self.guidance_scale)
-        if not 0 <= self.negative_fraction <= 1:
-            raise SettingError(
-                "negative_fraction", f"is {self.negative_fraction}; it must lie in [0, 1]."
-            )
+        share = self.negative_fraction
+        if not 0 <= share <= 1:
+            raise SettingError("negative_fraction", f"is {share}; it must lie in [0, 1].")
         one_of(self, PRECISIONS, "precision")
 
     @property
@@ -249,7 +251,8 @@ class TrainConfig:
             at_least(self, 1, "micro_batch_size")
         at_least(self, 1, "report_every_images", "checkpoint_every_images")
         positive(self, "learning_rate", "max_grad_norm")
-        at_least(self, 0, "warmup_images", "seed")
+        at_least(self, 0, "warmup_images")
+        at_least(self, 0, "seed", below=SEEDS)
         if self.warmup_images >= self.num_images:
             raise SettingError(
                 "warmup_images",
@@ -285,10 +288,9 @@ class GuideConfig:
 
     def __post_init__(self) -> None:
         one_of(self, KINDS, "kind")
-        if not 0 < self.max_parameters_ratio < 1:
-            raise SettingError(
-                "max_parameters_ratio", f"is {self.max_parameters_ratio}; it must lie in (0, 1)."
-            )
+        ratio = self.max_parameters_ratio
+        if not 0 < ratio < 1:
+            raise SettingError("max_parameters_ratio", f"is {ratio}; it must lie in (0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +300,7 @@ class DistillSettings:
     Attributes:
         guidance_scale: range of ``w``, drawn uniformly, one a sample.
 
-    Raises:
-        ValueError: a range of w that is empty or reaches below 1.
+    Raises ValueError for a range of w that is empty or reaches below 1.
     """
 
     guide: GuideConfig
@@ -328,8 +329,7 @@ class HalveSettings:
     Attributes:
         start_steps: the first teacher's number of steps.
         end_steps: the last student's.
-        guidance_gain: see :func:`pnp_core.halve.raised_guidance_scale`; 1 leaves the guide as it
-            is.
+        guidance_gain: see :func:`pnp_core.halve.raised_guidance_scale`; 1: the guide as it is.
         timestep_spacing: of the sampler, in diffusers' terms, leading or trailing.
         match_steps: guides for so many steps or fewer, 0 for none, are matched in the end, see
             :mod:`pnp_core.match`.

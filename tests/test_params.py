@@ -166,6 +166,12 @@ def test_names_as_people_have_them(tmp_path: Path) -> None:
         ),
         ("models", {}, "models"),
         ("base", 3, "base: should be a valid string"),
+        ("base", "", "base: String should have at least 1 character, but is ''"),
+        ("companions", "", "companions: String should have at least 1 character"),
+        ("storage", "", "storage: String should have at least 1 character"),
+        ("promote.scores", {"fid": RULE | {"min_gain": float("inf")}}, "should be a finite number"),
+        ("teacher.arguments", {"guidance_rescale": float("nan")}, "rescale: should be a finite"),
+        ("distill.learning_rate", float("inf"), "distill.learning_rate: should be a finite"),
     ],
 )
 def test_mistake_is_named(tmp_path: Path, key: str, value: Any, message: str) -> None:
@@ -184,7 +190,8 @@ OUT_OF_RANGE = [
     ("cache", CacheConfig, {"guidance_scale": [0.5, 2.0]}),
     ("cache", CacheConfig, {"precision": "fp16"}),
     ("distill", TrainConfig, {"learning_rate": 0.0}),
-    ("distill", TrainConfig, {"learning_rate": float("inf")}),
+    ("cache", CacheConfig, {"seed": 2**63}),
+    ("distill", TrainConfig, {"seed": 2**64}),
     ("distill", TrainConfig, {"warmup_images": -1}),
     ("distill", TrainConfig, {"warmup_images": 64}),  # as long as all of the training
     ("halve", TrainConfig, {"num_images": 15}),  # less than the warm-up
@@ -297,6 +304,8 @@ def test_what_reads_no_inputs_works_where_they_are_away(
     ("key", "value", "message"),
     [
         ("prepare.dataset", "nowhere", "prepare.dataset: there is no nowhere"),
+        ("prepare.image_column", "imge", "prepare.dataset: art/main.parquet has no column 'imge'"),
+        ("prepare.caption_column", "txt", "prepare.dataset: art/main.parquet has no column 'txt'"),
         ("prepare.files", ["x.parquet"], "prepare.files[0]: there is no art/x.parquet"),
         ("evaluate.judges", ["nowhere"], "evaluate.judges[0]: there is no nowhere"),
         ("evaluate.judges", ["params.yaml"], "evaluate.judges[0]: params.yaml is no folder"),

@@ -86,12 +86,10 @@ class Store:
 
     def _say_waiting(self, what: str) -> None:
         retries, timeout_s = self._patience
-        print(
-            f"waiting for MLflow at {self.name}: to {what}; a server is asked {retries + 1} times, "
-            f"{timeout_s} seconds at most each time",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"waiting for MLflow at {self.name}: to {what}"
+        if self.uri.split(":")[0] in SERVERS:
+            said += f"; it is asked {retries + 1} times, {timeout_s} seconds at most each time"
+        print(said, file=sys.stderr, flush=True)
 
     def experiment(self, name: str) -> str:
         """The id of the experiment, made if the store says that there is none."""
