@@ -5,7 +5,7 @@ A CLIP model gives the CLIP score besides. A score depends on the network behind
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as c
 ON_DISK = {"local_files_only": True}
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
 OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **ON_DISK}
+OPENED |= {"output_loading_info": True}
 
 
 class Judge:
@@ -28,9 +29,11 @@ class Judge:
     - a CLIP model: its image features, and the CLIP score; with Inception's weights beside it,
       Inception's features;
     - any other image model that `transformers.AutoModel` opens, timm's among them where timm is
-      installed: the pooled features.
+      installed: the pooled features, or the mean of the last ones where the files have no weights
+      for pooling, as those of a classifier.
 
-    Raises ValueError if the folder holds nothing of the kind, or the features are no vectors.
+    Raises ValueError if the folder holds nothing of the kind or only some of its weights, or the
+    features are no vectors.
 
     Attributes:
         folder: where it is.
@@ -45,15 +48,16 @@ class Judge:
         where = Path(folder).as_posix()
         try:
             if is_clip(folder):
-                self._clip = CLIPModel.from_pretrained(folder, **OPENED)
+                self._clip, about = CLIPModel.from_pretrained(folder, **OPENED)
                 self._clip = self._clip.to(device).eval()
                 self._processor = CLIPProcessor.from_pretrained(folder, **ON_DISK)
             else:
-                self._model = AutoModel.from_pretrained(folder, **OPENED)
+                self._model, about = AutoModel.from_pretrained(folder, **OPENED)
                 self._model = self._model.to(device).eval()
                 self._processor = AutoImageProcessor.from_pretrained(folder, **ON_DISK)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"evaluate.judges: {folder} {objection(folder, error)}") from None
+        self._pools = not check_complete(folder, about["missing_keys"])
         if Path(folder, INCEPTION).exists():
             from cleanfid.inception_torchscript import InceptionV3W
             from cleanfid.resize import build_resizer
@@ -142,7 +146,7 @@ class Judge:
             pooled = self._clip.vision_model(pixels).pooler_output
             features: torch.Tensor = self._clip.visual_projection(pooled)
             return features
-        return pooled_features(self._model, pixels)
+        return pooled_features(self._model, pixels, pools=self._pools)
 
     def _see(self, images: np.ndarray) -> torch.Tensor:
         """Inception's features, after clean-fid's resizing."""
@@ -152,17 +156,33 @@ class Judge:
         return features
 
 
-def pooled_features(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+def check_complete(folder: str, lacking: Iterable[str]) -> bool:
+    """Whether the weights that pool are lacking in a judge's files.
+
+    They would be random, others each time. Raises ValueError if others are lacking.
+    """
+    lacking = sorted(lacking)
+    if needed := [name for name in lacking if "pooler" not in name.split(".")]:
+        raise ValueError(
+            f"evaluate.judges: {folder} lacks {len(needed)} weights of the model that its "
+            f"config.json tells of, such as {needed[0]}: get it again"
+        )
+    return bool(lacking)
+
+
+def pooled_features(model: Any, pixels: torch.Tensor, *, pools: bool = True) -> torch.Tensor:
     """One vector an image, (N, D), of an image model of transformers.
 
-    What the model pools itself, else the mean over its tokens or pixels.
+    What the model pools itself, if it `pools`, else the mean over its tokens or pixels.
     """
     if hasattr(model, "get_image_features"):  # also reads text
         found = model.get_image_features(pixel_values=pixels)
     else:
         found = model(pixel_values=pixels)
-    pooled = found if isinstance(found, torch.Tensor) else getattr(found, "pooler_output", None)
-    if pooled is not None:
+    if isinstance(found, torch.Tensor):
+        return found
+    pooled = getattr(found, "pooler_output", None)
+    if pools and pooled is not None:
         return pooled.flatten(1) if pooled.ndim == 4 else pooled
     last: torch.Tensor = found.last_hidden_state
     return last.mean(dim=1) if last.ndim == 3 else last.mean(dim=(2, 3))

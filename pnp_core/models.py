@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from diffusers import (
     AutoPipelineForText2Image,
     DiffusionPipeline,
@@ -42,27 +43,57 @@ def load_pipeline(
     Of a fine-tune in a single file without configs, ``like`` is the folder of its base's.
 
     Raises:
-        ValueError: weights are not finite; see :func:`check_model_files`, :func:`check_base` and
-            :func:`load_single_file`.
+        ValueError: weights that are missing or not finite; see :func:`check_model_files`,
+            :func:`check_base` and :func:`load_single_file`.
     """
     check_model_files(path)
     check_base(path)
     if Path(path).is_file():
         pipe = load_single_file(Path(path), dtype=dtype, like=like)
     else:
-        index = Path(path) / "model_index.json"
-        is_xl_folder = index.exists() and "text_encoder_2" in read_json(index)
-        options: dict[str, Any] = {} if is_xl_folder else {"safety_checker": None}  # SDXL has none
+        index_path = Path(path) / "model_index.json"
+        index = read_json(index_path) if index_path.exists() else {}
+        # SDXL has none
+        options: dict[str, Any] = {} if "text_encoder_2" in index else {"safety_checker": None}
         if is_hub_id(path):
             options["revision"] = hub_revision(str(path))
+        options |= load_encoders(path, index, dtype=dtype)
         pipe = AutoPipelineForText2Image.from_pretrained(
             path, use_safetensors=True, torch_dtype=dtype, **options
         )
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
-            check_finite(part, path)
+            check_weights(part, path)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def load_encoders(
+    path: str | Path, index: Mapping[str, Any], *, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """The parts of a pipeline's folder that are transformers' models, by their names in its index.
+
+    Diffusers would load them too, with random weights where a file lacks some, and say nothing.
+
+    Raises:
+        ValueError: a part's files lack weights.
+    """
+    parts: dict[str, nn.Module] = {}
+    for name, entry in index.items():
+        library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
+        cls = getattr(transformers, class_name or "", None) if library == "transformers" else None
+        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+            continue
+        part, info = cls.from_pretrained(
+            path, subfolder=name, use_safetensors=True, output_loading_info=True
+        )
+        if lacking := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{path} can't be used: {name}/ lacks {len(lacking)} of its weights, such as "
+                f"{lacking[0]}: it may be only partly downloaded or converted; get it again."
+            )
+        parts[name] = part.to(dtype)
+    return parts
 
 
 def load_unet(
@@ -77,8 +108,8 @@ def load_unet(
     one), a single .safetensors file or a hub id.
 
     Raises:
-        ValueError: damaged files, weights that are not finite, or an architecture that is not the
-            base's; both are named.
+        ValueError: damaged files, weights that are missing or not finite, or an architecture that
+            is not the base's; both are named.
     """
     check_model_files(path)
     path = Path(path)
@@ -103,18 +134,22 @@ def load_unet(
         unet = UNet2DConditionModel.from_pretrained(
             path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
         )
+    check_weights(unet, path)
     check_is_fine_tune(unet, base.unet, path)
-    check_finite(unet, path)
     return unet.to(base.unet.device)
 
 
-def check_finite(part: nn.Module, path: str | Path) -> None:
-    """Raise ValueError if a weight of a part of the model at ``path`` is NaN or infinite."""
+def check_weights(part: nn.Module, path: str | Path) -> None:
+    """Raise ValueError if a part of the model at ``path`` lacks weights, or one is not finite."""
+    kind = type(part).__name__
     for name, weight in part.named_parameters():
-        if not weight.isfinite().all():
+        if weight.is_meta:
             raise ValueError(
-                f"{path} can't be used: {name} of its {type(part).__name__} holds NaN or infinity."
+                f"{path} can't be used: its {kind} lacks {name}: it may be only partly downloaded "
+                "or converted; get it again."
             )
+        if not weight.isfinite().all():
+            raise ValueError(f"{path} can't be used: {name} of its {kind} holds NaN or infinity.")
 
 
 def check_is_fine_tune(

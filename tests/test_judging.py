@@ -1,13 +1,16 @@
 """Judges: which networks can be one, what they see, and which are refused by name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     BertConfig,
     BertModel,
     Dinov2Config,
@@ -17,6 +20,7 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
     ViTModel,
 )
@@ -24,6 +28,8 @@ from transformers import (
 from components.inputs import check_judge
 from components.judging import INCEPTION, Judge
 from components.references import judge_hash
+
+pytest_plugins = ["tests.toy"]
 
 CPU = torch.device("cpu")
 IMAGES = np.random.default_rng(0).integers(0, 255, (5, 40, 40, 3), dtype=np.uint8)
@@ -77,10 +83,36 @@ def test_an_image_model_of_transformers_gives_one_vector_an_image(
     np.testing.assert_allclose(judge.features(IMAGES[3:]), features[3:], atol=1e-5)
 
 
+def test_a_classifier_without_weights_that_pool_gives_the_mean_of_its_tokens(
+    tmp_path: Path,
+) -> None:
+    model = ViTForImageClassification(ViTConfig(**SMALL)).eval()
+    judge = Judge(str(saved(model, tmp_path / "judge")), CPU)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "judge")
+    pixels = processor(list(IMAGES), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model.vit(pixels).last_hidden_state.mean(dim=1)
+    np.testing.assert_allclose(judge.features(IMAGES), expected.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "ViT"])
+def test_a_judge_that_lacks_a_weight_is_refused(
+    kind: str, tmp_path: Path, untouched_world: Path
+) -> None:
+    folder = tmp_path / "judge"
+    if kind == "CLIP":
+        shutil.copytree(untouched_world / "models/judge", folder)
+    else:
+        saved(ViTModel(ViTConfig(**SMALL)), folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if "layer" in name)]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"evaluate.judges: {folder} lacks 1 weights of the"):
+        Judge(str(folder), CPU)
+
+
 def test_an_image_model_of_timm_is_a_judge(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    from safetensors.torch import save_file
-
     name = "resnet10t.c3_in1k"
     model = timm.create_model(name, num_classes=0)
     save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})

@@ -365,6 +365,24 @@ def test_a_unet_or_a_lora_alone_is_refused_as_a_base_before_it_is_loaded(
                 refused(tmp_path / alone)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_base_that_lacks_a_weight_is_refused_by_the_weights_name(
+    toy_folder: Path, tmp_path: Path, part: str
+) -> None:
+    base = shutil.copytree(toy_folder, tmp_path / "base")
+    (file,) = (base / part).glob("*.safetensors")
+    weights = load_file(file)
+    lost = next(name for name in weights if "layers.0" in name or "block" in name)
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{base} can't be used: .* {re.escape(lost)}"):
+        load_pipeline(base)
+    if part == "unet":
+        whole = load_pipeline(toy_folder)
+        with pytest.raises(ValueError, match=rf"{base} can't be used: .* {re.escape(lost)}"):
+            load_unet(base, base=whole)
+
+
 @pytest.mark.parametrize("form", ["pipeline", "unet", "lora"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_its_path(
