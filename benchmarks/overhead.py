@@ -157,7 +157,7 @@ def set_workers(path: Path, num_workers: int) -> None:
     """Let the stages that train do so on Ray."""
     values = YAML(typ="safe").load(path)
     values["cluster"]["num_workers"] = num_workers
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         YAML().dump(values, file)
 
 

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
 # Of DVC's cache, what these need stays.
 KEEP = ("--workspace", "--all-commits", "--all-experiments")
+SEEN_BY_DVC = ("HEAD", "--branches", "--tags", "--remotes", "--glob=refs/exps")  # then, by git log
 TRAINED = ("distill", "halve")
 
 
@@ -281,23 +282,38 @@ def sharers(cache: Path) -> list[str]:
 
 
 def unknown_locks(params: Params) -> str | None:
-    """The first alias whose version was made by a dvc.lock that neither a commit nor this has."""
+    """The first alias, or part of git's stash, with a dvc.lock that DVC would not see.
+
+    It looks at this checkout's, and at those of commits that a branch, tag or experiment has.
+    """
     from components.tracking import Store
     from components.tracking.garbage import locks_of_aliases
 
     needed = locks_of_aliases(Store(params.tracking), params.register_.name)
+    stashed = (ask("git", "stash", "list", "--format=%gd %H") or "").splitlines()
+    for name, _, commit in (line.partition(" ") for line in stashed):
+        needed |= {f"git's {name}": lock for lock in hashes(locks_of([commit]))}
     known: set[str] = set()
-    for text in locks() if needed else ():
-        with suppress(ValueError):  # a commit in the middle of a merge has said nothing
-            known.add(hash_of(text))
-    return next((alias for alias, lock in needed.items() if lock not in known), None)
+    if needed:
+        here = Path("dvc.lock")
+        commits = ask("git", "log", *SEEN_BY_DVC, "--format=%H", "--", "dvc.lock") or ""
+        known = hashes([here.read_text(encoding="utf-8")] if here.exists() else [])
+        known |= hashes(locks_of(commits.split()))
+    return next((name for name, lock in needed.items() if lock not in known), None)
 
 
-def locks() -> Iterator[str]:
-    """What dvc.lock says here and said in each commit."""
-    if Path("dvc.lock").exists():
-        yield Path("dvc.lock").read_text()
-    for commit in (ask("git", "log", "--all", "--format=%H", "--", "dvc.lock") or "").split():
+def hashes(texts: Iterable[str]) -> set[str]:
+    """Of what dvc.lock says; one in the middle of a merge says nothing."""
+    found: set[str] = set()
+    for text in texts:
+        with suppress(ValueError):
+            found.add(hash_of(text))
+    return found
+
+
+def locks_of(commits: Iterable[str]) -> Iterator[str]:
+    """What dvc.lock said in these commits."""
+    for commit in commits:
         if (text := ask("git", "show", f"{commit}:./dvc.lock")) is not None:
             yield text
 
@@ -319,7 +335,7 @@ def size(path: Path) -> int:
 def delete(paths: Sequence[Path]) -> None:
     """Remove files and folders."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -328,7 +344,7 @@ def delete(paths: Sequence[Path]) -> None:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock of an experiment's workspace."""
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

@@ -5,6 +5,7 @@ only) refused, 75 something outside is away and the same command goes on when it
 143 stopped by Ctrl-C and SIGTERM. `PNP_TRACEBACK=1` shows where an error came from.
 """
 
+import argparse
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from components.environment import die_with_parent, keep_freed_memory, quiet
 from components.errors import MayPassError
 from components.params import Params, ParamsError, check_files, load_params
 from components.paths import CACHE, DISTILLED, EVALUATED, JUDGED, PREPARED, REPORT, RUNS
-from pnp_core.files import recover_all
+from pnp_core.files import WriteError, recover_all
 
 MAY_PASS = os.EX_TEMPFAIL
 IN_BATCHES = ("cache", "evaluate")  # stages whose batch_size is what is computed at once
@@ -86,7 +87,9 @@ def out_of_memory(error: RuntimeError) -> RuntimeError:
 
 
 def disk_full(error: Exception) -> OSError:
-    """The same error, saying where there is no room: who writes often doesn't."""
+    """The same error, saying what to do, and where there is no room: who writes often doesn't."""
+    if isinstance(error, WriteError):
+        return WriteError(f"{error} Make room there: the same command goes on from here")
     places = [folder for folder in (*WRITTEN_IN, Path(tempfile.gettempdir())) if folder.exists()]
     free, fullest = min((shutil.disk_usage(place).free, place) for place in places)
     told = OSError(
@@ -110,3 +113,15 @@ def stop(error: Exception, *, exit_code: int) -> None:
     said = " ".join(mlflow_place.without_secrets(str(error)).split())
     print(f"error: {said}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
+
+
+def utf8(given: str) -> str:
+    """What is UTF-8. Python has odd characters for the bytes of an argument that are none."""
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"it is not UTF-8 from character {error.start + 1} on: {given[: error.start]!r} is "
+            "what can be read"
+        ) from None
+    return given

@@ -95,7 +95,7 @@ def _ends(name: str, interval: Sequence[Any]) -> dict[str, Any]:
 
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     made = list(rows)
-    with path.open("w", newline="") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, made[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(made)

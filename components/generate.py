@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.cli import main
+from components.cli import main, utf8
 from components.inputs import check_num_steps
 from components.methods import METHODS
 from components.mlflow_place import without_secrets
 from components.params import Model, Params
 from components.paths import BUNDLE
-from pnp_core.files import old_of
+from pnp_core.files import atomic_file, check_writable, old_of
 from pnp_core.model_files import check_model_files
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     if arguments.compare:
         image, seconds = timed(pipe, arguments.seed, guidance_scale=scale, **asked)
         made[f"{METHODS['guided']}, {seconds:.2f} s"] = image
-        side_by_side(made, title=title_of(prompt, arguments.seed)).save(arguments.out)
+        image = side_by_side(made, title=title_of(prompt, arguments.seed))
     else:
-        sample(pipe, arguments.seed, guidance_scale=scale, **asked).save(arguments.out)
+        image = sample(pipe, arguments.seed, guidance_scale=scale, **asked)
+    with atomic_file(arguments.out) as new:
+        image.save(new)
     print(
         f"guide {guide} on {row.path}: scale {scale:g}, {num_steps} steps, "
         f"{of_scheduler(pipe.scheduler) or type(pipe.scheduler).__name__}, seed {arguments.seed}"
@@ -97,6 +99,10 @@ def check_out(path: Path) -> None:
 
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"--out {path}: name a file in a folder that there is")
+    try:
+        check_writable(path.parent)
+    except ValueError as error:
+        raise ValueError(f"--out {path}: {error}") from None
     kind = Image.registered_extensions().get(path.suffix.lower())
     try:  # some kinds are read alone, or by what is not installed
         Image.new("RGB", (8, 8)).save(io.BytesIO(), kind or "none")
@@ -197,18 +203,6 @@ def title_of(prompt: str, seed: int) -> str:
     words = " ".join(prompt.split())
     shown = words if len(words) <= MOST_IN_TITLE else f"{words[:MOST_IN_TITLE]}…"
     return f"{shown}, seed {seed}"
-
-
-def utf8(given: str) -> str:
-    """What is UTF-8. Python has odd characters for the bytes of an argument that are none."""
-    try:
-        given.encode()
-    except UnicodeEncodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"it is not UTF-8 from character {error.start + 1} on: {given[: error.start]!r} is "
-            "what can be read"
-        ) from None
-    return given
 
 
 def seed(text: str) -> int:

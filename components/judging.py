@@ -203,4 +203,7 @@ def objection(folder: str, error: Exception) -> str:
 def is_clip(folder: str) -> bool:
     """Whether a folder's config.json says that a CLIP model is in it."""
     config = Path(folder, "config.json")
-    return config.exists() and json.loads(config.read_text()).get("model_type") == "clip"
+    return (
+        config.exists()
+        and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "clip"
+    )

@@ -102,7 +102,7 @@ def lock_hash(path: Path = Path("dvc.lock")) -> str:
 
     Of the content, not of the file: `register` itself is added to it at the end.
     """
-    return hash_of(path.read_text()) if path.exists() else "none"
+    return hash_of(path.read_text(encoding="utf-8")) if path.exists() else "none"
 
 
 def hash_of(lock: str) -> str:

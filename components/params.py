@@ -59,8 +59,8 @@ class ParamsError(ValueError):
 class Model(Section, frozen=True):
     """A row of the results: the base itself, or a fine-tune of it, with what it is used with."""
 
-    path: Filled
-    reference: Filled  # parquet file, or a folder of them: real images in this model's style
+    path: str
+    reference: str  # parquet file, or a folder of them: real images in this model's style
     # Of its own, in place of the data's: a list, or a text file in the model's folder.
     prompts: tuple[str, ...] | str | None = None
     trigger: str = ""  # words that come before every prompt
@@ -203,7 +203,9 @@ class Params(Section, frozen=True):
     @model_validator(mode="after")
     def _folders_apart(self) -> Self:
         known: dict[str, str] = {}
-        for name in self.models:
+        for name, model in self.models.items():
+            if not (model.path and model.reference):
+                raise ValueError(f"models.{name}: path or reference is empty")
             other = known.setdefault(name.lower(), name)
             if other != name:
                 raise ValueError(f"models: {other} and {name} are one folder on some disks")

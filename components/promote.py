@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.cli import main
+from components.cli import main, utf8
 from components.evaluation import Evaluation
 from components.params import Params
 from components.paths import REPORT
 from components.reevaluation import Reevaluated, reevaluate
 from components.verdict import Check, checks, clean, not_compared, unusable
 from components.verdict_text import as_lines, as_rows, as_table
-from pnp_core.files import read_json, write_text
+from pnp_core.files import check_writable, read_json, write_text
 
 if TYPE_CHECKING:
     from components.tracking import Decision, Registry
@@ -77,6 +77,7 @@ def run(params: Params, version: str | None = None, options: Options = DEFAULT) 
         options.page.parent.mkdir(parents=True, exist_ok=True)
         if options.page.is_dir():
             raise ValueError(f"--page {options.page}: it is a folder; name a file")
+        check_writable(options.page.parent)
     registry = Registry(params.tracking, params.register_.name)
     candidate = None if options.rollback else version or registry.newest()
     if candidate is None and not options.rollback:
@@ -340,14 +341,25 @@ def _key(check: Check) -> str:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a decision, for this command line and the flow's."""
-    parser.add_argument("--version", type=int, help="of the registered guide; default: the newest")
+    parser.add_argument(
+        "--version", type=version, help="of the registered guide; default: the newest"
+    )
     flag = partial(parser.add_argument, action="store_true")
     flag("--dry-run", help="say what would be decided, and change nothing")
     flag("--reevaluate", help="judge candidate and champion anew, by the present params.yaml")
     flag("--allow-dirty", help="also what was made by code that is in no commit")
     flag("--force", help="promote whatever the rules say; needs --reason")
     flag("--rollback", help="make the one champion that was it before")
-    parser.add_argument("--reason", default="", metavar="TEXT", help="why; kept with the decision")
+    said = "why; kept with the decision"
+    parser.add_argument("--reason", type=utf8, default="", metavar="TEXT", help=said)
+
+
+def version(text: str) -> int:
+    """A number that a registry can be asked for."""
+    number = int(text)
+    if number >= 2**63:
+        raise argparse.ArgumentTypeError(f"no version has the number {text}")
+    return number
 
 
 def parsed() -> argparse.Namespace:

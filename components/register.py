@@ -118,7 +118,7 @@ def run(params: Params) -> None:
     else:
         write(results)
         version = upload(params, registry, key, results)
-    print(f"\n{(REPORT / 'table.md').read_text()}")
+    print(f"\n{(REPORT / 'table.md').read_text(encoding='utf-8')}")
     print(f"judge: {lineage['judge']}; FID of few images is biased, KID is not")
     print(f"registered: {params.register_.name} version {version}")
     print(f"report: {REPORT / PAGE}")
@@ -217,7 +217,8 @@ def write(results: Results) -> None:
     with atomic_folder(REPORT) as folder:
         grids = [Image.open(EVALUATED / name / "grid.png") for name in results.evaluations]
         stacked(grids).save(folder / "grid.png")
-        (folder / "table.md").write_text(headlines.as_markdown(results.rows))
+        table = headlines.as_markdown(results.rows)
+        (folder / "table.md").write_text(table, encoding="utf-8")
         results.kept.save(folder / gallery.FILE)
         page.write(folder / PAGE, report, results.pictures)
         write_json(folder / "summary.json", summary)
@@ -370,7 +371,7 @@ def register_version(
 def data_hash() -> str:
     """DVC's hash of data/prepared; outside DVC the manifest's own."""
     lock = Path("dvc.lock")
-    stages = locked_stages(lock.read_text()) if lock.exists() else {}
+    stages = locked_stages(lock.read_text(encoding="utf-8")) if lock.exists() else {}
     for out in stages.get("prepare", {}).get("outs", []):
         if out["path"] == PREPARED.as_posix():
             return str(out["md5"])

@@ -387,6 +387,6 @@ def teacher_name(params: Params) -> str:
 
 def processor() -> str:
     """This machine's processor by name; by its architecture where the system doesn't tell more."""
-    text = CPUINFO.read_text() if CPUINFO.exists() else ""
+    text = CPUINFO.read_text(encoding="utf-8") if CPUINFO.exists() else ""
     models: list[str] = re.findall(r"^model name\s*: *(\S.*)", text, re.MULTILINE)
     return models[0] if models else platform.processor() or platform.machine()

@@ -99,7 +99,7 @@ class Shipment:
             last = self.mirror("").read(WRITER).decode()
         except FileNotFoundError:
             return False
-        return self._mark.exists() and self._mark.read_text() == last
+        return self._mark.exists() and self._mark.read_text(encoding="utf-8") == last
 
     @property
     def _mark(self) -> Path:
@@ -187,7 +187,7 @@ class _Sender:
 @contextmanager
 def _alone() -> Iterator[None]:
     """Workers of a node share the folder, and come into it one after another."""
-    with open(".unpacking", "w") as lock:
+    with open(".unpacking", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

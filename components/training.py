@@ -52,7 +52,9 @@ def train_stage(  # noqa: PLR0913, a stage, then by name what it counts and make
 
     section = getattr(params, stage)
     settings = {"base": params.base, stage: section.model_dump(mode="json", exclude=UNSEEN)}
-    identity = f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text()}"
+    identity = (
+        f"{stage}\n{RECIPE}\n{settings}\n{(CACHE / 'index.json').read_text(encoding='utf-8')}"
+    )
     progress = Progress(stage, num_images, "images")
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     whole = current_pipeline(params)

@@ -99,7 +99,7 @@ def publish_report(
 
     `experiment`: what the run will be saved by, as its own folder goes when it ends.
     """
-    table = (REPORT / "table.md").read_text()
+    table = (REPORT / "table.md").read_text(encoding="utf-8")
     version, why_not = version_here()
     # The page in MLflow, where a server shows it.
     registered = read_json(SUMMARY).get("registered") if version else None

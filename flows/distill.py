@@ -56,7 +56,7 @@ def distill_flow(
         remote = check_remote()
         with experiment(overrides, flow_run.name or "run", log) as saved_as, begin() as params:
             check_start(start_at)
-            check_left_out(PARAMS.read_text(), start_at)
+            check_left_out(PARAMS.read_text(encoding="utf-8"), start_at)
             bring_up_to_date(params, STAGES[STAGES.index(start_at) :])
             publish_report(params, log, saved_as)  # before what a network may fail
             not_sent = send(remote, saved_as) if remote else None

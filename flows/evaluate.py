@@ -86,7 +86,9 @@ def reevaluate_flow() -> None:
     settle_lost_runs(log)
     with (
         saying_why(),
-        workspace(PARAMS.read_text(), f"{flow_run.name}: the champion again", log) as place,
+        workspace(
+            PARAMS.read_text(encoding="utf-8"), f"{flow_run.name}: the champion again", log
+        ) as place,
         begin() as params,
     ):
         if not fetch_champion():

@@ -327,7 +327,7 @@ def _numbered(name: str, number: int) -> str:
 @contextmanager
 def _alone(path: Path) -> Iterator[TextIO]:
     """The lock of a workspace, open. Raises StageFailed if another run is at it."""
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         file.seek(0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -230,7 +230,7 @@ class _LockWatch:
 def lock_holder(pid: int) -> str | None:
     """Who else holds DVC's lock while the DVC `pid` has nothing running, or None."""
     try:
-        holder = psutil.Process(int(LOCK.read_text().split()[0]))
+        holder = psutil.Process(int(LOCK.read_text(encoding="utf-8").split()[0]))
         if holder.pid == pid or psutil.Process(pid).children():
             return None
         if not any(Path(file.path) == LOCK.absolute() for file in holder.open_files()):

@@ -40,7 +40,9 @@ def promote(options: list[str]) -> int:
                 raise
             exit_code = REFUSED
         create_markdown_artifact(
-            page.read_text(), key="promotion", description="What was decided, and on what"
+            page.read_text(encoding="utf-8"),
+            key="promotion",
+            description="What was decided, and on what",
         )
     return exit_code
 

@@ -53,7 +53,7 @@ def check_left_out(params: str, start_at: Stage) -> None:
     Raises StageFailed for the first that differs.
     """
     values = YAML(typ="safe", pure=True).load(params)
-    made = locked_stages(LOCK.read_text()) if LOCK.exists() else {}
+    made = locked_stages(LOCK.read_text(encoding="utf-8")) if LOCK.exists() else {}
     for name, told in made.items():
         stage, _, model = name.partition("@")
         left_out = stage in STAGES[: STAGES.index(start_at)]

@@ -72,7 +72,7 @@ class GuideBundle:
             index: dict[str, Any] = {"num_steps": self.num_steps}
             if self.schedulers:
                 index["schedulers"] = {n: asdict(choice) for n, choice in self.schedulers.items()}
-            (folder / INDEX).write_text(json.dumps(index))
+            (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
         write_directory(Path(directory), fill)
 

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -59,6 +60,18 @@ def fetch_once(path: Path, sha256: str, fetch: Callable[[], None], lock: Path) -
         if sha256_file(path) != sha256:  # an earlier one, or damaged on this disk
             fetch()
         return sha256_file(path) == sha256
+
+
+class WriteError(OSError):
+    """Something could not be written. The message says what and why, and what is there now."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError if no file can be made in a folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"nothing can be written in {folder}: {error.strerror}") from None
 
 
 @contextmanager
@@ -223,7 +236,7 @@ def old_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def could_not_write(path: Path, error: Exception, *, is_replaced: bool) -> OSError:
+def could_not_write(path: Path, error: Exception, *, is_replaced: bool) -> WriteError:
     """The error that says what failed and what is at ``path`` now."""
     old = old_of(path)
     if is_replaced:
@@ -235,7 +248,7 @@ def could_not_write(path: Path, error: Exception, *, is_replaced: bool) -> OSErr
     else:
         state = "There was nothing before."
     free = shutil.disk_usage(path.parent).free
-    failed = OSError(
+    failed = WriteError(
         f"Could not write {path}: {error} ({free / 1e6:,.0f} MB are free there). {state}"
     )
     failed.errno = getattr(error, "errno", None)
@@ -308,7 +321,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` in one atomic step."""
     with atomic_file(path) as new:
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -270,7 +270,10 @@ def hub_revision(hub_id: str) -> str:
     except Exception as error:  # each of the hub's clients has its own
         folder = f"models--{hub_id.replace('/', '--')}"
         ref = Path(constants.HF_HUB_CACHE, folder, "refs", "main")
-        revision, why = (ref.read_text().strip() if ref.exists() else None), str(error)
+        revision, why = (
+            (ref.read_text(encoding="utf-8").strip() if ref.exists() else None),
+            str(error),
+        )
     if not revision:
         raise ValueError(f"{hub_id}: which revision it is can't be told, and none is here: {why}")
     return revision

@@ -81,8 +81,9 @@ def load_encoders(
     parts: dict[str, nn.Module] = {}
     for name, entry in index.items():
         library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else ("", "")
-        cls = getattr(transformers, class_name or "", None) if library == "transformers" else None
-        if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        known = library == "transformers" and hasattr(transformers, class_name)
+        cls: Any = getattr(transformers, class_name) if known else None
+        if not hasattr(cls, "base_model_prefix"):  # tokenizers and image processors have none
             continue
         part, info = cls.from_pretrained(
             path, subfolder=name, use_safetensors=True, output_loading_info=True

@@ -92,6 +92,39 @@ def test_a_champion_whose_lock_no_commit_has_keeps_dvcs_cache(
     assert "previous: commit its dvc.lock first; left alone" in capsys.readouterr().out
 
 
+def test_what_git_stash_has_keeps_dvcs_cache(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(1)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    make(2)
+    git("stash")
+    dvc("checkout")
+    clean(remove=True)
+    assert "git's stash@{0}: commit its dvc.lock first; left alone" in capsys.readouterr().out
+    git("stash", "pop")
+    dvc("checkout")
+    assert seeds() == {1, 2}
+    make(3)
+    git("stash")
+    git("stash", "drop")
+    dvc("checkout")
+    clean(remove=True)
+    assert seeds() == {1}
+
+
+def test_a_link_goes_alone_and_what_is_after_it_too(checkout: Path) -> None:
+    make(1)
+    Path("results/sampled/zz").mkdir(parents=True)
+    Path("results/sampled/zz/image").write_text("made")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/kept").write_text("of somebody")
+    Path("results/sampled/old").symlink_to(Path("elsewhere").resolve())
+    clean(remove=True)
+    assert not list(Path("results/sampled").iterdir()) and Path("elsewhere/kept").exists()
+
+
 def _lock() -> str:
     return Path("dvc.lock").read_text()
 

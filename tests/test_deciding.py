@@ -225,9 +225,29 @@ def test_who_was_champion_until_it_is_decided_is_not_judged_by_what_it_was(
 def test_a_page_that_can_not_be_written_is_told_before_anything_is_decided(
     two_versions: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for page in (tmp_path, Path("mlflow.db/page.md")):
+    for page in (tmp_path, Path("mlflow.db/page.md"), Path("/proc/page.md")):
         assert decide("2", page=page) == 1 and champion() == "1"
-    assert "it is a folder; name a file" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "it is a folder; name a file" in told and "nothing can be written in /proc" in told
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--reason", "caf\udce9"], "--reason: it is not UTF-8 from character 4 on"),
+        (["--version", str(2**63)], "--version: no version has the number"),
+    ],
+)
+def test_an_option_that_no_store_takes_is_refused_before_it_is_asked(
+    option: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["promote", *option])
+    with pytest.raises(SystemExit):
+        promote.parsed()
+    assert message in capsys.readouterr().err
 
 
 # Back again

@@ -1,6 +1,7 @@
 """generate: with a folder's guide, with a registered one, beside CFG and no guidance."""
 
 import re
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,24 @@ def test_a_guidance_scale_of_0_is_no_guidance(
     unguided = made(params, monkeypatch, "--guidance-scale", "1")
     assert np.array_equal(made(params, monkeypatch, "--guidance-scale", "0"), unguided)
     assert not np.array_equal(made(params, monkeypatch), unguided)
+
+
+def test_a_picture_that_can_not_be_saved_leaves_the_one_before(
+    params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = made(params, monkeypatch, "--out", "out.png")
+
+    def half(self: Image.Image, path: Path, *_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    monkeypatch.setattr(generate, "check_out", lambda path: None)
+    with pytest.raises(OSError, match=r"Could not write out.png: .*No space.* is untouched"):
+        made(params, monkeypatch, "--seed", "1")
+    assert np.array_equal(np.asarray(Image.open("out.png")), before)
+
+
+def test_a_folder_that_can_not_be_written_is_told_before_anything_is_opened() -> None:
+    with pytest.raises(ValueError, match=r"--out /proc/out.png: nothing can be written in /proc"):
+        generate.check_out(Path("/proc/out.png"))

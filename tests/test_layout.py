@@ -1,5 +1,6 @@
 """What holds the repository together: one name per stage, lean imports, documents that are true."""
 
+import ast
 import importlib.util
 import inspect
 import json
@@ -117,6 +118,18 @@ def test_the_library_loads_torch_with_the_first_name_that_needs_it(
     assert imported["heavy"] == []
     assert imported["hidden"] == [], "a module hides a function"
     assert imported["plug"], "the module hides the function"
+
+
+def test_text_files_are_read_and_written_in_utf_8_whatever_the_locale() -> None:
+    packages = ("pnp_core", "components", "flows")
+    for path in (path for package in packages for path in (ROOT / package).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(call.func, "attr", "") if isinstance(call, ast.Call) else ""
+            if name in ("read_text", "write_text"):
+                assert isinstance(call, ast.Call)
+                assert any(keyword.arg == "encoding" for keyword in call.keywords), (
+                    f"{path.relative_to(ROOT)}, line {call.lineno}"
+                )
 
 
 # What is installed

@@ -167,6 +167,7 @@ def test_names_as_people_have_them(tmp_path: Path) -> None:
         ("models", {}, "models"),
         ("base", 3, "base: should be a valid string"),
         ("base", "", "base: String should have at least 1 character, but is ''"),
+        ("models.base.path", "", "models.base: path or reference is empty"),
         ("companions", "", "companions: String should have at least 1 character"),
         ("storage", "", "storage: String should have at least 1 character"),
         ("promote.scores", {"fid": RULE | {"min_gain": float("inf")}}, "should be a finite number"),

@@ -18,7 +18,7 @@ from components.cli import main
 from components.environment import quiet
 from components.lineage import git_commit, lock_hash, run_commit
 from components.params import Params, ParamsError, check_files, load_params
-from pnp_core.files import write_text
+from pnp_core.files import atomic_file, write_text
 from tests import toy
 
 pytest_plugins = ["tests.toy"]
@@ -326,6 +326,22 @@ def test_of_a_full_disk_it_is_told_which_and_what_to_do(
     assert capsys.readouterr().err == (
         "error: a disk is full ([Errno 28] No space left on device). results has 2 MB left, the "
         "least of where a stage writes: make room there; the same command goes on from here\n"
+    )
+
+
+def test_of_a_file_that_could_not_be_written_for_want_of_room_that_file_is_told(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fill(params: Params) -> None:
+        with atomic_file(Path("out.png")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SystemExit):
+        main(fill)
+    told = capsys.readouterr().err
+    assert told.startswith("error: Could not write out.png: [Errno 28] No space left on device")
+    assert told.endswith(
+        "There was nothing before. Make room there: the same command goes on from here\n"
     )
 
 

@@ -206,6 +206,21 @@ def test_a_full_disk_of_the_store_does_not_end_training(
     assert [points(run) for run in runs()] == [list(STEPS)] * 2
 
 
+@pytest.mark.parametrize(
+    ("said", "advice"),
+    [
+        ("file is not a database", "mlflow.db is damaged: bring a copy of it back"),
+        ("database disk image is malformed", "mlflow.db is damaged: bring a copy of it back"),
+        ("out-of-date database schema: run 'mlflow db upgrade <url>'", "Copy mlflow.db first"),
+        ("database is locked", "in use by another program? Then run the same command again"),
+    ],
+)
+def test_what_can_help_is_advised(place: Path, said: str, advice: str) -> None:
+    with pytest.raises(TrackingError) as caught, Store(TOY).asking("read"):
+        raise RuntimeError(said)
+    assert said in str(caught.value) and str(caught.value).endswith(advice)
+
+
 def test_where_no_journal_can_be_written_curves_go_to_mlflow_alone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

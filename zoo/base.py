@@ -286,7 +286,9 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     ).save_pretrained(scratch)
     # A stock pipeline opens UNet and VAE in fp32, but a text encoder as its config says.
     config = scratch / "text_encoder/config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text(encoding="utf-8")), "dtype": "float32"}, indent=2)
+    )
     publish(scratch, folder)
 
 

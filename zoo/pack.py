@@ -288,7 +288,7 @@ def fetch(package: str, version: str, cache: Path) -> Path:
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0 or not tarball.exists():
             raise PackError(f"`{' '.join(command)}` failed:\n{result.stderr.strip()}")
-    expected = json.loads(Path(__file__).with_name("pack.lock.json").read_text())
+    expected = json.loads(Path(__file__).with_name("pack.lock.json").read_text(encoding="utf-8"))
     found = hashlib.sha256(tarball.read_bytes()).hexdigest()
     if found != expected[tarball.name]:
         raise PackError(

@@ -17,13 +17,13 @@ ONE = ("dvc", "repro", "--single-item")
 
 def change_in(workspace: Workspace, stage: str, change: Change, pattern: str) -> None:
     """Change something in the middle of a stage, which must end with a line about it."""
-    before = (workspace.folder / "dvc.lock").read_text()
+    before = (workspace.folder / "dvc.lock").read_text(encoding="utf-8")
     running = workspace.start(*ONE, stage)
     workspace.in_the_middle(running, stage)
     change()
     workspace.lost_work_s = 0.0  # its checkpoint stays
     workspace.told(workspace.finish(running), CHANGED + pattern)
-    if (workspace.folder / "dvc.lock").read_text() != before:
+    if (workspace.folder / "dvc.lock").read_text(encoding="utf-8") != before:
         raise UnexpectedError("dvc.lock records what did not run")
 
 
@@ -45,7 +45,7 @@ def parameters_edited_for_good_while_training(workspace: Workspace) -> None:
         workspace, "distill", lambda: workspace.set_param("distill.seed", 7), "seed was 0, is 7"
     )
     workspace.recovers(*ONE, "distill")
-    if not re.search(r"seed: 7", (workspace.folder / "dvc.lock").read_text()):
+    if not re.search(r"seed: 7", (workspace.folder / "dvc.lock").read_text(encoding="utf-8")):
         raise UnexpectedError("dvc.lock does not have the new value")
     if workspace.run("dvc", "status", "distill").line("changed"):
         raise UnexpectedError("dvc status is not clean")
@@ -56,7 +56,7 @@ def parameters_edited_for_good_while_training(workspace: Workspace) -> None:
 def code_edited_while_training(workspace: Workspace) -> None:
     """A module of the library is edited while halve trains."""
     module = workspace.folder / "pnp_core/soap.py"
-    text = module.read_text()
+    text = module.read_text(encoding="utf-8")
     change_in(workspace, "halve", lambda: module.write_text(text + "# edited\n"), "soap.py")
     module.write_text(text)
     workspace.recovers(*ONE, "halve")
@@ -89,7 +89,9 @@ def commit_made_while_running(workspace: Workspace) -> None:
     workspace.git("commit", "--allow-empty", "--quiet", "--message", "other")
     if workspace.finish(running).exit_code != 0:
         raise UnexpectedError("the run fails")
-    report = json.loads((workspace.folder / "results/report/summary.json").read_text())
+    report = json.loads(
+        (workspace.folder / "results/report/summary.json").read_text(encoding="utf-8")
+    )
     if report["lineage"]["git_commit"] != commit:
         raise UnexpectedError(f"lineage names {report['lineage']['git_commit']}, not {commit}")
     workspace.said = "lineage names the commit that the run began with"
@@ -121,7 +123,7 @@ def file_in_the_dvc_cache_altered(workspace: Workspace) -> None:
 @fault("bad input", before="distill")
 def parameter_misspelt(workspace: Workspace) -> None:
     """A key of params.yaml is misspelt."""
-    text = (workspace.folder / "params.yaml").read_text()
+    text = (workspace.folder / "params.yaml").read_text(encoding="utf-8")
     (workspace.folder / "params.yaml").write_text(text.replace("halflife", "halflive", 1))
     workspace.told(workspace.run("python", "-m", "flows", "distill"), "unknown key 'distill.*mean")
     (workspace.folder / "params.yaml").write_text(text)
@@ -228,7 +230,7 @@ def dvc_lock_held_for_ever(workspace: Workspace) -> None:
     hold = "import time, zc.lockfile as z; a = z.LockFile('.dvc/tmp/lock'); time.sleep(600)"
     holder = workspace.start("python", "-c", hold)
     path = workspace.folder / ".dvc/tmp/lock"
-    holder.wait_for(lambda: str(holder.pid) in path.read_text(), "lock")
+    holder.wait_for(lambda: str(holder.pid) in path.read_text(encoding="utf-8"), "lock")
     holder.signal(signal.SIGSTOP)
     told = "DVC's lock is held by PID"
     workspace.told(workspace.run("python", "-m", "flows", "distill", "--from", "register"), told)

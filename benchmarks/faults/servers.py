@@ -140,7 +140,7 @@ def alias_unreadable(workspace: Workspace, status: int) -> None:
 def worse(workspace: Workspace) -> None:
     """Make the results of the next version worse than the champion's."""
     path = workspace.folder / "results/evaluate/base/evaluation.json"
-    evaluation = json.loads(path.read_text())
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
     evaluation["guidance_fvu"]["value"] += 9
     path.unlink()
     path.write_text(json.dumps(evaluation))

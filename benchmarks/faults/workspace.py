@@ -327,7 +327,7 @@ class Workspace:
         for path in [*files, *self.folder.glob(IMAGES)]:
             digests[self._name(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
         for path in self.folder.glob(METRICS):
-            metrics = json.loads(path.read_text())
+            metrics = json.loads(path.read_text(encoding="utf-8"))
             del metrics["cost"]  # times
             digests[self._name(path)] = json.dumps(metrics, sort_keys=True)
         return digests

@@ -89,7 +89,7 @@ class Table:
 def held(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold a file's lock; without waiting, tell whether it was to be had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

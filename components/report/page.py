@@ -27,14 +27,14 @@ def render(report: Report, pictures: Sequence[PictureSet]) -> str:
     """The page, as HTML."""
     from markupsafe import Markup
 
-    script = (HERE / "page.js").read_text()
+    script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     version = f" version {report.version}" if report.version else ""
     return _template().render(
         **view(report),
         title=f"{report.name}{version}",
         # These two are ours, and stand between tags whose content is not escaped.
-        style=Markup((HERE / "page.css").read_text()),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
         pictures=_gallery(pictures),

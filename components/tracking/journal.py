@@ -56,7 +56,7 @@ def owner() -> Owner:
 def _identity(path: Path) -> str:
     """The checkout's own id. It is kept with the number of its file, which a copy does not have."""
     with suppress(FileNotFoundError, ValueError, KeyError):
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         if known["inode"] == path.stat().st_ino:
             return str(known["id"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _identity(path: Path) -> str:
         file.flush()
         os.fsync(file.fileno())  # else a power cut may leave an empty one
     os.replace(new, path)
-    return str(json.loads(path.read_text())["id"])  # someone may have been quicker
+    return str(json.loads(path.read_text(encoding="utf-8"))["id"])  # someone may have been quicker
 
 
 class Journal:

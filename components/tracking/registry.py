@@ -151,7 +151,7 @@ class Registry:
                     artifact_uri=f"{uri}/{SUMMARY}", dst_path=temporary
                 )
             try:
-                found = json.loads(Path(file).read_text())
+                found = json.loads(Path(file).read_text(encoding="utf-8"))
                 lineage, models = found.get("lineage", {}), found["models"]
                 return {**found, "lineage": dict(lineage), "models": dict(models)}
             except (ValueError, KeyError, TypeError, AttributeError) as error:

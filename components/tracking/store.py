@@ -31,6 +31,8 @@ MAX_MESSAGE = 300  # characters of a third party's words
 # How often MLflow's client tries again, and how long it waits for an answer, in seconds.
 PATIENT = (3, 30)
 SECONDS_IN_SILENCE = 10.0
+DAMAGED = ("file is not a database", "malformed")  # SQLite's words
+UPGRADE = "mlflow db upgrade"  # which MLflow asks for where the database is of an older one
 IMPATIENT = (0, 10)  # while training waits
 
 
@@ -154,6 +156,10 @@ class Store:
                 "MLFLOW_TRACKING_TOKEN, and what they may do there"
             )
         if database := database_of(self.uri):
+            if any(words in str(error) for words in DAMAGED):
+                return f"{database} is damaged: bring a copy of it back"
+            if UPGRADE in str(error):
+                return f"Copy {database.name} first"
             free = shutil.disk_usage(database.parent).free
             return (
                 f"Is {database.parent} writable ({free / 1e6:,.0f} MB are free) and the database "
