@@ -120,9 +120,8 @@ def check_guide(guide: str) -> None:
                 f"--guide {guide}: write models:/<name>@<alias> or models:/<name>/<version>"
             )
     elif not (Path(guide).is_dir() or old_of(Path(guide)).is_dir()):
-        raise ValueError(
-            f"--guide {guide}: there is no such folder; the pipeline puts a guide into {BUNDLE}"
-        )
+        said = "it is no folder" if Path(guide).exists() else "there is no such folder"
+        raise ValueError(f"--guide {guide}: {said}; the pipeline puts a guide into {BUNDLE}")
 
 
 @contextmanager

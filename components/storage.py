@@ -213,6 +213,7 @@ class Mirror:
     ) -> Result:
         """Do `action`. `is_place`: what it may not find is the bucket or folder, not a file."""
         what = f"{verb} {self.url}/{name}".rstrip("/")
+        began = time.monotonic()  # each attempt takes a while too
         for wait in (*WAITS, None):
             try:
                 return action()
@@ -234,8 +235,9 @@ class Mirror:
                         "AWS_* variables and files that keys, region and endpoint come from"
                     ) from error
                 if wait is None:
+                    seconds = time.monotonic() - began
                     raise MayPassError(
-                        f"storage: could not {what} in {sum(WAITS)} seconds: {error}. Is it "
+                        f"storage: could not {what} in {seconds:.0f} seconds: {error}. Is it "
                         "there, and is AWS_ENDPOINT_URL right? The same command goes on from here."
                     ) from error
                 print(f"storage: could not {what} ({error}), again in {wait} s", flush=True)

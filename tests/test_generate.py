@@ -104,6 +104,8 @@ def test_a_guide_that_is_none_is_told_before_anything_is_opened(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("components.rows.load_row", None)
+    with pytest.raises(ValueError, match="--guide params.yaml: it is no folder"):
+        made(params, monkeypatch, "--guide", "params.yaml")
     with pytest.raises(ValueError, match="--guide nowhere: there is no such folder"):
         made(params, monkeypatch, "--guide", "nowhere")
 
