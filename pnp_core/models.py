@@ -28,7 +28,7 @@ from pnp_core.model_files import (
     is_hub_id,
     is_lora,
 )
-from pnp_core.single_file import load_single_file
+from pnp_core.single_file import load_single_file, problem_of
 
 
 def load_pipeline(
@@ -128,7 +128,7 @@ def load_unet(
                 )
             except (ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"The UNet in {path} is not a fine-tune of the base: {error}"
+                    f"The UNet in {path} is not a fine-tune of the base: {problem_of(error)}"
                 ) from None
     else:
         revision = hub_revision(str(path)) if is_hub_id(path) else None

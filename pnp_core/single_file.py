@@ -48,5 +48,11 @@ def load_single_file(
         )
     except (KeyError, RuntimeError, SingleFileComponentError, ValueError) as error:
         raise ValueError(
-            f"The weights in {path} don't fit the configs in {folder}: {error}"
+            f"The weights in {path} don't fit the configs in {folder}: {problem_of(error)}"
         ) from None
+
+
+def problem_of(error: Exception) -> str:
+    """What is wrong with a single file; of missing weights diffusers says what it could not do."""
+    lacks = "meta tensor" in str(error)
+    return "some are missing; get it again" if lacks else str(error)

@@ -306,6 +306,24 @@ def test_what_is_no_whole_checkpoint_is_refused_as_a_base(
         load_pipeline(tmp_path / "pytorch_lora_weights.safetensors")
 
 
+@pytest.mark.parametrize("part", ["model.diffusion_model", "first_stage_model", "cond_stage_model"])
+def test_a_file_that_lacks_a_weight_is_refused(
+    pipe: StableDiffusionPipeline, tmp_path: Path, part: str
+) -> None:
+    base = sd15_pipeline(pipe)
+    save_configs(base, tmp_path / "mine")
+    weights = original_layout(base)
+    del weights[[name for name in weights if name.startswith(part)][2]]
+    save_file(weights, tmp_path / "mine.safetensors")
+    with pytest.raises(
+        ValueError, match=r"mine.safetensors .*(missing|lacks).*get it again"
+    ):
+        load_pipeline(tmp_path / "mine.safetensors")
+    if part == "model.diffusion_model":
+        with pytest.raises(ValueError, match=r"mine.safetensors .* missing; get it again"):
+            load_unet(tmp_path / "mine.safetensors", base=base)
+
+
 def test_a_truncated_file_is_refused(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
     save_file(original_layout(sd15_pipeline(pipe)), path)
