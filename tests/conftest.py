@@ -34,7 +34,15 @@ from tests.toy import make_pipeline, make_xl_pipeline
 torch.set_num_threads(1)  # the tests' models are too small for more
 os.fsync = lambda descriptor: None  # no test cuts the power, and a disk takes 16 ms for each
 sampling.TIMING_REPEATS = 1  # no test goes by how long something took
+gc.disable()  # until all is imported: it would look for cycles among modules again and again
 environment.MALLOPT.clear()  # a stage that runs in this process would keep what it frees
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, and is not looked through for cycles again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 # Files whose tests are to be run by one worker, as they share what takes long to make: a Prefect
