@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from components.cli import main
 from components.cluster import run_tasks
-from components.dataset import PreparedImages, lines_of, read_prompts
+from components.dataset import lines_of
 from components.disk import check_room, megabytes
 from components.params import Params, ParamsError, cache_config, companion_paths
+from components.parquet import PreparedImages, read_prompts
 from components.paths import CACHE, PREPARED, RUNS
 from components.progress import Progress
 from components.shipping import pack

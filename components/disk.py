@@ -4,7 +4,8 @@ import io
 import shutil
 from pathlib import Path
 
-from components.dataset import PreparedImages, encode, read_prompts
+from components.fitting import encode
+from components.parquet import PreparedImages, read_prompts
 
 IMAGES_WEIGHED = 32
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from components.dataset import encode
+from components.fitting import encode
 from components.paths import EVALUATED, RUNS, SAMPLED
 from components.progress import clock
 from pnp_core.files import atomic_file, read_json, recover_all, remove, write_json

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from components.cli import main
-from components.dataset import (
-    Record,
-    check_record,
-    count_records,
-    each_record,
-    encode,
-    fit,
-    lines_of,
-)
+from components.dataset import count_records, each_record, lines_of
+from components.fitting import Record, check_record, encode, fit
 from components.params import Params, Prepare
 from components.paths import PREPARED
 from components.progress import Progress

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from components.dataset import lines_of, own_prompts, read_prompts
+from components.dataset import lines_of, own_prompts
 from components.images import Recipe, Setting, Task, batches, guide_identity
 from components.methods import METHODS, equal_cost_steps
 from components.params import Evaluate, Model, Params, teacher_guider
+from components.parquet import read_prompts
 from components.paths import PREPARED
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions

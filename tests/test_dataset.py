@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from components import cache, dataset, prepare, references
-from components.dataset import PreparedImages, each_record, read_prompts, reference_images
+from components import cache, dataset, fitting, parquet, prepare, references
+from components.dataset import each_record, reference_images
 from components.environment import quiet
 from components.judging import Judge
 from components.params import Model, Params, load_params
+from components.parquet import PreparedImages, read_prompts
 from components.paths import CACHE, PREPARED
 from components.references import References
 from pnp_core.cache import CacheBuilder, Example, build_cache
@@ -63,8 +64,8 @@ def test_records_one_after_another_are_the_rows_of_the_file(prepared: Path) -> N
 def test_few_of_the_images_of_a_file_are_in_memory_at_a_time(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "ROWS_AT_ONCE", 4)
-    monkeypatch.setattr(dataset, "BYTES_AT_ONCE", 2**14)
+    monkeypatch.setattr(parquet, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(parquet, "BYTES_AT_ONCE", 2**14)
     before = pa.total_allocated_bytes()
     held = [
         pa.total_allocated_bytes() - before
@@ -96,14 +97,14 @@ def test_an_image_is_that_of_its_row_in_whatever_order_rows_are_asked_for(
 def test_images_in_order_are_read_once_even_with_gaps(
     prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read, rows_of = [], dataset._rows
+    read, rows_of = [], parquet.rows_of
 
     def counting(*arguments: Any) -> Iterator[Any]:
         for row in rows_of(*arguments):
             read.append(row["image"]["bytes"])
             yield row
 
-    monkeypatch.setattr(dataset, "_rows", counting)
+    monkeypatch.setattr(parquet, "rows_of", counting)
     images, expected = PreparedImages(prepared), images_in(prepared)
     for number in (*range(30), *range(150, 160)):
         assert images.read(number) == expected[number]
@@ -128,7 +129,7 @@ def test_reading_goes_on_after_the_disk_failed_once(
 ) -> None:
     images, expected = PreparedImages(prepared), images_in(prepared)
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(dataset, "_rows", fails)
+        patch.setattr(parquet, "rows_of", fails)
         images.read(2)
     assert images.read(2) == expected[2]
 
@@ -167,9 +168,9 @@ class FakeJudge:
         self._decoded = 0  # into what it has not seen
         self.looks: list[int] = []
         self.held: list[int] = []
-        fit = dataset.fit
+        fit = fitting.fit
 
-        def counted(record: dataset.Record, resolution: int) -> tuple[Any, bool]:
+        def counted(record: fitting.Record, resolution: int) -> tuple[Any, bool]:
             image, as_is = fit(record, resolution)
             self._images.append(weakref.ref(image))
             self.held.append(self._alive() + self._decoded)
@@ -293,7 +294,7 @@ def test_an_image_is_turned_as_its_exif_orientation_says(params: Params, orienta
         image = image.swapaxes(0, 1) if side in ("left", "right") else image
         return image[-1 if side in ("bottom", "right") else 0]
 
-    fitted, as_is = dataset.fit(dataset.Record(file.getvalue(), "", None, ""), toy.RESOLUTION)
+    fitted, as_is = fitting.fit(fitting.Record(file.getvalue(), "", None, ""), toy.RESOLUTION)
     assert as_is == (orientation == 1)
     builder = cache.cache_builder(params)
     cached = builder.to_tensor(Example(image=file.getvalue(), prompt=""))
@@ -309,9 +310,9 @@ def test_an_image_with_a_damaged_exif_block_is_taken_as_it_lies(
     pixels = np.arange(toy.RESOLUTION**2 * 3, dtype=np.uint8).reshape(toy.RESOLUTION, -1, 3)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", exif=exif)
-    record = dataset.Record(file.getvalue(), "a cat", None, "")
-    dataset.check_record(record, toy.RESOLUTION)
-    fitted, as_is = dataset.fit(record, toy.RESOLUTION)
+    record = fitting.Record(file.getvalue(), "a cat", None, "")
+    fitting.check_record(record, toy.RESOLUTION)
+    fitted, as_is = fitting.fit(record, toy.RESOLUTION)
     assert as_is and np.array_equal(np.asarray(fitted), pixels)
     cached = cache.cache_builder(params).to_tensor(Example(image=file.getvalue(), prompt=""))
     np.testing.assert_allclose((cached.permute(1, 2, 0).numpy() + 1) * 127.5, pixels, atol=1e-3)
@@ -322,9 +323,9 @@ def test_an_image_of_16_bits_is_the_same_in_8_bits(form: str) -> None:
     pixels = np.arange(toy.RESOLUTION**2, dtype=np.uint8).reshape(toy.RESOLUTION, -1)
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint16) * 257).save(file, form)
-    record = dataset.Record(file.getvalue(), "a cat", None, "")
-    dataset.check_record(record, toy.RESOLUTION)
-    fitted, _ = dataset.fit(record, toy.RESOLUTION)
+    record = fitting.Record(file.getvalue(), "a cat", None, "")
+    fitting.check_record(record, toy.RESOLUTION)
+    fitted, _ = fitting.fit(record, toy.RESOLUTION)
     np.testing.assert_array_equal(np.asarray(fitted), np.stack([pixels] * 3, axis=-1))
 
 
@@ -332,8 +333,8 @@ def test_an_image_of_16_bits_is_the_same_in_8_bits(form: str) -> None:
 def test_an_image_without_a_known_white_is_refused_by_its_mode(kind: type, mode: str) -> None:
     file = io.BytesIO()
     Image.fromarray(np.ones((toy.RESOLUTION, toy.RESOLUTION), kind)).save(file, "TIFF")
-    record = dataset.Record(file.getvalue(), "a cat", None, "art, row 3")
-    for look in (dataset.check_record, dataset.fit):
+    record = fitting.Record(file.getvalue(), "a cat", None, "art, row 3")
+    for look in (fitting.check_record, fitting.fit):
         with pytest.raises(ValueError, match=rf"art, row 3: .* \(mode {mode}\)"):
             look(record, toy.RESOLUTION)
 

@@ -27,8 +27,9 @@ from benchmarks.frontier.settings import (
     row_name,
 )
 from components import prepare
-from components.dataset import fit, read_records
+from components.dataset import read_records
 from components.evaluation import Estimate
+from components.fitting import fit
 from components.images import Task
 from components.params import load_params
 from pnp_core.bundle import GuideBundle

@@ -23,9 +23,9 @@ from PIL import Image
 
 from components import cache, distill, evaluate, halve, prepare, promote, register, tracking
 from components.cli import main
-from components.dataset import Record, fit
 from components.environment import quiet
 from components.evaluation import Evaluation
+from components.fitting import Record, fit
 from components.images import Gallery, Setting
 from components.inputs import check_judge
 from components.judging import INCEPTION, Judge

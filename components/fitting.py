@@ -1,0 +1,98 @@
+"""One image of a data set, checked and brought to the resolution."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+# Modes of PIL.
+SIXTEEN_BIT = "I;16"
+WITHOUT_RANGE = {"I": "integers", "F": "floats"}
+
+
+class Record(NamedTuple):
+    """One image of a data set, and what is said of it."""
+
+    image: bytes  # an encoded file, as it lies there
+    caption: str  # without spaces around it
+    split: Any  # what the column `split` says, None without one
+    where: str  # file and row, for messages
+
+
+def check_record(record: Record, resolution: int) -> None:
+    """Raise ValueError for an empty caption, and as far as the header tells for a bad image."""
+    if not record.caption:
+        raise ValueError(f"{record.where}: the caption is empty")
+    with _opened(record) as image:
+        size, mode = image.size, image.mode
+    _check_mode(record, mode)
+    _check_size(record, size, resolution)
+
+
+def fit(record: Record, resolution: int) -> tuple[Any, bool]:
+    """The record's image as RGB, `resolution` pixels square; and whether it was so already.
+
+    It is turned as its EXIF orientation says. A larger one is scaled down and cropped at its
+    centre, transparency becomes white, 16 bits become 8. Raises ValueError if it can't be decoded,
+    is smaller, or is of a mode without a known white.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    from pnp_core.orientation import is_upright, upright
+
+    with _opened(record) as opened:
+        opened.load()
+        as_is = is_upright(opened)
+        image: Image.Image = upright(opened)
+    _check_mode(record, image.mode)
+    _check_size(record, image.size, resolution)
+    if image.mode.startswith(SIXTEEN_BIT):  # PIL would cut off all above 255
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode == "RGB" and image.size == (resolution, resolution):
+        return image, as_is
+    if image.mode != "RGB":
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert("RGB")
+    return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS), False
+
+
+@contextmanager
+def _opened(record: Record) -> "Iterator[Image.Image]":
+    """The record's image, not decoded yet. Raises ValueError if that or the block fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(record.image)) as opened:
+            yield opened
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{record.where}: not a readable image") from error
+
+
+def _check_mode(record: Record, mode: str) -> None:
+    """Raise ValueError if an image's numbers are of no range that is known."""
+    if mode in WITHOUT_RANGE:
+        raise ValueError(
+            f"{record.where}: an image of 32-bit {WITHOUT_RANGE[mode]} (mode {mode}), of which "
+            "nothing says what is white: convert it to 8 bits"
+        )
+
+
+def _check_size(record: Record, size: tuple[int, int], resolution: int) -> None:
+    """Raise ValueError if an image of so many pixels is smaller than the resolution."""
+    if min(size) < resolution:
+        width, height = size
+        raise ValueError(
+            f"{record.where}: {width}x{height} pixels, fewer than the resolution of {resolution}"
+        )
+
+
+def encode(image: Any) -> bytes:
+    """A PIL image as a lossless file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", lossless=True, quality=50, method=2)
+    return buffer.getvalue()
