@@ -345,7 +345,7 @@ def test_a_models_own_prompts_are_the_lines_of_its_file_whatever_editor_wrote_it
     (tmp_path / "words.txt").write_bytes(
         "\N{BYTE ORDER MARK}a bar\r\n two\u2028lines \r\n".encode()
     )
-    model = Model(path=str(tmp_path), reference="", prompts="words.txt")
+    model = Model(path=str(tmp_path), reference="art", prompts="words.txt")
     assert dataset.own_prompts(model) == ("a bar", "two\u2028lines")
 
 
@@ -356,6 +356,6 @@ def test_prompts_outside_of_the_models_folder_are_refused(
     (tmp_path / "model").mkdir()
     (tmp_path / "words.txt").write_text("a bar\n")
     prompts = str(tmp_path / "words.txt") if is_absolute else "../words.txt"
-    model = Model(path=str(tmp_path / "model"), reference="", prompts=prompts)
+    model = Model(path=str(tmp_path / "model"), reference="art", prompts=prompts)
     with pytest.raises(ValueError, match=r"words.txt in the model's folder: put it there"):
         dataset.own_prompts(model)
