@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 # Modes of PIL.
 SIXTEEN_BIT = "I;16"
 WITHOUT_RANGE = {"I": "integers", "F": "floats"}
+# By what PIL calls the packing of a PNG's pixels: those that it spreads over 8 bits, and how far.
+SPREAD = {"L;2": 85, "L;4": 17}
+SIXTEEN_BIT_RGB = "RGB;16B"
+KEY = "transparency"  # PIL's name for what is transparent in an image without an alpha channel
 
 
 class Record(NamedTuple):
@@ -36,29 +40,55 @@ def fit(record: Record, resolution: int) -> tuple[Any, bool]:
     """The record's image as RGB, `resolution` pixels square; and whether it was so already.
 
     It is turned as its EXIF orientation says. A larger one is scaled down and cropped at its
-    centre, transparency becomes white, 16 bits become 8. Raises ValueError if it can't be decoded,
-    is smaller, or is of a mode without a known white.
+    centre, transparency becomes white, also that of a colour which a PNG keys, 16 bits become 8.
+    Raises ValueError if it can't be decoded, is smaller, or is of a mode without a known white.
     """
-    import numpy as np
     from PIL import Image, ImageOps
 
     from pnp_core.orientation import is_upright, upright
 
     with _opened(record) as opened:
+        _bring_key_to_8_bits(opened)
         opened.load()
         as_is = is_upright(opened)
         image: Image.Image = upright(opened)
     _check_mode(record, image.mode)
     _check_size(record, image.size, resolution)
-    if image.mode.startswith(SIXTEEN_BIT):  # PIL would cut off all above 255
-        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    if image.mode == "RGB" and image.size == (resolution, resolution):
+    if image.mode.startswith(SIXTEEN_BIT):
+        image = _in_8_bits(image)
+    is_plain = image.mode == "RGB" and KEY not in image.info
+    if is_plain and image.size == (resolution, resolution):
         return image, as_is
-    if image.mode != "RGB":
+    if not is_plain:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     return ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS), False
+
+
+def _bring_key_to_8_bits(image: "Image.Image") -> None:
+    """Have a PNG key its transparent colour as its pixels will be decoded: PIL does it for most."""
+    from PIL.PngImagePlugin import PngImageFile
+
+    if not isinstance(image, PngImageFile) or KEY not in image.info or not image.tile:
+        return
+    packed, key = image.tile[0].args, image.info[KEY]
+    if packed in SPREAD:
+        image.info[KEY] = key * SPREAD[packed]
+    elif packed == SIXTEEN_BIT_RGB:
+        image.info[KEY] = tuple(value // 256 for value in key)
+
+
+def _in_8_bits(image: "Image.Image") -> "Image.Image":
+    """An image of 16 bits, of which PIL would cut off all above 255."""
+    import numpy as np
+    from PIL import Image
+
+    pixels, key = np.asarray(image), image.info.get(KEY)
+    result = Image.fromarray((pixels // 256).astype(np.uint8))
+    if key is not None:
+        result.putalpha(Image.fromarray(np.where(pixels == key, 0, 255).astype(np.uint8)))
+    return result
 
 
 @contextmanager

@@ -5,7 +5,9 @@ The references are pyarrow's own `read_table`, and PIL, on all rows at once.
 
 import inspect
 import io
+import struct
 import weakref
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ quiet()
 NUM_ROWS = 200
 TRAIN = PREPARED / "train.parquet"
 AT_ONCE = 8  # references, in these tests
+DEPTHS = (1, 2, 4, 8, 16)  # of a grey PNG
 
 
 @pytest.fixture(params=[NUM_ROWS, 7], ids=["one row group", "row groups of 7"])
@@ -327,6 +330,45 @@ def test_an_image_of_16_bits_is_the_same_in_8_bits(form: str) -> None:
     fitting.check_record(record, toy.RESOLUTION)
     fitted, _ = fitting.fit(record, toy.RESOLUTION)
     np.testing.assert_array_equal(np.asarray(fitted), np.stack([pixels] * 3, axis=-1))
+
+
+def keyed(depth: int, colour: int, key: tuple[int, ...], samples: np.ndarray) -> bytes:
+    """A PNG with a transparent colour, as its specification has it: (height, width, channels)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)
+
+    height, width, _ = samples.shape
+    bits = (samples.reshape(height, -1)[..., None] >> np.arange(depth - 1, -1, -1)) & 1
+    rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+    lines = np.pad(rows, ((0, 0), (1, 0)))  # each begins with its filter: none
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))]
+    parts += [chunk(b"IDAT", zlib.compress(lines.tobytes())), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("size", [toy.RESOLUTION, 2 * toy.RESOLUTION])
+@pytest.mark.parametrize("value", ["nothing", "some", "all"])
+@pytest.mark.parametrize(
+    ("depth", "colour"), [*((d, 0) for d in (1, 2, 4, 8, 16)), (8, 2), (16, 2)]
+)
+def test_the_colour_that_a_png_keys_as_transparent_becomes_white(
+    depth: int, colour: int, value: str, size: int
+) -> None:
+    most = 2**depth - 1
+    level = {"nothing": 0, "some": most // 2, "all": most}[value]
+    other = 0 if level == most else most
+    channels = 3 if colour == 2 else 1
+    samples = np.full((size, size, channels), other)
+    samples[: size // 2] = level
+    file = keyed(depth, colour, (level,) * channels, samples)
+    record = fitting.Record(file, "a cat", None, "")
+    fitted, as_is = fitting.fit(record, toy.RESOLUTION)
+    pixels = np.asarray(fitted)
+    assert not as_is and (pixels[0] == 255).all()
+    assert (pixels[-1] == 255 * other // most).all()
 
 
 @pytest.mark.parametrize(("kind", "mode"), [(np.float32, "F"), (np.int32, "I")])
