@@ -69,6 +69,8 @@ def check_columns(path: Path, *needed: str) -> list[str]:
         found: list[str] = pq.read_schema(path).names
     except pa.ArrowInvalid:
         raise ValueError(f"{path} is not a parquet file, or only part of one") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     for name in needed:
         if name not in found:
             raise ValueError(f"{path} has no column {name!r}, it has {', '.join(found)}")
@@ -76,14 +78,29 @@ def check_columns(path: Path, *needed: str) -> list[str]:
 
 
 def rows_of(path: Path, names: Sequence[str], group: int = 0) -> Iterator[dict[str, Any]]:
-    """These columns of a parquet file's rows, from a row group on, with few of them in memory."""
+    """These columns of a parquet file's rows, from a row group on, with few of them in memory.
+
+    Raises ValueError, naming the file, for one that is damaged.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # By default all images of a row group are read before its first row is there.
-    with pq.ParquetFile(path, buffer_size=BYTES_AT_ONCE, pre_buffer=False) as file:
-        groups = list(range(group, file.num_row_groups))
-        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(names)):
-            yield from batch.to_pylist()
+    try:
+        # By default all images of a row group are read before its first row is there.
+        with pq.ParquetFile(path, buffer_size=BYTES_AT_ONCE, pre_buffer=False) as file:
+            groups = list(range(group, file.num_row_groups))
+            for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(names)):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    """What to raise in place of an error of pyarrow's, which names no file."""
+    if isinstance(error, FileNotFoundError | PermissionError):  # these do
+        return error
+    why = " ".join(str(error).split()).rstrip(".")
+    return ValueError(f"{path} is damaged, or can't be read ({why}): get it again")
 
 
 def encoded_in(row: dict[str, Any], image_column: str, where: str) -> bytes:

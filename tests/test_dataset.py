@@ -142,6 +142,23 @@ def fails(*_: Any) -> Iterator[Any]:
     raise OSError
 
 
+@pytest.mark.parametrize("begin", [4, -2500], ids=["the first page", "the footer"])
+def test_a_parquet_file_that_is_damaged_within_is_named(prepared: Path, begin: int) -> None:
+    content = bytearray(prepared.read_bytes())
+    content[begin : begin + 2000] = np.random.default_rng(0).bytes(2000)
+    prepared.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train.parquet is damaged, .*: get it again"):
+        list(each_record(prepared, image_column="image", caption_column="prompt"))
+
+
+def test_a_parquet_file_with_a_caption_that_is_no_utf_8_is_named(tmp_path: Path) -> None:
+    path, caption = tmp_path / "art.parquet", pa.array([b"\xff"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 1, caption.buffers())
+    pq.write_table(pa.table({"image": [{"bytes": b"", "path": None}], "prompt": text}), path)
+    with pytest.raises(ValueError, match=r"art.parquet is damaged, .*: get it again"):
+        list(each_record(path, image_column="image", caption_column="prompt"))
+
+
 # references
 
 
