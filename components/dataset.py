@@ -148,7 +148,16 @@ def _caption(value: Any, where: str) -> str:
     """A caption without spaces around it. Raises ValueError, saying where, if it is no text."""
     if not isinstance(value, str | None):
         raise ValueError(f"{where}: the caption is no text: {value!r} ({type(value).__name__})")
-    return (value or "").strip()
+    caption = (value or "").strip()
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(caption[error.start])
+        raise ValueError(
+            f"{where}: the caption has {half}, which is half of a character: write the whole one, "
+            "or leave it out"
+        ) from None
+    return caption
 
 
 def _pixels(records: Sequence[Record], resolution: int) -> "np.ndarray":
@@ -203,17 +212,23 @@ def _entries(
 def _entry(path: Path, line: str, where: str, caption_column: str) -> dict[str, Any]:
     """What a line of metadata.jsonl says. Raises ValueError if it lacks something."""
     try:
-        entry: dict[str, Any] = json.loads(line)
-        image = path / entry["file_name"]
-        if not image.is_file():
-            raise ValueError(f"{where}: there is no {image}")
-        if caption_column not in entry:
-            raise KeyError(caption_column)
-        entry[caption_column] = _caption(entry[caption_column], where)
+        entry = json.loads(line)
     except json.JSONDecodeError:
         raise ValueError(f"{where}: not JSON") from None
-    except KeyError as error:
-        raise ValueError(f"{where}: no {error}") from None
-    except TypeError:
-        raise ValueError(f"{where}: no object with file_name and {caption_column}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: JSON that is nested too deep") from None
+    except ValueError:
+        raise ValueError(f"{where}: JSON with a number of too many digits") from None
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where}: no object with file_name and {caption_column}")
+    if "file_name" not in entry:
+        raise ValueError(f"{where}: no 'file_name'")
+    name = entry["file_name"]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"{where}: file_name is {ascii(name)}: write the name of an image there")
+    if not (path / name).is_file():
+        raise ValueError(f"{where}: there is no file {path / name}")
+    if caption_column not in entry:
+        raise ValueError(f"{where}: no {caption_column!r}")
+    entry[caption_column] = _caption(entry[caption_column], where)
     return entry

@@ -328,7 +328,7 @@ def test_missing_file_is_named(world: Path, key: str, value: Any, message: str) 
         ("params.yaml", "params.yaml is not a parquet file"),
         ("few.parquet", "few.parquet has 1 images: too few"),
         ("other.parquet", "other.parquet has no column 'image', it has picture"),
-        ("pictures", "pictures/metadata.jsonl, line 2: there is no pictures/b.png"),
+        ("pictures", "pictures/metadata.jsonl, line 2: there is no file pictures/b.png"),
         ("captions", "captions/metadata.jsonl, line 1: no 'caption'"),
     ],
 )

@@ -262,21 +262,38 @@ def test_prepare_names_the_first_bad_rows_and_counts_all_before_it_decodes_any(
     assert last == "and 10 more"
 
 
-def test_prepare_names_every_bad_line_of_an_image_folder(world: Path) -> None:
+def test_prepare_names_every_bad_line_of_an_image_folder(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "NUM_TOLD", 100)
     Path("pictures").mkdir()
     Image.new("RGB", (50, 40)).save("pictures/0.png")
     lines = ['{"file_name": "0.png", "caption": "thing"}', "{", '{"file_name": "1.png"}']
     lines += ['{"file_name": "0.png"}', '{"file_name": "0.png", "caption": null}']
     lines += ['{"file_name": "0.png", "caption": ["red", "square"]}']
+    lines += ['{"file_name": "0.png", "caption": "cat \\ud83d"}']
+    lines += [
+        f'{{"file_name": {name}, "caption": "cat"}}' for name in ('""', "3", '"."', '"\\ud83d"')
+    ]
+    lines += ["[" * 100_000, f'{{"caption": {"9" * 5000}}}', "[]"]
     Path("pictures/metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError) as caught:
         prepare.run(params_with(prepare={"dataset": "pictures", "files": []}))
     assert str(caught.value).split(": ", 2)[2].split("; ") == [
         "pictures/metadata.jsonl, line 2: not JSON",
-        "pictures/metadata.jsonl, line 3: there is no pictures/1.png",
+        "pictures/metadata.jsonl, line 3: there is no file pictures/1.png",
         "pictures/metadata.jsonl, line 4: no 'caption'",
         "pictures/metadata.jsonl, line 5: the caption is empty",
         "pictures/metadata.jsonl, line 6: the caption is no text: ['red', 'square'] (list)",
+        "pictures/metadata.jsonl, line 7: the caption has '\\ud83d', which is half of a character: "
+        "write the whole one, or leave it out",
+        "pictures/metadata.jsonl, line 8: file_name is '': write the name of an image there",
+        "pictures/metadata.jsonl, line 9: file_name is 3: write the name of an image there",
+        "pictures/metadata.jsonl, line 10: there is no file pictures",
+        "pictures/metadata.jsonl, line 11: there is no file pictures/\ud83d",
+        "pictures/metadata.jsonl, line 12: JSON that is nested too deep",
+        "pictures/metadata.jsonl, line 13: JSON with a number of too many digits",
+        "pictures/metadata.jsonl, line 14: no object with file_name and caption",
     ]
 
 
