@@ -196,6 +196,13 @@ def test_a_file_stays_when_its_rename_fails(tmp_path: Path, refuse: Renames) -> 
     assert read_json(path) == 1 and list(tmp_path.iterdir()) == [path]
 
 
+def test_json_that_is_nested_too_deep_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.json is damaged \(.*\): bring it back"):
+        read_json(path)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
