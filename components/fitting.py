@@ -99,7 +99,13 @@ def _opened(record: Record) -> "Iterator[Image.Image]":
     try:
         with Image.open(io.BytesIO(record.image)) as opened:
             yield opened
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # twice what PIL warns of
+        raise ValueError(
+            f"{record.where}: an image of more than {most:,} pixels, which are not decoded: make "
+            "it smaller"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{record.where}: not a readable image") from error
 
 

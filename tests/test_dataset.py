@@ -398,6 +398,15 @@ def test_an_image_without_a_known_white_is_refused_by_its_mode(kind: type, mode:
             look(record, toy.RESOLUTION)
 
 
+def test_an_image_of_too_many_pixels_is_told_so_with_how_many_there_may_be() -> None:
+    file = io.BytesIO()
+    Image.new("1", (14_000, 14_000)).save(file, "PNG")
+    record = fitting.Record(file.getvalue(), "a cat", None, "art, row 3")
+    for look in (fitting.check_record, fitting.fit):
+        with pytest.raises(ValueError, match="art, row 3: an image of more than 178,956,970 pix"):
+            look(record, toy.RESOLUTION)
+
+
 def test_a_models_own_prompts_are_the_lines_of_its_file_whatever_editor_wrote_it(
     tmp_path: Path,
 ) -> None:
