@@ -42,12 +42,23 @@ def run(params: Params) -> None:
             name: stack.enter_context(Split(folder / f"{name}.parquet"))
             for name in ("train", "heldout")
         }
+        refused = Refusals()
         records = (record for path in paths for record in each_record(path, **columns))
-        for number, record in enumerate(records):
-            data, name = prepared(record, config.resolution), split_of(record, config)
+        for number, record in enumerate(records, start=1):
+            try:
+                if refused.number:  # nothing will be kept: are there others?
+                    fit(record, config.resolution)
+                    continue
+                data, name = prepared(record, config.resolution), split_of(record, config)
+            except ValueError as error:
+                refused(error)
+                if refused.number == NUM_TOLD:
+                    refused.check(f"the first {number}")
+                continue
             splits[name].add(data, record.caption)
             digest.update(hashlib.sha256(data).digest() + f"{name}\0{record.caption}\0".encode())
-            progress(number + 1)
+            progress(number)
+        refused.check(num_records)
         digest.update("\0".join(further).encode())
         text = "".join(f"{prompt}\n" for prompt in further)
         (folder / "prompts.txt").write_text(text, encoding="utf-8")
@@ -67,6 +78,31 @@ def run(params: Params) -> None:
         print(f"prepare: {len(in_both)} captions are in both parts, and count as trained")
 
 
+class Refusals:
+    """Images that can't be used: the first are kept to be told, and all are counted."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._told: list[str] = []
+
+    def __call__(self, error: ValueError) -> None:
+        """One more, and why."""
+        self.number += 1
+        if len(self._told) < NUM_TOLD:
+            self._told.append(str(error))
+
+    def check(self, num_seen: int | str) -> None:
+        """Raise ValueError that names the first and counts all, of so many; if there are any."""
+        if self.number == 1:
+            raise ValueError(f"prepare.dataset: {self._told[0]}")
+        if self.number:
+            more = self.number - len(self._told)
+            raise ValueError(
+                f"prepare.dataset: {self.number} of {num_seen} images can't be used: "
+                f"{'; '.join(self._told)}{f'; and {more} more' if more else ''}"
+            )
+
+
 def check_records(
     paths: Sequence[Path], columns: Mapping[str, str], config: Prepare, num_records: int
 ) -> dict[str, set[str]]:
@@ -76,35 +112,20 @@ def check_records(
     how many there are; or if nothing is held out, or all.
     """
     captions: dict[str, set[str]] = {"train": set(), "heldout": set()}
-    told: list[str] = []
-    num_bad = 0
-
-    def refuse(error: ValueError) -> None:
-        nonlocal num_bad
-        num_bad += 1
-        if len(told) < NUM_TOLD:
-            told.append(str(error))
-
+    refused = Refusals()
     progress = Progress("prepare", num_records, "images looked at")
-    records = (record for path in paths for record in each_record(path, refuse, **columns))
+    records = (record for path in paths for record in each_record(path, refused, **columns))
     num_seen = 0
     for num_seen, record in enumerate(records, start=1):
         try:
             check_record(record, config.resolution)
             captions[split_of(record, config)].add(record.caption)
         except ValueError as error:
-            refuse(error)
+            refused(error)
         progress(num_seen)
     if num_seen < num_records:  # the rest are refused rows: the line ends all the same
         progress(num_records)
-    if num_bad > 1:
-        more = f"; and {num_bad - len(told)} more" if num_bad > len(told) else ""
-        raise ValueError(
-            f"prepare.dataset: {num_bad} of {num_records} images can't be used: "
-            f"{'; '.join(told)}{more}"
-        )
-    if told:
-        raise ValueError(f"prepare.dataset: {told[0]}")
+    refused.check(num_records)
     for name, of_split in captions.items():
         if not of_split:
             raise ValueError(
@@ -120,10 +141,7 @@ def check_records(
 
 def prepared(record: Record, resolution: int) -> bytes:
     """An image as an encoded file of the resolution. Raises ValueError if it can't be decoded."""
-    try:
-        image, as_is = fit(record, resolution)
-    except ValueError as error:
-        raise ValueError(f"prepare.dataset: {error}") from None
+    image, as_is = fit(record, resolution)
     return record.image if as_is else encode(image)
 
 

@@ -262,6 +262,29 @@ def test_prepare_names_the_first_bad_rows_and_counts_all_before_it_decodes_any(
     assert last == "and 10 more"
 
 
+@pytest.mark.parametrize(
+    ("num_bad", "message"),
+    [
+        (1, "prepare.dataset: art/main.parquet, row 1: not a readable image"),
+        (3, "prepare.dataset: 3 of 24 images can't be used: art/main.parquet, row 1: not a "),
+        (20, "prepare.dataset: 10 of the first 11 images can't be used: art/main.parquet, row 1: "),
+    ],
+)
+def test_prepare_names_the_first_images_that_can_not_be_decoded(
+    world: Path, num_bad: int, message: str
+) -> None:
+    rows = pq.read_table("art/main.parquet").to_pylist()
+    for row in rows[1 : num_bad + 1]:
+        row["image"] |= {"bytes": row["image"]["bytes"][:-50]}
+    pq.write_table(pa.Table.from_pylist(rows), "art/main.parquet")
+    with pytest.raises(ValueError) as caught:
+        prepare.run(params_with())
+    assert str(caught.value).startswith(message)
+    named = [int(number) for number in re.findall(r"row (\d+)", str(caught.value))]
+    assert named == list(range(1, min(num_bad, prepare.NUM_TOLD) + 1))
+    assert not Path("data/prepared").exists()
+
+
 def test_prepare_names_every_bad_line_of_an_image_folder(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
