@@ -11,7 +11,7 @@ import torch
 
 from pnp_core.files import read_json, recover, write_directory
 from pnp_core.guide import Guide
-from pnp_core.guide.guide import check_config, is_count
+from pnp_core.guide.saved import check_config, is_count
 from pnp_core.model_files import check_safetensors
 from pnp_core.scheduling import SchedulerChoice
 

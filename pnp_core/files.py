@@ -313,6 +313,24 @@ def opened_weights(path: Path) -> Iterator[Any]:
         yield file
 
 
+@contextmanager
+def loading_from(what: str) -> Iterator[None]:
+    """Have what a library says of damaged files name them, without advice for programmers.
+
+    Raises:
+        ValueError: the block failed on what is in the files.
+    """
+    wrong = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (*wrong, ArithmeticError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
+            raise
+        text = " ".join(str(error).split()).partition(" If you want to instead")[0].rstrip(".")
+        why = re.sub(r"^Cannot load .*?because ", "", text) or type(error).__name__
+        raise ValueError(f"{what} is damaged ({why}): get it again.") from error
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value``, sorted and indented, in one atomic step."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

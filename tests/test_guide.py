@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pnp_core.bundle import GuideBundle, load_guide
 from pnp_core.conditions import Conditions
@@ -432,6 +434,84 @@ def test_a_damaged_or_missing_guide_is_refused(
     weights = tmp_path / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="damaged or only partly downloaded"):
+        load_guide(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        *(("kind", "full"), ("kind", ["tiny"]), ("in_channels", "4"), ("text_dim", "x")),
+        *(("channels", 5), ("channels", [5]), ("attention_channels", []), ("ranks", None)),
+        *(("ranks", "abc"), ("ranks", [1]), ("text_rank", 0), ("embedding_dim", -1)),
+        *(("embedding_dim", 10**12), ("modulated_dims", [3]), ("base_hash", 5)),
+        *(
+            ("guidance_scale_range", value)
+            for value in (None, ["a", "b"], [1], [8, 1], [1, math.nan])
+        ),
+        *(("num_steps", "8"), ("timestep_spacing", 3), ("format_version", "2")),
+    ],
+)
+def test_a_config_that_no_guide_has_is_told_with_its_entry_before_weights_are_read(
+    pipe: StableDiffusionPipeline, tmp_path: Path, entry: str, value: Any
+) -> None:
+    Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, entry: value}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    named = "unet_config" if value == "full" else entry
+    with pytest.raises(ValueError, match=rf"in {tmp_path} is damaged: its config.* {named}\b"):
+        load_guide(tmp_path)
+
+
+def without_floats(weights: dict[str, Tensor]) -> None:
+    weights["net.modulations.factor"] = weights["net.modulations.factor"].int()
+
+
+def with_nan(weights: dict[str, Tensor]) -> None:
+    weights["net.modulations.factor"][-1] = math.nan
+
+
+def with_infinity(weights: dict[str, Tensor]) -> None:
+    weights["net.modulations.factor"][0] = math.inf
+
+
+def with_another_shape(weights: dict[str, Tensor]) -> None:
+    weights["net.modulations.factor"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_floats, "can't be used: its net.modulations.factor is stored as I32, and a guide"),
+        (with_nan, "can't be used: its net.modulations.factor holds NaN or infinity"),
+        (with_infinity, "can't be used: its net.modulations.factor holds NaN or infinity"),
+        (with_another_shape, r"is damaged \(net.modulations.factor expected .*\): get it again.$"),
+    ],
+)
+def test_weights_that_no_guide_has_are_told_with_their_guide_and_name(
+    pipe: StableDiffusionPipeline,
+    tmp_path: Path,
+    damage: Callable[[dict[str, Tensor]], None],
+    message: str,
+) -> None:
+    Guide.from_unet(pipe.unet, GuideConfig(max_parameters_ratio=0.2)).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    damage(weights)
+    save_file(weights, file, {"format": "pt"})
+    for opened_by in (load_guide, Guide.from_pretrained):
+        with pytest.raises(ValueError, match=f"^The guide in {tmp_path} {message}"):
+            opened_by(tmp_path)
+
+
+def test_a_full_guide_of_a_unet_that_can_not_be_is_told_as_damaged(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    Guide.from_unet(pipe.unet, GuideConfig(kind="full")).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["unet_config"]["down_block_types"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"The guide in {tmp_path} is damaged \("):
         load_guide(tmp_path)
 
 

@@ -1,10 +1,8 @@
 """A guide of any kind, for one UNet architecture: made, saved, opened, checked against a UNet."""
 
 import hashlib
-import inspect
 import math
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,19 +10,14 @@ from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict, register_to_config
 
 from pnp_core.conditions import Conditions
+from pnp_core.files import loading_from
 from pnp_core.guide.encoder import EncoderGuide, differences
 from pnp_core.guide.full import FullGuide
 from pnp_core.guide.kind import Kind, Prepared
+from pnp_core.guide.saved import FORMATS, check_config, check_types, check_weights
 from pnp_core.guide.tiny import TinyGuide, TinyShape, tiny_shape
 from pnp_core.guide.unet import EntranceChannels, decoder_entrances, describe, plain
 from pnp_core.settings import GuideConfig, SettingError
-
-# 2: nothing is done where prompt and negative prompt are the same or w is at most 1. Guides of
-# format 1 have the same parameters and are read as such.
-# 3: the kind `encoder`; guides of other kinds are as they were, and older versions open them.
-FORMATS = {"tiny": 2, "encoder": 3, "full": 2}
-FORMAT = max(FORMATS.values())
-MOST_STEPS = 10**6
 
 
 class Guide(ModelMixin, ConfigMixin):
@@ -135,20 +128,23 @@ class Guide(ModelMixin, ConfigMixin):
         """As of any diffusers model, from a folder or a hub id, but nothing is ever unpickled.
 
         Raises:
-            ValueError: its config or its weights are not those of a guide; another version wrote
-                them.
+            ValueError: its config or its weights are not those of a guide, or weights are not
+                finite; another version wrote them.
         """
         check_config(cls.load_config(path, **options), path)
+        check_types(path)
         guide: Guide
-        guide, loading = super().from_pretrained(
-            path, **{**options, "use_safetensors": True, "output_loading_info": True}
-        )
+        with loading_from(f"The guide in {path}"):
+            guide, loading = super().from_pretrained(
+                path, **{**options, "use_safetensors": True, "output_loading_info": True}
+            )
         if wrong := [*loading["missing_keys"], *loading["unexpected_keys"]]:
             raise ValueError(
                 f"The guide in {path} was saved by another version of pnp-guide: {len(wrong)} of "
                 f"its parameters are missing or unknown, {wrong[0]} among them. Train it again, or "
                 "load it with the version that saved it."
             )
+        check_weights(guide, path)
         # Saved again, it has the newest format, and the same bytes from whichever folder it came.
         config = {key: value for key, value in guide.config.items() if key != "_name_or_path"}
         newest = FORMATS[guide.config.kind]
@@ -183,43 +179,6 @@ class Guide(ModelMixin, ConfigMixin):
             strength: multiplies all that the guide does.
         """
         return self.net.prepare(conditions, strength)
-
-
-def check_config(config: Any, path: str | os.PathLike[str]) -> None:
-    """Raise ValueError if this is no config that a guide can be made with.
-
-    Args:
-        config: what the ``config.json`` in ``path`` says.
-        path: of the guide, for the message.
-    """
-    entries = config if isinstance(config, Mapping) else {}
-    version = entries.get("format_version")
-    if isinstance(version, int) and version > FORMAT:  # it may be of a kind not known here
-        raise ValueError(
-            f"The guide in {path} has format {version}, and this version of pnp-guide knows "
-            f"formats up to {FORMAT}: install a newer one."
-        )
-    parameters = list(inspect.signature(Guide.__init__).parameters.values())[1:]
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    if missing := [name for name in needed if name not in entries]:
-        raise ValueError(
-            f"{path} is not a guide, or is damaged: its config.json lacks {', '.join(missing)}."
-        )
-    if entries["kind"] not in FORMATS:
-        raise ValueError(
-            f"The guide in {path} is damaged: its config.json has the kind {entries['kind']!r}, "
-            f"and there are {', '.join(FORMATS)}."
-        )
-    num_steps = entries.get("num_steps")
-    if num_steps is not None and not is_count(num_steps):
-        raise ValueError(
-            f"The guide in {path} is damaged: its config.json has {num_steps!r} for num_steps."
-        )
-
-
-def is_count(value: Any) -> bool:
-    """Whether it can be a guide's number of steps."""
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_STEPS
 
 
 def check_share(guide: Guide, config: GuideConfig, base_parameters: int) -> None:
