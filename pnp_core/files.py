@@ -296,6 +296,18 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, as a model's configs are.
+
+    Raises:
+        ValueError: it is none.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(value).__name__}): get it again.")
+    return value
+
+
 @contextmanager
 def opened_weights(path: Path) -> Iterator[Any]:
     """A .safetensors file, open to be read as NumPy's arrays.
@@ -320,15 +332,20 @@ def loading_from(what: str) -> Iterator[None]:
     Raises:
         ValueError: the block failed on what is in the files.
     """
-    wrong = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
     try:
         yield
-    except (*wrong, ArithmeticError) as error:
+    except (OSError, MemoryError):  # of a disk, a hub or this machine
+        raise
+    except Exception as error:  # libraries have many for a value that they did not expect
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
             raise
-        text = " ".join(str(error).split()).partition(" If you want to instead")[0].rstrip(".")
-        why = re.sub(r"^Cannot load .*?because ", "", text) or type(error).__name__
-        raise ValueError(f"{what} is damaged ({why}): get it again.") from error
+        raise ValueError(f"{what} is damaged ({in_short(error)}): get it again.") from error
+
+
+def in_short(error: Exception) -> str:
+    """What a library says is wrong with files, without its advice for programmers."""
+    text = " ".join(str(error).split()).partition(" If you want to instead")[0].rstrip(".")
+    return re.sub(r"^Cannot load .*?because ", "", text) or type(error).__name__
 
 
 def write_json(path: Path, value: Any) -> None:

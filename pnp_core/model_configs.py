@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pnp_core.files import opened_weights, read_json
+from pnp_core.files import opened_weights, read_object
 from pnp_core.model_files import LORA_FILE, configs_of
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -167,7 +167,7 @@ def schedule_of(path: str | Path, *, weights_only: bool = False) -> tuple[dict[s
     """
     path, place = Path(path), _folder(path) / "scheduler/scheduler_config.json"
     if place.exists() and not weights_only:
-        config = read_json(place)
+        config = read_object(place)
         if config.get("_class_name", "").startswith(NO_ALPHAS):
             return {"prediction_type": config["_class_name"]}, str(place)
         known = {name: config[name] for name in BETAS if name in config}
@@ -212,7 +212,7 @@ def _folder(path: str | Path) -> Path:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}
+    return read_object(file) if file.exists() else {}
 
 
 def _first_difference(

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pnp_core.files import opened_weights, read_json
+from pnp_core.files import opened_weights, read_object
 from pnp_core.lora_files import check_lora_keys, check_lora_shapes
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
@@ -29,6 +29,8 @@ OTHERS = {
     "tokenizer_2": TOKENIZERS,
     "scheduler": ("scheduler_config.json",),
 }
+# What a part is made by, beside what it is told by: files that are JSON objects, where they are.
+CONFIGS = ("config.json", "scheduler_config.json", "tokenizer_config.json", *TOKENIZERS)
 # What a base's UNet and a fine-tune's have in common.
 ARCHITECTURE = (
     "in_channels",
@@ -97,8 +99,8 @@ def check_model_files(path: str | Path) -> None:
 
 def check_pipeline_folder(path: Path) -> None:
     """Raise ValueError if a pipeline's folder has no UNet, or lacks a part that its index names."""
-    index = read_json(path / "model_index.json")
-    parts = {name for name, kind in index.items() if isinstance(kind, list) and kind[0] is not None}
+    index = read_object(path / "model_index.json")
+    parts = {name for name, kind in index.items() if isinstance(kind, list) and any(kind)}
     if "unet" not in parts:
         raise ValueError(
             f"{path} is a {index.get('_class_name')}, not a Stable Diffusion model: it has no UNet."
@@ -117,6 +119,9 @@ def check_part(path: Path, name: str) -> None:
     needed = OTHERS.get(name, ("config.json",))
     if not any((folder / file).exists() for file in needed):
         raise ValueError(f"{folder} lacks {' or '.join(needed)}: download it again.")
+    for file in CONFIGS:
+        if (folder / file).exists():
+            read_object(folder / file)
 
 
 def check_base(path: str | Path) -> None:
@@ -156,8 +161,10 @@ def check_weight_files(folder: Path, name: str | None = None) -> None:
     for file in files:
         check_safetensors(file)
     for index_file in folder.glob("*.safetensors.index.json"):
-        listed = set(read_json(index_file)["weight_map"].values())
-        missing = sorted(listed - {f.name for f in files})
+        listed = read_object(index_file).get("weight_map")
+        if not isinstance(listed, dict):
+            raise ValueError(f"{index_file} is damaged (it has no weight_map): get it again.")
+        missing = sorted({*listed.values()} - {f.name for f in files})
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}: download it again.")
     if name and not any((folder / file).exists() for file in (name, f"{name}.index.json")):
@@ -181,7 +188,7 @@ def check_same_kind(path: str | Path, base: str | Path) -> None:
     ours = (configs_of(base) or Path(base)) / "unet" / "config.json"
     if path == Path(base) or not ours.exists():  # kept in another way: loading will tell
         return
-    config = read_json(ours)
+    config = read_object(ours)
     for field, value in architecture_of(path).items():
         own = config.get(field)
         if field == "block_out_channels" and len(value) == 1:  # the first is what shapes tell
@@ -199,7 +206,7 @@ def architecture_of(path: Path) -> dict[str, Any]:
     """What a fine-tune's files tell of the UNet that it has or is for, of `ARCHITECTURE`."""
     config = path / "unet" / "config.json"
     if config.exists():
-        return {field: read_json(config).get(field) for field in ARCHITECTURE}
+        return {field: read_object(config).get(field) for field in ARCHITECTURE}
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
         return {}
@@ -338,8 +345,10 @@ def image_size(base: str | Path) -> int | None:
     unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
     if not (unet.exists() and vae.exists()):
         return None
-    size, widths = read_json(unet).get("sample_size"), read_json(vae).get("block_out_channels")
-    return size * 2 ** (len(widths) - 1) if isinstance(size, int) and widths else None
+    size, widths = read_object(unet).get("sample_size"), read_object(vae).get("block_out_channels")
+    if not (isinstance(size, int) and isinstance(widths, list) and widths):
+        return None
+    return int(size * 2 ** (len(widths) - 1))
 
 
 def check_clip_skip(path: str | Path, base: str | Path, clip_skip: int) -> None:
@@ -350,8 +359,8 @@ def check_clip_skip(path: str | Path, base: str | Path, clip_skip: int) -> None:
     own = config_folder(path, configs) if path.is_file() and is_whole(path) else path
     text = own if (own / "text_encoder" / "config.json").exists() else configs
     text /= "text_encoder/config.json"
-    kind = read_json(configs / "unet" / "config.json").get("addition_embed_type")
-    num_layers = read_json(text).get("num_hidden_layers") if text.exists() else None
+    kind = read_object(configs / "unet" / "config.json").get("addition_embed_type")
+    num_layers = read_object(text).get("num_hidden_layers") if text.exists() else None
     refuse_clip_skip(clip_skip, is_xl=kind == "text_time", num_layers=num_layers)
 
 

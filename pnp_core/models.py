@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pnp_core.conditions import AddedConditions
-from pnp_core.files import read_json
+from pnp_core.files import loading_from, read_json
 from pnp_core.guide.unet import describe
 from pnp_core.model_files import (
     LORA_FILE,
@@ -58,9 +58,10 @@ def load_pipeline(
         if is_hub_id(path):
             options["revision"] = hub_revision(str(path))
         options |= load_encoders(path, index, dtype=dtype)
-        pipe = AutoPipelineForText2Image.from_pretrained(
-            path, use_safetensors=True, torch_dtype=dtype, **options
-        )
+        with loading_from(str(path)):
+            pipe = AutoPipelineForText2Image.from_pretrained(
+                path, use_safetensors=True, torch_dtype=dtype, **options
+            )
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             check_weights(part, path)
@@ -76,7 +77,7 @@ def load_encoders(
     Diffusers would load them too, with random weights where a file lacks some, and say nothing.
 
     Raises:
-        ValueError: a part's files lack weights.
+        ValueError: a part's files lack weights, or have some of another shape.
     """
     parts: dict[str, nn.Module] = {}
     for name, entry in index.items():
@@ -85,9 +86,19 @@ def load_encoders(
         cls: Any = getattr(transformers, class_name) if known else None
         if not hasattr(cls, "base_model_prefix"):  # tokenizers and image processors have none
             continue
-        part, info = cls.from_pretrained(
-            path, subfolder=name, use_safetensors=True, output_loading_info=True
-        )
+        with loading_from(f"{path}/{name}"):
+            part, info = cls.from_pretrained(
+                path,
+                subfolder=name,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
+            )
+        for key, found, expected in info["mismatched_keys"]:
+            raise ValueError(
+                f"{path}/{name} is damaged ({key} expected shape {list(expected)}, but got "
+                f"{list(found)}): get it again."
+            )
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(
                 f"{path} can't be used: {name}/ lacks {len(lacking)} of its weights, such as "
@@ -132,9 +143,10 @@ def load_unet(
                 ) from None
     else:
         revision = hub_revision(str(path)) if is_hub_id(path) else None
-        unet = UNet2DConditionModel.from_pretrained(
-            path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
-        )
+        with loading_from(f"The UNet in {path}"):
+            unet = UNet2DConditionModel.from_pretrained(
+                path, subfolder="unet", torch_dtype=dtype, use_safetensors=True, revision=revision
+            )
     check_weights(unet, path)
     check_is_fine_tune(unet, base.unet, path)
     return unet.to(base.unet.device)

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from transformers import CLIPTokenizer
 
-from pnp_core.files import read_json
+from pnp_core.files import in_short, read_json
 from pnp_core.model_files import LAYOUTS, config_folder
 
 
@@ -55,4 +55,4 @@ def load_single_file(
 def problem_of(error: Exception) -> str:
     """What is wrong with a single file; of missing weights diffusers says what it could not do."""
     lacks = "meta tensor" in str(error)
-    return "some are missing; get it again" if lacks else str(error)
+    return "some are missing; get it again" if lacks else f"{in_short(error)}."

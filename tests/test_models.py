@@ -365,6 +365,61 @@ def test_a_unet_or_a_lora_alone_is_refused_as_a_base_before_it_is_loaded(
                 refused(tmp_path / alone)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *(("model_index.json", "[]"), ("unet/config.json", "[]"), ("vae/config.json", "[]")),
+        *(("text_encoder/config.json", "{"), ("scheduler/scheduler_config.json", "[]")),
+        *(("tokenizer/tokenizer.json", "{"), ("tokenizer/tokenizer_config.json", "5")),
+    ],
+)
+def test_a_config_that_is_no_object_is_named_before_anything_is_loaded(
+    toy_folder: Path, tmp_path: Path, file: str, content: str
+) -> None:
+    shutil.copytree(toy_folder, tmp_path / "base")
+    (tmp_path / "base" / file).write_text(content)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/base/{file} is damaged \("):
+        check_model_files(tmp_path / "base")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_weight_of_another_shape_is_told_with_its_base_and_without_a_librarys_advice(
+    toy_folder: Path, tmp_path: Path, part: str
+) -> None:
+    shutil.copytree(toy_folder, tmp_path / "base")
+    (file,) = (tmp_path / "base" / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = min(weights)
+    save_file({**weights, name: torch.zeros(3, 5)}, file, {"format": "pt"})
+    message = rf"{tmp_path}/base(/{part})? is damaged \(.* expected shape .*\): get it again\.$"
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(tmp_path / "base")
+
+
+def test_a_fine_tune_with_a_weight_of_another_shape_is_told_without_a_librarys_advice(
+    pipe: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet/diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "conv_in.bias": torch.zeros(3, 5)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"The UNet in .* is damaged \(conv_in.*\): get it again"):
+        load_unet(tmp_path, base=pipe)
+
+
+@pytest.mark.parametrize(
+    ("file", "entry"),
+    [("unet/config.json", "block_out_channels"), ("text_encoder/config.json", "hidden_size")],
+)
+def test_a_base_whose_config_has_a_value_of_no_such_model_is_named(
+    toy_folder: Path, tmp_path: Path, file: str, entry: str
+) -> None:
+    shutil.copytree(toy_folder, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / file).read_text())
+    (tmp_path / "base" / file).write_text(json.dumps({**config, entry: "x"}))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/base.* is damaged \(.*{entry}"):
+        load_pipeline(tmp_path / "base")
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_a_base_that_lacks_a_weight_is_refused_by_the_weights_name(
     toy_folder: Path, tmp_path: Path, part: str

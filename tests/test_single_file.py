@@ -315,9 +315,7 @@ def test_a_file_that_lacks_a_weight_is_refused(
     weights = original_layout(base)
     del weights[[name for name in weights if name.startswith(part)][2]]
     save_file(weights, tmp_path / "mine.safetensors")
-    with pytest.raises(
-        ValueError, match=r"mine.safetensors .*(missing|lacks).*get it again"
-    ):
+    with pytest.raises(ValueError, match=r"mine.safetensors .*(missing|lacks).*get it again"):
         load_pipeline(tmp_path / "mine.safetensors")
     if part == "model.diffusion_model":
         with pytest.raises(ValueError, match=r"mine.safetensors .* missing; get it again"):
