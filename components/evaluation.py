@@ -162,20 +162,29 @@ class Evaluation:
         return None
 
     def ratio(self, score: str, num_steps: int, *, judge: str | None = None) -> Estimate:
-        """A score of the guide's over CFG's at the same number of steps."""
-        return self._score("guided", score, num_steps, judge).with_other(
-            self._score("cfg", score, num_steps, judge), lambda a, b: a / b
-        )
+        """A score of the guide's over CFG's at the same number of steps.
+
+        Raises ValueError if CFG's is 0, or it was not measured.
+        """
+        cfg = self._score("cfg", score, num_steps, judge)
+        if 0 in (cfg.value, *cfg.replicates):
+            raise ValueError(
+                f"{self.model}: {score} of CFG at {num_steps} steps is 0, and nothing is a ratio "
+                f"to that: evaluate {self.model} again"
+            )
+        return self._score("guided", score, num_steps, judge).with_other(cfg, lambda a, b: a / b)
 
     def gain(self, score: str, num_steps: int, *, judge: str | None = None) -> Estimate | None:
         """The share of what CFG gains in a score over no guidance that the guide gains.
 
-        None where CFG's own gain is inside its interval, or is a loss: the share says nothing then.
+        None where CFG's own gain is inside its interval, is a loss, or may be none: the share says
+        nothing then.
         """
         unguided = self._score("unguided", score, num_steps, judge)
         whole = self._score("cfg", score, num_steps, judge).with_other(unguided, lambda a, b: a - b)
         low, high = whole.interval
-        if not (high < 0 if score in LOWER_IS_BETTER else low > 0):
+        is_sure = high < 0 if score in LOWER_IS_BETTER else low > 0
+        if not is_sure or 0 in (whole.value, *whole.replicates):
             return None
         part = self._score("guided", score, num_steps, judge).with_other(
             unguided, lambda a, b: a - b
@@ -216,7 +225,23 @@ class Evaluation:
             raise ValueError(
                 f"{where} is not what `evaluate` wrote ({name}: {first['msg']}): evaluate again"
             ) from None
+        if wrong := found._never_written():
+            raise ValueError(f"{where} is not what `evaluate` wrote ({wrong}): evaluate again")
         return found
+
+    def _never_written(self) -> str:
+        """What the types of an evaluation allow and `evaluate` does not write; empty: nothing."""
+        if not self.cells:
+            return "cells: there is none"
+        for name in ("fvu_by_timestep", "fvu_intervals"):
+            for timestep in getattr(self, name):
+                if not timestep.isdecimal():
+                    return f"{name}: {timestep!r} is no timestep"
+        scores = [score for cell in self.cells for score in cell.scores.values()]
+        counts = sorted({len(score.replicates) for score in scores})
+        if len(counts) > 1:
+            return f"cells: scores have from {counts[0]} to {counts[-1]} replicates"
+        return ""
 
     def _score(self, method: str, score: str, num_steps: int, judge: str | None) -> Estimate:
         cell = self.cell(method, num_steps, judge=judge)

@@ -16,7 +16,7 @@ NO_INTERVAL = f"has no interval of {LEAST_REPLICATES} replicates that differ"
 POSSIBLE = {
     "guidance_fvu": (0.0, math.inf),
     "flops_ratio": (1e-3, math.inf),
-    "fid": (0.0, math.inf),
+    "fid": (1e-9, math.inf),  # 0 is of the reference images themselves
     "clip_score": (0.0, 100.0),
     "diversity": (0.0, 2.0),
 }

@@ -352,6 +352,13 @@ def test_numbers_that_can_not_be_are_refused_by_name() -> None:
         assert f"{name} of guided at 16 steps is {value:g}, which it can't be" in found
 
 
+def test_a_cfg_of_which_a_score_is_zero_is_told_with_its_model() -> None:
+    zero = with_scores(evaluation(), {("cfg", "fid"): exactly(0.0)})
+    with pytest.raises(ValueError, match="base: fid of CFG at 16 steps is 0, .*: evaluate base ag"):
+        zero.ratio("fid", 16)
+    assert "fid of CFG at 16 steps is 0, which it can't be" in failed(zero)["usable"].note
+
+
 def test_an_evaluation_that_does_not_say_what_it_is_of_is_refused() -> None:
     silent = replace(evaluation(), identity={"base_hash": "base"})
     found = failed(silent, silent)
@@ -390,6 +397,9 @@ def broken(*path: Any, value: Any) -> Any:
         (("identity",), None, "identity: Input should be a valid"),
         (("num_images",), "many", "num_images: "),
         (("cost", "flops_ratio"), "half", "cost.flops_ratio: "),
+        (("cells",), [], "cells: there is none"),
+        (("fvu_by_timestep",), {"abc": 0.5}, "fvu_by_timestep: 'abc' is no timestep"),
+        (("cells", 0, "scores", "fid", "replicates"), [1.0], "from 1 to 50 replicates"),
     ],
 )
 def test_a_file_that_is_no_evaluation_is_refused_with_the_place(
