@@ -34,6 +34,8 @@ from components.verdict import Check, checks, clean, not_compared
 from pnp_core.files import atomic_folder, read_json, sha256_file, write_json
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from components.tracking import Pipeline, Registry, Run
     from pnp_core.bundle import GuideBundle
 
@@ -206,8 +208,6 @@ def registered(registry: "Registry", results: Results, version: str) -> Results:
 
 def write(results: Results) -> None:
     """Write results/report, whole."""
-    from PIL import Image
-
     from components.pictures import stacked
 
     summary, report = results.summary, results.report
@@ -215,13 +215,28 @@ def write(results: Results) -> None:
         summary["registered"] = {"name": report.name, "version": report.version}
         summary["registered"] |= {"page": results.page} if results.page else {}
     with atomic_folder(REPORT) as folder:
-        grids = [Image.open(EVALUATED / name / "grid.png") for name in results.evaluations]
-        stacked(grids).save(folder / "grid.png")
+        stacked([grid_of(name) for name in results.evaluations]).save(folder / "grid.png")
         table = headlines.as_markdown(results.rows)
         (folder / "table.md").write_text(table, encoding="utf-8")
         results.kept.save(folder / gallery.FILE)
         page.write(folder / PAGE, report, results.pictures)
         write_json(folder / "summary.json", summary)
+
+
+def grid_of(model: str) -> "Image.Image":
+    """The picture that an evaluation drew. Raises ValueError, naming it, if it is not whole."""
+    from PIL import Image
+
+    path = EVALUATED / model / "grid.png"
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            return opened.copy()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not there or not whole ({error}): dvc repro makes it again, or python -m "
+            f"components.evaluate --model {model}"
+        ) from None
 
 
 def as_written(evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:

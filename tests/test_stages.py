@@ -843,6 +843,24 @@ def test_a_pipelines_run_has_its_version_few_numbers_and_a_child_for_each_model(
     assert rounds == {"halve/steps-4/loss", "halve/steps-2/loss", "halve/matched-2/loss"}
 
 
+@pytest.mark.parametrize("content", [b"", None], ids=["empty", "cut"])
+def test_a_picture_of_an_evaluation_that_is_not_whole_is_named_before_anything_is_registered(
+    inside: Path, content: bytes | None
+) -> None:
+    params = load_params(Path("params.yaml"))
+    registry = tracking.Registry(params.tracking, "pnp-guide")
+    before, as_it_was = registry.versions(), with_another_result(0.432)
+    picture = Path("results/evaluate/base/grid.png")
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    message = r"^results/evaluate/base/grid.png is not there or not whole \(.*--model base$"
+    with pytest.raises(ValueError, match=message):
+        register.run(params)
+    picture.write_bytes(whole)
+    Path("results/evaluate/base/evaluation.json").write_text(as_it_was)
+    assert registry.versions() == before
+
+
 def with_another_result(fvu: float) -> str:
     """Change what base was measured to be; returns what was there."""
     results = Path("results/evaluate/base/evaluation.json")
