@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pnp_core.files import read_json
-from pnp_core.model_configs import check_base_configs, check_prediction, num_train_timesteps
+from pnp_core.model_configs import (
+    check_base_configs,
+    check_prediction,
+    image_size,
+    num_train_timesteps,
+)
 from pnp_core.model_files import (
     TOKENIZERS,
     check_model_files,
     check_same_kind,
     check_weight_files,
-    image_size,
 )
 
 if TYPE_CHECKING:

@@ -200,6 +200,24 @@ def num_train_timesteps(base: str | Path) -> int | None:
     return number if isinstance(number, int) else None
 
 
+def image_size(base: str | Path) -> int | None:
+    """How wide and high a base's images are, in pixels; None where no configs here say it.
+
+    Raises:
+        ValueError: see :func:`pnp_core.model_files.config_folder`.
+    """
+    configs = configs_of(base)
+    if configs is None:
+        return None
+    unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
+    if not (unet.exists() and vae.exists()):
+        return None
+    size, widths = read_object(unet).get("sample_size"), read_object(vae).get("block_out_channels")
+    if not (isinstance(size, int) and isinstance(widths, list) and widths):
+        return None
+    return int(size * 2 ** (len(widths) - 1))
+
+
 def predicted(scheduler: Mapping[str, Any]) -> Any:
     """The prediction type of a scheduler's config."""
     return scheduler.get("prediction_type", "epsilon")

@@ -333,24 +333,6 @@ def config_folder(path: Path, like: Path | None = None) -> Path:
     return LAYOUTS / layout
 
 
-def image_size(base: str | Path) -> int | None:
-    """How wide and high a base's images are, in pixels; None where no configs here say it.
-
-    Raises:
-        ValueError: see :func:`config_folder`.
-    """
-    configs = configs_of(base)
-    if configs is None:
-        return None
-    unet, vae = (configs / part / "config.json" for part in ("unet", "vae"))
-    if not (unet.exists() and vae.exists()):
-        return None
-    size, widths = read_object(unet).get("sample_size"), read_object(vae).get("block_out_channels")
-    if not (isinstance(size, int) and isinstance(widths, list) and widths):
-        return None
-    return int(size * 2 ** (len(widths) - 1))
-
-
 def check_clip_skip(path: str | Path, base: str | Path, clip_skip: int) -> None:
     """Raise ValueError if configs on disk tell that a model can't leave out so many layers."""
     configs, path = configs_of(base), Path(path)

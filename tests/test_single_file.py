@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from pnp_core.model_configs import image_size
 from pnp_core.model_files import (
     LAYOUTS,
     LORA_FILE,
     check_clip_skip,
     check_same_kind,
-    image_size,
     weights_hash,
 )
 from pnp_core.models import load_pipeline, load_unet
