@@ -88,16 +88,25 @@ def oddities(evaluation: Evaluation) -> list[str]:
     """What no evaluation is, in words: it was edited, or measured wrongly; empty: nothing."""
     said = evaluation.identity
     found = [f"it does not say {words}" for name, words in NAMES.items() if name not in said]
-    numbers = {"guidance_fvu": evaluation.guidance_fvu.value, **evaluation.cost}
+    estimates = [("guidance_fvu", evaluation.guidance_fvu)]
+    estimates += [(f"negative.{name}", share) for name, share in evaluation.negative.items()]
     settings: Counter[tuple[object, ...]] = Counter()
     for cell in evaluation.cells:
         where = f" of {METHODS.get(cell.method, cell.method)} at {cell.num_steps} steps"
-        numbers |= {f"{name}{where}": score.value for name, score in cell.scores.items()}
+        estimates += [(f"{name}{where}", score) for name, score in cell.scores.items()]
         settings[where, cell.solver, cell.guidance_scale, cell.judge] += 1
-    for name, value in numbers.items():
+    numbers = [*evaluation.cost.items(), *((name, each.value) for name, each in estimates)]
+    for name, value in dict.fromkeys(numbers):
         low, high = POSSIBLE.get(name.split()[0], (-math.inf, math.inf))
         if value < low or value > high:
             found.append(f"{name} is {value:g}, which it can't be")
+    few = {name: n for name, each in estimates if (n := len(each.replicates)) < LEAST_REPLICATES}
+    if few:
+        name, number = next(iter(few.items()))
+        found.append(
+            f"{len(few)} of its numbers have fewer than {LEAST_REPLICATES} replicates to tell an "
+            f"interval by, such as {name} with {number}: evaluate again"
+        )
     twice = dict.fromkeys(where for (where, *_), number in settings.items() if number > 1)
     return found + [f"there are two results{where}" for where in twice]
 

@@ -352,6 +352,38 @@ def test_numbers_that_can_not_be_are_refused_by_name() -> None:
         assert f"{name} of guided at 16 steps is {value:g}, which it can't be" in found
 
 
+def test_numbers_of_fewer_replicates_than_tell_an_interval_are_no_evaluation() -> None:
+    good = evaluation()
+
+    def cut(found: Estimate) -> Estimate:
+        return replace(found, replicates=found.replicates[:1])
+
+    cells = [
+        replace(cell, scores={name: cut(score) for name, score in cell.scores.items()})
+        for cell in good.cells
+    ]
+    no_rules = RULES.model_copy(update={"scores": {}, "at_steps": {}})
+    for edited, name in (
+        (replace(good, cells=tuple(cells)), "fid of unguided at 16 steps with 1"),
+        (replace(good, guidance_fvu=cut(good.guidance_fvu)), "guidance_fvu with 1"),
+        (replace(good, negative={"picture": cut(good.negative["picture"])}), "negative.picture"),
+    ):
+        found = checks({"base": edited}, None, no_rules)
+        (usable,) = [check for check in found if check.rule == "usable"]
+        assert not usable.passed
+        assert "have fewer than 40 replicates" in usable.note and name in usable.note
+
+
+def test_what_can_not_be_is_refused_by_whichever_judge_and_solver_it_is() -> None:
+    good = evaluation()
+    first, *others = good.cells
+    other = replace(first, judge="other", scores={"fid": estimate(-5.0)})
+    edited = replace(good, cells=(first, other, *others))
+    assert "fid of unguided at 16 steps is -5" in failed(edited)["usable"].note
+    edited = replace(good, cells=(other, *good.cells))
+    assert "fid of unguided at 16 steps is -5" in failed(edited)["usable"].note
+
+
 def test_a_cfg_of_which_a_score_is_zero_is_told_with_its_model() -> None:
     zero = with_scores(evaluation(), {("cfg", "fid"): exactly(0.0)})
     with pytest.raises(ValueError, match="base: fid of CFG at 16 steps is 0, .*: evaluate base ag"):
