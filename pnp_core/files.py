@@ -334,7 +334,7 @@ def loading_from(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError):  # of a disk, a hub or this machine
+    except (OSError, MemoryError, ImportError):  # of a disk, a hub or this machine
         raise
     except Exception as error:  # libraries have many for a value that they did not expect
         if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
