@@ -45,6 +45,11 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    """What libraries look for at the end of a process, as nanobind does, is let go."""
+    gc.unfreeze()
+
+
 # Files whose tests are to be run by one worker, as they share what takes long to make: a Prefect
 # server, a trained world.
 WITH = {"tests/test_promote_flow.py": "tests/test_flows.py"}
