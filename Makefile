@@ -85,8 +85,8 @@ $(INSTALLED):
 	@said=$$($(PY) -m pip config list 2>/dev/null); \
 	pip_has() { printf '%s\n' "$$said" | sed -nE "s/^[^=]*\.$$1='(.*)'$$/\1/p" | head -n 1; }; \
 	export PYTHONWARNINGS=ignore UV_CACHE_DIR="$(CURDIR)/$(UNPACKED)"; \
-	export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$(pip_has index-url)}"; \
-	export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$(pip_has cert)}"; \
+	index=$$(pip_has index-url); test -z "$$index" || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; \
+	cert=$$(pip_has cert); test -z "$$cert" || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; \
 	wanted="--quiet --constraint constraints.txt"; \
 	{ $(PY) -m pip install $$wanted uv && $(PY) -m uv pip install --python $(PY) $$wanted $(ALL); } \
 	    || { echo "uv can't install it: pip, which takes minutes, tries too"; \

@@ -480,25 +480,27 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_installed(
 
 
 STUB = """#!/bin/sh
-echo "$UV_DEFAULT_INDEX $SSL_CERT_FILE: $*" >> {log}
+echo "${{UV_DEFAULT_INDEX-none}} ${{SSL_CERT_FILE-none}}: $*" >> {log}
 case "$*" in
-    *"pip config list") printf "%s\\n" ":env:.cert='/a ca'" "global.extra-index-url='b'" {index} ;;
+    *"pip config list") printf "%s\\n" "global.extra-index-url='b'" {said} ;;
     "-m uv"*) exit {uv} ;;
 esac
 """
 
 
 @pytest.mark.parametrize("uv", [0, 1], ids=["uv works", "uv fails"])
-@pytest.mark.parametrize("index", ["", "http://mirror/simple"], ids=["no index", "an index"])
+@pytest.mark.parametrize("index", ["none", "http://mirror/simple"])
+@pytest.mark.parametrize("cert", ["none", "/a ca"])
 def test_everything_is_installed_by_uv_from_pips_index_and_else_by_pip(
-    tmp_path: Path, uv: int, index: str
+    tmp_path: Path, uv: int, index: str, cert: str
 ) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     python, log = tmp_path / "python", tmp_path / "log"
     (tmp_path / ".venv").mkdir()
-    quoted = f""""global.index-url='{index}'" """ if index else ""
-    python.write_text(STUB.format(log=log, index=quoted, uv=uv))
+    said = f""""global.index-url='{index}'" """ if index != "none" else ""
+    said += f"""":env:.cert='{cert}'" """ if cert != "none" else ""
+    python.write_text(STUB.format(log=log, said=said, uv=uv))
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "SSL_"))}
     subprocess.run(
@@ -506,7 +508,7 @@ def test_everything_is_installed_by_uv_from_pips_index_and_else_by_pip(
     )
     asked = log.read_text().splitlines()
     by_uv = [line for line in asked if "-m uv pip install" in line]
-    assert [line.split(": ")[0] for line in by_uv] == [f"{index} /a ca"]
+    assert [line.split(": ")[0] for line in by_uv] == [f"{index} {cert}"]
     by_pip = [line for line in asked if "-m pip install" in line and "--editable" in line]
     assert len(by_pip) == uv
     assert all("--constraint constraints.txt" in line for line in by_uv + by_pip)
