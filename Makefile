@@ -7,8 +7,11 @@ PY        := $(VENV)/bin/python
 WANTED    := $(shell cat pyproject.toml constraints.txt | cksum | cut -d ' ' -f 1)
 INSTALLED := $(VENV)/.installed-$(WANTED)
 ALL       := --editable '.[pipeline,zoo,frontier,dev]'
-# By uv, on the same disk, so that what is installed are links to it; a failed install goes on from it.
+# By uv, on the same disk, so that what is installed are links to it; one that was stopped goes on.
 UNPACKED  := $(VENV)/.uv
+# What uv is told, as it reads nothing of pip's: pip's setting, and uv's variable. Of several indexes
+# pip takes the best version, as uv does by the strategy below.
+AS_PIP    := index-url=UV_DEFAULT_INDEX extra-index-url=UV_EXTRA_INDEX_URL find-links=UV_FIND_LINKS cert=SSL_CERT_FILE
 # Free, for 7 that stay.
 GB        := 9
 
@@ -83,13 +86,17 @@ $(INSTALLED):
 	    $$found -m venv --clear $(VENV); }
 	@echo "Installing into $(VENV): about 7 GB, a few minutes, once"
 	@said=$$($(PY) -m pip config list 2>/dev/null); \
-	pip_has() { printf '%s\n' "$$said" | sed -nE "s/^[^=]*\.$$1='(.*)'$$/\1/p" | head -n 1; }; \
-	export PYTHONWARNINGS=ignore UV_CACHE_DIR="$(CURDIR)/$(UNPACKED)"; \
-	index=$$(pip_has index-url); test -z "$$index" || export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$index}"; \
-	cert=$$(pip_has cert); test -z "$$cert" || export SSL_CERT_FILE="$${SSL_CERT_FILE:-$$cert}"; \
+	pip_has() { for of in :env: install global; do \
+	    printf '%s\n' "$$said" | sed -n "s/^$$of\.$$1='\(.*\)'\$$/\1/p"; done | head -n 1 | sed 's/\\n/ /g'; }; \
+	for pair in $(AS_PIP); do \
+	    value=$$(pip_has $${pair%=*}); name=$${pair#*=}; \
+	    test -z "$$value" || eval "export $$name=\"\$${$$name:-\$$value}\""; \
+	done; \
+	export PYTHONWARNINGS=ignore UV_CACHE_DIR="$(abspath $(UNPACKED))" UV_INDEX_STRATEGY=unsafe-best-match; \
 	wanted="--quiet --constraint constraints.txt"; \
-	{ $(PY) -m pip install $$wanted uv && $(PY) -m uv pip install --python $(PY) $$wanted $(ALL); } \
-	    || { echo "uv can't install it: pip, which takes minutes, tries too"; \
+	{ test -z "$$(pip_has no-index)" && $(PY) -m pip install $$wanted uv \
+	    && $(PY) -m uv pip install --python $(PY) $$wanted $(ALL); } \
+	    || { echo "by pip then, which takes minutes"; rm -rf $(UNPACKED); \
 	        $(PY) -m pip install $$wanted $(ALL); }
 	@rm -rf $(UNPACKED) $(VENV)/.installed-* && touch $@
 

@@ -35,7 +35,8 @@ DVC = (sys.executable, "-m", "dvc")
 WORKSPACES = Path(".dvc/tmp/exps")
 # Of DVC's cache, what these need stays.
 KEEP = ("--workspace", "--all-commits", "--all-experiments")
-SEEN_BY_DVC = ("HEAD", "--branches", "--tags", "--remotes", "--glob=refs/exps")  # then, by git log
+SEEN_BY_DVC = ("HEAD", "--branches", "--tags", "--remotes")  # in git log's terms; and experiments:
+TIPS = ("for-each-ref", "--format=%(objectname)", "refs/exps/??/*/*")  # not what they began with
 TRAINED = ("distill", "halve")
 
 
@@ -297,6 +298,7 @@ def unknown_locks(params: Params) -> str | None:
     if needed:
         here = Path("dvc.lock")
         commits = ask("git", "log", *SEEN_BY_DVC, "--format=%H", "--", "dvc.lock") or ""
+        commits += f"\n{ask('git', *TIPS) or ''}"
         known = hashes([here.read_text(encoding="utf-8")] if here.exists() else [])
         known |= hashes(locks_of(commits.split()))
     return next((name for name, lock in needed.items() if lock not in known), None)

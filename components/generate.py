@@ -82,7 +82,7 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
         image = side_by_side(made, title=title_of(prompt, arguments.seed))
     else:
         image = sample(pipe, arguments.seed, guidance_scale=scale, **asked)
-    with atomic_file(arguments.out) as new:
+    with atomic_file(arguments.out.resolve()) as new:  # where a link leads
         image.save(new)
     print(
         f"guide {guide} on {row.path}: scale {scale:g}, {num_steps} steps, "

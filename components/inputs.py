@@ -44,7 +44,7 @@ def check_model(path: str, base: str, *, teaches: bool = False) -> None:
 
 
 def check_dataset(config: "Prepare") -> None:
-    """Raise ValueError if a file of the data set lacks a column, as far as no image is read."""
+    """Raise ValueError if a parquet file of the data set lacks a column, or there is no image."""
     from components.dataset import count_records
 
     for name in config.files or ("",):

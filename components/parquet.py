@@ -91,6 +91,8 @@ def rows_of(path: Path, names: Sequence[str], group: int = 0) -> Iterator[dict[s
             groups = list(range(group, file.num_row_groups))
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(names)):
                 yield from batch.to_pylist()
+    except MemoryError:  # an ArrowException too
+        raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
 

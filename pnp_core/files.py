@@ -337,7 +337,8 @@ def loading_from(what: str) -> Iterator[None]:
     except (OSError, MemoryError, ImportError):  # of a disk, a hub or this machine
         raise
     except Exception as error:  # libraries have many for a value that they did not expect
-        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's, of a GPU
+        # PyTorch's, of a GPU and of a CPU
+        if type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
             raise
         raise ValueError(f"{what} is damaged ({in_short(error)}): get it again.") from error
 

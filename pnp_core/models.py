@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def load_pipeline(
         if is_hub_id(path):
             options["revision"] = hub_revision(str(path))
         options |= load_encoders(path, index, dtype=dtype)
-        with loading_from(str(path)):
+        with nullcontext() if is_hub_id(path) else loading_from(str(path)):
             pipe = AutoPipelineForText2Image.from_pretrained(
                 path, use_safetensors=True, torch_dtype=dtype, **options
             )
@@ -74,7 +75,8 @@ def load_encoders(
 ) -> dict[str, nn.Module]:
     """The parts of a pipeline's folder that are transformers' models, by their names in its index.
 
-    Diffusers would load them too, with random weights where a file lacks some, and say nothing.
+    Of one on disk. Diffusers would load them too, and where a file lacks weights give random ones
+    without a word.
 
     Raises:
         ValueError: a part's files lack weights, or have some of another shape.
@@ -92,6 +94,7 @@ def load_encoders(
                 subfolder=name,
                 use_safetensors=True,
                 output_loading_info=True,
+                dtype=dtype,  # else that of its config, which need not be the file's
                 ignore_mismatched_sizes=True,  # told below
             )
         for key, found, expected in info["mismatched_keys"]:
@@ -104,7 +107,7 @@ def load_encoders(
                 f"{path} can't be used: {name}/ lacks {len(lacking)} of its weights, such as "
                 f"{lacking[0]}: it may be only partly downloaded or converted; get it again."
             )
-        parts[name] = part.to(dtype)
+        parts[name] = part
     return parts
 
 

@@ -48,6 +48,7 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """What libraries look for at the end of a process, as nanobind does, is let go."""
     gc.unfreeze()
+    gc.enable()
 
 
 # Files whose tests are to be run by one worker, as they share what takes long to make: a Prefect

@@ -114,6 +114,29 @@ def test_what_git_stash_has_keeps_dvcs_cache(
     assert seeds() == {1}
 
 
+def test_a_champion_whose_lock_only_an_experiment_began_with_keeps_dvcs_cache(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(1)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    version = stores.register(0.5)
+    client = MlflowClient()
+    client.set_model_version_tag(NAME, version, "lock_hash", cleanup.hash_of(_lock()))
+    client.set_registered_model_alias(NAME, "champion", version)
+    clean()
+    assert "left alone" not in capsys.readouterr().out.split("DVC's cache")[1]
+    make(2)
+    git("commit", "--quiet", "--all", "--message", "an experiment")
+    git("update-ref", "refs/exps/ab/cdef/tried", "HEAD")
+    git("checkout", "--quiet", "--orphan", "anew")
+    git("commit", "--quiet", "--message", "anew")
+    git("branch", "--quiet", "-D", "master")
+    clean(remove=True)
+    assert "champion: commit its dvc.lock first; left alone" in capsys.readouterr().out
+    assert seeds() == {1, 2}
+
+
 def test_a_link_goes_alone_and_what_is_after_it_too(checkout: Path) -> None:
     make(1)
     Path("results/sampled/zz").mkdir(parents=True)

@@ -420,6 +420,17 @@ def test_a_base_whose_config_has_a_value_of_no_such_model_is_named(
         load_pipeline(tmp_path / "base")
 
 
+def test_a_text_encoder_has_its_files_weights_whatever_its_config_says_of_their_type(
+    toy_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(toy_folder, tmp_path / "base")
+    config = base / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float16"}))
+    expected = load_pipeline(toy_folder).text_encoder
+    found = load_pipeline(base).text_encoder
+    assert found.dtype == torch.float32 and same_weights(found, expected)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_a_base_that_lacks_a_weight_is_refused_by_the_weights_name(
     toy_folder: Path, tmp_path: Path, part: str

@@ -480,26 +480,46 @@ def test_a_disk_that_is_too_full_is_told_before_anything_is_installed(
 
 
 STUB = """#!/bin/sh
-echo "${{UV_DEFAULT_INDEX-none}} ${{SSL_CERT_FILE-none}}: $*" >> {log}
+given=$(env | grep -E '^(UV_[A-Z_]*(INDEX|URL|LINKS)|SSL_CERT_FILE)=' | sort | tr '\\n' ' ')
+echo "$given: $*" >> {log}
 case "$*" in
-    *"pip config list") printf "%s\\n" "global.extra-index-url='b'" {said} ;;
+    *"pip config list") cat {said} ;;
     "-m uv"*) exit {uv} ;;
 esac
 """
+ONE, TWO = "https://one/simple", "https://two/simple"
 
 
 @pytest.mark.parametrize("uv", [0, 1], ids=["uv works", "uv fails"])
-@pytest.mark.parametrize("index", ["none", "http://mirror/simple"])
-@pytest.mark.parametrize("cert", ["none", "/a ca"])
-def test_everything_is_installed_by_uv_from_pips_index_and_else_by_pip(
-    tmp_path: Path, uv: int, index: str, cert: str
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("", ""),
+        (f":env:.index-url='{ONE}'\nglobal.index-url='{TWO}'", f"UV_DEFAULT_INDEX={ONE} "),
+        (
+            f"download.index-url='{ONE}'\nglobal.index-url='{TWO}'\n",
+            f"UV_DEFAULT_INDEX={TWO} ",
+        ),
+        (
+            f"global.index-url='{ONE}'\ninstall.index-url='{TWO}'",
+            f"UV_DEFAULT_INDEX={TWO} ",
+        ),
+        ("global.cert='/a ca'\nglobal.client-cert='/b'", "SSL_CERT_FILE=/a ca "),
+        (
+            f"global.extra-index-url='\\n{ONE}\\n{TWO}'\nglobal.find-links='/wheels'",
+            f"UV_EXTRA_INDEX_URL= {ONE} {TWO} UV_FIND_LINKS=/wheels ",
+        ),
+        ("global.no-index='true'\nglobal.find-links='/wheels'", None),
+    ],
+)
+def test_everything_is_installed_by_uv_as_pip_is_configured_and_else_by_pip(
+    tmp_path: Path, uv: int, settings: str, told: str | None
 ) -> None:
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    python, log = tmp_path / "python", tmp_path / "log"
+    python, log, said = tmp_path / "python", tmp_path / "log", tmp_path / "said"
     (tmp_path / ".venv").mkdir()
-    said = f""""global.index-url='{index}'" """ if index != "none" else ""
-    said += f"""":env:.cert='{cert}'" """ if cert != "none" else ""
+    said.write_text(settings)
     python.write_text(STUB.format(log=log, said=said, uv=uv))
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("UV_", "SSL_"))}
@@ -508,8 +528,8 @@ def test_everything_is_installed_by_uv_from_pips_index_and_else_by_pip(
     )
     asked = log.read_text().splitlines()
     by_uv = [line for line in asked if "-m uv pip install" in line]
-    assert [line.split(": ")[0] for line in by_uv] == [f"{index} {cert}"]
+    assert [line.split(": ")[0] for line in by_uv] == ([] if told is None else [told])
     by_pip = [line for line in asked if "-m pip install" in line and "--editable" in line]
-    assert len(by_pip) == uv
+    assert len(by_pip) == (1 if told is None else uv)
     assert all("--constraint constraints.txt" in line for line in by_uv + by_pip)
     assert list((tmp_path / ".venv").glob(".installed-*"))
