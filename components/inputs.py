@@ -44,12 +44,12 @@ def check_model(path: str, base: str, *, teaches: bool = False) -> None:
 
 
 def check_dataset(config: "Prepare") -> None:
-    """Raise ValueError if a parquet file of the data set lacks a column, or there is no image."""
-    from components.dataset import count_records
+    """Raise ValueError if a parquet file of the data set lacks a column, or there is no file."""
+    from components.parquet import check_columns, parquet_files
 
-    for name in config.files or ("",):
-        path = Path(config.dataset, name)
-        count_records(path, image_column=config.image_column, caption_column=config.caption_column)
+    for path in (Path(config.dataset, name) for name in config.files or ("",)):
+        for file in [] if (path / "metadata.jsonl").exists() else parquet_files(path):
+            check_columns(file, config.image_column, config.caption_column)
 
 
 def check_num_steps(num_steps: int, base: str) -> None:

@@ -48,10 +48,15 @@ def check_config(config: Any, path: str | os.PathLike[str]) -> None:
             f"The guide in {path} is damaged: its config.json has the kind {kind!r}, "
             f"and there are {', '.join(FORMATS)}."
         )
+    if missing := [name for name in _needed_by(kind) if name not in entries]:
+        raise ValueError(
+            f"The guide in {path} was saved by another version of pnp-guide, or is damaged: its "
+            f"config.json lacks {', '.join(missing)}."
+        )
     for name, is_right in _rules(entries).items():
-        if (name in entries or name in _needed_by(kind)) and not is_right(entries.get(name)):
+        if name in entries and not is_right(entries[name]):
             raise ValueError(
-                f"The guide in {path} is damaged: its config.json has {_short(entries.get(name))} "
+                f"The guide in {path} is damaged: its config.json has {_short(entries[name])} "
                 f"for {name}."
             )
 
