@@ -19,8 +19,12 @@ from pnp_core.model_files import PICKLES
 INCEPTION = "inception-2015-12-05.pt"  # the network behind published FIDs, as clean-fid uses it
 ON_DISK = {"local_files_only": True}
 # In fp32 whatever the file has: fp16 takes a CPU four times as long.
-OPENED: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, **ON_DISK}
-OPENED |= {"output_loading_info": True}
+OPENED: dict[str, Any] = {
+    **ON_DISK,
+    "use_safetensors": True,
+    "dtype": torch.float32,
+    "output_loading_info": True,
+}
 
 
 class Judge:

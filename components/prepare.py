@@ -48,15 +48,17 @@ def run(params: Params) -> None:
             try:
                 if refused.number:  # nothing will be kept: are there others?
                     fit(record, config.resolution)
-                    continue
-                data, name = prepared(record, config.resolution), split_of(record, config)
+                else:
+                    data, name = prepared(record, config.resolution), split_of(record, config)
+                    splits[name].add(data, record.caption)
+                    line = f"{name}\0{record.caption}\0"
+                    digest.update(hashlib.sha256(data).digest() + line.encode())
             except ValueError as error:
                 refused(error)
+                if refused.number == 1:
+                    print(f"prepare: {error}; looking for others", flush=True)
                 if refused.number == NUM_TOLD:
                     refused.check(f"the first {number}")
-                continue
-            splits[name].add(data, record.caption)
-            digest.update(hashlib.sha256(data).digest() + f"{name}\0{record.caption}\0".encode())
             progress(number)
         refused.check(num_records)
         digest.update("\0".join(further).encode())

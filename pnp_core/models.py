@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pnp_core.conditions import AddedConditions
 from pnp_core.files import loading_from, read_json
+from pnp_core.guide.saved import not_finite
 from pnp_core.guide.unet import describe
 from pnp_core.model_files import (
     LORA_FILE,
@@ -158,14 +159,13 @@ def load_unet(
 def check_weights(part: nn.Module, path: str | Path) -> None:
     """Raise ValueError if a part of the model at ``path`` lacks weights, or one is not finite."""
     kind = type(part).__name__
-    for name, weight in part.named_parameters():
-        if weight.is_meta:
-            raise ValueError(
-                f"{path} can't be used: its {kind} lacks {name}: it may be only partly downloaded "
-                "or converted; get it again."
-            )
-        if not weight.isfinite().all():
-            raise ValueError(f"{path} can't be used: {name} of its {kind} holds NaN or infinity.")
+    if lacking := [name for name, weight in part.named_parameters() if weight.is_meta]:
+        raise ValueError(
+            f"{path} can't be used: its {kind} lacks {lacking[0]}: it may be only partly "
+            "downloaded or converted; get it again."
+        )
+    if name := not_finite(part):
+        raise ValueError(f"{path} can't be used: {name} of its {kind} holds NaN or infinity.")
 
 
 def check_is_fine_tune(

@@ -49,6 +49,18 @@ def make(seed: int) -> None:
     dvc("repro")
 
 
+def commit(message: str) -> None:
+    git("add", ".")
+    git("commit", "--quiet", "--message", message)
+
+
+def register_as(alias: str) -> None:
+    """A version that the present dvc.lock made, with this alias."""
+    version, client = stores.register(0.5), MlflowClient()
+    client.set_model_version_tag(NAME, version, "lock_hash", cleanup.hash_of(_lock()))
+    client.set_registered_model_alias(NAME, alias, version)
+
+
 def clean(*, remove: bool = False) -> None:
     cleanup.run(load_params(Path("params.yaml")), remove=remove)
 
@@ -67,8 +79,7 @@ def test_of_dvcs_cache_what_neither_a_commit_nor_the_lock_has_can_go(
     for seed in (1, 2, 3):
         make(seed)
         if seed == 1:
-            git("add", ".")
-            git("commit", "--quiet", "--message", "one")
+            commit("one")
     capsys.readouterr()
     clean()
     assert "could go: python -m components.cleanup --remove" in capsys.readouterr().out
@@ -81,10 +92,7 @@ def test_a_champion_whose_lock_no_commit_has_keeps_dvcs_cache(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(1)
-    version = stores.register(0.5)
-    client = MlflowClient()
-    client.set_model_version_tag(NAME, version, "lock_hash", cleanup.hash_of(_lock()))
-    client.set_registered_model_alias(NAME, "previous", version)
+    register_as("previous")
     make(2)
     make(3)
     clean(remove=True)
@@ -96,8 +104,7 @@ def test_what_git_stash_has_keeps_dvcs_cache(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(1)
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
+    commit("one")
     make(2)
     git("stash")
     dvc("checkout")
@@ -118,16 +125,12 @@ def test_a_champion_whose_lock_only_an_experiment_began_with_keeps_dvcs_cache(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(1)
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
-    version = stores.register(0.5)
-    client = MlflowClient()
-    client.set_model_version_tag(NAME, version, "lock_hash", cleanup.hash_of(_lock()))
-    client.set_registered_model_alias(NAME, "champion", version)
+    commit("one")
+    register_as("champion")
     clean()
     assert "left alone" not in capsys.readouterr().out.split("DVC's cache")[1]
     make(2)
-    git("commit", "--quiet", "--all", "--message", "an experiment")
+    commit("an experiment")
     git("update-ref", "refs/exps/ab/cdef/tried", "HEAD")
     git("checkout", "--quiet", "--orphan", "anew")
     git("commit", "--quiet", "--message", "anew")
@@ -156,8 +159,7 @@ def test_what_a_workspaces_lock_has_stays_however_deep_it_lies_and_goes_with_it(
     checkout: Path,
 ) -> None:
     make(1)
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
+    commit("one")
     place = Path(".dvc/tmp/exps/pnp-0123456789ab")
     inside = place / "checkout/checkout"  # as where params.yaml leads two folders up
     git("worktree", "add", "--quiet", "--detach", str(inside), "HEAD")
@@ -180,8 +182,7 @@ def test_an_experiment_that_broke_off_and_what_is_unneeded_beside_it_go_in_one_c
     checkout: Path,
 ) -> None:
     make(1)
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
+    commit("one")
     place = Path(".dvc/tmp/exps/pnp-0123456789ab")
     git("worktree", "add", "--quiet", "--detach", str(place), "HEAD")
     other = checkout.with_name("other")
@@ -201,8 +202,7 @@ def test_an_experiment_that_broke_off_and_what_is_unneeded_beside_it_go_in_one_c
 def test_what_dvc_says_is_told_where_it_removes_nothing(
     checkout: Path,
 ) -> None:
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
+    commit("one")
     for seed in (1, 2):
         make(seed)
     pile = cleanup.dvc_cache(load_params(Path("params.yaml")))
@@ -215,8 +215,7 @@ def test_what_another_git_worktree_needs_of_the_cache_stays(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make(1)
-    git("add", ".")
-    git("commit", "--quiet", "--message", "one")
+    commit("one")
     other = tmp_path / "other"
     git("worktree", "add", "--quiet", "--detach", str(other), "HEAD")
     make(2)

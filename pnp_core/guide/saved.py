@@ -78,11 +78,14 @@ def check_types(path: str | os.PathLike[str]) -> None:
 
 def check_weights(guide: nn.Module, path: str | os.PathLike[str]) -> None:
     """Raise ValueError if a weight of the guide in ``path`` is NaN or infinite."""
-    for name, weight in guide.named_parameters():
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"The guide in {path} can't be used: its {name} holds NaN or infinity."
-            )
+    if name := not_finite(guide):
+        raise ValueError(f"The guide in {path} can't be used: its {name} holds NaN or infinity.")
+
+
+def not_finite(part: nn.Module) -> str | None:
+    """The first of its weights that is NaN or infinite, by name."""
+    named = part.named_parameters()
+    return next((name for name, weight in named if not weight.isfinite().all()), None)
 
 
 def is_count(value: Any) -> bool:
