@@ -20,6 +20,7 @@ from benchmarks.frontier.settings import (
     FORWARDS,
     FREE,
     LABELS,
+    NUM_LARGE,
     SCALES,
     Setting,
     climb,
@@ -269,8 +270,9 @@ def test_what_was_tried_with_weights_that_are_still_there_is_not_tried_again(
     assert {setting.solver for setting in asked} == {"ddim"}  # which takes the guide for 4 steps
 
 
+@pytest.mark.parametrize("is_large", [False, True])
 def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
-    bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_large: bool, bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "RUN", tmp_path)
     maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
@@ -283,10 +285,13 @@ def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
 
     monkeypatch.setattr(maker, "_fid_of", fid_of)
     for _ in range(2):  # the second time it is all there
-        maker.compare_ways(4)
-    assert asked == [(method, 5.0, run.NUM_IMAGES) for method in ("guided", "halved", "exact")]
-    seeds = [{task.seed for task in tasks} for tasks in (maker.many, maker.tasks)]
+        maker.compare_ways(4, is_large=is_large)
+    num_images = NUM_LARGE if is_large else run.NUM_IMAGES
+    assert asked == [(method, 5.0, num_images) for method in ("guided", "halved", "exact")]
+    seeds = [{task.seed for task in tasks} for tasks in (maker.large_choosing, maker.large)]
     assert not seeds[0] & seeds[1]
+    assert maker.large[: len(maker.tasks)] == maker.tasks
+    assert maker.large_choosing[: len(maker.many)] == maker.many
 
 
 def test_a_row_of_another_setting_than_the_chosen_one_is_made_anew(
@@ -680,6 +685,70 @@ def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> No
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
 
 
+def with_large(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
+    """Results with large rows at 8 forwards."""
+    found = results(models)
+    for name in models:
+        rows = {"guided": cell("guided", 2.0, 43.0), "cfg": cell("cfg", 3.0)}
+        found["cells"][name]["large 8"] = rows | {"linear": cell("linear", 2.5, 42.0)}
+        found["cells"][name]["8"] |= {"linear": cell("linear", 5.5)}
+        ways = {"guided": {"tried": {"a": 11.0}, "of_large": 3.0}}
+        free = {"cfg": {"tried": {"a": 11.0}}, "linear": {"tried": {"a": 10.9}}}
+        found["choices"][name] = {"8": ways | free}
+    return found
+
+
+def test_keys_are_of_large_rows_where_all_are_there_that_they_need() -> None:
+    found = with_large()
+    summed = table.summary(found, ["a", "b"], [])
+    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": [8]}
+    assert summed["fid_8_base"] == summed["fid_8_mean"] == pytest.approx(2 / 2.5)
+    assert summed["foreign_fid_8_mean"] == pytest.approx(2 / 2.5)
+    assert summed["clip_8_base"] == pytest.approx(43 - 42)
+    assert summed["fid_16_base"] == pytest.approx(4 / 5), "which has no large rows"
+    found["cells"]["base"]["8"] |= {"guided": cell("guided", 5.0)}
+    assert table.summary(found, ["a", "b"], [])["fid_worst"] == 1.0, "not of large rows alone yet"
+
+
+@pytest.mark.parametrize("lacks", ["row of a rival", "row of the guide", "choice"])
+def test_until_then_they_are_of_the_others(lacks: str) -> None:
+    found = with_large()
+    match lacks:
+        case "row of a rival":
+            del found["cells"]["b"]["large 8"]["linear"]
+        case "row of the guide":
+            del found["cells"]["b"]["large 8"]["guided"]
+        case "choice":
+            del found["choices"]["b"]["8"]["guided"]["of_large"]
+    summed = table.summary(found, ["a", "b"], [])
+    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": []}
+    assert summed["fid_8_base"] == pytest.approx(2 / 2.5)
+    assert summed["fid_8_mean"] == pytest.approx(4 / 5)
+
+
+def test_the_way_of_guiding_of_large_rows_goes_by_as_many_images() -> None:
+    found = with_large(["base"])
+    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
+    ways = found["choices"]["base"]["8"]
+    ways |= {"exact": {"tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}}
+    assert table.Found(found, ["base"]).own("base", "large 8") == "exact"
+    assert table.Found(found, ["base"]).own("base", "8") == "guided"
+    del ways["exact"]["of_large"]
+    assert table.Found(found, ["base"]).ratio("base", "large 8") is None
+
+
+def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
+    page = as_markdown(with_large(["base"]))
+    headings = [line for line in page.splitlines() if line.startswith("## base, 8")]
+    assert headings == [
+        "## base, 8 forwards",
+        f"## base, 8 forwards, {NUM_LARGE} images",
+        "## base, 8 steps",
+    ]
+    of_large = page.split(headings[1])[1].split("\n## ")[0]
+    assert "FID over the best free rival's 0.800" in of_large and "too dear" not in of_large
+
+
 def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> None:
     found = results(["base"])
     cells = found["cells"]["base"]["8"]
@@ -721,8 +790,16 @@ def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
 
 
 def test_every_method_of_the_jobs_has_a_label() -> None:
-    names = {name.split()[1] for _, name, _ in run.jobs(["base"], [8]) if name[0] == "8"}
+    jobs = [name.split() for _, name, _ in run.jobs(["base"], [8], final=False)]
+    names = {words[1] for words in jobs if words[0] == "8"}
     assert names <= LABELS.keys() and names >= {*FREE, "guided", "exact", "halved"}
+    large_ones = {words[2] for words in jobs if words[0] == "large"}
+    assert large_ones == {"ways", *FREE, "guided", "exact", "halved"}
+
+
+def test_a_final_run_makes_no_large_rows() -> None:
+    names = [name for _, name, _ in run.jobs(["a"], [8], final=True)]
+    assert "8 cfg" in names and not any(name.startswith("large") for name in names)
 
 
 # ImageNet's classes of what the world draws too

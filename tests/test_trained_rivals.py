@@ -75,7 +75,7 @@ def test_all_rivals_that_there_are_can_be_trained_and_have_a_name(params: Params
     names = trained.methods(params).keys()
     assert names == training.FIRST_RATES.keys() == TRAINED_LABELS.keys() == {"ours", *TRAINED}
     assert names <= LABELS.keys()
-    jobs = [name.split() for _, name, _ in run.jobs(["base"], [8])]
+    jobs = [name.split() for _, name, _ in run.jobs(["base"], [8], final=False)]
     assert {words[1] for words in jobs if words[-1] == "trained"} == names
 
 
@@ -190,6 +190,7 @@ def test_another_setting_trains_anew_and_other_bases_weights_are_not_taken(
     assert not trained.trained(unet, moved)
 
 
+@pytest.mark.services
 def test_what_a_run_fixes_is_paid_for_once(params: Params) -> None:
     training.train_all(["dice"], params)
     bench = bench_of(params)
@@ -206,6 +207,7 @@ def test_what_a_run_fixes_is_paid_for_once(params: Params) -> None:
     assert bench.forwards(of) == pytest.approx(spent, rel=1e-3)
 
 
+@pytest.mark.services
 def test_a_consistency_lora_goes_by_its_images_is_not_halved_and_costs_its_steps(
     params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 
 from benchmarks.frontier.final import final_models
 from benchmarks.frontier.judges import from_json
-from benchmarks.frontier.settings import GUIDES, LABELS, MOST, TRAINED_LABELS, Setting, row_name
+from benchmarks.frontier.settings import (
+    GUIDES,
+    LABELS,
+    MOST,
+    NUM_LARGE,
+    TRAINED_LABELS,
+    Setting,
+    forwards_of,
+    row_name,
+)
 from benchmarks.frontier.table import (
     COSTS,
     TRAININGS,
@@ -25,7 +34,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines = [
         "# The guide at equal cost",
         "",
-        f"{setting['num_images']} images a row (PSNR: {setting['num_close']}); each method's "
+        f"{setting['num_images']} images a row (PSNR: {setting['num_close']}), {NUM_LARGE} where "
+        "a heading says so; each method's "
         f"layout, solver and scale chosen by FID of {setting['num_choosing']} images of other "
         "seeds. "
         f"World's judge: {setting['judge']}; the foreign one: {setting['foreign_judge']}. In "
@@ -40,10 +50,9 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
         places = results["cells"][model]
         found = Found(results, [model])
-        for place in sorted(places, key=lambda p: (p.startswith("equal"), -int(p.split()[-1]))):
-            words = f"{place} forwards" if place.isdigit() else f"{place.split()[1]} steps"
+        for place in sorted(places, key=order_of):
             of = {method: runs.get(row_name(model, place, method)) for method in places[place]}
-            lines += ["", f"## {model}, {words}", "", *rows(places[place], place, of)]
+            lines += ["", f"## {model}, {words_of(place)}", "", *rows(places[place], place, of)]
             lines += compared(found, model, place)
             if place == "100":
                 lines += of_other_precision(results, model)
@@ -53,6 +62,19 @@ def as_markdown(results: Mapping[str, Any]) -> str:
     lines += ["", "## Runs", ""]
     lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
     return "\n".join(lines) + "\n"
+
+
+def order_of(place: str) -> tuple[bool, int, bool]:
+    """From many forwards to few, large rows after the others; then those at equal steps."""
+    return place.startswith("equal"), -int(place.split()[-1]), place != forwards_of(place)
+
+
+def words_of(place: str) -> str:
+    """A place as a heading names it."""
+    at = forwards_of(place)
+    if at != place:
+        return f"{at} forwards, {NUM_LARGE} images"
+    return f"{at} forwards" if at.isdigit() else f"{at.split()[1]} steps"
 
 
 class Run(NamedTuple):
@@ -77,7 +99,7 @@ def compared(found: Found, model: str, place: str) -> list[str]:
         chosen = " (what is taken, by the images for choosing)" if method == own else ""
         ratio, foreign = (found.ratio(model, place, j, method) for j in ("world", "foreign"))
         lead = found.clip_lead(model, place, method)
-        if place.isdigit() and ratio and foreign and lead:
+        if forwards_of(place).isdigit() and ratio and foreign and lead:
             lines += [
                 "",
                 f"For {LABELS[method]}{chosen}: FID over the best free rival's "
@@ -267,7 +289,8 @@ def rows(cells: Cells, place: str, runs: Mapping[str, Run | None]) -> list[str]:
     for method in (name for name in LABELS if name in cells):
         cell = cells[method]
         setting, world = Setting.parse(cell["setting"]), cell["scores"]["world"]
-        allowed = int(place) if place.isdigit() else setting.forwards
+        at = forwards_of(place)
+        allowed = int(at) if at.isdigit() else setting.forwards
         dear = " (too dear)" if cell["forwards"] > MOST * allowed else ""
         close = cell.get("cfg64_psnr")
         words = [

@@ -23,15 +23,19 @@ from benchmarks.frontier.settings import (
     FREE,
     GUIDES,
     NEAR_BEST,
+    NUM_LARGE,
     OWN,
     PLACES,
     TRAINED_LABELS,
     Setting,
     climb,
     contenders,
+    forwards_of,
+    large,
     layouts,
     row_name,
 )
+from benchmarks.frontier.table import TRAININGS, Found
 from benchmarks.frontier.trained import trained
 from benchmarks.frontier.workbench import Workbench, tasks_of
 from benchmarks.quality import precision_of
@@ -106,6 +110,8 @@ class Maker:
         self.tasks = tasks_of(bench.params, NUM_IMAGES, bench.params.evaluate.seed)
         self.few = tasks_of(bench.params, NUM_CHOOSING, CHOOSING_SEED)
         self.many = tasks_of(bench.params, NUM_IMAGES, CHOOSING_SEED)
+        self.large = tasks_of(bench.params, NUM_LARGE, bench.params.evaluate.seed)
+        self.large_choosing = tasks_of(bench.params, NUM_LARGE, CHOOSING_SEED)
         self._references: dict[str, np.ndarray] = {}
 
     def references(self, key: str) -> np.ndarray:
@@ -198,26 +204,27 @@ class Maker:
         self.table.change(change)
         return best
 
-    def compare_ways(self, num_forwards: int) -> None:
-        """FID of each way to take the guide, of as many images as a row has.
+    def compare_ways(self, num_forwards: int, *, is_large: bool) -> None:
+        """FID of each way to take the guide, of as many images as a row has, or a large one.
 
         So few as settings are chosen by can't tell methods apart.
         """
         name, at = self.bench.name, str(num_forwards)
+        key, tasks = ("of_large", self.large_choosing) if is_large else ("of_many", self.many)
         for method in OWN:
             setting = self.choose(method, num_forwards)
             if setting is None:
                 continue
-            if "of_many" in self.table.read()["choices"][name][at][method]:
+            if key in self.table.read()["choices"][name][at][method]:
                 continue
-            found = judging.rounded(self._fid_of(setting, self.many))
+            found = judging.rounded(self._fid_of(setting, tasks))
 
             def change(
                 results: dict[str, Any], setting: Setting = setting, found: Any = found
             ) -> None:
                 choice = results["choices"][name][at][setting.method]
                 if choice["setting"] == setting.text:  # another process may choose anew
-                    choice["of_many"] = found
+                    choice[key] = found
 
             self.table.change(change)
 
@@ -225,6 +232,16 @@ class Maker:
         """Whether a method's row is worth making before others, by what was tried on the base."""
         of_base = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
         return method == "cfg" or method in GUIDES or method in contenders(of_base)
+
+    def is_large(self, method: str, num_forwards: int) -> bool:
+        """Whether keys are of a method's large row: the guide as it is taken, and what rivals it.
+
+        Also the guide alone.
+        """
+        if method in GUIDES:
+            found = Found(self.table.read(), [self.bench.name])
+            return method in ("guided", found.own(self.bench.name, large(num_forwards)))
+        return self.is_contender(method, num_forwards)
 
     def _try(
         self, setting: Setting, tried: dict[Setting, float], kept: Mapping[Setting, float]
@@ -246,7 +263,8 @@ class Maker:
         """Make a cell of the table, if it is not there.
 
         Args:
-            place: a number of forwards, or "equal 16" for cells at equal steps.
+            place: a number of forwards, "large 16" for large cells, or "equal 16" for cells at
+                equal steps.
             setting: of the cell.
             made_by: the record of this run.
         """
@@ -255,12 +273,13 @@ class Maker:
         guide = self.bench.digest([setting])
         if known and (known["guide"], known["setting"]) == (guide, setting.text):
             return
-        images, milliseconds = self.bench.images(setting, self.tasks)
+        tasks = self.tasks if place == forwards_of(place) else self.large
+        images, milliseconds = self.bench.images(setting, tasks)
         judges: dict[str, tuple[judging.Sees, RealImages]] = {
             "world": (self.judge, RealImages(self.references("world"))),
             "foreign": (self.foreign, RealImages(self.references("foreign"))),
         }
-        prompts = [task.prompt for task in self.tasks]
+        prompts = [task.prompt for task in tasks]
         found = judging.score(images, prompts, self.judge, judges)
         cell = {
             "guide": guide,
@@ -322,7 +341,7 @@ class Maker:
         for place, method in [(at, method) for at in cells for method in cells[at]]:
             cell = cells[place][method]
             setting = Setting.parse(cell["setting"])
-            if "cfg64_psnr" in cell or not self.bench.has(method):
+            if place != forwards_of(place) or "cfg64_psnr" in cell or not self.bench.has(method):
                 continue
             if self.bench.digest([setting]) != cell["guide"]:
                 continue
@@ -356,7 +375,9 @@ def starts_from(base: dict[str, Any]) -> list[Setting]:
 Job = Callable[[Maker, Record], None]
 
 
-def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, str, Job]]:
+def jobs(
+    models: Sequence[str], forwards: Sequence[int], *, final: bool
+) -> Iterator[tuple[str, str, Job]]:
     """What is to be done, in this order: model, the job's name, and the job."""
     methods = ("guided", "cfg", *(m for m in (*FREE, *GUIDES) if m not in ("guided", "cfg")))
 
@@ -367,10 +388,10 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
 
         return job
 
-    def ways(n: int) -> Job:
+    def ways(n: int, *, is_large: bool = False) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
             del made_by
-            maker.compare_ways(n)
+            maker.compare_ways(n, is_large=is_large)
 
         return job
 
@@ -381,6 +402,13 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
             chosen = maker.choose(method, n)
             if chosen:
                 maker.cell(str(n), chosen, made_by)
+
+        return job
+
+    def large_row(method: str, n: int) -> Job:
+        def job(maker: Maker, made_by: Record) -> None:
+            if maker.is_large(method, n) and (chosen := maker.choose(method, n)):
+                maker.cell(large(n), chosen, made_by)
 
         return job
 
@@ -420,6 +448,14 @@ def jobs(models: Sequence[str], forwards: Sequence[int]) -> Iterator[tuple[str, 
                 yield model, f"{n} {method}", row(method, n)
     for model in models:
         yield model, "psnr", Maker.closeness
+    if final:  # looked at once
+        return
+    for model in models:
+        for n in main:
+            yield model, f"large {n} ways", ways(n, is_large=True)
+            for method in methods:
+                if method not in TRAININGS[1:]:
+                    yield model, f"large {n} {method}", large_row(method, n)
 
 
 def run(
@@ -460,7 +496,7 @@ def run(
             of_method[rival.digest] = rival.about
 
     table.change(introduce)
-    for model, name, job in jobs(models or list(there), forwards):
+    for model, name, job in jobs(models or list(there), forwards, final=final):
         if not re.search(pattern, name):
             continue
         with held(RUN / "jobs" / f"{model}-{name.replace(' ', '-')}", wait=False) as mine:

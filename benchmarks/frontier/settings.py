@@ -13,6 +13,7 @@ from pnp_core.sample import SOLVERS
 
 FORWARDS = (64, 32, 16, 8, 4, 2)
 MOST = 1.04
+NUM_LARGE = 2304  # images of a large row, whose FID is biased by their number a third as much
 SCALES = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # the guide serves up to 8
 LABELS = {
     "unguided": "no guidance",
@@ -54,6 +55,16 @@ GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact
 NEAR_BEST = 1.015
 OWN = tuple(method for method, guide in GUIDES.items() if guide == "guided")
 """What the guide is taken in: alone, halved under another solver, with exact steps."""
+
+
+def large(place: str | int) -> str:
+    """The place of large rows at a number of forwards."""
+    return f"large {place}"
+
+
+def forwards_of(place: str) -> str:
+    """The number of forwards at a place, of large rows or others; other places as they are."""
+    return place.removeprefix(large(""))
 
 
 def row_name(model: str, place: str, method: str) -> str:

@@ -14,6 +14,8 @@ from benchmarks.frontier.settings import (
     OWN,
     TRAINED_LABELS,
     contenders,
+    forwards_of,
+    large,
 )
 from components.evaluation import Estimate
 
@@ -52,18 +54,26 @@ class Found:
     def rival(self, model: str, place: str, judge: str = "world") -> str | None:
         """The free rival of least FID; None until all that may be it have rows, and the guide."""
         made = self.cells.get(model, {}).get(place, {})
-        wanted = {"cfg", "guided", *contenders(self.choices.get("base", {}).get(place, {}))}
+        of_base = self.choices.get("base", {}).get(forwards_of(place), {})
+        wanted = {"cfg", "guided", *contenders(of_base)}
         if not wanted <= made.keys():
             return None
         free = [method for method in FREE if method in made]
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
 
     def own(self, model: str, place: str) -> str:
-        """The guide alone, halved or with exact steps, by FID of other images than the table's."""
-        tried = self.choices.get(model, {}).get(place, {})
-        made = self.cells.get(model, {}).get(place, {})
+        """The guide alone, halved or with exact steps, by FID of other images than the table's.
+
+        Empty for large rows while the ways have no FID of as many.
+        """
+        at = forwards_of(place)
+        tried = self.choices.get(model, {}).get(at, {})
+        made = self.cells.get(model, {}).get(at, {})
         ways = [way for way in OWN if way in made and way in tried]
-        of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
+        key = "of_many" if place == at else "of_large"
+        of_many = {way: tried[way][key] for way in ways if key in tried[way]}
+        if place != at and not len(of_many) == len(ways) > 0:
+            return ""
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
         fids = of_many if len(of_many) == len(ways) else of_few
         return min(ways, key=lambda way: float(fids[way]), default="guided")
@@ -75,7 +85,7 @@ class Found:
 
         Args:
             model: by name.
-            place: number of forwards.
+            place: number of forwards, of large rows or others.
             judge: "world" or "foreign".
             method: default: :meth:`own`.
         """
@@ -159,20 +169,32 @@ def worst(found: Sequence[Estimate | None], *, least: bool = False) -> Estimate 
     return (min if least else max)(estimates, key=lambda one: one.value)
 
 
+def has_large(found: Found, models: Sequence[str], costs: Sequence[str]) -> bool:
+    """Whether all large rows are there that compare the guide of these models at these costs."""
+    return all(found.ratio(name, large(at)) is not None for name in models for at in costs)
+
+
 def estimates_of(
     results: Mapping[str, Any], base: Sequence[str], tuned: Sequence[str]
 ) -> dict[str, Estimate | None]:
-    """The keys of `--json` over these models; None where cells are not made yet."""
+    """The keys of `--json` over these models; None where cells are not made yet.
+
+    Of large rows where all are there that a key needs.
+    """
     models = [*base, *tuned]
     found = Found(results, models)
     keys: dict[str, Estimate | None] = {}
     for at in COSTS:
+        place = large(at) if has_large(found, base, [at]) else at
         if base:
-            keys[f"fid_{at}_base"] = found.ratio("base", at)
-            keys[f"clip_{at}_base"] = found.clip_lead("base", at)
-        keys[f"fid_{at}_mean"] = mean([found.ratio(name, at) for name in tuned])
-        keys[f"foreign_fid_{at}_mean"] = mean([found.ratio(name, at, "foreign") for name in tuned])
-    keys["fid_worst"] = worst([found.ratio(name, at) for name in models for at in COSTS])
+            keys[f"fid_{at}_base"] = found.ratio("base", place)
+            keys[f"clip_{at}_base"] = found.clip_lead("base", place)
+        place = large(at) if has_large(found, tuned, [at]) else at
+        keys[f"fid_{at}_mean"] = mean([found.ratio(name, place) for name in tuned])
+        foreign = [found.ratio(name, place, "foreign") for name in tuned]
+        keys[f"foreign_fid_{at}_mean"] = mean(foreign)
+    places = [large(at) if has_large(found, models, COSTS) else at for at in COSTS]
+    keys["fid_worst"] = worst([found.ratio(name, at) for name in models for at in places])
     for at in ("8", "4", "2"):
         over = [found.over_cfg100(name, at) for name in models]
         keys[f"fid_{at}_over_cfg100"] = worst(over)
@@ -275,8 +297,13 @@ def summary(
         unknown += ["final"] if None in ended.values() else []
     else:
         numbers["final"] = None
+    rows = Found(results, ["base", *tuned])
     return {
         **numbers,
+        "of_large_rows": {
+            "base": [int(at) for at in COSTS if has_large(rows, ["base"], [at])],
+            "fine-tunes": [int(at) for at in COSTS if tuned and has_large(rows, tuned, [at])],
+        },
         "intervals": intervals,
         "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
         "models": sorted(results["cells"]),
