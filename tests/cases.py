@@ -7,11 +7,19 @@ import pytest
 
 
 def few_of(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """For ``parametrize``: those that are not quick are left to the services."""
+    """For ``parametrize``: those that are not quick are left to the services.
+
+    A tuple is the values of several arguments.
+    """
     cases = list(cases)
     assert all(case in cases for case in quick), "a case that there is not"
     return [
-        case if case in quick else pytest.param(case, marks=pytest.mark.services) for case in cases
+        case
+        if case in quick
+        else pytest.param(
+            *(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.services
+        )
+        for case in cases
     ]
 
 

@@ -28,6 +28,7 @@ from pnp_core.cache import (
 from pnp_core.cache.identity import CacheIdentity
 from pnp_core.models import encode_prompts
 from pnp_core.settings import GuiderConfig
+from tests.cases import few_of
 from tests.conftest import BASE, CACHE_CONFIG, changed
 
 
@@ -460,18 +461,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 LARGE = {"num_trajectory": 120}
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "num_anew"),
-    [
-        (({}, {}), ({}, {}), 0),
-        (({}, {}), ({}, {"num_trajectory": 60}), 3),  # of 4 shards, the first was full
-        (({}, {}), ({}, {"num_forward": 70}), 3),  # of 5 shards, 2 were full
-        (({}, {}), ({}, {"guidance_scale": (1.0, 3.0)}), 2),  # which noised data do not follow
-        (({}, LARGE), ({"a": 1}, LARGE), 4),  # all are the companion's
-        (({"a": 1}, LARGE), ({"b": 2, "a": 1}, LARGE), 2),  # those of the other one, which is first
-        (({"b": 2, "a": 1}, LARGE), ({"a": 1}, {}), 2),  # both last shards: of fewer trajectories
-    ],
-)
+GROWN = [
+    (({}, {}), ({}, {}), 0),
+    (({}, {}), ({}, {"num_trajectory": 60}), 3),  # of 4 shards, the first was full
+    (({}, {}), ({}, {"num_forward": 70}), 3),  # of 5 shards, 2 were full
+    (({}, {}), ({}, {"guidance_scale": (1.0, 3.0)}), 2),  # which noised data do not follow
+    (({}, LARGE), ({"a": 1}, LARGE), 4),  # all are the companion's
+    (({"a": 1}, LARGE), ({"b": 2, "a": 1}, LARGE), 2),  # those of the other one, which is first
+    (({"b": 2, "a": 1}, LARGE), ({"a": 1}, {}), 2),  # both last shards: of fewer trajectories
+]
+
+
+@pytest.mark.parametrize(("before", "after", "num_anew"), few_of(GROWN, GROWN[1], GROWN[5]))
 def test_a_cache_that_was_changed_is_the_one_that_is_made_at_once(  # noqa: PLR0913, cases and fixtures
     pipe: StableDiffusionPipeline,
     examples: list[Example],

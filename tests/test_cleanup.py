@@ -88,6 +88,7 @@ def test_of_dvcs_cache_what_neither_a_commit_nor_the_lock_has_can_go(
     assert seeds() == {1, 3}
 
 
+@pytest.mark.services
 def test_a_champion_whose_lock_no_commit_has_keeps_dvcs_cache(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,6 +179,7 @@ def test_what_a_workspaces_lock_has_stays_however_deep_it_lies_and_goes_with_it(
     assert len(worktrees.stdout.splitlines()) == 1
 
 
+@pytest.mark.services
 def test_an_experiment_that_broke_off_and_what_is_unneeded_beside_it_go_in_one_call(
     checkout: Path,
 ) -> None:
@@ -211,6 +213,7 @@ def test_what_dvc_says_is_told_where_it_removes_nothing(
         pile.remove()
 
 
+@pytest.mark.services
 def test_what_another_git_worktree_needs_of_the_cache_stays(
     checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -393,6 +393,7 @@ def test_another_guide_samples_neither_cfg_nor_no_guidance(inside: Path, made: M
     assert after.guidance_fvu != before.guidance_fvu
 
 
+@pytest.mark.services
 def test_a_guide_at_another_strength_is_not_comparable(inside: Path, made: Made) -> None:
     before = result()
     values = toy.toy_params()
@@ -419,7 +420,9 @@ def test_results_of_another_guide_are_not_registered(inside: Path) -> None:
     ("change", "expected"),
     [
         ({"guidance_scales": [2.0]}, {("cfg", 2.0), ("guided", 2.0)}),
-        ({"guidance_scale": 3.0}, {("cfg", 3.0), ("guided", 3.0)}),
+        pytest.param(
+            *({"guidance_scale": 3.0}, {("cfg", 3.0), ("guided", 3.0)}), marks=pytest.mark.services
+        ),
         ({"grid_prompts": ["green bar", "blue ring", "red disc"]}, None),
     ],
     ids=["further scales", "another scale", "other prompts"],
@@ -434,6 +437,7 @@ def test_what_another_setting_changes_is_sampled_and_nothing_else(
         assert {(setting.method, setting.guidance_scale) for setting, _ in made} == expected
 
 
+@pytest.mark.services
 def test_a_full_review_is_one_setting(inside: Path) -> None:
     evaluate.run(params_with(review="full"), "base")
     evaluation = result()
@@ -635,6 +639,7 @@ def methods_in(file: Path) -> set[str]:
     return set(pq.read_table(file, columns=["method"])["method"].to_pylist())
 
 
+@pytest.mark.services
 def test_a_guide_judged_anew_leaves_what_dvc_keeps_and_has_its_images_apart(
     inside: Path, made: Made
 ) -> None:

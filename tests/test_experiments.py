@@ -141,6 +141,7 @@ def test_an_experiment_that_failed_goes_on_in_its_workspace(repository: Path) ->
     assert not kept.exists() and Path.cwd() == repository
 
 
+@pytest.mark.services
 def test_an_experiment_that_could_not_be_saved_is_saved_by_the_next_run(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +163,7 @@ def test_an_experiment_that_could_not_be_saved_is_saved_by_the_next_run(
     assert len(Path("ran").read_text().split()) == 1, "and nothing is made twice"
 
 
+@pytest.mark.services
 def test_a_clone_without_the_teacher_cache_saves_its_experiments(repository: Path) -> None:
     """As after `dvc pull`, which does not bring what DVC's cache does not keep.
 
@@ -220,6 +222,7 @@ def test_edits_that_are_not_committed_are_part_of_an_experiment(repository: Path
     assert git("status", "--porcelain").split()[:2] == ["M", "params.yaml"]
 
 
+@pytest.mark.services
 def test_two_runs_with_the_same_overrides_are_not_in_one_workspace_at_once(
     repository: Path,
 ) -> None:
@@ -232,6 +235,7 @@ def test_two_runs_with_the_same_overrides_are_not_in_one_workspace_at_once(
         repro("distill", print)
 
 
+@pytest.mark.services
 def test_a_checkout_in_a_subfolder_of_a_larger_repository_with_a_space_and_accents_in_its_path(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +264,7 @@ def test_a_path_that_dvc_can_not_write_is_told_by_the_name_of_its_setting(
         flows.experiment._set_path("cache.dir", tmp_path / "é", tmp_path)
 
 
+@pytest.mark.services
 def test_a_workspace_that_was_deleted_is_made_again_and_no_other_worktree_is_forgotten(
     repository: Path,
 ) -> None:
@@ -329,6 +334,7 @@ def test_empty_folders_and_links_are_brought(tmp_path: Path) -> None:
         assert (target / "file").read_text() == "far"
 
 
+@pytest.mark.services
 def test_a_failed_run_goes_on_with_an_input_that_was_mended(repository: Path) -> None:
     reference = Path("models/base/reference.parquet")
     for content in ("bad", "good"):
@@ -398,6 +404,7 @@ def test_a_path_outside_the_checkout_is_named_in_full(world: Path) -> None:
     assert evaluate._placed("../x") == str(world.parent / "x")
 
 
+@pytest.mark.services
 def test_paths_that_leave_the_checkout_lead_to_the_same_in_its_workspace(
     repository: Path,
 ) -> None:
@@ -440,6 +447,7 @@ def test_a_long_text_is_no_path_and_configs_come_with_their_single_file(
     }
 
 
+@pytest.mark.services
 def test_what_a_workspace_sends_stays_when_it_goes(repository: Path) -> None:
     """To `storage` and to DVC's remote, also where they are relative and in the checkout.
 

@@ -149,6 +149,7 @@ def test_what_is_changed_runs_with_what_depends_on_it_and_nothing_before(
     assert ran() == ["halve", "evaluate@base", "evaluate@tuned"]
 
 
+@pytest.mark.services
 def test_models_are_measured_side_by_side_on_a_gpu_each_and_a_failure_is_told(
     pipeline: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_on_a_server_the_flow_makes_the_limit_that_guards_the_gpus(
         pass
 
 
+@pytest.mark.services
 def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
     pipeline: dict[str, Any],
 ) -> None:
@@ -221,6 +223,7 @@ def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
     assert ran() == ["evaluate@base", "evaluate@tuned"]
 
 
+@pytest.mark.services
 def test_without_the_teacher_cache_only_training_makes_it_anew(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +246,7 @@ def test_without_the_teacher_cache_only_training_makes_it_anew(
     assert not look(params, STAGES).lacks_cache  # type: ignore[arg-type]
 
 
+@pytest.mark.services
 def test_a_flow_pushes_to_the_remote_and_says_what_to_commit(
     pipeline: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -407,6 +411,7 @@ def test_a_run_that_stays_busy_is_given_up_in_a_line_that_names_it(
     )
 
 
+@pytest.mark.services
 def test_a_dvc_lock_that_is_held_for_ever_is_named_and_given_up(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -758,6 +763,7 @@ def test_a_report_that_goes_with_its_workspace_is_shown_by_its_experiment(
     assert str(tmp_path) not in shown[1] and "dvc exp apply funny-gerbil" in shown[1]
 
 
+@pytest.mark.services
 def test_the_version_that_is_told_is_the_reports_and_not_the_newest(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ from pnp_core.match import (
 from pnp_core.sample import sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from pnp_core.train import TrainConfig, train
+from tests.cases import few_of
 from tests.conftest import roused
 from tests.toy import ddim
 
@@ -171,7 +172,7 @@ def test_matched_states_are_distributed_as_the_teachers(
     assert float(made.mean()) == pytest.approx(float(wanted.mean()), abs=0.1)
 
 
-@pytest.mark.parametrize(("num_steps", "kept"), [(4, 0.5), (2, 0.0)])
+@pytest.mark.parametrize(("num_steps", "kept"), few_of([(4, 0.5), (2, 0.0)], (4, 0.5)))
 def test_above_two_steps_the_result_is_half_way_from_the_halved_guide(
     num_steps: int,
     kept: float,
@@ -228,6 +229,7 @@ def test_matching_trains_the_guide_alone_and_goes_on_after_a_stop(
     run("stopped", lambda done, metrics: pytest.fail("was trained again"))
 
 
+@pytest.mark.services
 def test_one_matching_after_another_begins_anew_and_leaves_no_checkpoint(
     pipe: StableDiffusionPipeline,
     cache: TeacherCache,
@@ -270,6 +272,7 @@ def test_in_the_warm_up_and_in_every_other_step_the_fake_score_alone_learns(
         assert any(p.grad is not None and p.grad.any() for p in trained)
 
 
+@pytest.mark.services
 def test_gradient_checkpoints_change_nothing_of_what_is_matched(
     pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:

@@ -77,7 +77,7 @@ def num_calls(calls: Calls, version: str) -> int:
 
 
 @pytest.mark.parametrize("first", few_of(range(2), 0))
-@pytest.mark.parametrize("kind", few_of(ERRORS, "403", "connection"))
+@pytest.mark.parametrize("kind", few_of(ERRORS, "connection"))
 def test_a_worse_guide_is_not_promoted_whichever_call_fails(
     crowned: None, calls: Calls, kind: str, first: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +126,7 @@ def test_a_better_guide_is_promoted_or_an_error_told_whichever_call_fails(
     assert all(run.info.status != "RUNNING" for run in runs)
 
 
+@pytest.mark.services
 def test_with_no_champion_anything_that_fails_is_no_reason_to_promote(
     place: Path, calls: Calls
 ) -> None:

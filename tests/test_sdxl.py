@@ -192,6 +192,7 @@ def test_an_sdxl_folder_loads_as_a_base(xl_pipe: StableDiffusionXLPipeline, tmp_
     assert all(torch.equal(v, weights[k]) for k, v in loaded.unet.state_dict().items())
 
 
+@pytest.mark.services
 def test_the_stages_train_and_evaluate_a_guide_of_an_sdxl_base(
     xl_pipe: StableDiffusionXLPipeline, world: Path
 ) -> None:

@@ -240,6 +240,7 @@ def test_built_in_configs_have_the_parameters_of_the_published_models(
     assert sum(p.numel() for p in from_layout(name, part).parameters()) == published
 
 
+@pytest.mark.services
 def test_a_checkpoint_of_the_true_sd15_layout_loads_as_a_base_without_any_config(
     tmp_path: Path,
 ) -> None:

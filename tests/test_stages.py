@@ -37,6 +37,7 @@ from components.storage import Mirror
 from components.training import share_of_work
 from pnp_core.files import read_json, write_bytes, write_json
 from tests import toy
+from tests.cases import few_of
 
 pytest_plugins = ["tests.toy"]
 quiet()
@@ -727,7 +728,7 @@ def test_rounding_in_bf16_is_no_part_of_guidance_fvu(
     assert unexplained("bf16") == unexplained("fp32")
 
 
-@pytest.mark.parametrize("method", ["unguided", "cfg", "guided"])
+@pytest.mark.parametrize("method", few_of(["unguided", "cfg", "guided"], "guided"))
 def test_images_sampled_in_bf16_are_nearly_those_of_fp32(
     inside: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -870,6 +871,7 @@ def with_another_result(fvu: float) -> str:
     return as_it_was
 
 
+@pytest.mark.services
 def test_register_that_was_killed_before_its_report_was_written_registers_once(
     inside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1122,6 +1124,7 @@ def test_storage_that_refuses_says_so_at_once(
     assert not waits
 
 
+@pytest.mark.services
 def test_a_shard_altered_at_storage_is_named(world: Path, s3: str) -> None:
     params = params_with(storage=s3)
     prepare.run(params)

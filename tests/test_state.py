@@ -153,6 +153,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.services
 def test_dvc_records_nothing_of_a_stage_whose_parameters_were_edited_and_all_of_the_next(
     stage: Path,
 ) -> None:

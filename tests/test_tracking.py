@@ -67,7 +67,7 @@ def left() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", few_of(ERRORS, "connection"))
-@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+@pytest.mark.parametrize("is_done_first", few_of([False, True], True))
 def test_curves_are_complete_and_there_once_whichever_call_failed(
     place: Path, calls: Calls, kind: str, is_done_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +242,7 @@ def test_a_journal_cut_off_in_a_line_is_gone_on_with(place: Path) -> None:
 
 
 @pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
-@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("is_training", few_of([False, True], True))
 def test_a_run_that_is_stopped_while_mlflow_begins_it_is_not_left_running(
     place: Path, calls: Calls, is_training: bool, is_done_first: bool
 ) -> None:
@@ -361,6 +361,7 @@ def test_a_killed_run_does_not_stay_running(place: Path, has_journal: bool) -> N
     assert not left()
 
 
+@pytest.mark.services
 def test_a_killed_register_does_not_stay_running(place: Path) -> None:
     kill_a_run("register")
     register(0.5)
@@ -380,7 +381,7 @@ def test_a_run_that_is_alive_is_left_alone(place: Path) -> None:
 # Registering once
 
 
-@pytest.mark.parametrize("is_done_first", [False, True], ids=["not asked", "answer lost"])
+@pytest.mark.parametrize("is_done_first", few_of([False, True], True))
 def test_what_failed_while_registering_is_registered_once_by_the_same_command(
     place: Path, calls: Calls, is_done_first: bool
 ) -> None:

@@ -106,7 +106,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("has_journal", few_of([True, False], False))
-@pytest.mark.parametrize("stage", ["distill", "register"])
+@pytest.mark.parametrize("stage", few_of(["distill", "register"], "register"))
 def test_nothing_of_a_killed_pipeline_stays_running(
     place: Path, stage: str, has_journal: bool
 ) -> None:

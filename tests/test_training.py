@@ -109,6 +109,7 @@ def test_the_loss_is_the_share_of_each_samples_own_guidance_that_is_missing() ->
     torch.testing.assert_close(loss, own / (own + FLOOR))
 
 
+@pytest.mark.services
 def test_companions_bring_a_guide_closer_to_their_own_guidance(
     pipe: StableDiffusionPipeline, examples: list[Example], tmp_path: Path
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_checkpoint_of_another_configuration_is_ignored(
     assert fresh.weights_digest() == beside.weights_digest()
 
 
+@pytest.mark.services
 def test_a_checkpoint_of_another_recipe_is_ignored(
     pipe: StableDiffusionPipeline,
     cache: TeacherCache,
@@ -300,6 +302,7 @@ def resume_on_worker(rank: int, folder: Path, seen_after_s: float | None) -> Non
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.services
 def test_workers_that_see_different_checkpoints_wait_until_they_agree_or_give_up(
     tmp_path: Path,
 ) -> None:
@@ -586,6 +589,7 @@ def test_halving_lowers_the_distance_to_two_teacher_steps(
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
+@pytest.mark.services
 def test_the_last_point_of_a_round_is_at_its_end_where_a_batch_goes_beyond_it(
     pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:

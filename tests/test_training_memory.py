@@ -32,6 +32,7 @@ from pnp_core.train import (
     train,
 )
 from tests import toy
+from tests.cases import few_of
 from tests.conftest import roused, save_lora
 from tests.test_training import DISTILL, HALVE, TRAIN, Stop, interrupted
 from tests.workers import run_workers
@@ -93,7 +94,7 @@ def test_parts_are_all_rows_in_order_and_none_is_larger_than_asked_for() -> None
     assert parts_of(slice(8, 16), None) == [slice(8, 16)]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 5, 8])
+@pytest.mark.parametrize("micro_batch_size", few_of([1, 5, 8], 5))
 @pytest.mark.parametrize("stage", ["distill", "halve"])
 def test_gradients_of_a_batch_in_parts_are_those_of_the_batch(
     stage: str, micro_batch_size: int, pipe: StableDiffusionPipeline, cache: TeacherCache
@@ -106,7 +107,7 @@ def test_gradients_of_a_batch_in_parts_are_those_of_the_batch(
     assert relative_error(gradient(losses, guide, config), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few_of(KINDS, "tiny"))
 @pytest.mark.parametrize("stage", ["distill", "halve"])
 def test_gradients_through_checkpoints_are_those_without(
     stage: str, kind: str, pipe: StableDiffusionPipeline, cache: TeacherCache
@@ -190,6 +191,7 @@ def test_a_run_in_parts_that_was_stopped_goes_on_to_the_same_guide(
     assert resumed.weights_digest() == whole.weights_digest()
 
 
+@pytest.mark.services
 def test_halving_in_parts_through_checkpoints_takes_the_same_steps(
     pipe: StableDiffusionPipeline, cache: TeacherCache, tmp_path: Path
 ) -> None:

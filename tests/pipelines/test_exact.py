@@ -13,6 +13,7 @@ from torch import Tensor
 from pnp_core.guide import Guide
 from pnp_core.plug import plug, unplug
 from pnp_core.schedule import NoiseSchedule
+from tests.cases import few_of
 from tests.pipeline_zoo import CASES, PHOTO, SIZE, Parts
 from tests.pipelines.test_addons import ip_adapter
 from tests.pipelines.test_classes import call_of, made
@@ -30,6 +31,7 @@ NAMES = [
     "StableDiffusionGLIGENPipeline",
     "StableDiffusionInpaintPipelineLegacy",
 ]
+QUICK = ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLPipeline")
 LATE = {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"}
 NUM_STEPS = 4
 EXACT = (0, 2)
@@ -66,7 +68,7 @@ def asked(pipe: Any, name: str) -> dict[str, Any]:
     return call | ({"num_inference_steps": 2 * NUM_STEPS, "strength": 0.5} if name in LATE else {})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_of(NAMES, *QUICK))
 def test_exact_steps_are_cfgs_and_the_others_the_guides_with_the_correction(
     name: str, parts: Parts
 ) -> None:
@@ -84,7 +86,7 @@ def test_exact_steps_are_cfgs_and_the_others_the_guides_with_the_correction(
     assert not np.allclose(run(pipe, call), expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few_of(NAMES, *QUICK))
 def test_as_many_exact_steps_as_steps_are_the_stock_pipeline_with_cfg(
     name: str, parts: Parts
 ) -> None:
