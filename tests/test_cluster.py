@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -477,10 +476,15 @@ def test_a_training_worker_that_hangs_too_often_is_named(world: Path) -> None:
 
 
 def for_ever(params: Params) -> Callable[[str], None]:
-    return lambda task: time.sleep(600)
+    return lambda task: begin_and_sleep()
 
 
 def train_for_ever(params: Params, report: Report) -> None:
+    begin_and_sleep()
+
+
+def begin_and_sleep() -> None:
+    Path("begun").touch()
     time.sleep(600)
 
 
@@ -504,14 +508,18 @@ def test_a_head_that_is_killed_is_told_within_seconds(
 ) -> None:
     """In a process of its own, as a stage is: Ray does not join a second cluster in one as well."""
     params_with(num_workers=1)
-    threading.Timer(40, os.killpg, [head.pid, signal.SIGKILL]).start()
-    began = time.monotonic()
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, "-c", HEAD_DIES.format(is_training=is_training)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    said = done.stderr.splitlines()[-1]
+    while not Path("begun").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(5)
+    killed = time.monotonic()
+    os.killpg(head.pid, signal.SIGKILL)
+    said = process.communicate()[1].splitlines()[-1]
     assert re.search("MayPassError: cache: the head of the Ray cluster, .*, went away", said)
-    assert 40 <= time.monotonic() - began < 90
+    assert time.monotonic() - killed < 50
