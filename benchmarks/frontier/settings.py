@@ -26,6 +26,7 @@ LABELS = {
     "guided-2": "this guide, trained a second time",
     "halved": "this guide, halved, under another solver than DDIM",
     "exact": "this guide, and CFG in some steps",
+    "halved-exact": "this guide, halved, and CFG in some steps, not under DDIM",
 }
 TRAINED_LABELS = {
     "ours": "this guide's form, trained as those below",
@@ -48,7 +49,11 @@ LCM = "lcm"
 MOST_CONSISTENT = 8
 FREE = ("cfg", "first", "interval", "reuse", "linear")
 GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact": "guided"}
+GUIDES |= {"halved-exact": "guided"}
 """Methods with a guide, and whose guide they have."""
+HALVED = ("halved", "halved-exact")
+"""Have the halved guide under other solvers than DDIM; the others have it under DDIM alone."""
+EXACT = ("exact", "halved-exact")
 # An FID of few images within this of the best may be the best of many: such layouts of a method,
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
 # near 11, so this is about 3 % of what many would show.
@@ -149,6 +154,7 @@ PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "reuse": spread,
     "linear": alternate,
     "exact": spread,
+    "halved-exact": spread,
 }
 
 
@@ -174,7 +180,7 @@ def layouts(
         return trained_layouts(method, most, solvers)
     start = 4.0 if method in GUIDES else 3.0
     places: list[tuple[int, tuple[int, ...]]] = []
-    if method == "halved":
+    if method in HALVED:
         solvers = [solver for solver in solvers if solver != "ddim"]
     if method in GUIDES and method not in PLACES:
         places.append((num_forwards, ()))

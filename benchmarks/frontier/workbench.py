@@ -23,7 +23,15 @@ from benchmarks.frontier.rivals import (
     ReusedGuidance,
     fit_linear,
 )
-from benchmarks.frontier.settings import GUIDES, LCM, MOST, TRAINED_LABELS, Setting
+from benchmarks.frontier.settings import (
+    EXACT,
+    GUIDES,
+    HALVED,
+    LCM,
+    MOST,
+    TRAINED_LABELS,
+    Setting,
+)
 from benchmarks.frontier.trained import Trained, generators
 from benchmarks.peers.lcm import sample_consistent
 from components.images import Task, batches
@@ -109,7 +117,7 @@ class Workbench:
         values = {**self.identity, "setting": setting.text}
         if (own := self.digest([setting])) is not None:
             values["guide"] = own
-        if setting.method == "exact":
+        if setting.method in EXACT:
             values["correction"] = [AT_ONCE, POWER]
         return values
 
@@ -152,7 +160,7 @@ class Workbench:
     def denoiser(self, setting: Setting) -> Denoiser:
         """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others.
 
-        But for the method that is called so.
+        But for the methods that are called so.
         """
         unet, schedule = self.sampler.pipe.unet, self.sampler.schedule
         teacher = self.sampler.teacher()
@@ -169,14 +177,14 @@ class Workbench:
             peer = self.rivals[setting.method].peer(setting.num_steps, setting.solver)
             return peer.denoiser(unet, schedule)
         guided = GuidedDenoiser(unet, self.guide(setting), schedule)
-        if setting.method == "exact":
+        if setting.method in EXACT:
             return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
         return guided
 
     def guide(self, setting: Setting) -> Guide:
         """The one of its method's bundle that a setting takes."""
         bundle = self.bundles[GUIDES[setting.method]]
-        is_halved = setting.solver == "ddim" or setting.method == "halved"
+        is_halved = setting.solver == "ddim" or setting.method in HALVED
         steps = setting.num_steps if is_halved else bundle.num_steps[-1]
         return bundle.for_steps(steps)
 
