@@ -17,10 +17,12 @@ from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
 from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
 from benchmarks.frontier.settings import (
+    EXACT,
     FORWARDS,
     FREE,
     LABELS,
     NUM_LARGE,
+    OWN,
     SCALES,
     Setting,
     climb,
@@ -142,14 +144,14 @@ def test_linear_ag_is_cfg_where_the_negative_prediction_is_linear_in_earlier_one
     assert teachers[1].negatives == 2
 
 
-@pytest.mark.parametrize("method", [*FREE, "exact", "halved"])
+@pytest.mark.parametrize("method", [*FREE, "exact", "halved", "halved-exact"])
 @pytest.mark.parametrize("num_forwards", FORWARDS)
 def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int) -> None:
     for setting in layouts(method, num_forwards):
         assert setting.forwards == num_forwards
         assert sorted(set(setting.full)) == list(setting.full)
         assert all(0 <= step < setting.num_steps for step in setting.full)
-        if method in ("reuse", "linear", "exact"):
+        if method in ("reuse", "linear", *EXACT):
             assert setting.full[0] == 0  # there is nothing before it to estimate from
     assert layouts(method, num_forwards) or num_forwards == 2
 
@@ -167,7 +169,7 @@ def test_flops_of_a_run_are_those_of_its_forwards(pipe: StableDiffusionPipeline)
 
 
 def test_a_setting_is_read_from_its_own_words() -> None:
-    for method in (*FREE, "guided", "exact"):
+    for method in (*FREE, "guided", *EXACT):
         for setting in layouts(method, 16):
             assert Setting.parse(setting.at(2.5).text) == setting.at(2.5)
 
@@ -287,7 +289,8 @@ def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
     for _ in range(2):  # the second time it is all there
         maker.compare_ways(4, is_large=is_large)
     num_images = NUM_LARGE if is_large else run.NUM_IMAGES
-    assert asked == [(method, 5.0, num_images) for method in ("guided", "halved", "exact")]
+    ways = ("guided", "halved", "exact", "halved-exact")
+    assert asked == [(method, 5.0, num_images) for method in ways]
     seeds = [{task.seed for task in tasks} for tasks in (maker.large_choosing, maker.large)]
     assert not seeds[0] & seeds[1]
     assert maker.large[: len(maker.tasks)] == maker.tasks
@@ -364,7 +367,7 @@ def test_what_was_tried_before_counts_only_where_it_would_be_tried_now(
     assert tried[best.text] == 9.0 and once_good.text not in tried
 
 
-@pytest.mark.parametrize("method", ["cfg", "linear", "guided", "exact"])
+@pytest.mark.parametrize("method", ["cfg", "linear", "guided", *EXACT])
 def test_each_method_makes_images_of_its_own(method: str, bench: workbench.Workbench) -> None:
     tasks = workbench.tasks_of(bench.params, 4, 0)
     setting = layouts(method, 8)[0]
@@ -382,9 +385,11 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
         denoiser: Any = bench.denoiser(setting)
         guided = denoiser.guided if setting.method == "exact" else denoiser
         assert guided.guide is guides[4 if setting.solver == "ddim" else 8]
-    for setting in layouts("halved", 4):
-        assert setting.solver != "ddim" and setting.num_steps == setting.forwards == 4
-        assert bench.denoiser(setting).guide is guides[4]  # type: ignore[attr-defined]
+    for setting in (*layouts("halved", 4), *layouts("halved-exact", 4)):
+        assert setting.solver != "ddim" and setting.forwards == 4
+        denoiser = bench.denoiser(setting)
+        guided = denoiser.guided if setting.method == "halved-exact" else denoiser
+        assert guided.guide is guides[4]
 
 
 def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None:
@@ -420,7 +425,8 @@ def test_kept_images_of_other_methods_are_told_by_what_they_ever_were(
     bench: workbench.Workbench,
 ) -> None:
     ever = {"version", "base", "model", "precision", "spacing", "setting"}
-    for method, more in (("cfg", set()), ("guided", {"guide"}), ("exact", {"guide", "correction"})):
+    more_of = {"cfg": set(), "guided": {"guide"}} | dict.fromkeys(EXACT, {"guide", "correction"})
+    for method, more in more_of.items():
         kept = read_json(bench._folder(layouts(method, 8)[0]) / "identity.json")
         assert kept.keys() == ever | more
 
@@ -792,9 +798,9 @@ def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
 def test_every_method_of_the_jobs_has_a_label() -> None:
     jobs = [name.split() for _, name, _ in run.jobs(["base"], [8], final=False)]
     names = {words[1] for words in jobs if words[0] == "8"}
-    assert names <= LABELS.keys() and names >= {*FREE, "guided", "exact", "halved"}
+    assert names <= LABELS.keys() and names >= {*FREE, *OWN}
     large_ones = {words[2] for words in jobs if words[0] == "large"}
-    assert large_ones == {"ways", *FREE, "guided", "exact", "halved"}
+    assert large_ones == {"ways", *FREE, *OWN}
 
 
 def test_a_final_run_makes_no_large_rows() -> None:
