@@ -41,13 +41,13 @@ mlflow: $(INSTALLED)  ## show the runs and the registry of this folder at http:/
 	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(PY) -m mlflow server --workers 1 \
 	    --backend-store-uri sqlite:///mlflow.db
 
-test: need-git $(INSTALLED)  ## run all tests
+test: need-git $(INSTALLED)  ## run the tests that are quick
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-# Real servers, killed and started again, on 127.0.0.1: minutes each.
+# Real servers, killed and started again, on 127.0.0.1, and what takes minutes.
 # A process for each file: Ray joins one cluster in a process.
-test-services: need-git $(INSTALLED)  ## run the tests that need servers
-	@failed=; for file in $$(grep -l 'mark\.services' tests/*.py); do \
+test-services: need-git $(INSTALLED)  ## run the tests that need servers or take long
+	@failed=; for file in $$(grep -rlE 'mark\.services|tests\.cases import' tests --include='test_*.py'); do \
 	    $(PY) -m pytest -m services --numprocesses 0 $$file || failed="$$failed $$file"; \
 	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 

@@ -9,7 +9,7 @@ import pytest
 def few_of(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """For ``parametrize``: those that are not quick are left to the services.
 
-    A tuple is the values of several arguments.
+    A tuple is the values of several arguments, and never that of a single one.
     """
     cases = list(cases)
     assert all(case in cases for case in quick), "a case that there is not"

@@ -222,7 +222,6 @@ def test_edits_that_are_not_committed_are_part_of_an_experiment(repository: Path
     assert git("status", "--porcelain").split()[:2] == ["M", "params.yaml"]
 
 
-@pytest.mark.services
 def test_two_runs_with_the_same_overrides_are_not_in_one_workspace_at_once(
     repository: Path,
 ) -> None:

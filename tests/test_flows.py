@@ -210,7 +210,6 @@ def test_on_a_server_the_flow_makes_the_limit_that_guards_the_gpus(
         pass
 
 
-@pytest.mark.services
 def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
     pipeline: dict[str, Any],
 ) -> None:
@@ -223,7 +222,6 @@ def test_a_flow_that_starts_at_a_later_stage_leaves_those_before_it(
     assert ran() == ["evaluate@base", "evaluate@tuned"]
 
 
-@pytest.mark.services
 def test_without_the_teacher_cache_only_training_makes_it_anew(
     pipeline: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -287,7 +287,7 @@ def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
 
     monkeypatch.setattr(maker, "_fid_of", fid_of)
     for _ in range(2):  # the second time it is all there
-        maker.compare_ways(4, is_large=is_large)
+        maker.compare_ways(4, OWN, is_large=is_large)
     num_images = NUM_LARGE if is_large else run.NUM_IMAGES
     ways = ("guided", "halved", "exact", "halved-exact")
     assert asked == [(method, 5.0, num_images) for method in ways]
@@ -302,7 +302,7 @@ def test_a_row_of_another_setting_than_the_chosen_one_is_made_anew(
 ) -> None:
     monkeypatch.setattr(run, "RUN", tmp_path)
     setting = layouts("cfg", 4)[0]
-    there = {"cfg": {"guide": None, "setting": setting.text}}
+    there = {"cfg": {"guide": None, "setting": setting.text, "num_images": run.NUM_IMAGES}}
     write_json(tmp_path / "results.json", {"setting": {}, "cells": {"base": {"4": there}}})
     maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
     made: list[Setting] = []
@@ -692,55 +692,107 @@ def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> No
 
 
 def with_large(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
-    """Results with large rows at 8 forwards."""
+    """Results with large rows at 8 forwards: of the guide and two rivals that are near the best."""
     found = results(models)
     for name in models:
-        rows = {"guided": cell("guided", 2.0, 43.0), "cfg": cell("cfg", 3.0)}
-        found["cells"][name]["large 8"] = rows | {"linear": cell("linear", 2.5, 42.0)}
-        found["cells"][name]["8"] |= {"linear": cell("linear", 5.5)}
-        ways = {"guided": {"tried": {"a": 11.0}, "of_large": 3.0}}
-        free = {"cfg": {"tried": {"a": 11.0}}, "linear": {"tried": {"a": 10.9}}}
-        found["choices"][name] = {"8": ways | free}
+        few = {"first": 7.0, "interval": 7.0, "linear": 5.2}  # beside "reuse" with 5.0
+        rows = {method: cell(method, fid) for method, fid in few.items()}
+        found["cells"][name]["8"] = found["cells"][name]["8"] | rows
+        many = {"guided": (2.0, 43.0), "reuse": (3.0, 40.0), "linear": (2.5, 42.0)}
+        rows = {method: cell(method, *scores) for method, scores in many.items()}
+        found["cells"][name]["large 8"] = rows
+        setting = rows["guided"]["setting"]
+        way = {"setting": setting, "tried": {setting: 11.0}, "of_large": 3.0}
+        found["choices"][name] = {"8": {"guided": way}}
     return found
 
 
 def test_keys_are_of_large_rows_where_all_are_there_that_they_need() -> None:
     found = with_large()
     summed = table.summary(found, ["a", "b"], [])
-    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": [8]}
+    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": [8], "fid_worst": False}
     assert summed["fid_8_base"] == summed["fid_8_mean"] == pytest.approx(2 / 2.5)
     assert summed["foreign_fid_8_mean"] == pytest.approx(2 / 2.5)
     assert summed["clip_8_base"] == pytest.approx(43 - 42)
     assert summed["fid_16_base"] == pytest.approx(4 / 5), "which has no large rows"
     found["cells"]["base"]["8"] |= {"guided": cell("guided", 5.0)}
     assert table.summary(found, ["a", "b"], [])["fid_worst"] == 1.0, "not of large rows alone yet"
+    for name in ("base", "a", "b"):
+        for at in ("16", "4"):
+            found["cells"][name][at] = found["cells"][name]["8"]
+            found["cells"][name][f"large {at}"] = found["cells"][name]["large 8"]
+            found["choices"][name][at] = found["choices"][name]["8"]
+    summed = table.summary(found, ["a", "b"], [])
+    assert summed["of_large_rows"]["fid_worst"]
+    assert summed["fid_worst"] == pytest.approx(2 / 2.5)
 
 
-@pytest.mark.parametrize("lacks", ["row of a rival", "row of the guide", "choice"])
+@pytest.mark.parametrize("lacks", ["large rival", "small rival", "guide", "choice", "setting"])
 def test_until_then_they_are_of_the_others(lacks: str) -> None:
     found = with_large()
+    cells, choice = found["cells"]["b"], found["choices"]["b"]["8"]["guided"]
     match lacks:
-        case "row of a rival":
-            del found["cells"]["b"]["large 8"]["linear"]
-        case "row of the guide":
-            del found["cells"]["b"]["large 8"]["guided"]
+        case "large rival":
+            del cells["large 8"]["linear"]
+        case "small rival":  # which may be among the strongest
+            del cells["8"]["first"]
+        case "guide":
+            del cells["large 8"]["guided"]
         case "choice":
-            del found["choices"]["b"]["8"]["guided"]["of_large"]
+            del choice["of_large"]
+        case "setting":  # was chosen anew
+            choice["setting"] = "guided ddim 8 4"
     summed = table.summary(found, ["a", "b"], [])
-    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": []}
+    assert summed["of_large_rows"] == {"base": [8], "fine-tunes": [], "fid_worst": False}
     assert summed["fid_8_base"] == pytest.approx(2 / 2.5)
     assert summed["fid_8_mean"] == pytest.approx(4 / 5)
 
 
+def test_the_strongest_free_rivals_are_those_near_the_best_by_either_judge() -> None:
+    found = with_large(["base"])
+    of = table.Found(found, ["base"])
+    assert of.strongest("base", "8") == {"reuse", "linear"}
+    judged = found["cells"]["base"]["8"]["first"]["scores"]["foreign"]
+    judged["fid"] = as_json("fid", Estimate(value=4.9))
+    assert of.strongest("base", "8") == {"reuse", "linear", "first"}
+
+
 def test_the_way_of_guiding_of_large_rows_goes_by_as_many_images() -> None:
     found = with_large(["base"])
-    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
-    ways = found["choices"]["base"]["8"]
-    ways |= {"exact": {"tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}}
+    exact = cell("exact", 3.9)
+    found["cells"]["base"]["8"] |= {"exact": exact}
+    found["cells"]["base"]["large 8"] |= {"exact": exact}
+    way = {"setting": exact["setting"], "tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}
+    found["choices"]["base"]["8"] |= {"exact": way}
     assert table.Found(found, ["base"]).own("base", "large 8") == "exact"
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
-    del ways["exact"]["of_large"]
+    del way["of_large"]
     assert table.Found(found, ["base"]).ratio("base", "large 8") is None
+
+
+def test_large_rows_are_made_of_the_best_way_and_of_the_strongest_rivals(
+    bench: workbench.Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "RUN", tmp_path)
+    maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
+    monkeypatch.setattr(maker, "fid_of_few", lambda setting: abs(setting.scale - 5))
+    fids = {"guided": 5.0, "halved": 4.8, "exact": 4.9, "halved-exact": 4.85}
+    monkeypatch.setattr(maker, "_fid_of", lambda setting, tasks: fids[setting.method])
+    free = {"cfg": 6.0, "first": 5.0, "interval": 7.0, "reuse": 5.2, "linear": 8.0}
+    made: dict[str, list[str]] = {"4": [], "large 4": []}
+
+    def make(place: str, setting: Setting, made_by: Any) -> None:
+        made[place].append(setting.method)
+        row = {setting.method: cell(setting.method, free.get(setting.method, 1.0))}
+        maker.table.change(
+            lambda results: (
+                results["cells"].setdefault("base", {}).setdefault(place, {}).update(row)
+            )
+        )
+
+    monkeypatch.setattr(maker, "cell", make)
+    maker.large_rows(4, {"guide": "", "precision": "", "commit": "", "command": ""})
+    assert made == {"4": [*FREE], "large 4": ["halved", "first", "reuse"]}
 
 
 def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
@@ -797,15 +849,15 @@ def test_fine_tunes_try_what_was_good_on_the_base_at_its_best_scale() -> None:
 
 def test_every_method_of_the_jobs_has_a_label() -> None:
     jobs = [name.split() for _, name, _ in run.jobs(["base"], [8], final=False)]
-    names = {words[1] for words in jobs if words[0] == "8"}
+    names = {words[1] for words in jobs if words[0] == "8" and words[1] != "large"}
     assert names <= LABELS.keys() and names >= {*FREE, *OWN}
-    large_ones = {words[2] for words in jobs if words[0] == "large"}
-    assert large_ones == {"ways", *FREE, *OWN}
+    assert [words for words in jobs if words[-1] == "large"] == [["8", "large"]]
 
 
-def test_a_final_run_makes_no_large_rows() -> None:
+def test_a_final_run_makes_no_large_rows_and_tries_nothing_that_came_later() -> None:
     names = [name for _, name, _ in run.jobs(["a"], [8], final=True)]
-    assert "8 cfg" in names and not any(name.startswith("large") for name in names)
+    assert "8 exact" in names
+    assert not any("large" in name or "halved-exact" in name for name in names)
 
 
 # ImageNet's classes of what the world draws too

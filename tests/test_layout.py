@@ -214,3 +214,15 @@ def test_make_says_what_to_do_where_git_knows_no_repository(tmp_path: Path) -> N
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "git init" in done.stderr
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_make_gives_the_services_every_file_that_leaves_them_tests() -> None:
+    command = ["make", "--silent", "test-services", "INSTALLED=Makefile", "PY=echo"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    leaves = re.compile(r"mark\.services|^from tests\.cases import", re.MULTILINE)
+    files = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if leaves.search(path.read_text())
+    ]
+    expected = {path.relative_to(ROOT).as_posix() for path in files}
+    assert {line.split()[-1] for line in done.stdout.splitlines()} == expected
+    assert "tests/pipelines/test_classes.py" in expected

@@ -46,7 +46,6 @@ def test_a_gpu_that_a_preset_does_not_fit_is_refused_with_a_micro_batch_that_doe
         assert peaks[1] > memory_gb - memory.RESERVED_GB or rows == "512"
 
 
-@pytest.mark.services
 @pytest.mark.usefixtures("for_a_small_unet")
 def test_a_way_in_which_not_one_sample_fits_is_not_proposed() -> None:
     step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")

@@ -184,7 +184,6 @@ def test_compiled_without_a_break_or_recompilation_it_gives_the_same_images(
     assert np.allclose(generate(pipe, guidance_scale=1.0), stock, atol=1e-5)
 
 
-@pytest.mark.services
 def test_exact_steps_compile_without_a_break_and_once(pipe: StableDiffusionPipeline) -> None:
     plug(pipe, guide_of_one_level(pipe), exact_steps=1)
     calls: list[dict[str, Any]] = [

@@ -67,7 +67,9 @@ def left() -> list[str]:
 
 
 @pytest.mark.parametrize("kind", few_of(ERRORS, "connection"))
-@pytest.mark.parametrize("is_done_first", few_of([False, True], True))
+@pytest.mark.parametrize(
+    "is_done_first", few_of([False, True], True), ids=["not asked", "answer lost"]
+)
 def test_curves_are_complete_and_there_once_whichever_call_failed(
     place: Path, calls: Calls, kind: str, is_done_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +383,9 @@ def test_a_run_that_is_alive_is_left_alone(place: Path) -> None:
 # Registering once
 
 
-@pytest.mark.parametrize("is_done_first", few_of([False, True], True))
+@pytest.mark.parametrize(
+    "is_done_first", few_of([False, True], True), ids=["not asked", "answer lost"]
+)
 def test_what_failed_while_registering_is_registered_once_by_the_same_command(
     place: Path, calls: Calls, is_done_first: bool
 ) -> None:

@@ -19,6 +19,7 @@ import torch
 from benchmarks.frontier import judges as judging
 from benchmarks.frontier.final import models_to_run
 from benchmarks.frontier.settings import (
+    AFTER_FINAL,
     CONSISTENT,
     FREE,
     GUIDES,
@@ -35,7 +36,7 @@ from benchmarks.frontier.settings import (
     layouts,
     row_name,
 )
-from benchmarks.frontier.table import TRAININGS, Found
+from benchmarks.frontier.table import Found
 from benchmarks.frontier.trained import trained
 from benchmarks.frontier.workbench import Workbench, tasks_of
 from benchmarks.quality import precision_of
@@ -204,14 +205,14 @@ class Maker:
         self.table.change(change)
         return best
 
-    def compare_ways(self, num_forwards: int, *, is_large: bool) -> None:
+    def compare_ways(self, num_forwards: int, ways: Sequence[str], *, is_large: bool) -> None:
         """FID of each way to take the guide, of as many images as a row has, or a large one.
 
         So few as settings are chosen by can't tell methods apart.
         """
         name, at = self.bench.name, str(num_forwards)
         key, tasks = ("of_large", self.large_choosing) if is_large else ("of_many", self.many)
-        for method in OWN:
+        for method in ways:
             setting = self.choose(method, num_forwards)
             if setting is None:
                 continue
@@ -233,15 +234,21 @@ class Maker:
         of_base = self.table.read()["choices"].get("base", {}).get(str(num_forwards), {})
         return method == "cfg" or method in GUIDES or method in contenders(of_base)
 
-    def is_large(self, method: str, num_forwards: int) -> bool:
-        """Whether keys are of a method's large row: the guide as it is taken, and what rivals it.
-
-        Also the guide alone.
-        """
-        if method in GUIDES:
-            found = Found(self.table.read(), [self.bench.name])
-            return method in ("guided", found.own(self.bench.name, large(num_forwards)))
-        return self.is_contender(method, num_forwards)
+    def large_rows(self, num_forwards: int, made_by: Record) -> None:
+        """What keys compare: the way that the guide is taken in, and the strongest free rivals."""
+        name, at = self.bench.name, str(num_forwards)
+        for method in FREE:
+            if setting := self.choose(method, num_forwards):
+                self.cell(at, setting, made_by)
+        self.compare_ways(num_forwards, OWN, is_large=True)
+        results = self.table.read()
+        tried = results["choices"].get(name, {}).get(at, {})
+        ways = [way for way in OWN if "of_large" in tried.get(way, {})]
+        best = min(ways, key=lambda way: float(tried[way]["of_large"]))
+        for method in (best, *sorted(Found(results, [name]).strongest(name, at))):
+            setting = self.choose(method, num_forwards)
+            assert setting
+            self.cell(large(num_forwards), setting, made_by)
 
     def _try(
         self, setting: Setting, tried: dict[Setting, float], kept: Mapping[Setting, float]
@@ -271,9 +278,10 @@ class Maker:
         name = self.bench.name
         known = self.table.read()["cells"].get(name, {}).get(place, {}).get(setting.method)
         guide = self.bench.digest([setting])
-        if known and (known["guide"], known["setting"]) == (guide, setting.text):
-            return
         tasks = self.tasks if place == forwards_of(place) else self.large
+        wanted = guide, setting.text, len(tasks)
+        if known and tuple(known[key] for key in ("guide", "setting", "num_images")) == wanted:
+            return
         images, milliseconds = self.bench.images(setting, tasks)
         judges: dict[str, tuple[judging.Sees, RealImages]] = {
             "world": (self.judge, RealImages(self.references("world"))),
@@ -379,7 +387,8 @@ def jobs(
     models: Sequence[str], forwards: Sequence[int], *, final: bool
 ) -> Iterator[tuple[str, str, Job]]:
     """What is to be done, in this order: model, the job's name, and the job."""
-    methods = ("guided", "cfg", *(m for m in (*FREE, *GUIDES) if m not in ("guided", "cfg")))
+    left_out = ("guided", "cfg", *(AFTER_FINAL if final else ()))
+    methods = ("guided", "cfg", *(m for m in (*FREE, *GUIDES) if m not in left_out))
 
     def choice(method: str, n: int) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
@@ -388,10 +397,10 @@ def jobs(
 
         return job
 
-    def ways(n: int, *, is_large: bool = False) -> Job:
+    def ways(n: int) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
             del made_by
-            maker.compare_ways(n, is_large=is_large)
+            maker.compare_ways(n, [way for way in OWN if way in methods], is_large=False)
 
         return job
 
@@ -405,10 +414,9 @@ def jobs(
 
         return job
 
-    def large_row(method: str, n: int) -> Job:
+    def large_rows(n: int) -> Job:
         def job(maker: Maker, made_by: Record) -> None:
-            if maker.is_large(method, n) and (chosen := maker.choose(method, n)):
-                maker.cell(large(n), chosen, made_by)
+            maker.large_rows(n, made_by)
 
         return job
 
@@ -430,9 +438,9 @@ def jobs(
             if model == "base":
                 for method in methods:
                     yield model, f"choose {n} {method}", choice(method, n)
+            yield model, f"choose {n} ways", ways(n)  # before a row makes one of them count
             for method in methods:
                 yield model, f"{n} {method} first", row(method, n, of_contenders=True)
-            yield model, f"choose {n} ways", ways(n)
     for model in models:
         for steps in EQUAL_STEPS:
             yield model, f"equal {steps}", equal(steps)
@@ -452,10 +460,7 @@ def jobs(
         return
     for model in models:
         for n in main:
-            yield model, f"large {n} ways", ways(n, is_large=True)
-            for method in methods:
-                if method not in TRAININGS[1:]:
-                    yield model, f"large {n} {method}", large_row(method, n)
+            yield model, f"{n} large", large_rows(n)
 
 
 def run(

@@ -1,5 +1,6 @@
 """What the table says: the numbers that the project answers for."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,13 @@ from benchmarks.frontier.settings import (
     FREE,
     LARGE,
     MOST_CONSISTENT,
+    NEAR_STRONGEST,
     OWN,
     TRAINED_LABELS,
     contenders,
     forwards_of,
     large,
+    layouts,
 )
 from components.evaluation import Estimate
 
@@ -54,26 +57,50 @@ class Found:
     def rival(self, model: str, place: str, judge: str = "world") -> str | None:
         """The free rival of least FID; None until all that may be it have rows, and the guide."""
         made = self.cells.get(model, {}).get(place, {})
-        of_base = self.choices.get("base", {}).get(forwards_of(place), {})
-        wanted = {"cfg", "guided", *contenders(of_base)}
-        if not wanted <= made.keys():
+        of_base = self.choices.get("base", {}).get(place, {})
+        if place == forwards_of(place):
+            wanted = {"cfg", "guided", *contenders(of_base)}
+        else:
+            wanted = self.strongest(model, forwards_of(place))
+            made = {method: made[method] for method in wanted if method in made}
+        if not wanted or not wanted <= made.keys():
             return None
         free = [method for method in FREE if method in made]
         return min(free, key=lambda method: made[method]["scores"][judge]["fid"]["value"])
 
+    def strongest(self, model: str, place: str) -> set[str]:
+        """The free rivals that may be the best of many images, by the rows of few and both judges.
+
+        None until all of them have rows there.
+        """
+        made = self.cells.get(model, {}).get(place, {})
+        free = [method for method in FREE if layouts(method, int(place))]
+        if not free or not set(free) <= made.keys():
+            return set()
+        found = set()
+        for judge in ("world", "foreign"):
+            fids = {method: made[method]["scores"][judge]["fid"]["value"] for method in free}
+            least = min(fids.values())
+            found |= {method for method in free if fids[method] <= NEAR_STRONGEST * least}
+        return found
+
     def own(self, model: str, place: str) -> str:
         """The guide alone, halved or with exact steps, by FID of other images than the table's.
 
-        Empty for large rows while the ways have no FID of as many.
+        Empty for large rows until all ways have an FID of as many images, of the setting that is
+        chosen, and the best of them a row of that setting.
         """
         at = forwards_of(place)
         tried = self.choices.get(model, {}).get(at, {})
-        made = self.cells.get(model, {}).get(at, {})
+        made = self.cells.get(model, {}).get(place, {})
+        if place != at:
+            ways = [way for way in OWN if way in tried]
+            fids = {way: tried[way].get("of_large", math.inf) for way in ways}
+            best = min(ways, key=lambda way: float(fids[way]), default="")
+            is_there = best in made and made[best]["setting"] == tried[best]["setting"]
+            return best if is_there and math.inf not in fids.values() else ""
         ways = [way for way in OWN if way in made and way in tried]
-        key = "of_many" if place == at else "of_large"
-        of_many = {way: tried[way][key] for way in ways if key in tried[way]}
-        if place != at and not len(of_many) == len(ways) > 0:
-            return ""
+        of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
         fids = of_many if len(of_many) == len(ways) else of_few
         return min(ways, key=lambda way: float(fids[way]), default="guided")
@@ -303,6 +330,7 @@ def summary(
         "of_large_rows": {
             "base": [int(at) for at in COSTS if has_large(rows, ["base"], [at])],
             "fine-tunes": [int(at) for at in COSTS if tuned and has_large(rows, tuned, [at])],
+            "fid_worst": has_large(rows, ["base", *tuned], COSTS),
         },
         "intervals": intervals,
         "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
