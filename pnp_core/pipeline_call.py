@@ -329,8 +329,8 @@ class PipelineCall(Call):
         if self.guide is None:
             num_steps = steps_of(self.pipe.scheduler) or max(bundle.num_steps)
             self.guide = bundle.for_steps(num_steps)
-            best = bundle.scheduler_for(num_steps)
-            if best is not None and not best.is_of(self.pipe.scheduler):
+            best = bundle.scheduler_for(num_steps)  # chosen without exact steps
+            if best and not self.plug.exact_steps and not best.is_of(self.pipe.scheduler):
                 self.plug.warn_once(
                     f"This guide is best at {num_steps} steps with {best}, and the pipeline has "
                     f"{of_scheduler(self.pipe.scheduler) or type(self.pipe.scheduler).__name__}: "

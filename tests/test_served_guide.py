@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -231,5 +231,15 @@ def test_another_scheduler_than_the_best_is_warned_about_once(
     caplog.clear()
     bundle.scheduler_for(2).set(pipe)
     assert not pipe.scheduler.config.clip_sample
+    pipe("a cat", num_inference_steps=4, guidance_scale=4.0)
+    assert not caplog.records
+
+
+def test_with_exact_steps_no_scheduler_is_said_to_be_the_best(
+    version: Path, pipe: StableDiffusionPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was found without them."""
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    plug(pipe, GuideBundle.load(version), exact_steps=2)
     pipe("a cat", num_inference_steps=4, guidance_scale=4.0)
     assert not caplog.records
