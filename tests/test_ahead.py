@@ -13,6 +13,7 @@ from pnp_core.ahead import StepsAhead, place_of
 from pnp_core.guide import KINDS, Guide, GuideConfig
 from pnp_core.guide.kind import Effect, Prepared
 from pnp_core.plug import plug
+from tests.cases import few_of
 from tests.conftest import roused
 
 
@@ -22,7 +23,7 @@ def halve_the_scale(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) 
     return given
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few_of(KINDS, "tiny"))
 @pytest.mark.parametrize(
     ("scheduler", "call"),
     [

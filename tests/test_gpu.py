@@ -71,9 +71,7 @@ def not_compiled(scale: Scale, scratch: Path) -> Iterator[Group]:
         yield Group(names, lambda opened=opened, names=names: {n: opened()[n] for n in names})
 
 
-@pytest.mark.parametrize(
-    "what", few_of(["sd15", "sdxl", "sd15, not compiled"], "sd15, not compiled")
-)
+@pytest.mark.parametrize("what", few_of(["sd15", "sdxl", "sd15, not compiled"]))
 def test_every_row_is_made_on_toys(
     what: str, scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

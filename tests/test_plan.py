@@ -81,6 +81,7 @@ def test_what_is_counted_on_meta_tensors_is_what_real_ones_take() -> None:
     assert memory.count(lambda: step("meta"), mixed=False).peak == real.peak > 0
 
 
+@pytest.mark.services
 @pytest.mark.usefixtures("for_a_small_unet")
 def test_checkpoints_take_less_and_more_samples_more() -> None:
     step = plan.step_of(plan.unet_config("sd15"), small_params(), "meta")

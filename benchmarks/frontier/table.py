@@ -71,7 +71,7 @@ class Found:
     def strongest(self, model: str, place: str) -> set[str]:
         """The free rivals that may be the best of many images, by the rows of few and both judges.
 
-        None until all of them have rows there.
+        Empty until all of them have rows there.
         """
         made = self.cells.get(model, {}).get(place, {})
         free = [method for method in FREE if layouts(method, int(place))]

@@ -102,7 +102,7 @@ WITH_CALLBACKS = [
 ]
 
 
-@pytest.mark.parametrize("name", WITH_CALLBACKS)
+@pytest.mark.parametrize("name", few_of(WITH_CALLBACKS, *WITH_CALLBACKS[::3]))
 def test_a_callback_sees_what_it_would_of_the_stock_pipeline_and_may_give_it_back_anew(
     name: str, parts: Parts
 ) -> None:
