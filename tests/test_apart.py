@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import s3fs
-import torch
 from safetensors.torch import load_file
 
 from components import cache, distill, evaluate, halve, prepare, shipping
@@ -396,10 +395,12 @@ def test_nodes_that_see_nothing_make_the_same_cache_guides_and_images(
     for path, tensors in weights.items():
         found = load_file(path / WEIGHTS)
         assert found.keys() == tensors.keys()
-        distance = torch.cat([(found[name] - tensors[name]).abs().flatten() for name in tensors])
-        # sums of other parts of the batch end in other last bits, which steps of an even size make
-        # larger here and there
-        assert distance.max() < 2e-2 and (distance > 5e-3).double().mean() < 0.01
+        for name, tensor in found.items():
+            # sums of other parts of the batch end in other last bits, which steps of an even size
+            # make larger here and there: in one of a hundred, and of fewer in one
+            distance = (tensor - tensors[name]).abs()
+            num_far = int((distance > 5e-3).sum())
+            assert distance.max() < 2e-2 and num_far <= max(1, 0.01 * distance.numel())
     evaluate.run(params_with(None), "tuned")  # by the guide that was just made
     sampled = images()
     for folder in (SAMPLED, EVALUATED):

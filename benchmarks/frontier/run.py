@@ -36,7 +36,7 @@ from benchmarks.frontier.settings import (
     layouts,
     row_name,
 )
-from benchmarks.frontier.table import Found
+from benchmarks.frontier.table import Found, best_of_large
 from benchmarks.frontier.trained import trained
 from benchmarks.frontier.workbench import Workbench, tasks_of
 from benchmarks.quality import precision_of
@@ -242,9 +242,7 @@ class Maker:
                 self.cell(at, setting, made_by)
         self.compare_ways(num_forwards, OWN, is_large=True)
         results = self.table.read()
-        tried = results["choices"].get(name, {}).get(at, {})
-        ways = [way for way in OWN if "of_large" in tried.get(way, {})]
-        best = min(ways, key=lambda way: float(tried[way]["of_large"]))
+        best = best_of_large(results["choices"][name][at])
         for method in (best, *sorted(Found(results, [name]).strongest(name, at))):
             setting = self.choose(method, num_forwards)
             assert setting

@@ -1,6 +1,5 @@
 """What the table says: the numbers that the project answers for."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,11 +93,9 @@ class Found:
         tried = self.choices.get(model, {}).get(at, {})
         made = self.cells.get(model, {}).get(place, {})
         if place != at:
-            ways = [way for way in OWN if way in tried]
-            fids = {way: tried[way].get("of_large", math.inf) for way in ways}
-            best = min(ways, key=lambda way: float(fids[way]), default="")
+            best = best_of_large(tried)
             is_there = best in made and made[best]["setting"] == tried[best]["setting"]
-            return best if is_there and math.inf not in fids.values() else ""
+            return best if is_there else ""
         ways = [way for way in OWN if way in made and way in tried]
         of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
@@ -194,6 +191,17 @@ def worst(found: Sequence[Estimate | None], *, least: bool = False) -> Estimate 
     if not found or len(estimates) < len(found):
         return None
     return (min if least else max)(estimates, key=lambda one: one.value)
+
+
+def best_of_large(tried: Mapping[str, Any]) -> str:
+    """The way to take the guide that has the least FID of as many images as a large row.
+
+    Empty until all ways that are in ``tried``, choices at a cost, have one.
+    """
+    ways = [way for way in OWN if way in tried]
+    if not all("of_large" in tried[way] for way in ways):
+        return ""
+    return min(ways, key=lambda way: float(tried[way]["of_large"]), default="")
 
 
 def has_large(found: Found, models: Sequence[str], costs: Sequence[str]) -> bool:
