@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import s3fs
+import torch
 from safetensors.torch import load_file
 
 from components import cache, distill, evaluate, halve, prepare, shipping
@@ -395,12 +396,13 @@ def test_nodes_that_see_nothing_make_the_same_cache_guides_and_images(
     for path, tensors in weights.items():
         found = load_file(path / WEIGHTS)
         assert found.keys() == tensors.keys()
-        for name, tensor in found.items():
-            # sums of other parts of the batch end in other last bits, which steps of an even size
-            # make larger here and there: in one of a hundred, and of fewer in one
-            distance = (tensor - tensors[name]).abs()
-            num_far = int((distance > 5e-3).sum())
-            assert distance.max() < 2e-2 and num_far <= max(1, 0.01 * distance.numel())
+        # sums of other parts of the batch end in other last bits, which steps of an even size make
+        # larger in a few weights
+        ours, theirs = (
+            torch.cat([one[name].flatten() for name in tensors]) for one in (tensors, found)
+        )
+        distance = (ours - theirs).abs()
+        assert distance.max() < 2e-2 and distance.norm() < 5e-3 * ours.norm()
     evaluate.run(params_with(None), "tuned")  # by the guide that was just made
     sampled = images()
     for folder in (SAMPLED, EVALUATED):
