@@ -4,7 +4,7 @@ A batch that is doubled for classifier-free guidance is one or more blocks, each
 under their negative prompts and then of the same samples under their prompts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -131,21 +131,12 @@ def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> 
     return value
 
 
-def changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """What a UNet returned, a tuple or diffusers' own class, with its prediction changed."""
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return type(output)(sample=change(output.sample))
-
-
 def doubled(output: Any, num_samples: int) -> Any:
-    """What a UNet returned, with both halves the same."""
-
-    def both(sample: Tensor) -> Tensor:
-        blocks = sample.unflatten(0, (-1, num_samples))
-        return torch.stack([blocks, blocks], dim=1).flatten(0, 2)
-
-    return changed(output, both)
+    """What a UNet returned, a tuple or diffusers' own class, with both halves the same."""
+    is_tuple = isinstance(output, tuple)
+    blocks = (output[0] if is_tuple else output.sample).unflatten(0, (-1, num_samples))
+    both = torch.stack([blocks, blocks], dim=1).flatten(0, 2)
+    return (both, *output[1:]) if is_tuple else type(output)(sample=both)
 
 
 def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:

@@ -28,12 +28,11 @@ from pnp_core.callbacks import (
 from pnp_core.calls import Call, Negatives, now, suspended
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.encoded import BEFORE, Encoded, Encodings, why_unknown
-from pnp_core.exact import ExactSteps, exact_steps_with
+from pnp_core.exact import ExactSteps, spread
 from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import (
     NEGATIVE,
     Forwards,
-    changed,
     check_text,
     doubled,
     forwards_left,
@@ -241,33 +240,20 @@ class PipelineCall(Call):
 
     def end(self, output: Any) -> Any:
         """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""
-        scale, exact = self.guidance_scale, self.exact
-        if not self.doubles or scale <= 1 or self.is_before_its_run():
+        is_unguided = self.guidance_scale <= 1 or self.is_before_its_run()
+        if not self.doubles or is_unguided or self.is_exact:
             return None
-        if exact is not None and self.is_exact:
-            sample = output[0] if isinstance(output, tuple) else output.sample
-            negative, positive = sample.chunk(2)
-            exact.keep(positive - negative, self.timestep)
-            return None
-        strength = self.plug.strength
-        if exact is not None and strength > 0:
-            more = strength * (scale - 1)
-            output = changed(output, lambda eps: exact.correct(eps, self.timestep, more))
         return doubled(output, self.num_prompts or self.num_samples)
 
     def begins_exact(self, arguments: Mapping[str, Any]) -> bool:
         """Whether this forward is to be CFG's own; counts all of the call's."""
         if self.plug.exact_steps == 0 or (self.exact is None and self.guidance_scale <= 1):
             return False
-        self.timestep = timestep_of(arguments)[:1]
         if self.exact is None:
-            number = self.plug.exact_steps
-            self.exact = exact_steps_with(self.pipe.scheduler, number, self.num_forwards())
+            timestep = timestep_of(arguments)[:1]
+            num_forwards = forwards_left(self.pipe, timestep, self.denoising_end)
+            self.exact = ExactSteps(spread(self.plug.exact_steps, num_forwards))
         return self.exact.begin()
-
-    def num_forwards(self) -> int:
-        """Of the whole call, which is at its first."""
-        return forwards_left(self.pipe, self.timestep, self.denoising_end)
 
     def check_both(self, arguments: Mapping[str, Any]) -> None:
         """Raise ValueError if a callback has left states of the prompt alone in a doubled batch."""
@@ -390,8 +376,6 @@ class PipelineCall(Call):
         self.num_samples = len(latents)
         if self.num_prompts is not None:
             self.num_prompts = len(latents)
-        if self.exact is not None:
-            self.exact.difference = None  # which of its rows are whose can't be told
 
     def first_halves(self) -> dict[str, Tensor | None]:
         """Of all that CFG has in two halves; None: the same as the second."""

@@ -42,8 +42,8 @@ def plug(
         guide: a guide, or one for each of several step counts.
         strength: multiplies what the guide does; at least 0.
         exact_steps: how many of a call's steps are CFG's own, of two forwards; at least 0. They are
-            spread evenly from the first step on, and correct the guided ones after them, see
-            :mod:`pnp_core.exact`. A step that has several forwards counts as several.
+            spread evenly from the first step on. A step that has several forwards counts as
+            several.
 
     Returns:
         ``pipe``.

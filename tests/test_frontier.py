@@ -17,7 +17,6 @@ from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
 from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
 from benchmarks.frontier.settings import (
-    EXACT,
     FORWARDS,
     FREE,
     LABELS,
@@ -144,14 +143,14 @@ def test_linear_ag_is_cfg_where_the_negative_prediction_is_linear_in_earlier_one
     assert teachers[1].negatives == 2
 
 
-@pytest.mark.parametrize("method", [*FREE, "exact", "halved", "halved-exact"])
+@pytest.mark.parametrize("method", [*FREE, "halved", "mixed"])
 @pytest.mark.parametrize("num_forwards", FORWARDS)
 def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int) -> None:
     for setting in layouts(method, num_forwards):
         assert setting.forwards == num_forwards
         assert sorted(set(setting.full)) == list(setting.full)
         assert all(0 <= step < setting.num_steps for step in setting.full)
-        if method in ("reuse", "linear", *EXACT):
+        if method in ("reuse", "linear", "mixed"):
             assert setting.full[0] == 0  # there is nothing before it to estimate from
     assert layouts(method, num_forwards) or num_forwards == 2
 
@@ -169,7 +168,7 @@ def test_flops_of_a_run_are_those_of_its_forwards(pipe: StableDiffusionPipeline)
 
 
 def test_a_setting_is_read_from_its_own_words() -> None:
-    for method in (*FREE, "guided", *EXACT):
+    for method in (*FREE, "guided", "mixed"):
         for setting in layouts(method, 16):
             assert Setting.parse(setting.at(2.5).text) == setting.at(2.5)
 
@@ -289,7 +288,7 @@ def test_the_ways_to_take_the_guide_are_compared_by_as_many_images_as_a_row_has(
     for _ in range(2):  # the second time it is all there
         maker.compare_ways(4, OWN, is_large=is_large)
     num_images = NUM_LARGE if is_large else run.NUM_IMAGES
-    ways = ("guided", "halved", "exact", "halved-exact")
+    ways = ("guided", "halved", "mixed")
     assert asked == [(method, 5.0, num_images) for method in ways]
     seeds = [{task.seed for task in tasks} for tasks in (maker.large_choosing, maker.large)]
     assert not seeds[0] & seeds[1]
@@ -367,7 +366,7 @@ def test_what_was_tried_before_counts_only_where_it_would_be_tried_now(
     assert tried[best.text] == 9.0 and once_good.text not in tried
 
 
-@pytest.mark.parametrize("method", ["cfg", "linear", "guided", *EXACT])
+@pytest.mark.parametrize("method", ["cfg", "linear", "guided", "mixed"])
 def test_each_method_makes_images_of_its_own(method: str, bench: workbench.Workbench) -> None:
     tasks = workbench.tasks_of(bench.params, 4, 0)
     setting = layouts(method, 8)[0]
@@ -381,14 +380,13 @@ def test_a_guide_is_halved_under_ddim_and_unhalved_under_other_solvers(
     bench: workbench.Workbench,
 ) -> None:
     guides = bench.bundles["guided"].guides
-    for setting in (*layouts("guided", 4), *layouts("exact", 4)):
+    for setting in layouts("guided", 4):
         denoiser: Any = bench.denoiser(setting)
-        guided = denoiser.guided if setting.method == "exact" else denoiser
-        assert guided.guide is guides[4 if setting.solver == "ddim" else 8]
-    for setting in (*layouts("halved", 4), *layouts("halved-exact", 4)):
+        assert denoiser.guide is guides[4 if setting.solver == "ddim" else 8]
+    for setting in (*layouts("halved", 4), *layouts("mixed", 4)):
         assert setting.solver != "ddim" and setting.forwards == 4
         denoiser = bench.denoiser(setting)
-        guided = denoiser.guided if setting.method == "halved-exact" else denoiser
+        guided = denoiser.guided if setting.method == "mixed" else denoiser
         assert guided.guide is guides[4]
 
 
@@ -413,7 +411,7 @@ def test_what_a_guided_step_costs_is_counted(bench: workbench.Workbench) -> None
 
 @torch.no_grad()
 def test_exact_steps_cost_two_forwards_of_a_guided_run(bench: workbench.Workbench) -> None:
-    setting = layouts("exact", 8)[0]
+    setting = layouts("mixed", 8)[0]
     plain = Setting(method="unguided", solver="ddim", num_steps=1, scale=1.0)
     task = workbench.tasks_of(bench.params, 8, 0)[:1]
     spent = {of: bench._flops_of(of, task) for of in (plain, setting)}
@@ -425,7 +423,7 @@ def test_kept_images_of_other_methods_are_told_by_what_they_ever_were(
     bench: workbench.Workbench,
 ) -> None:
     ever = {"version", "base", "model", "precision", "spacing", "setting"}
-    more_of = {"cfg": set(), "guided": {"guide"}} | dict.fromkeys(EXACT, {"guide", "correction"})
+    more_of: dict[str, set[str]] = {"cfg": set(), "guided": {"guide"}, "mixed": {"guide"}}
     for method, more in more_of.items():
         kept = read_json(bench._folder(layouts(method, 8)[0]) / "identity.json")
         assert kept.keys() == ever | more
@@ -666,8 +664,8 @@ def test_whether_the_guide_has_exact_steps_is_chosen_by_other_images_than_the_ta
     tried: tuple[float, float], taken: str, clip: float
 ) -> None:
     found = results(["base"])
-    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9, 42.0)}
-    by_method = zip(("guided", "exact"), tried, strict=True)
+    found["cells"]["base"]["8"] |= {"mixed": cell("mixed", 3.9, 42.0)}
+    by_method = zip(("guided", "mixed"), tried, strict=True)
     found["choices"] = {"base": {"8": {name: {"tried": {"": x}} for name, x in by_method}}}
     found["choices"]["base"]["8"]["cfg"] = {"tried": {"": 12.0}}
     summed = table.summary(found, [], [])
@@ -680,15 +678,26 @@ def test_whether_the_guide_has_exact_steps_is_chosen_by_other_images_than_the_ta
 
 def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> None:
     found = results(["base"])
-    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
+    found["cells"]["base"]["8"] |= {"mixed": cell("mixed", 3.9)}
     ways = {
         "guided": {"tried": {"a": 11.0}, "of_many": 5.0},
-        "exact": {"tried": {"b": 11.5}, "of_many": 4.9},
+        "mixed": {"tried": {"b": 11.5}, "of_many": 4.9},
     }
     found["choices"] = {"base": {"8": ways}}
-    assert table.Found(found, ["base"]).own("base", "8") == "exact"
-    del ways["exact"]["of_many"]
+    assert table.Found(found, ["base"]).own("base", "8") == "mixed"
+    del ways["mixed"]["of_many"]
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
+
+
+def test_ways_that_are_no_longer_made_count_where_there_is_no_row_of_what_came_after_them() -> None:
+    found = results(["base"])
+    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
+    ways = {"guided": {"tried": {"a": 11.0}}, "exact": {"tried": {"b": 10.5}}}
+    found["choices"] = {"base": {"8": ways}}
+    assert table.Found(found, ["base"]).own("base", "8") == "exact"
+    ways["mixed"] = {"tried": {"c": 10.8}}
+    found["cells"]["base"]["8"] |= {"mixed": cell("mixed", 3.9)}
+    assert table.Found(found, ["base"]).own("base", "8") == "mixed"
 
 
 def with_large(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
@@ -759,12 +768,12 @@ def test_the_strongest_free_rivals_are_those_near_the_best_by_either_judge() -> 
 
 def test_the_way_of_guiding_of_large_rows_goes_by_as_many_images() -> None:
     found = with_large(["base"])
-    exact = cell("exact", 3.9)
-    found["cells"]["base"]["8"] |= {"exact": exact}
-    found["cells"]["base"]["large 8"] |= {"exact": exact}
+    exact = cell("mixed", 3.9)
+    found["cells"]["base"]["8"] |= {"mixed": exact}
+    found["cells"]["base"]["large 8"] |= {"mixed": exact}
     way = {"setting": exact["setting"], "tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}
-    found["choices"]["base"]["8"] |= {"exact": way}
-    assert table.Found(found, ["base"]).own("base", "large 8") == "exact"
+    found["choices"]["base"]["8"] |= {"mixed": way}
+    assert table.Found(found, ["base"]).own("base", "large 8") == "mixed"
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
     del way["of_large"]
     assert table.Found(found, ["base"]).ratio("base", "large 8") is None
@@ -776,7 +785,7 @@ def test_large_rows_are_made_of_the_best_way_and_of_the_strongest_rivals(
     monkeypatch.setattr(run, "RUN", tmp_path)
     maker = run.Maker(bench, run.Table(tmp_path / "results.json", {}), NOBODY, NOBODY)
     monkeypatch.setattr(maker, "fid_of_few", lambda setting: abs(setting.scale - 5))
-    fids = {"guided": 5.0, "halved": 4.8, "exact": 4.9, "halved-exact": 4.85}
+    fids = {"guided": 5.0, "halved": 4.8, "mixed": 4.9}
     monkeypatch.setattr(maker, "_fid_of", lambda setting, tasks: fids[setting.method])
     free = {"cfg": 6.0, "first": 5.0, "interval": 7.0, "reuse": 5.2, "linear": 8.0}
     made: dict[str, list[str]] = {"4": [], "large 4": []}
@@ -810,7 +819,7 @@ def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
 def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> None:
     found = results(["base"])
     cells = found["cells"]["base"]["8"]
-    cells["exact"] = {**cells["guided"], "setting": "exact ddim 6 3 0,3"}
+    cells["mixed"] = {**cells["guided"], "setting": "mixed unipc 6 3 0,3"}
     page = as_markdown(found)
     assert page.count("CFG in some steps: FID over the best free rival's 0.800") == 1
 
@@ -856,8 +865,8 @@ def test_every_method_of_the_jobs_has_a_label() -> None:
 
 def test_a_final_run_makes_no_large_rows_and_tries_nothing_that_came_later() -> None:
     names = [name for _, name, _ in run.jobs(["a"], [8], final=True)]
-    assert "8 exact" in names
-    assert not any("large" in name or "halved-exact" in name for name in names)
+    assert "8 halved" in names
+    assert not any("large" in name or "mixed" in name for name in names)
 
 
 # ImageNet's classes of what the world draws too

@@ -275,7 +275,7 @@ def test_what_a_callback_writes_into_the_negative_prompt_alone_has_no_effect_as_
         assert np.array_equal(generate(each, **size, **asked), generate(each, **size))
 
 
-def test_an_exact_step_of_more_samples_corrects_none_after_a_callback_has_dropped_some(
+def test_a_callback_may_drop_samples_after_an_exact_step(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
     """Compared with a run that is handed over to our own denoiser."""

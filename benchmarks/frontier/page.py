@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from benchmarks.frontier.final import final_models
 from benchmarks.frontier.judges import from_json
 from benchmarks.frontier.settings import (
+    FORMER,
     GUIDES,
     LABELS,
     MOST,
@@ -95,7 +96,7 @@ def compared(found: Found, model: str, place: str) -> list[str]:
     """A sentence for each method with a guide: beside the best free rival at this cost."""
     lines = []
     own = found.own(model, place)
-    for method in GUIDES:
+    for method in (*GUIDES, *FORMER):
         chosen = " (what is taken, by the images for choosing)" if method == own else ""
         ratio, foreign = (found.ratio(model, place, j, method) for j in ("world", "foreign"))
         lead = found.clip_lead(model, place, method)
@@ -122,7 +123,7 @@ def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
 
     own, apart = precision("100", "cfg"), []
     for place in (*COSTS, "2"):
-        made_in = {one for method in GUIDES if (one := precision(place, method))}
+        made_in = {one for method in (*GUIDES, *FORMER) if (one := precision(place, method))}
         if others := sorted(made_in - {own}):
             apart.append(f"{place} forwards in {' and '.join(others)}")
     if own is None or not apart:

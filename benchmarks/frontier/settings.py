@@ -25,9 +25,13 @@ LABELS = {
     "guided": "this guide",
     "guided-2": "this guide, trained a second time",
     "halved": "this guide, halved, under another solver than DDIM",
-    "exact": "this guide, and CFG in some steps",
-    "halved-exact": "this guide, halved, under another solver than DDIM, and CFG in some steps",
+    "mixed": "this guide, halved, under another solver than DDIM, and CFG in some steps",
 }
+FORMER_LABELS = {
+    "exact": "this guide, and CFG in some steps, which correct the others",
+    "halved-exact": "this guide, halved, and CFG in some steps, which correct the others",
+}
+LABELS |= FORMER_LABELS
 TRAINED_LABELS = {
     "ours": "this guide's form, trained as those below",
     "meng": "the whole UNet (Meng et al. 2023)",
@@ -48,19 +52,19 @@ CONSISTENT = ("lcm-1", "lcm-8")
 LCM = "lcm"
 MOST_CONSISTENT = 8
 FREE = ("cfg", "first", "interval", "reuse", "linear")
-GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "exact": "guided"}
-GUIDES |= {"halved-exact": "guided"}
+GUIDES = {"guided": "guided", "guided-2": "guided-2", "halved": "guided", "mixed": "guided"}
 """Methods with a guide, and whose guide they have."""
-HALVED = ("halved", "halved-exact")
+HALVED = ("halved", "mixed")
 """Have the halved guide under other solvers than DDIM; the others have it under DDIM alone."""
-EXACT = ("exact", "halved-exact")
 # An FID of few images within this of the best may be the best of many: such layouts of a method,
 # and such free rivals of the base, are followed first. By their number alone 192 images have an FID
 # near 11, so this is about 3 % of what many would show.
 NEAR_BEST = 1.015
 OWN = tuple(method for method, guide in GUIDES.items() if guide == "guided")
-"""What the guide is taken in: alone, halved under another solver, with exact steps, or both."""
-AFTER_FINAL = ("halved-exact",)
+"""What the guide is taken in: alone, halved under another solver, or so with exact steps."""
+FORMER = tuple(FORMER_LABELS)
+"""Ways that are not in the package any more: their rows count where there is none of `mixed`."""
+AFTER_FINAL = ("mixed",)
 """Came after the final models had been looked at, and is not tried on them."""
 NEAR_STRONGEST = 1.05
 """A free rival within this of the least FID of 576 images, by either judge, has a large row."""
@@ -157,8 +161,7 @@ PLACES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "interval": interval,
     "reuse": spread,
     "linear": alternate,
-    "exact": spread,
-    "halved-exact": spread,
+    "mixed": spread,
 }
 
 

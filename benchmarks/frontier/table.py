@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.frontier.judges import from_json, rounded
 from benchmarks.frontier.settings import (
     CONSISTENT,
+    FORMER,
     FREE,
     LARGE,
     MOST_CONSISTENT,
@@ -96,7 +97,8 @@ class Found:
             best = best_of_large(tried)
             is_there = best in made and made[best]["setting"] == tried[best]["setting"]
             return best if is_there else ""
-        ways = [way for way in OWN if way in made and way in tried]
+        former = () if "mixed" in made else FORMER
+        ways = [way for way in (*OWN, *former) if way in made and way in tried]
         of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
         fids = of_many if len(of_many) == len(ways) else of_few

@@ -24,7 +24,6 @@ from benchmarks.frontier.rivals import (
     fit_linear,
 )
 from benchmarks.frontier.settings import (
-    EXACT,
     GUIDES,
     HALVED,
     LCM,
@@ -41,7 +40,7 @@ from components.rows import load_row
 from components.sampling import Sampler, choose_tasks
 from pnp_core.bundle import GuideBundle
 from pnp_core.denoiser import Denoiser, GuidedDenoiser, PlainDenoiser
-from pnp_core.exact import AT_ONCE, POWER, ExactDenoiser
+from pnp_core.exact import ExactDenoiser
 from pnp_core.files import write_json, write_tensors
 from pnp_core.guide import Guide
 from pnp_core.metrics import count_flops
@@ -117,8 +116,6 @@ class Workbench:
         values = {**self.identity, "setting": setting.text}
         if (own := self.digest([setting])) is not None:
             values["guide"] = own
-        if setting.method in EXACT:
-            values["correction"] = [AT_ONCE, POWER]
         return values
 
     def _folder(self, setting: Setting) -> Path:
@@ -177,7 +174,7 @@ class Workbench:
             peer = self.rivals[setting.method].peer(setting.num_steps, setting.solver)
             return peer.denoiser(unet, schedule)
         guided = GuidedDenoiser(unet, self.guide(setting), schedule)
-        if setting.method in EXACT:
+        if setting.full:
             return ExactDenoiser(guided, teacher, setting.full, setting.num_steps)
         return guided
 
