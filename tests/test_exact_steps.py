@@ -22,7 +22,7 @@ from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.exact import ExactDenoiser, spread
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import encode_prompts
-from pnp_core.plug import plug
+from pnp_core.plug import plug, unplug
 from pnp_core.sample import initial_noise, sample
 from pnp_core.schedule import NoiseSchedule, sampling_timesteps
 from tests.conftest import roused
@@ -276,7 +276,7 @@ def test_a_callback_sees_and_changes_both_prompts_as_in_the_stock_pipeline(
         generate(pipe, **switching(alone))
 
 
-def test_strength_scales_the_guide_but_no_exact_step(
+def test_without_strength_exact_steps_are_cfgs_and_the_others_unguided(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
     text, null = (encode_prompts(pipe, [p]).states_NLD for p in ("a cat", ""))
@@ -316,7 +316,11 @@ def test_a_scheduler_without_noise_levels_serves(
     pipe: StableDiffusionPipeline, tiny: Guide
 ) -> None:
     pipe.scheduler = IPNDMScheduler()
+    stock = generate(pipe, negative_prompt="a dog")
     plug(pipe, tiny, exact_steps=2)
     rows = rows_run(pipe.unet)
-    assert np.isfinite(generate(pipe, **LATENT)).all()
+    assert np.isfinite(generate(pipe, negative_prompt="a dog", **LATENT)).all()
     assert rows == [2, 1, 2, 1]
+    unplug(pipe)
+    plug(pipe, tiny, exact_steps=4)
+    assert np.array_equal(generate(pipe, negative_prompt="a dog"), stock)

@@ -19,6 +19,7 @@ from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit
 from benchmarks.frontier.settings import (
     FORWARDS,
     FREE,
+    GUIDES,
     LABELS,
     NUM_LARGE,
     OWN,
@@ -151,7 +152,7 @@ def test_every_layout_costs_what_it_stands_under(method: str, num_forwards: int)
         assert sorted(set(setting.full)) == list(setting.full)
         assert all(0 <= step < setting.num_steps for step in setting.full)
         if method in ("reuse", "linear", "mixed"):
-            assert setting.full[0] == 0  # there is nothing before it to estimate from
+            assert setting.full[0] == 0
     assert layouts(method, num_forwards) or num_forwards == 2
 
 
@@ -328,8 +329,9 @@ def test_closeness_leaves_the_rows_of_weights_that_are_not_here(
     monkeypatch.setattr(run, "CLOSE_STEPS", 2)
     monkeypatch.setattr(run, "NUM_CLOSE", 4)
     settings = {method: layouts(method, 4)[0] for method in ("guided", "halved", "guided-2", "cfg")}
+    settings["exact"] = Setting.parse("exact ddim 3 3 0")
     cells = {
-        method: {"setting": setting.text, "guide": None if method == "cfg" else "another"}
+        method: {"setting": setting.text, "guide": "another" if method in GUIDES else None}
         for method, setting in settings.items()
     }
     cells["guided"]["guide"] = bench.digest([settings["guided"]])
@@ -689,15 +691,46 @@ def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> No
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
 
 
-def test_ways_that_are_no_longer_made_count_where_there_is_no_row_of_what_came_after_them() -> None:
+def test_former_ways_count_where_many_images_compared_them_and_nothing_came_after_them() -> None:
     found = results(["base"])
-    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.9)}
-    ways = {"guided": {"tried": {"a": 11.0}}, "exact": {"tried": {"b": 10.5}}}
+    cells = found["cells"]["base"]
+    cells["8"] |= {method: cell(method, 3.9) for method in ("exact", "halved-exact")}
+    ways = {"guided": {"tried": {"a": 11.0}, "of_many": 5.0}}
+    ways |= {way: {"tried": {"b": 10.5}} for way in ("exact", "halved-exact")}
     found["choices"] = {"base": {"8": ways}}
-    assert table.Found(found, ["base"]).own("base", "8") == "exact"
-    ways["mixed"] = {"tried": {"c": 10.8}}
-    found["cells"]["base"]["8"] |= {"mixed": cell("mixed", 3.9)}
-    assert table.Found(found, ["base"]).own("base", "8") == "mixed"
+    of = table.Found(found, ["base"])
+    assert of.own("base", "8") == "guided"  # as on the final models
+    ways["halved-exact"] |= {"of_many": 4.8}
+    assert of.own("base", "8") == "halved-exact"
+    assert table.summary(found, [], [])["of_former_ways"] == ["base, 8 forwards"]
+    ways["mixed"] = {"tried": {"c": 10.8}, "of_many": 4.9}
+    cells["8"] |= {"mixed": cell("mixed", 3.9)}
+    assert of.own("base", "8") == "mixed"
+    assert table.summary(found, [], [])["of_former_ways"] == []
+
+
+def test_the_tables_in_the_repository_are_of_the_results_there() -> None:
+    assert run.RESULTS.with_suffix(".md").read_text() == as_markdown(read_json(run.RESULTS))
+
+
+def test_each_way_to_take_the_guide_has_a_label_and_runs_of_its_own() -> None:
+    assert len(set(LABELS.values())) == len(LABELS)
+    found = results(["base"])
+    ways = ("exact", "halved-exact", "mixed")
+    found["cells"]["base"]["8"] |= {method: cell(method, 3.9) for method in ways}
+    found["records"] = {
+        row_name("base", "8", method): [
+            {"guide": "g", "precision": "fp32", "commit": "c", "command": f"makes {method}"}
+        ]
+        for method in ways
+    }
+    page = as_markdown(found)
+    of_base = page.split("## base, 8 forwards")[1].split("\n## ")[0]
+    for number, method in enumerate(ways, 1):
+        assert f"{number}. Guide g, fp32, commit c, `makes {method}`." in page
+        (row,) = [line for line in of_base.splitlines() if line.startswith(f"| {LABELS[method]} |")]
+        assert row.endswith(f"| {number} |")
+        assert f"For {LABELS[method]}: FID over the best free rival's" in of_base
 
 
 def with_large(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
@@ -712,7 +745,8 @@ def with_large(models: Collection[str] = ("base", "a", "b")) -> dict[str, Any]:
         found["cells"][name]["large 8"] = rows
         setting = rows["guided"]["setting"]
         way = {"setting": setting, "tried": {setting: 11.0}, "of_large": 3.0}
-        found["choices"][name] = {"8": {"guided": way}}
+        others = {method: {"tried": {"": 12.0}, "of_large": 3.5} for method in ("halved", "mixed")}
+        found["choices"][name] = {"8": {"guided": way, **others}}
     return found
 
 
@@ -736,7 +770,9 @@ def test_keys_are_of_large_rows_where_all_are_there_that_they_need() -> None:
     assert summed["fid_worst"] == pytest.approx(2 / 2.5)
 
 
-@pytest.mark.parametrize("lacks", ["large rival", "small rival", "guide", "choice", "setting"])
+@pytest.mark.parametrize(
+    "lacks", ["large rival", "small rival", "guide", "choice", "way", "setting"]
+)
 def test_until_then_they_are_of_the_others(lacks: str) -> None:
     found = with_large()
     cells, choice = found["cells"]["b"], found["choices"]["b"]["8"]["guided"]
@@ -749,6 +785,8 @@ def test_until_then_they_are_of_the_others(lacks: str) -> None:
             del cells["large 8"]["guided"]
         case "choice":
             del choice["of_large"]
+        case "way":
+            del found["choices"]["b"]["8"]["mixed"]
         case "setting":  # was chosen anew
             choice["setting"] = "guided ddim 8 4"
     summed = table.summary(found, ["a", "b"], [])
@@ -768,10 +806,10 @@ def test_the_strongest_free_rivals_are_those_near_the_best_by_either_judge() -> 
 
 def test_the_way_of_guiding_of_large_rows_goes_by_as_many_images() -> None:
     found = with_large(["base"])
-    exact = cell("mixed", 3.9)
-    found["cells"]["base"]["8"] |= {"mixed": exact}
-    found["cells"]["base"]["large 8"] |= {"mixed": exact}
-    way = {"setting": exact["setting"], "tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}
+    mixed = cell("mixed", 3.9)
+    found["cells"]["base"]["8"] |= {"mixed": mixed}
+    found["cells"]["base"]["large 8"] |= {"mixed": mixed}
+    way = {"setting": mixed["setting"], "tried": {"b": 11.5}, "of_large": 2.9, "of_many": 9.0}
     found["choices"]["base"]["8"] |= {"mixed": way}
     assert table.Found(found, ["base"]).own("base", "large 8") == "mixed"
     assert table.Found(found, ["base"]).own("base", "8") == "guided"

@@ -180,8 +180,10 @@ def test_what_encodes_a_prompt_in_a_callback_changes_nothing(
     assert np.array_equal(made, expected)
 
 
-def handed_over(pipe: Any, predict: Callable[..., torch.Tensor], **options: Any) -> torch.Tensor:
-    """The latents of a run of four steps whose last two are taken here, by `predict`."""
+def handed_over(
+    pipe: Any, predict: Callable[..., torch.Tensor], *, after: int = 2, **options: Any
+) -> torch.Tensor:
+    """The latents of a run of four steps whose last ones are taken here, by `predict`."""
     kept: list[torch.Tensor] = []
 
     def keep(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -190,9 +192,9 @@ def handed_over(pipe: Any, predict: Callable[..., torch.Tensor], **options: Any)
 
     generate(pipe, callback_on_step_end=keep, **options)
     pipe.scheduler.set_timesteps(4)
-    latents = kept[1]
+    latents = kept[after - 1]
     with torch.no_grad():
-        for t in pipe.scheduler.timesteps[2:]:
+        for t in pipe.scheduler.timesteps[after:]:
             latents = pipe.scheduler.step(predict(latents, t), t, latents).prev_sample
     return latents
 
@@ -275,8 +277,9 @@ def test_what_a_callback_writes_into_the_negative_prompt_alone_has_no_effect_as_
         assert np.array_equal(generate(each, **size, **asked), generate(each, **size))
 
 
-def test_a_callback_may_drop_samples_after_an_exact_step(
-    pipe: StableDiffusionPipeline, tiny: Guide
+@pytest.mark.parametrize("after", [1, 2])
+def test_a_callback_may_drop_samples_after_an_exact_step_and_after_a_guided_one(
+    pipe: StableDiffusionPipeline, tiny: Guide, after: int
 ) -> None:
     """Compared with a run that is handed over to our own denoiser."""
     plug(pipe, tiny, exact_steps=1)
@@ -284,7 +287,7 @@ def test_a_callback_may_drop_samples_after_an_exact_step(
     prompts = {"prompt": ["a cat", "a cow"], "negative_prompt": ["a dog", "red"]}
 
     def drop(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if step != 1:
+        if step != after - 1:
             return given
         return {"latents": given["latents"][1:], "prompt_embeds": given["prompt_embeds"][[1, 3]]}
 
@@ -293,7 +296,9 @@ def test_a_callback_may_drop_samples_after_an_exact_step(
     c, n = pipe.encode_prompt(prompts["prompt"], "cpu", 1, True, prompts["negative_prompt"])
     denoiser = GuidedDenoiser(pipe.unet, tiny, NoiseSchedule.from_scheduler(pipe.scheduler))
     conditions = Conditions.at_scale(4.0, c_BLD=c, n_BLD=n)
-    latents = handed_over(pipe, lambda z, t: denoiser(z, t.expand(2), conditions), **prompts)
+    latents = handed_over(
+        pipe, lambda z, t: denoiser(z, t.expand(2), conditions), after=after, **prompts
+    )
     np.testing.assert_allclose(made, latents[1:].numpy(), atol=1e-4)
 
 

@@ -242,7 +242,7 @@ class Maker:
                 self.cell(at, setting, made_by)
         self.compare_ways(num_forwards, OWN, is_large=True)
         results = self.table.read()
-        best = best_of_large(results["choices"][name][at])
+        best = best_of_large(results["choices"][name][at], num_forwards)
         for method in (best, *sorted(Found(results, [name]).strongest(name, at))):
             setting = self.choose(method, num_forwards)
             assert setting

@@ -87,18 +87,20 @@ class Found:
     def own(self, model: str, place: str) -> str:
         """The guide alone, halved or with exact steps, by FID of other images than the table's.
 
-        Empty for large rows until all ways have an FID of as many images, of the setting that is
-        chosen, and the best of them a row of that setting.
+        A former way counts where there is no row of what came after it and many images compared it,
+        but not for large rows. Empty for those until all ways have an FID of as many images, of the
+        setting that is chosen, and the best of them a row of that setting.
         """
         at = forwards_of(place)
         tried = self.choices.get(model, {}).get(at, {})
         made = self.cells.get(model, {}).get(place, {})
         if place != at:
-            best = best_of_large(tried)
+            best = best_of_large(tried, int(at))
             is_there = best in made and made[best]["setting"] == tried[best]["setting"]
             return best if is_there else ""
-        former = () if "mixed" in made else FORMER
-        ways = [way for way in (*OWN, *former) if way in made and way in tried]
+        ways = [way for way in OWN if way in made and way in tried]
+        if "mixed" not in made:
+            ways += [way for way in FORMER if way in made and "of_many" in tried.get(way, {})]
         of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
         fids = of_many if len(of_many) == len(ways) else of_few
@@ -195,15 +197,21 @@ def worst(found: Sequence[Estimate | None], *, least: bool = False) -> Estimate 
     return (min if least else max)(estimates, key=lambda one: one.value)
 
 
-def best_of_large(tried: Mapping[str, Any]) -> str:
+def best_of_large(tried: Mapping[str, Any], num_forwards: int) -> str:
     """The way to take the guide that has the least FID of as many images as a large row.
 
-    Empty until all ways that are in ``tried``, choices at a cost, have one.
+    Empty until all ways that there are at this cost have one in ``tried``, its choices.
     """
-    ways = [way for way in OWN if way in tried]
-    if not all("of_large" in tried[way] for way in ways):
+    ways = [way for way in OWN if layouts(way, num_forwards)]
+    if not all("of_large" in tried.get(way, {}) for way in ways):
         return ""
-    return min(ways, key=lambda way: float(tried[way]["of_large"]), default="")
+    return min(ways, key=lambda way: float(tried[way]["of_large"]))
+
+
+def by_former_ways(found: Found, models: Sequence[str]) -> list[str]:
+    """Where the keys are of a way to take the guide that is not in the package any more."""
+    places = [(name, at) for name in models for at in COSTS]
+    return [f"{name}, {at} forwards" for name, at in places if found.own(name, at) in FORMER]
 
 
 def has_large(found: Found, models: Sequence[str], costs: Sequence[str]) -> bool:
@@ -342,6 +350,7 @@ def summary(
             "fine-tunes": [int(at) for at in COSTS if tuned and has_large(rows, tuned, [at])],
             "fid_worst": has_large(rows, ["base", *tuned], COSTS),
         },
+        "of_former_ways": by_former_ways(rows, ["base", *tuned]),
         "intervals": intervals,
         "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
         "models": sorted(results["cells"]),

@@ -24,6 +24,7 @@ from benchmarks.frontier.rivals import (
     fit_linear,
 )
 from benchmarks.frontier.settings import (
+    FORMER,
     GUIDES,
     HALVED,
     LCM,
@@ -155,9 +156,9 @@ class Workbench:
         }
 
     def denoiser(self, setting: Setting) -> Denoiser:
-        """A fresh denoiser for one run. Guides are halved under DDIM, unhalved under others.
+        """A fresh denoiser for one run.
 
-        But for the methods that are called so.
+        Guides are halved under DDIM, under others those of the methods in `HALVED` alone.
         """
         unet, schedule = self.sampler.pipe.unet, self.sampler.schedule
         teacher = self.sampler.teacher()
@@ -189,7 +190,7 @@ class Workbench:
         """Whether there is what a method has trained, if it has."""
         if method in GUIDES:
             return GUIDES[method] in self.bundles
-        return method in self.rivals or method not in TRAINED_LABELS
+        return method in self.rivals or method not in (*TRAINED_LABELS, *FORMER)
 
     def digest(self, settings: Sequence[Setting]) -> str | None:
         """Of the weights that these settings of a method take; None where none are trained."""
