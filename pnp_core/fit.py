@@ -166,15 +166,13 @@ def check_keeps_nothing(unet: Any) -> None:
                     "which does not fit exact steps: take it off, or plug the guide with "
                     "exact_steps=0."
                 )
-    blocks = (*unet.down_blocks, unet.mid_block, *unet.up_blocks)
-    if any(
-        "forward" in vars(block) and not {"_hf_hook", "_diffusers_hook"} & vars(block).keys()
-        for block in blocks
-        if block is not None
-    ):
+        is_offloaded = not {"_hf_hook", "_diffusers_hook"}.isdisjoint(vars(part))
+        if part is unet or is_offloaded or "forward" not in vars(part):
+            continue
         raise ValueError(
-            "The forward of a block of this UNet has been replaced, as DeepCache does, whose kept "
-            "features don't fit exact steps: take it off, or plug the guide with exact_steps=0."
+            f"A forward within this UNet has been replaced, of {type(part).__name__}, as DeepCache "
+            "and T-GATE do, whose kept features don't fit exact steps: take it off, or plug the "
+            "guide with exact_steps=0."
         )
 
 

@@ -96,6 +96,8 @@ class PipelineCall(Call):
         self.forwards = Forwards(self.name, self.way, doubles=self.doubles)
         self.exact: ExactSteps | None = None
         self.is_exact = False  # the forward under way
+        self.has_halved = False  # a callback, what CFG has in two halves
+        self.keeps_both = False  # guidance has ended, the batch is doubled still
         self.prepared: Prepared | None = None
         self.ahead = StepsAhead()
         self.prepared_for: tuple[Any, ...] = ()
@@ -201,6 +203,10 @@ class PipelineCall(Call):
             self.plug.warn_once(BEFORE.format(self.name))
             return None
         self.is_exact = self.begins_exact(arguments)
+        if self.keeps_both:
+            self.halve(arguments)
+            self.num_samples = len(arguments["sample"])
+            return None
         if scale > 1:
             if self.num_prompts is None and self.asks:
                 raise ValueError(why_unknown(self.name, began_unguided=self.began_unguided))
@@ -241,7 +247,7 @@ class PipelineCall(Call):
     def end(self, output: Any) -> Any:
         """The UNet's output for a pipeline that awaits a doubled batch; None: leave it as it is."""
         is_unguided = self.guidance_scale <= 1 or self.is_before_its_run()
-        if not self.doubles or is_unguided or self.is_exact:
+        if not self.keeps_both and (not self.doubles or is_unguided or self.is_exact):
             return None
         return doubled(output, self.num_prompts or self.num_samples)
 
@@ -355,6 +361,7 @@ class PipelineCall(Call):
                     "a guide can't follow: do that between calls."
                 )
             self.follow_samples(returned)
+            self.keeps_both = self.still_doubles(returned)
             if not self.doubles:
                 changed = halves.take_back(returned, (*CONDITIONS, *self.images), self.num_samples)
                 if "prompt_embeds" in changed:
@@ -376,6 +383,15 @@ class PipelineCall(Call):
         self.num_samples = len(latents)
         if self.num_prompts is not None:
             self.num_prompts = len(latents)
+
+    def still_doubles(self, returned: Any) -> bool:
+        """Whether a callback ended guidance by the scale alone: masks and all are doubled still."""
+        if not (self.asks and self.doubles and self.has_forwards) or self.began_unguided:
+            return False
+        text = returned.get("prompt_embeds") if isinstance(returned, dict) else None
+        if isinstance(text, Tensor) and len(text) < 2 * (self.num_prompts or self.num_samples):
+            self.has_halved = True
+        return not self.has_halved and float(self.pipe._guidance_scale) <= 1  # and not NaN
 
     def first_halves(self) -> dict[str, Tensor | None]:
         """Of all that CFG has in two halves; None: the same as the second."""

@@ -310,7 +310,7 @@ def plugged_class(stock: Any) -> Any:
     if way_in(stock) == ASKS:
 
         def do_classifier_free_guidance(self: Any) -> bool:
-            """Whether the batch is doubled: in a call only if it has exact steps.
+            """Whether the batch is doubled: in a call only if it has exact steps, then to its end.
 
             Where prompts are encoded, whether those of both kinds are: as in the stock pipeline.
             """
@@ -319,7 +319,7 @@ def plugged_class(stock: Any) -> Any:
             if call is None or call.is_encoding:
                 return bool(asked)
             call.has_asked = True
-            return bool(asked) and call.doubles
+            return call.keeps_both or (bool(asked) and call.doubles)
 
         names["do_classifier_free_guidance"] = property(do_classifier_free_guidance)
     made: Any = type(stock.__name__, (Plugged, stock, *called_within(stock)), names)

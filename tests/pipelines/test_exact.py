@@ -30,24 +30,43 @@ NAMES = [
 ]
 QUICK = ("StableDiffusionImg2ImgPipeline", "StableDiffusionXLPipeline")
 LATE = {"StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipelineLegacy"}
+ENDED = [
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+]
 NUM_STEPS = 4
 EXACT = (0, 2)
 
 
 class PartlyExact(Reference):
-    """Passes the doubled batch on at the exact steps."""
+    """Passes the doubled batch on at the exact steps; gives no guidance from some step on."""
 
-    def __init__(self, unet: Any, guide: Guide, scheduler: SchedulerMixin, exact: Any) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        guide: Guide,
+        scheduler: SchedulerMixin,
+        exact: Any,
+        end: int = NUM_STEPS,
+    ) -> None:
         super().__init__(unet, guide, 1, scheduler)
+        self.end = end
         self.exact, self.number = exact, -1
 
     def forward(self, *args: Any, **more: Any) -> Any:
         self.number += 1
-        return (
-            self.unet(*args, **more)
-            if self.number in self.exact
-            else super().forward(*args, **more)
-        )
+        if self.number not in self.exact and self.number < self.end:
+            return super().forward(*args, **more)
+        output = self.unet(*args, **more)
+        if self.number < self.end:
+            return output
+        c = output[0].chunk(2)[1]
+        return (torch.cat([c, c]),)
 
 
 def asked(pipe: Any, name: str) -> dict[str, Any]:
@@ -106,13 +125,41 @@ def test_guess_mode_keeps_its_meaning_in_exact_steps(parts: Parts) -> None:
     assert np.array_equal(run(pipe, call), stock)
 
 
+@pytest.mark.parametrize("end", [1, 2])
+@pytest.mark.parametrize("name", few_of(ENDED, *ENDED[:2]))
+def test_guidance_that_a_callback_ends_by_the_scale_alone_is_ended(
+    name: str, end: int, parts: Parts
+) -> None:
+    """What stock pipelines can't do where a mask or an image is doubled besides the prompts."""
+    pipe = made(name, parts)
+    unet, guide, call = pipe.unet, guide_for(pipe.unet), asked(pipe, name)
+    stand_in(pipe, PartlyExact(unet, guide, pipe.scheduler, EXACT, end))
+    expected = run(pipe, call)
+    stand_in(pipe, unet)
+
+    def stop(running: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == end - 1:
+            running._guidance_scale = 0.5
+        return given
+
+    plug(pipe, guide, exact_steps=2)
+    rows = rows_run(unet)
+    made_now = run(pipe, {**call, "callback_on_step_end": stop})
+    np.testing.assert_allclose(made_now, expected, atol=1e-3)
+    assert rows == [2, 1, 1, 1]
+
+
 @torch.no_grad()
-def test_a_block_that_keeps_features_from_step_to_step_is_refused(parts: Parts) -> None:
+@pytest.mark.parametrize("part", ["mid_block", "mid_block.attentions.0.transformer_blocks.0.attn2"])
+def test_a_part_that_may_keep_features_from_step_to_step_is_refused(
+    part: str, parts: Parts
+) -> None:
     pipe = made("StableDiffusionPipeline", parts)
     plug(pipe, guide_for(pipe.unet), exact_steps=1)
     call = asked(pipe, "StableDiffusionPipeline")
-    pipe.unet.mid_block.forward = pipe.unet.mid_block.forward
-    with pytest.raises(ValueError, match=r"as DeepCache does.*exact_steps=0"):
+    module = pipe.unet.get_submodule(part)
+    module.forward = module.forward
+    with pytest.raises(ValueError, match=r"as DeepCache and T-GATE do.*exact_steps=0"):
         run(pipe, call)
 
 
