@@ -256,8 +256,7 @@ class PipelineCall(Call):
         if self.plug.exact_steps == 0 or (self.exact is None and self.guidance_scale <= 1):
             return False
         if self.exact is None:
-            timestep = timestep_of(arguments)[:1]
-            num_forwards = forwards_left(self.pipe, timestep, self.denoising_end)
+            num_forwards = forwards_left(self.pipe, timestep_of(arguments)[:1], self.denoising_end)
             self.exact = ExactSteps(spread(self.plug.exact_steps, num_forwards))
         return self.exact.begin()
 
@@ -391,7 +390,8 @@ class PipelineCall(Call):
         text = returned.get("prompt_embeds") if isinstance(returned, dict) else None
         if isinstance(text, Tensor) and len(text) < 2 * (self.num_prompts or self.num_samples):
             self.has_halved = True
-        return not self.has_halved and float(self.pipe._guidance_scale) <= 1  # and not NaN
+        scale = float(getattr(self.pipe, "_guidance_scale", self.asked_scale))
+        return not self.has_halved and scale <= 1  # NaN: ended as in the stock pipeline
 
     def first_halves(self) -> dict[str, Tensor | None]:
         """Of all that CFG has in two halves; None: the same as the second."""

@@ -403,8 +403,6 @@ def test_nodes_that_see_nothing_make_the_same_cache_guides_and_images(
         )
         distance = (ours - theirs).abs()
         assert distance.max() < 2e-2 and distance.norm() < 5e-3 * ours.norm()
-        for name, tensor in found.items():
-            assert (tensor - tensors[name]).norm() <= 0.2 * tensors[name].norm(), name
     evaluate.run(params_with(None), "tuned")  # by the guide that was just made
     sampled = images()
     for folder in (SAMPLED, EVALUATED):
