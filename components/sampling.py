@@ -54,12 +54,14 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
 
     The same for every model but one that has prompts of its own, which come in their place.
     Prompts come again, with other seeds, where there are fewer than images. One that stands in both
-    parts of the data is a trained one, and so is one of prompts.txt. Raises ValueError if the
-    prepared data holds no prompts of a kind.
+    parts of the data is a trained one, and so is one of prompts.txt. Raises ValueError if there
+    is no prepared data, or it holds no prompts of a kind.
     """
     found: dict[str, set[str]] = {}
     for split in ("train", "heldout"):
         path = PREPARED / f"{split}.parquet"
+        if not path.exists():
+            raise ValueError(f"there is no {path}: `dvc repro prepare` makes it")
         found[split] = set(read_prompts(path))
         if not found[split]:
             raise ValueError(

@@ -29,6 +29,11 @@ def why_unknown(name: str, *, began_unguided: bool) -> str:
     return (BEGAN_UNGUIDED if began_unguided else NOT_ENCODED).format(name)
 
 
+PROMPTS_FIRST = (
+    "{} has the prompt's states before those of the negative prompt in its doubled batch, where a "
+    "guide takes them for the negative ones: swap them, torch.cat([negative, prompt]), and what "
+    "comes of them too, or use it unplugged."
+)
 NO_NEGATIVE = (
     "This pipeline's encode_prompt was asked for the states of a negative prompt by "
     "do_classifier_free_guidance=True and gave none, and a guide needs them: use it unplugged."
@@ -71,6 +76,13 @@ class Encoded(NamedTuple):
         last = text[-len(self.positive) :]
         return last.shape == self.positive.shape and torch.equal(last, self.positive.to(last))
 
+    def is_reversed_in(self, text: Tensor) -> bool:
+        """Whether a doubled batch has these prompts' states before those of the negative ones."""
+        if len(text) != 2 * len(self.positive) or self.is_run_under(text):
+            return False
+        halves = zip(text.chunk(2), (self.positive, self.negative), strict=True)
+        return all(torch.equal(half, own.to(half).expand_as(half)) for half, own in halves)
+
     def has_negative_of(self, other: "Encoded") -> bool:
         """Whether both have the same negative prompts."""
         ours, theirs = (
@@ -95,6 +107,11 @@ class Encodings:
     def forget(self) -> None:
         """A callback has said what the prompts are."""
         self.all.clear()
+
+    def check_order(self, name: str, text: Tensor) -> None:
+        """Raise ValueError if a doubled batch has prompts first, and negative ones behind them."""
+        if any(each.is_reversed_in(text) for each in self.all):
+            raise ValueError(PROMPTS_FIRST.format(name))
 
     def run_under(self, name: str, text: Tensor, *, must: bool) -> Encoded | None:
         """Of several, the one that a forward is run under; None: that of the forward before.

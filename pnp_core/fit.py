@@ -139,17 +139,22 @@ def check_copies(unet: UNet2DConditionModel) -> None:
             )
 
 
-def check_face_embeddings(unet: Any, num_samples: int) -> None:
-    """Raise ValueError if an IP-Adapter FaceID-Plus has CLIP embeddings for a doubled batch."""
+def check_face_embeddings(unet: Any, num_samples: int, *, with_exact_steps: bool) -> None:
+    """Raise ValueError if CLIP embeddings of an IP-Adapter FaceID-Plus don't fit a call's steps."""
     projections = getattr(unet.encoder_hid_proj, "image_projection_layers", ())
     for number, layer in enumerate(projections):
         kept = getattr(layer, "clip_embeds", None)
+        if kept is not None and with_exact_steps:
+            raise ValueError(
+                "An IP-Adapter FaceID-Plus has as many clip_embeds as all steps have rows, and an "
+                "exact step has twice as many as a guided one: plug the guide with exact_steps=0."
+            )
         if kept is not None and len(kept) == 2 * num_samples:
             raise ValueError(
                 "The clip_embeds of an IP-Adapter FaceID-Plus are of both prompts, and a guided "
                 "step runs under the prompt alone: take their second half, "
                 f"layer.clip_embeds = layer.clip_embeds.chunk(2)[1] with layer = pipe.unet."
-                f"encoder_hid_proj.image_projection_layers[{number}], without exact steps."
+                f"encoder_hid_proj.image_projection_layers[{number}]."
             )
 
 

@@ -107,6 +107,23 @@ def check_text(name: str, sample: Tensor, text: Tensor, negative: Tensor) -> Non
         )
 
 
+def check_both(name: str, arguments: Mapping[str, Any], *, asks: bool) -> None:
+    """Raise ValueError if a callback has left states of the prompt alone in a doubled batch.
+
+    Args:
+        name: of the pipeline's class.
+        arguments: of the forward by name.
+        asks: whether the class asks if there is guidance.
+    """
+    num_rows, text = len(arguments["sample"]), arguments["encoder_hidden_states"]
+    if asks and len(text) != num_rows:
+        raise ValueError(
+            f"{name} runs its UNet on {num_rows} rows with {len(text)} text states: with exact "
+            "steps a callback has to give those of the negative prompt too, torch.cat([negative, "
+            "prompt])."
+        )
+
+
 def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> Any:
     """Rows under the prompts, or the negative ones.
 
@@ -127,7 +144,9 @@ def half(value: Any, num_rows: int, num_samples: int, which: int = POSITIVE) -> 
             for k, each in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)(half(each, num_rows, num_samples, which) for each in value)
+        halves = [half(each, num_rows, num_samples, which) for each in value]
+        is_named = hasattr(value, "_fields")
+        return type(value)(*halves) if is_named else type(value)(halves)
     return value
 
 

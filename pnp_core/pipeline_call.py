@@ -33,6 +33,7 @@ from pnp_core.fit import bare_unet, check_face_embeddings
 from pnp_core.forwards import (
     NEGATIVE,
     Forwards,
+    check_both,
     check_text,
     doubled,
     forwards_left,
@@ -220,7 +221,9 @@ class PipelineCall(Call):
             num_steps = None if timesteps is None else len(timesteps)
             self.forwards.check(arguments, self.num_prompts, num_steps)
             if self.doubles:
-                self.check_both(arguments)
+                check_both(self.name, arguments, asks=self.asks)
+                if self.forwards.number == 1:  # later ones are a callback's, who may swap them
+                    self.encodings.check_order(self.name, text)
             if self.is_exact:
                 return None
             if self.doubles:
@@ -256,19 +259,10 @@ class PipelineCall(Call):
         if self.plug.exact_steps == 0 or (self.exact is None and self.guidance_scale <= 1):
             return False
         if self.exact is None:
+            check_face_embeddings(self.unet, len(arguments["sample"]), with_exact_steps=True)
             num_forwards = forwards_left(self.pipe, timestep_of(arguments)[:1], self.denoising_end)
             self.exact = ExactSteps(spread(self.plug.exact_steps, num_forwards))
         return self.exact.begin()
-
-    def check_both(self, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError if a callback has left states of the prompt alone in a doubled batch."""
-        num_rows, text = len(arguments["sample"]), arguments["encoder_hidden_states"]
-        if self.asks and len(text) != num_rows:
-            raise ValueError(
-                f"{self.name} runs its UNet on {num_rows} rows with {len(text)} text states: with "
-                "exact steps a callback has to give those of the negative prompt too, "
-                "torch.cat([negative, prompt])."
-            )
 
     def halve(self, arguments: dict[str, Any]) -> None:
         """Leave of a doubled batch the rows under the prompts, and keep the negative prompts."""
@@ -301,7 +295,7 @@ class PipelineCall(Call):
         check_text(self.name, sample, text, negative)
         if scale > torch.finfo(torch.float32).max:
             raise ValueError(f"guidance_scale {scale:g} is more than a guide can compute with.")
-        check_face_embeddings(self.unet, len(sample))
+        check_face_embeddings(self.unet, len(sample), with_exact_steps=False)
         guide = self.guide_in_use(sample.device, scale)
         conditions = Conditions.at_scale(scale, c_BLD=text, n_BLD=negative.to(text))
         if pooled is not None and self.negative_pooled is not None:

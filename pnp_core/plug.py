@@ -6,11 +6,11 @@ guided ones run half of the batch. The guidance scale and the negative prompt co
 itself. See :mod:`pnp_core.plugged` for what it does otherwise.
 """
 
-import math
 import weakref
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -107,10 +107,10 @@ def check_numbers(strength: Any, exact_steps: Any) -> None:
     is_one = isinstance(strength, Tensor) and strength.ndim == 0
     if not (is_one or isinstance(strength, Real)):
         raise TypeError(f"strength is a number from 0 on, and not a {type(strength).__name__}.")
-    if not 0 <= strength < math.inf:
+    if not 0 <= strength <= torch.finfo(torch.float32).max:
         raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
-    if isinstance(exact_steps, bool) or not isinstance(exact_steps, int) or exact_steps < 0:
-        is_short = isinstance(exact_steps, int | float | str | None)
+    if isinstance(exact_steps, bool) or not isinstance(exact_steps, Integral) or exact_steps < 0:
+        is_short = isinstance(exact_steps, Real | str | None)
         given = repr(exact_steps) if is_short else f"a {type(exact_steps).__name__}"
         raise ValueError(f"exact_steps is a whole number from 0 on, and not {given}.")
 

@@ -2,7 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from benchmarks.plug import counted_forwards
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
 from pnp_core.exact import ExactDenoiser, spread
+from pnp_core.forwards import half
 from pnp_core.guide import Guide, GuideConfig
 from pnp_core.models import encode_prompts
 from pnp_core.plug import plug, unplug
@@ -310,6 +311,25 @@ def test_what_is_no_number_of_exact_steps_is_refused_in_one_line(
     with pytest.raises(ValueError, match=rf"^exact_steps is a whole number .* not {number!r}\.$"):
         plug(pipe, tiny, exact_steps=number)
     assert type(pipe) is cls
+
+
+def test_a_number_of_exact_steps_may_be_numpys(pipe: StableDiffusionPipeline, tiny: Guide) -> None:
+    expected = generate(plug(pipe, tiny, exact_steps=2))
+    number: Any = np.int64(2)
+    assert np.array_equal(generate(plug(unplug(pipe), tiny, exact_steps=number)), expected)
+
+
+class Weights(NamedTuple):
+    """What a user's attention processor is given."""
+
+    of_rows: Tensor
+    gain: float
+
+
+def test_a_named_tuple_of_a_doubled_batch_is_halved_as_one() -> None:
+    found = half({"weights": Weights(torch.arange(4), 0.5)}, num_rows=4, num_samples=2)
+    assert isinstance(found["weights"], Weights)
+    assert found["weights"].of_rows.tolist() == [2, 3] and found["weights"].gain == 0.5
 
 
 def test_a_scheduler_without_noise_levels_serves(

@@ -268,6 +268,12 @@ def test_prompts_and_the_negative_prompt_of_a_model_make_its_tasks(prepared: Par
     assert tasks[0].is_heldout == ("red disc" not in trained) and tasks[1].is_heldout
 
 
+def test_without_prepared_data_it_is_said_what_makes_it(prepared: Params) -> None:
+    Path("data/prepared/heldout.parquet").unlink()
+    with pytest.raises(ValueError, match="no data/prepared/heldout.parquet: `dvc repro prepare`"):
+        choose_tasks(prepared.evaluate)
+
+
 @pytest.mark.parametrize("num_heldout", [0, 3, 40])
 def test_guidance_fvu_has_an_interval_however_few_prompts_are_held_out(num_heldout: int) -> None:
     tasks = [Task(f"thing {n}", n, n < num_heldout) for n in range(192)]

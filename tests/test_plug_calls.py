@@ -425,7 +425,7 @@ def test_a_preview_of_fewer_steps_in_a_callback_may_share_the_scheduler(
     np.testing.assert_allclose(found, unguided, atol=1e-5)
 
 
-@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf"), 1e39])
 def test_a_strength_that_can_t_be_is_refused(
     pipe: StableDiffusionPipeline, tiny: Guide, strength: float
 ) -> None:

@@ -91,6 +91,21 @@ def test_a_token_counter_gives_no_negative_prompt(
     assert np.array_equal(generate(own, negative_prompt="leaf"), expected)
 
 
+def test_a_doubled_batch_with_prompts_first_is_refused_where_it_would_be_guided_the_wrong_way(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    swap = "prompt_embeds, negative_prompt_embeds = negative_prompt_embeds, prompt_embeds"
+    own = of_class(with_loop("pass", f"if self.do_classifier_free_guidance: {swap}"), pipe)
+    assert np.isfinite(generate(plug(own, guide), negative_prompt="leaf")).all()
+    unplug(own)
+    plug(own, guide, exact_steps=2)
+    with pytest.raises(ValueError, match="prompt's states before those of the negative prompt"):
+        generate(own, negative_prompt="leaf")
+    same = generate(own, "a cat", negative_prompt="a cat")
+    plug(pipe, guide, exact_steps=2)
+    assert np.array_equal(same, generate(pipe, "a cat", negative_prompt="a cat"))
+
+
 @pytest.mark.parametrize("asked", ["False", "True", "self.do_classifier_free_guidance"])
 @pytest.mark.parametrize("exact_steps", [0, 2])
 def test_blended_prompts_are_guided_away_from_the_negative_one_that_was_given(

@@ -161,6 +161,10 @@ def test_face_embeddings_for_both_prompts_are_refused_and_their_half_works(
     with pytest.raises(AssertionError):
         np.testing.assert_allclose(made, run(pipe, {**call, "negative_prompt": "red"}), atol=1e-3)
     assert pipe.unet is unet
+    unplug(pipe)
+    plug(pipe, guide, exact_steps=1)
+    with pytest.raises(ValueError, match="FaceID-Plus .* exact_steps=0"):
+        run(pipe, call)
 
 
 def test_custom_diffusion_is_refused_before_and_after_plugging(
