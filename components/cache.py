@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.cluster import run_tasks
 from components.dataset import lines_of
 from components.disk import check_room, megabytes
@@ -345,4 +345,5 @@ def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run)

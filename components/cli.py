@@ -74,6 +74,20 @@ def main(run: Callable[[Params], None], *, reads_inputs: bool = True) -> None:
         sys.exit(130)
 
 
+def without_arguments(module: str, doc: str) -> None:
+    """Refuse what a command that takes no arguments is given; tell what it does where asked.
+
+    Args:
+        module: its name.
+        doc: its docstring.
+    """
+    argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=doc.partition("\n\n")[0],
+        epilog="It takes no arguments: params.yaml, in the working directory, says what it does.",
+    ).parse_args()
+
+
 def out_of_memory(error: RuntimeError) -> RuntimeError:
     """The same error, saying what to lower. Training says it by itself."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)

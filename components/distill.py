@@ -6,7 +6,7 @@ checkpoint in runs/distill.
 
 from typing import TYPE_CHECKING
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.following import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import DISTILLED
@@ -84,4 +84,5 @@ def check_memory(
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.following import Report
 from components.params import Params, companion_paths, teacher_guider
 from components.paths import BUNDLE, DISTILLED
@@ -132,4 +132,5 @@ def match_config(params: Params, num_steps: int) -> "MatchConfig":
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.dataset import count_records, each_record, lines_of
 from components.fitting import Record, check_record, encode, fit
 from components.params import Params, Prepare
@@ -215,4 +215,5 @@ def falls_out(prompt: str, fraction: float) -> bool:
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run)

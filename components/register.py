@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from components import champion, headlines
 from components.champion import Champion
-from components.cli import main
+from components.cli import main, without_arguments
 from components.environment import FLOW_RUN_URL
 from components.evaluation import FILE, Evaluation
 from components.images import Gallery, guide_identity
@@ -394,4 +394,5 @@ def data_hash() -> str:
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run)

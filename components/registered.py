@@ -6,7 +6,7 @@ elsewhere, or the version was lost.
 
 import sys
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.params import Params
 from components.paths import REPORT
 from components.register import version_key
@@ -34,4 +34,5 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
+    without_arguments(__spec__.name, __doc__)
     main(run, reads_inputs=False)
