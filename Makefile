@@ -21,6 +21,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Threads that wait for one another by spinning are many times slower on a busy machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+# Set in many images of containers: each process would compile all that it imports, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo mlflow test test-services check docs clean need-git
 

@@ -216,6 +216,15 @@ def test_make_says_what_to_do_where_git_knows_no_repository(tmp_path: Path) -> N
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
+def test_what_make_runs_keeps_what_python_compiles() -> None:
+    command = ["make", "--silent", "--eval", "shown:; @env", "shown"]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "SEEN": "1"}
+    shown = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert "SEEN=1" in shown and "PYTHONDONTWRITEBYTECODE" not in shown
+
+
 def test_make_gives_the_services_every_file_that_leaves_them_tests() -> None:
     command = ["make", "--silent", "test-services", "INSTALLED=Makefile", "PY=echo"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
