@@ -691,22 +691,25 @@ def test_the_way_of_guiding_goes_by_many_images_where_all_ways_have_them() -> No
     assert table.Found(found, ["base"]).own("base", "8") == "guided"
 
 
-def test_former_ways_count_where_many_images_compared_them_and_nothing_came_after_them() -> None:
+def test_former_ways_never_count() -> None:
     found = results(["base"])
-    cells = found["cells"]["base"]
-    cells["8"] |= {method: cell(method, 3.9) for method in ("exact", "halved-exact")}
+    found["cells"]["base"]["8"] |= {"exact": cell("exact", 3.0)}
     ways = {"guided": {"tried": {"a": 11.0}, "of_many": 5.0}}
-    ways |= {way: {"tried": {"b": 10.5}} for way in ("exact", "halved-exact")}
-    found["choices"] = {"base": {"8": ways}}
-    of = table.Found(found, ["base"])
-    assert of.own("base", "8") == "guided"  # as on the final models
-    ways["halved-exact"] |= {"of_many": 4.8}
-    assert of.own("base", "8") == "halved-exact"
-    assert table.summary(found, [], [])["of_former_ways"] == ["base, 8 forwards"]
-    ways["mixed"] = {"tried": {"c": 10.8}, "of_many": 4.9}
-    cells["8"] |= {"mixed": cell("mixed", 3.9)}
-    assert of.own("base", "8") == "mixed"
-    assert table.summary(found, [], [])["of_former_ways"] == []
+    found["choices"] = {"base": {"8": {**ways, "exact": {"tried": {"b": 9.0}, "of_many": 4.0}}}}
+    assert table.Found(found, ["base"]).own("base", "8") == "guided"
+
+
+def test_ways_to_take_the_guide_stand_beside_one_another_as_means_over_the_models() -> None:
+    found = results(["base", "tuned"])
+    for name, fid, clip in (("base", 3.0, 40.0), ("tuned", 3.6, 41.0)):
+        made = {"cfg": cell("cfg", 4.0, 40.0), "mixed": cell("mixed", fid, clip)}
+        found["cells"][name]["8"] = found["cells"][name]["8"] | made  # models share their cells
+    page = as_markdown(found).split("## Ways to take the guide")[1].split("\n## ")[0]
+    (line,) = [one for one in page.splitlines() if one.startswith("| `mixed` | `cfg` |")]
+    at_8 = line.split("|")[4]
+    assert at_8.strip().startswith("0.825 (") and at_8.strip().endswith("; +0.50")
+    del found["cells"]["tuned"]["8"]["mixed"]
+    assert "| `mixed` | `cfg` |  |  |  |" in as_markdown(found)
 
 
 def test_the_tables_in_the_repository_are_of_the_results_there() -> None:

@@ -11,6 +11,7 @@ from benchmarks.frontier.settings import (
     LABELS,
     MOST,
     NUM_LARGE,
+    OWN,
     TRAINED_LABELS,
     Setting,
     forwards_of,
@@ -57,6 +58,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             lines += compared(found, model, place)
             if place == "100":
                 lines += of_other_precision(results, model)
+    lines += beside_one_another(results)
     lines += beside_cfg100(results)
     lines += trained_again(results)
     lines += beside_trained(results)
@@ -123,13 +125,52 @@ def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
 
     own, apart = precision("100", "cfg"), []
     for place in (*COSTS, "2"):
-        made_in = {one for method in (*GUIDES, *FORMER) if (one := precision(place, method))}
+        made_in = {one for method in GUIDES if (one := precision(place, method))}
         if others := sorted(made_in - {own}):
             apart.append(f"{place} forwards in {' and '.join(others)}")
     if own is None or not apart:
         return []
     said = f"This row is in {own}, the guide's of {', of '.join(apart)}"
     return ["", f"{said}: what compares the two compares precisions besides."]
+
+
+def beside_one_another(results: Mapping[str, Any]) -> list[str]:
+    """A table of the ways to take the guide beside CFG and one another, means over all models.
+
+    Without the final ones. A cell is empty until all these models have rows of both.
+    """
+    found, final = Found(results, results["cells"]), final_models()
+    models = [name for name in found.models if name not in final]
+
+    def told(one: str, other: str, at: str) -> str:
+        rows = (at, one), (at, other)
+        ratio, foreign = (
+            mean([found.fid_over(name, *rows, judge) for name in models])
+            for judge in ("world", "foreign")
+        )
+        lead = mean([found.clip_less(name, *rows) for name in models])
+        if not (ratio and foreign and lead):
+            return ""
+        return f"{with_interval(ratio, 3)}; {with_interval(foreign, 3)}; {lead.value:+.2f}"
+
+    pairs = [(way, "cfg") for way in OWN] + [("halved", "guided"), ("mixed", "halved")]
+    cells = [(pair, [told(*pair, at) for at in COSTS]) for pair in pairs]
+    if not any(any(line) for _, line in cells):
+        return []
+    lines = [
+        "",
+        "## Ways to take the guide",
+        "",
+        f"FID over the other's, mean of {', '.join(models)}; the same by the foreign judge; CLIP "
+        "score less the other's. Each at the setting that the images for choosing took. `guided` "
+        f"is {LABELS['guided']}, `halved` {LABELS['halved']}, `mixed` that and CFG in some steps.",
+        "",
+        f"| one | over | {' | '.join(f'{at} forwards' for at in COSTS)} |",
+        "|---" * (2 + len(COSTS)) + "|",
+    ]
+    for (one, other), line in cells:
+        lines.append(f"| `{one}` | `{other}` | {' | '.join(line)} |")
+    return lines
 
 
 def beside_cfg100(results: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,10 @@ NEAR_BEST = 1.015
 OWN = tuple(method for method, guide in GUIDES.items() if guide == "guided")
 """What the guide is taken in: alone, halved under another solver, or so with exact steps."""
 FORMER = tuple(FORMER_LABELS)
-"""Ways to take the guide that are not in the package any more; their rows are there."""
+"""Ways to take the guide that are not in the package any more, of which the final models have rows.
+
+The keys are never of them.
+"""
 AFTER_FINAL = ("mixed",)
 """Came after the final models had been looked at, and is not tried on them."""
 NEAR_STRONGEST = 1.05

@@ -8,7 +8,6 @@ import numpy as np
 from benchmarks.frontier.judges import from_json, rounded
 from benchmarks.frontier.settings import (
     CONSISTENT,
-    FORMER,
     FREE,
     LARGE,
     MOST_CONSISTENT,
@@ -87,9 +86,8 @@ class Found:
     def own(self, model: str, place: str) -> str:
         """The guide alone, halved or with exact steps, by FID of other images than the table's.
 
-        A former way counts where there is no row of what came after it and many images compared it,
-        but not for large rows. Empty for those until all ways have an FID of as many images, of the
-        setting that is chosen, and the best of them a row of that setting.
+        Empty for large rows until all ways have an FID of as many images, of the setting that is
+        chosen, and the best of them a row of that setting.
         """
         at = forwards_of(place)
         tried = self.choices.get(model, {}).get(at, {})
@@ -99,8 +97,6 @@ class Found:
             is_there = best in made and made[best]["setting"] == tried[best]["setting"]
             return best if is_there else ""
         ways = [way for way in OWN if way in made and way in tried]
-        if "mixed" not in made:
-            ways += [way for way in FORMER if way in made and "of_many" in tried.get(way, {})]
         of_many = {way: tried[way]["of_many"] for way in ways if "of_many" in tried[way]}
         of_few = {way: min(tried[way]["tried"].values()) for way in ways}
         fids = of_many if len(of_many) == len(ways) else of_few
@@ -206,12 +202,6 @@ def best_of_large(tried: Mapping[str, Any], num_forwards: int) -> str:
     if not all("of_large" in tried.get(way, {}) for way in ways):
         return ""
     return min(ways, key=lambda way: float(tried[way]["of_large"]))
-
-
-def by_former_ways(found: Found, models: Sequence[str]) -> list[str]:
-    """Where the keys are of a way to take the guide that is not in the package any more."""
-    places = [(name, at) for name in models for at in COSTS]
-    return [f"{name}, {at} forwards" for name, at in places if found.own(name, at) in FORMER]
 
 
 def has_large(found: Found, models: Sequence[str], costs: Sequence[str]) -> bool:
@@ -350,7 +340,6 @@ def summary(
             "fine-tunes": [int(at) for at in COSTS if tuned and has_large(rows, tuned, [at])],
             "fid_worst": has_large(rows, ["base", *tuned], COSTS),
         },
-        "of_former_ways": by_former_ways(rows, ["base", *tuned]),
         "intervals": intervals,
         "missing": [*unknown, *(key for key, value in numbers.items() if value is None)],
         "models": sorted(results["cells"]),
