@@ -84,7 +84,7 @@ def without_arguments(module: str, doc: str) -> None:
     argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc.partition("\n\n")[0],
-        epilog="It takes no arguments: params.yaml, in the working directory, says what it does.",
+        epilog="It takes no arguments. Stages go by params.yaml, in the working directory.",
     ).parse_args()
 
 

@@ -22,6 +22,7 @@ from components.curves import few, write_curves
 from components.disk import check_room, mean_bytes
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, alone_with, batches
+from components.inputs import check_places
 from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
@@ -45,16 +46,15 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
 
     With `into`, its images go there too: results/sampled, which DVC keeps, stays as it is.
 
-    Raises ValueError if params.yaml has no such model, if guide and model don't fit, and for a
-    judge or references that can't be used; all before anything is sampled. And if another
+    Raises ValueError if params.yaml has no such model, if guide and model don't fit, for a judge,
+    references or places that can't be used; all before anything is sampled. And if another
     evaluation of the model here, which is waited for, goes on for `cluster.wait_minutes`.
     """
     if model not in params.models:
         raise ValueError(
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
-    if into.exists() and not into.is_dir():
-        raise ValueError(f"--into {into}: it is a file; name a folder")
+    check_places(model, guide, into)
     from components.device import left_to_workers
 
     with alone_with(model, params.cluster.wait_minutes):
@@ -391,8 +391,10 @@ def write_grid(work: Work, model: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m components.evaluate")
+    about = __doc__.partition("\n\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m components.evaluate", description=about)
     parser.add_argument("--model", required=True, help="a name among `models` in params.yaml")
     parser.add_argument("--guide", type=Path, default=BUNDLE, help="default: %(default)s")
-    parser.add_argument("--into", type=Path, default=EVALUATED, help="default: %(default)s")
+    said = "of another guide, the folder for its results; default: %(default)s"
+    parser.add_argument("--into", type=Path, default=EVALUATED, help=said)
     main(partial(run, **vars(parser.parse_args())))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from components.cli import main
 from components.params import Params
+from components.promote import version
 from pnp_core.files import atomic_folder
 
 NO_CHAMPION = 4
@@ -45,9 +46,22 @@ def _may_go(folder: Path) -> bool:
     return not names or INDEX in names
 
 
+def wanted(text: str) -> str:
+    """A version's number, or the champion's name."""
+    if text != "champion":
+        try:
+            return str(version(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"a number, or champion, not {text!r}") from None
+    return text
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m components.fetch")
-    parser.add_argument("--version", default="champion", help="a number, or champion")
+    parser = argparse.ArgumentParser(
+        prog="python -m components.fetch", description="Copy a registered guide's files."
+    )
+    said = "a number, or champion; default: %(default)s"
+    parser.add_argument("--version", type=wanted, default="champion", help=said)
     parser.add_argument("--to", type=Path, required=True, help="the folder")
     arguments = parser.parse_args()
     main(partial(run, version=arguments.version, folder=arguments.to), reads_inputs=False)

@@ -42,6 +42,7 @@ def run(params: Params, arguments: argparse.Namespace) -> None:
     """Write the image. Raises ValueError if guide or model can't be opened, or don't fit."""
     check_out(arguments.out)
     check_guide(arguments.guide)
+    check_named(arguments.model, params)
     from components.rows import load_row
     from pnp_core.bundle import GuideBundle
     from pnp_core.plug import checked, plug
@@ -122,6 +123,17 @@ def check_guide(guide: str) -> None:
     elif not (Path(guide).is_dir() or old_of(Path(guide)).is_dir()):
         said = "it is no folder" if Path(guide).exists() else "there is no such folder"
         raise ValueError(f"--guide {guide}: {said}; the pipeline puts a guide into {BUNDLE}")
+
+
+def check_named(model: str | None, params: Params) -> None:
+    """Raise ValueError for a word that is neither a name of params.yaml nor a path that there is.
+
+    What has a slash is looked at as a path, or a hub's, later.
+    """
+    if model is None or "/" in model or model in params.models or Path(model).exists():
+        return
+    names = ", ".join(params.models)
+    raise ValueError(f"--model {model}: no such path, and the models of params.yaml are {names}")
 
 
 @contextmanager

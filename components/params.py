@@ -248,14 +248,21 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
         if not isinstance(name, str):  # DVC has no stage for it, and says nothing
             raise ParamsError(f"{source}: models: {name!r} is read as no text: put it in quotes")
     try:
-        # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
-        return Params.model_validate_json(dumps(values))
+        text = dumps(values)
+    except ValueError:
+        raise ParamsError(f"{source}: an alias stands within what it names") from None
     except TypeError:
-        name, value = next(not_json(values))
+        found = next(not_json(values), None)
+        if found is None:
+            raise ParamsError(f"{source}: a list or a mapping can't be a key") from None
+        name, value = found
         raise ParamsError(
             f"{source}: {name}: {value} is of a kind not used here ({type(value).__name__}): "
             "put it in quotes if it is text"
         ) from None
+    try:
+        # By way of JSON, where strict means what a reader of YAML expects: a list is a tuple.
+        return Params.model_validate_json(text)
     except ValidationError as error:
         # A key that is misspelt is also missing: the first of these says what was meant.
         problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")

@@ -364,7 +364,9 @@ def version(text: str) -> int:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m components.promote")
+    parser = argparse.ArgumentParser(
+        prog="python -m components.promote", description="Make a registered guide the champion."
+    )
     add_options(parser)
     parser.add_argument("--page", type=Path, help="write what was decided there, in Markdown")
     parser.add_argument(

@@ -18,12 +18,16 @@ NOT_HERE = 4
 def run(params: Params) -> None:
     """Look for a version with the files and results of this checkout.
 
-    Raises ValueError or OSError if the report can't be read, TrackingError if MLflow can't tell.
+    Raises ValueError or OSError if there is no report or it can't be read, TrackingError if MLflow
+    can't tell.
     """
+    summary = REPORT / "summary.json"
+    if not summary.exists():
+        raise ValueError(f"there is no {summary}: run the stage register first")
     from components.tracking import Registry
 
     registry = Registry(params.tracking, params.register_.name)
-    version = registry.find(version_key(read_json(REPORT / "summary.json")))
+    version = registry.find(version_key(read_json(summary)))
     if version is None:
         print(
             f"{REPORT} and the guide here are no version of {registry.name} in MLflow at "

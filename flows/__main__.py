@@ -19,7 +19,7 @@ from components.mlflow_place import without_secrets
 from components.overrides import overridden
 from components.params import Params, ParamsError, load_params
 from components.paths import REPORT
-from components.promote import add_options
+from components.promote import Options, add_options
 from flows import guard
 from flows.start import STAGES
 
@@ -41,10 +41,11 @@ def main() -> None:
     os.environ.setdefault("PREFECT_LOGGING_FORMATTERS_STANDARD_TASK_RUN_FMT", TASK_RUN_FORMAT)
     try:
         params = load_params(Path("params.yaml"))
-        if arguments.flow == "distill":  # at once, before a server is started
-            overridden(Path("params.yaml"), arguments.overrides)
+        check(arguments)
     except ParamsError as error:
         stop(error, exit_code=2)
+    except ValueError as error:
+        stop(error, exit_code=1)
 
     # By the default, SIGTERM would leave Prefect's server behind, as `kill -9` does.
     signal.signal(signal.SIGTERM, leave)
@@ -68,6 +69,19 @@ def main() -> None:
     except KeyboardInterrupt:
         print(interrupt.SAID, file=sys.stderr)
         sys.exit(130)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Look at what is asked for at once, before a server is started.
+
+    Raises ParamsError for overrides that can't be, ValueError for a promotion's options that
+    contradict one another.
+    """
+    if arguments.flow == "distill":
+        overridden(Path("params.yaml"), arguments.overrides)
+    elif arguments.flow == "promote":
+        options = vars(arguments).items()
+        Options(**{name: value for name, value in options if name not in ("flow", "version")})
 
 
 def parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from prefect.runtime import flow_run
 from components.curves import headline
 from components.evaluation import Evaluation
 from components.fetch import NO_CHAMPION
+from components.inputs import check_model
 from components.likeness import differences
 from components.params import ParamsError, check_files, check_model_name, load_params
 from components.paths import BUNDLE, EVALUATED
@@ -29,6 +30,16 @@ from flows.watching import saying_why
 from pnp_core.files import read_json
 
 SUMMARY = "summary.json"
+
+
+def check_given(path: str, reference: str) -> None:
+    """Raise ParamsError if there is no such model or folder, before a workspace is made."""
+    try:
+        check_model(path, load_params(PARAMS).base)
+    except ValueError as error:
+        raise ParamsError(f"path: {error}") from None
+    if not Path(reference).exists():
+        raise ParamsError(f"reference: there is no {reference}")
 
 
 @flow(name="evaluate-finetune", log_prints=True)
@@ -53,6 +64,7 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
         if not BUNDLE.exists():
             line = f"error: there is no guide in {BUNDLE}: run distill first, or dvc pull"
             raise StageFailed("start", 1, [line])
+        check_given(path, reference)
         overrides = row_of(name, {"path": _placed(path), "reference": _placed(reference)})
         with experiment(overrides, flow_run.name or "run", log), begin() as params:
             check_files(params)

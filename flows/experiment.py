@@ -92,6 +92,7 @@ def workspace(params: str, title: str, log: Log) -> Iterator[Workspace]:
     """Work in a git worktree of what is here, with `params` as its params.yaml."""
     checkout = Path.cwd()
     top = _git("rev-parse", "--show-toplevel")  # the checkout may be a folder of it
+    ask(["git", "update-index", "-q", "--refresh"])  # touched alone, files are in stash's way
     source = _git("stash", "create") or _git("rev-parse", "HEAD")
     tree = _git("rev-parse", f"{source}^{{tree}}")
     place = checkout / PLACE / f"pnp-{_key(tree, params)}"
@@ -357,6 +358,7 @@ def _call(command: Sequence[str], cwd: Path | None, environment: Mapping[str, st
         raise StageFailed("start", 1, [f"error: {command[0]} is not installed"]) from None
     if done.returncode != 0:
         said = " ".join(without_secrets(done.stderr or done.stdout).split())
+        said = said or f"nothing, and ends with {done.returncode} ({' '.join(command[:3])})"
         line = f"error: overrides need git and DVC here, and {Path(command[0]).name} says: {said}"
         raise StageFailed("start", 1, [line])
     return done.stdout.strip()

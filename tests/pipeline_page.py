@@ -3,6 +3,7 @@
 ``python -m tests.pipeline_page`` writes it.
 """
 
+import argparse
 import ast
 import functools
 import importlib
@@ -144,4 +145,7 @@ layers that GLIGEN adds do not count."""
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m tests.pipeline_page", description=f"Make docs/{PAGE.name} anew."
+    ).parse_args()
     PAGE.write_text(page())

@@ -1,14 +1,26 @@
-"""Commands of stages that take no arguments."""
+"""What commands refuse at once, before anything is computed, started or replaced."""
 
+import argparse
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from components.fetch import wanted
+from components.inputs import check_places
+from components.params import ParamsError
+from components.paths import BUNDLE, EVALUATED
+from components.registered import run as tell_version
+from flows.__main__ import check, parser
+from flows.evaluate import check_given
+from pnp_core.files import write_json, write_text
+
+pytest_plugins = ["tests.toy"]
 ROOT = Path(__file__).parent.parent
-STAGES = ("prepare", "cache", "distill", "halve", "register", "registered")
+STAGES = ("prepare", "cache", "distill", "halve", "register", "registered", "lineage", "tracking")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -32,3 +44,82 @@ def test_a_stage_that_takes_no_arguments_does_nothing_when_given_some(
         told = run("--help")
         assert told.returncode == 0 and "params.yaml" in told.stdout
         assert "everything frozen, computed once" in told.stdout
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout in which all is there that an evaluation needs."""
+    monkeypatch.chdir(tmp_path)
+    BUNDLE.mkdir(parents=True)
+    write_json(Path("data/prepared/manifest.json"), {})
+
+
+def test_an_evaluation_replaces_results_alone(evaluated: None) -> None:
+    write_text(Path("models/tuned/unet/config.json"), "{}")
+    other = Path("other")
+    other.mkdir()
+    with pytest.raises(ValueError, match="models/tuned has no evaluation.json, and would be repl"):
+        check_places("tuned", other, Path("models"))
+    write_json(Path("mine/tuned/evaluation.json"), {})
+    Path("empty/tuned").mkdir(parents=True)
+    for into in ("mine", "empty", "new"):
+        check_places("tuned", other, Path(into))
+
+
+def test_another_guides_results_do_not_take_the_place_of_the_pipelines(evaluated: None) -> None:
+    Path("other").mkdir()
+    with pytest.raises(ValueError, match="results/evaluate is of guides/bundle: name another"):
+        check_places("tuned", Path("other"), EVALUATED)
+    check_places("tuned", BUNDLE.absolute(), EVALUATED)
+
+
+def test_what_an_evaluation_lacks_is_told_by_the_stage_that_makes_it(evaluated: None) -> None:
+    with pytest.raises(ValueError, match="--guide nope: there is no such folder: .*fetch"):
+        check_places("tuned", Path("nope"), Path("mine"))
+    Path("data/prepared/manifest.json").unlink()
+    with pytest.raises(ValueError, match="manifest.json: run the stage prepare first"):
+        check_places("tuned", BUNDLE, EVALUATED)
+    BUNDLE.rmdir()
+    with pytest.raises(ValueError, match="run the stage halve first"):
+        check_places("tuned", BUNDLE, EVALUATED)
+
+
+def test_a_version_of_no_report_is_told_by_the_stage_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    params: Any = None
+    with pytest.raises(ValueError, match="results/report/summary.json: run the stage register"):
+        tell_version(params)
+
+
+@pytest.mark.parametrize("text", ["abc", "Champion", "1.5", str(2**63)])
+def test_what_is_no_version_is_refused_before_mlflow_is_asked(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="version|a number, or champion"):
+        wanted(text)
+    assert wanted("champion") == "champion" and wanted("7") == "7"
+
+
+def test_a_forced_promotion_without_a_reason_is_refused_before_a_server_is_started() -> None:
+    with pytest.raises(ValueError, match="--force needs --reason"):
+        check(parser().parse_args(["promote", "--force"]))
+    check(parser().parse_args(["promote", "--version", "2", "--dry-run"]))
+
+
+def test_a_fine_tune_that_is_not_there_is_told_before_a_workspace_is_made(world: Path) -> None:
+    del world
+    for path, reference, said in (
+        ("models/nope", "art/tuned.parquet", "path: No model at models/nope"),
+        ("models/tuned", "art/nope", "reference: there is no art/nope"),
+    ):
+        with pytest.raises(ParamsError, match=said):
+            check_given(path, reference)
+    check_given("models/tuned", "art/tuned.parquet")
+
+
+@pytest.mark.parametrize("module", ["zoo.prompts", "tests.pipeline_page"])
+def test_what_writes_a_tracked_file_writes_nothing_when_asked_for_help(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and f"usage: python -m {module}" in done.stdout

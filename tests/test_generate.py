@@ -106,6 +106,8 @@ def test_a_guide_that_is_none_is_told_before_anything_is_opened(
     monkeypatch.setattr("components.rows.load_row", None)
     with pytest.raises(ValueError, match="--guide params.yaml: it is no folder"):
         made(params, monkeypatch, "--guide", "params.yaml")
+    with pytest.raises(ValueError, match="--model tunde: no such path, .* are base, tuned"):
+        made(params, monkeypatch, "--model", "tunde")
     with pytest.raises(ValueError, match="--guide nowhere: there is no such folder"):
         made(params, monkeypatch, "--guide", "nowhere")
 

@@ -8,6 +8,7 @@ as a caption has, half of them from captions and keywords, half new, put togethe
 of others. No word that only held-out captions have is among them.
 """
 
+import argparse
 import random
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def made_up(num_prompts: int) -> list[str]:
 
 
 def main() -> None:
-    """Write further prompts, one a line."""
+    """Write further prompts, one a line, in place of those that are there."""
+    argparse.ArgumentParser(
+        prog="python -m zoo.prompts", description=f"Make {DATA / 'prompts.txt'} anew."
+    ).parse_args()
     (DATA / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in made_up(NUM_PROMPTS)))
 
 

@@ -1,6 +1,6 @@
 """`python -m components.tracking`: bring to MLflow what earlier runs could not."""
 
-from components.cli import main
+from components.cli import main, without_arguments
 from components.params import Params
 from components.tracking.delivery import settle
 from components.tracking.store import Store
@@ -17,4 +17,5 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
+    without_arguments("components.tracking", __doc__)
     main(run, reads_inputs=False)
