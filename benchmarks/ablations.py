@@ -12,7 +12,6 @@ after a change of training. Rows of another base are dropped.
 `evaluate.guidance_scale`; what a variant's training loss is says nothing about it.
 """
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from benchmarks.command import run_command
+from benchmarks.command import command_parser, run_command
 from benchmarks.guides import InDecoder, shaped_guide
 from benchmarks.peers import Ours
 from benchmarks.quality import Methods, models_of, results_so_far
@@ -316,7 +315,7 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Print the results, with `--run` after making those that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("ablations", __doc__)
     run_command(parser, RESULTS, lambda params, _: run(params), table=as_markdown, figures=summary)
 
 

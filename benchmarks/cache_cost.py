@@ -7,10 +7,9 @@ FLOPs are counted by PyTorch on meta tensors. Hours follow from them and from th
 given; nothing is run.
 """
 
-import argparse
-
 import torch
 
+from benchmarks.command import amount, command_parser, errors_in_one_line
 from benchmarks.cost import ARCHITECTURES, Forwards, unet_config
 from components.environment import quiet
 from pnp_core.cache import SampleBytes, sample_bytes
@@ -46,10 +45,11 @@ def row(name: str, tflops: float) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print a table with a row for each architecture."""
-    parser = argparse.ArgumentParser(description="What a teacher cache costs.")
-    parser.add_argument("--tflops", type=float, default=100, help="sustained, of one GPU")
+    parser = command_parser("cache_cost", __doc__)
+    parser.add_argument("--tflops", type=amount, default=100, help="sustained, of one GPU")
     arguments = parser.parse_args()
     quiet()
     print("| | bytes a pair | an image | a prompt | a million pairs | TFLOP a pair | hours |")

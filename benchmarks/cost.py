@@ -12,7 +12,6 @@ below. Memory is the peak of a forward, weights included. With --json, the last 
 one JSON object; what was not run is null.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 
+from benchmarks.command import command_parser, count, errors_in_one_line
 from benchmarks.record import UNTRAINED, as_line, record
 from pnp_core.conditions import AddedConditions, Conditions
 from pnp_core.denoiser import GuidedDenoiser, PlainDenoiser
@@ -166,13 +166,14 @@ def measure(name: str, kind: str, *, run: bool, repeats: int) -> dict[str, float
     return row
 
 
+@errors_in_one_line()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="What a guide costs.")
+    parser = command_parser("cost", __doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    parser.add_argument("--run", nargs="*", default=[], choices=[*ARCHITECTURES], metavar="NAME",
+    parser.add_argument("--run", nargs="+", default=[], choices=[*ARCHITECTURES], metavar="NAME",
                         help=f"real forwards of these: {', '.join(ARCHITECTURES)}")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=count, default=5, help="of each forward, with --run")
     arguments = parser.parse_args()
     precision = "fp16" if torch.cuda.is_available() else "fp32"
     made_by = record(guide=UNTRAINED, precision=precision)

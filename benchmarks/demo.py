@@ -15,7 +15,6 @@ With --json, the last line on stdout is one JSON object:
     machine            its processor, cores used, whether it has bf16 units, and instructions used
 """
 
-import argparse
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.command import command_parser, errors_in_one_line
 from benchmarks.record import as_line, precision_on, record
 from components.environment import quiet
 from components.evaluation import FILE, Evaluation
@@ -125,9 +125,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+@errors_in_one_line()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("demo", __doc__)
     parser.add_argument("--run", action="store_true", help="install and run anew")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ sees as many images as all rounds of `halve` together. Both are measured by the 
 the final latents to CFG's with the largest step count, over held-out prompts.
 """
 
-import argparse
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.command import run_command
+from benchmarks.command import command_parser, run_command
 from benchmarks.quality import methods_on, models_of
 from benchmarks.record import digest, header, note, precision_on, record
 from components.device import device, load_base
@@ -256,7 +255,7 @@ def as_markdown(results: Mapping[str, Any]) -> str:
 def main() -> None:
     """The command."""
     run_command(
-        argparse.ArgumentParser(description=__doc__.splitlines()[0]),
+        command_parser("halving", __doc__),
         RESULTS,
         lambda params, _: run(params),
         table=as_markdown,

@@ -15,7 +15,6 @@ the flow; two and two side by side. Ray's part is what the stages that train tak
 beyond half of what they take alone.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from benchmarks.bare import MODULES
+from benchmarks.command import command_parser, errors_in_one_line
 from benchmarks.record import command
 from components.environment import quiet
 from components.lineage import git_commit
@@ -45,9 +45,10 @@ REPRO, FLOW = ["dvc", "repro"], ["python", "-m", "flows", "distill"]
 Commands = Sequence[Sequence[str]]
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print what each tool takes, with `--run` after measuring it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser = command_parser("overhead", __doc__)
     parser.add_argument("--run", action="store_true", help="measure; else read the results")
     parser.add_argument("--size", choices=("demo", "toy"), default="demo")
     parser.add_argument("--scratch", type=Path, default=Path("build/overhead"), help="checkouts")

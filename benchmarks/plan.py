@@ -8,8 +8,8 @@ FLOPs are counted by PyTorch on meta tensors and divided by the speed that `--tf
 sustains in bf16; the peak of a training step's memory is counted on meta tensors too
 (pnp_core/memory.py). With `--memory`, a preset that does not fit a GPU of so many GB is refused.
 A dry run takes one step of stage 1 at the true size with a batch of one on the GPU, or without one
-on the CPU, and reports the peak. With --json and no preset, the last line on stdout is one JSON
-object, with every preset's plan and:
+on the CPU, and reports the peak. With --json, the last line on stdout is one JSON object: of a
+preset that is named its plan, else every preset's plan and:
 
     sd15_24gb, sdxl_24gb  peak of a training step of the preset, GB
     accumulation_error    norm of the difference of a step's gradient, in parts, to that of one
@@ -17,9 +17,7 @@ object, with every preset's plan and:
     disk_ratio            disk that a plan says over what a cache takes; the embedded base
 """
 
-import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +28,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.cache_cost import architecture_bytes
+from benchmarks.command import amount, command_parser, count, count_or_none, errors_in_one_line
 from benchmarks.cost import peak_memory, unet_config
 from components.dataset import read_records
 from components.device import load_base
@@ -238,34 +237,32 @@ def show(name: str, result: dict[str, Any], *, gpus: int, tflops: float) -> None
     print(f"  guide: {result['guide_parameters']:,} parameters, {result['params_ratio']:.2%}")
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print what a preset's stages would cost."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("plan", __doc__)
     parser.add_argument("--preset", choices=NAMES, help="without: all")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--memory", type=float, help="GB of one GPU; refuses what does not fit")
-    parser.add_argument("--tflops", type=float, default=100, help="sustained, of one GPU")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of the data, with captions")
-    parser.add_argument("--prompts", type=int, default=0, help="further ones")
+    parser.add_argument("--gpus", type=count, default=1, help="of all machines")
+    parser.add_argument("--memory", type=amount, help="GB of one GPU; refuses what does not fit")
+    parser.add_argument("--tflops", type=amount, default=100, help="sustained, of one GPU")
+    parser.add_argument("--images", type=count, default=IMAGES, help="of the data, with captions")
+    parser.add_argument("--prompts", type=count_or_none, default=0, help="further ones")
     parser.add_argument("--dry-run", action="store_true", help="take one real training step too")
-    parser.add_argument("--json", action="store_true", help="with checks, where no preset is named")
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()
     quiet()
     options = {"gpus": arguments.gpus, "tflops": arguments.tflops}
     results: dict[str, dict[str, Any]] = {}
     for name in [arguments.preset] if arguments.preset else NAMES:
         params = load_params(PRESETS / f"{name}.yaml")
-        try:
-            results[name] = plan(
-                name,
-                params,
-                **options,
-                memory=arguments.memory,
-                num_images=arguments.images,
-                num_prompts=arguments.prompts,
-            )
-        except ValueError as error:
-            sys.exit(str(error))
+        results[name] = plan(
+            name,
+            params,
+            **options,
+            memory=arguments.memory,
+            num_images=arguments.images,
+            num_prompts=arguments.prompts,
+        )
         show(name, results[name], **options)
         if arguments.dry_run:
             results[name] |= dry_run(name, params)
@@ -273,9 +270,11 @@ def main() -> None:
                 f"  one training step of batch 1, {results[name]['device']}: "
                 f"{results[name]['peak_memory_gb']:.1f} GB at the peak"
             )
+    if not arguments.json:
+        return
     if arguments.preset:
         print(json.dumps(results[arguments.preset]))
-    elif arguments.json:
+    else:
         peaks = {f"{name}_24gb": result["peak_gb"] for name, result in results.items()}
         print(json.dumps({**results, **peaks, **checks()}))
 

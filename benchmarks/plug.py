@@ -23,7 +23,6 @@ A plain step is one UNet forward without guidance, and without a guide's hooks i
 All but the first two are of the embedded base, zoo/models/base, with zoo/guide.
 """
 
-import argparse
 import copy
 import functools
 import json
@@ -44,6 +43,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.command import command_parser, count, errors_in_one_line
 from benchmarks.cost import Steps, bare_twin
 from benchmarks.record import as_line, digest, record
 from components.environment import quiet
@@ -302,11 +302,12 @@ def measure(rounds: int) -> dict[str, Any]:
     return {**result, "record": made_by}
 
 
+@errors_in_one_line()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("plug", __doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    parser.add_argument("--rounds", type=int, default=8, help="of timing at batch 64")
+    parser.add_argument("--rounds", type=count, default=8, help="of timing at batch 64")
     arguments = parser.parse_args()
     quiet()
     result = measure(arguments.rounds)

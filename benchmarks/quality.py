@@ -25,7 +25,6 @@ The guide's FID is that of the guide halved to the nearest step count, with `hal
 its `guidance_fvu` that of the guide before halving, without; the peers have neither.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.command import run_command
+from benchmarks.command import command_parser, run_command
 from benchmarks.peers import PEERS, Ours, Peer
 from benchmarks.peers.training import Trainer
 from benchmarks.quality_table import LABELS, PEER_STEPS, STEPS, as_markdown, summary
@@ -303,7 +302,7 @@ def cost_of(method: str, params: Params, peer: Peer | None) -> dict[str, float]:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = command_parser("quality", __doc__)
     parser.add_argument("--anew", choices=LABELS, help="with --run: this method's rows alone, anew")
     run_command(
         parser,

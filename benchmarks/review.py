@@ -8,7 +8,6 @@ A measure is a function that is given a scratch folder and returns what it found
 is listed in `MEASURES`, and its result is kept in one file with those of the others.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record, review_evaluation, review_promotion, review_report
+from benchmarks.command import command_parser, errors_in_one_line
 from components.environment import quiet
 from components.lineage import git_commit
 from pnp_core.files import read_json, write_json
@@ -35,9 +35,10 @@ MEASURES: dict[str, Measure] = {
 }
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print what was measured, with `--run` after measuring it."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.review", description=__doc__)
+    parser = command_parser("review", __doc__)
     parser.add_argument("--run", action="store_true", help="measure; else read the results")
     parser.add_argument("--only", action="append", choices=MEASURES, help="of these measures")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")

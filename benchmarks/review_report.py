@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+from benchmarks.command import command_parser, errors_in_one_line
 from components import headlines
 from components.evaluation import Evaluation
 from components.paths import REPORT
@@ -57,5 +58,12 @@ def page(scratch: Path) -> tuple[dict[str, float], str]:  # noqa: ARG001, what a
     return measure(), f"{REPORT} on screens {widths} pixels wide"
 
 
-if __name__ == "__main__":
+@errors_in_one_line()
+def main() -> None:
+    """Print what the report of this checkout measures."""
+    command_parser("review_report", __doc__).parse_args()
     print(json.dumps(measure()))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ again. With --json, the last line on stdout is one JSON object:
                            server, opening it included, over those from disk
 """
 
-import argparse
 import json
 import math
 import os
@@ -33,6 +32,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.command import command_parser, count, errors_in_one_line
 from benchmarks.cost import unet_config
 from benchmarks.record import UNTRAINED, as_line, precision_on, record
 from components.dataset import read_records
@@ -369,11 +369,12 @@ def measure(  # noqa: PLR0913, a base and its data, then by name how much to mea
     return result
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print the ratios on the base of params.yaml, as text or JSON."""
-    parser = argparse.ArgumentParser(description="What training costs.")
+    parser = command_parser("train_cost", __doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=count, default=3, help="of each time")
     arguments = parser.parse_args()
     quiet()
     params = load_params(Path("params.yaml"))

@@ -1,6 +1,8 @@
 """The benchmarks measure what they say."""
 
+import importlib
 import importlib.machinery
+import json
 import math
 import os
 import subprocess
@@ -32,6 +34,12 @@ from tests.conftest import roused
 quiet()
 BASE = Path(__file__).parent.parent / "zoo/models/base"
 DOCUMENT = Path(__file__).parent.parent / "docs/own-models.md"
+SOURCES = Path(__file__).parent.parent / "benchmarks"
+COMMANDS = sorted(
+    path.relative_to(SOURCES).with_suffix("").as_posix().removesuffix("/__main__")
+    for path in (*SOURCES.glob("*.py"), *SOURCES.glob("*/__main__.py"))
+    if "def main()" in path.read_text()
+)
 
 
 def forward_flops_by_layer(unet: UNet2DConditionModel, length: int) -> dict[str, int]:
@@ -164,6 +172,148 @@ def test_the_demos_time_is_that_of_its_stages(
     (tmp_path / "Makefile").write_text("demo:\n\tfalse\n")
     with pytest.raises(subprocess.CalledProcessError):
         demo.stages(tmp_path, dict(os.environ))
+
+
+# Command lines
+
+
+def run_as_typed(monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+    """Run a benchmark in this process, as `python -m benchmarks.<typed>` does."""
+    name, *arguments = typed.split()
+    module = f"benchmarks.{name}" + (".__main__" if (SOURCES / name).is_dir() else "")
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delenv("PNP_TRACEBACK", raising=False)
+    importlib.import_module(module).main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_begins_with_what_is_typed_and_one_paragraph_about_it(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="^0$"):
+        run_as_typed(monkeypatch, f"{name} --help")
+    said = capsys.readouterr().out
+    file = SOURCES / name / "__main__.py" if (SOURCES / name).is_dir() else SOURCES / f"{name}.py"
+    first = file.read_text().split('"""')[1].partition("\n")[0]
+    usage, about, options = said.split("\n\n")[:3]
+    assert usage.startswith(f"usage: python -m benchmarks.{name} [-h]")
+    assert about == first
+    assert options.startswith("options:")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        *((f"plan --gpus {given}", "a whole number from 1 to") for given in ("0", "-3", "9" * 400)),
+        *((f"plan --tflops {given}", "a finite number above 0") for given in ("0", "nan", "-5")),
+        ("plan --images 0", "a whole number from 1 to"),
+        ("plan --images 1.5", "a whole number from 1 to"),
+        ("plan --prompts -1", "a whole number from 0 to"),
+        ("plan --memory -1", "a finite number above 0"),
+        ("cache_cost --tflops 0", "a finite number above 0"),
+        ("cache_cost --tflops inf", "a finite number above 0"),
+        ("cost --repeats 0", "a whole number from 1 to"),
+        ("plug --rounds 0", "a whole number from 1 to"),
+        ("train_cost --rounds x", "a whole number from 1 to"),
+        ("gpu --minutes 0", "a finite number above 0"),
+    ],
+)
+def test_a_number_that_is_none_or_too_small_or_endless_is_refused_by_its_option(
+    typed: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name, option, given = typed.split()
+    with pytest.raises(SystemExit, match="^2$"):
+        run_as_typed(monkeypatch, typed)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"python -m benchmarks.{name}: error: argument {option}: {said}")
+    assert last.endswith(f"is needed, not {given}")
+
+
+def test_real_forwards_are_of_named_architectures(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="^2$"):
+        run_as_typed(monkeypatch, "cost --run")
+    said = capsys.readouterr().err
+    assert "--run NAME [NAME ...]" in said
+    assert "argument --run: expected at least one argument" in said
+
+
+def test_a_plan_is_json_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "plan", lambda name, params, **options: {"peak_gb": 3.0, **options})
+    monkeypatch.setattr(plan, "show", lambda name, result, **options: print(name))
+    monkeypatch.setattr(plan, "checks", lambda: {"disk_ratio": 1.0})
+    run_as_typed(monkeypatch, "plan --preset sdxl")
+    assert capsys.readouterr().out == "sdxl\n"
+    run_as_typed(monkeypatch, "plan --preset sdxl --json --gpus 8 --images 5 --prompts 0")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    options = {"gpus": 8, "tflops": 100, "memory": None, "num_images": 5, "num_prompts": 0}
+    assert found == {"peak_gb": 3.0, **options}
+    run_as_typed(monkeypatch, "plan --json")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == {"sd15", "sdxl", "sd15_24gb", "sdxl_24gb", "disk_ratio"}
+
+
+def test_a_gpu_that_is_too_small_for_a_preset_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: Any, memory: float, **options: Any) -> None:
+        raise ValueError(f"a GPU of {memory:g} GB\nis too small")
+
+    monkeypatch.setattr(plan, "plan", refuse)
+    with pytest.raises(SystemExit, match="^1$"):
+        run_as_typed(monkeypatch, "plan --preset sd15 --memory 9")
+    assert capsys.readouterr().err == "error: a GPU of 9 GB is too small\n"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["quality --run", "halving --run", "ablations --run", "train_cost", "frontier --json"],
+)
+def test_a_mistake_in_params_is_told_in_one_line(
+    typed: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = toy.toy_params()
+    values["distill"]["num_imges"] = 1
+    toy.write_params(tmp_path, values)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^1$"):
+        run_as_typed(monkeypatch, typed)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: params.yaml: unknown key 'distill.num_imges'")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("ablations --run", "data/cache holds no complete cache"),
+        ("halving --run", "guides/bundle is not a guide"),
+        ("review --run --only page", "there is no results/report/index.html: dvc repro makes it"),
+        ("review_report", "there is no results/report/index.html: dvc repro makes it"),
+    ],
+)
+def test_a_stage_that_did_not_run_is_told_in_one_line(
+    typed: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    toy.write_params(tmp_path, {**toy.toy_params(), "base": str(BASE)})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="^1$"):
+        run_as_typed(monkeypatch, typed)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
 
 
 # Records

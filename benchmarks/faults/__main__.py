@@ -10,7 +10,6 @@ what is wrong, or went on by itself, and the one after it came to the result of 
 happened to. Results are written after each fault, so a run that is cut short keeps what it has.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import command_parser, errors_in_one_line
 from benchmarks.faults import (
     clusters,
     deployments,
@@ -41,9 +41,10 @@ PLACE = re.compile(
 MODULES = (clusters, deployments, inputs, processes, servers, sharing, storage)
 
 
+@errors_in_one_line()
 def main() -> None:
     """Print what each fault led to, with `--run` after making it happen."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
+    parser = command_parser("faults", __doc__)
     parser.add_argument("--run", action="store_true", help="break things; else read the results")
     parser.add_argument("--only", metavar="NAME", action="append", help="of these faults")
     parser.add_argument("--scratch", type=Path, default=Path("build/faults"), help="for checkouts")

@@ -16,6 +16,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.command import command_parser, errors_in_one_line
 from benchmarks.frontier.final import final_models
 from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.run import RESULTS, run
@@ -28,11 +29,10 @@ from components.params import load_params
 from pnp_core.files import read_json, write_text
 
 
+@errors_in_one_line()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.frontier", description=__doc__.splitlines()[0]
-    )
+    parser = command_parser("frontier", __doc__)
     parser.add_argument("--run", action="store_true", help="make what the results lack")
     parser.add_argument("--model", action="append", default=[], help="with --run: of these models")
     parser.add_argument(
@@ -49,14 +49,11 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     params = load_params(Path("params.yaml"))
-    try:
-        if arguments.train is not None:
-            train_all(arguments.train, params)
-        if arguments.run:
-            forwards = arguments.forwards or FORWARDS
-            run(params, arguments.model, forwards, arguments.jobs, final=arguments.final)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    if arguments.train is not None:
+        train_all(arguments.train, params)
+    if arguments.run:
+        forwards = arguments.forwards or FORWARDS
+        run(params, arguments.model, forwards, arguments.jobs, final=arguments.final)
     if arguments.train is not None and not arguments.run:
         return
     if not RESULTS.exists():

@@ -20,13 +20,13 @@ stdout is one JSON object of the largest card's figures, null where they are mis
     of_other_code          rows that earlier code made
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import torch
 
+from benchmarks.command import amount, command_parser, errors_in_one_line
 from benchmarks.gpu.results import code_digest, run
 from benchmarks.gpu.scale import Scale, toy_scale, true_scale
 from benchmarks.gpu.table import as_markdown, main_card, summary
@@ -38,14 +38,13 @@ RESULTS = Path("benchmarks/results/gpu.json")
 TINY = Path("build/gpu-tiny.json")  # a CPU's results are no card's
 
 
+@errors_in_one_line()
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0]
-    )
+    parser = command_parser("gpu", __doc__)
     parser.add_argument("--run", action="store_true", help="measure what is missing")
     parser.add_argument("--tiny", action="store_true", help="the same with toys on a CPU")
-    parser.add_argument("--minutes", type=float, default=8, help="that a run may take")
+    parser.add_argument("--minutes", type=amount, default=8, help="that a run may take")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()
     quiet()
