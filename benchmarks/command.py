@@ -12,13 +12,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from components.cli import stop
 from components.environment import quiet
+from components.params import Params, load_params
 from pnp_core.files import read_json
-
-if TYPE_CHECKING:
-    from components.params import Params
 
 Results = Mapping[str, Any]
 MOST = 1_000_000_000  # GPUs, images, rounds: what no one has, and floats can still be made of
@@ -40,7 +39,7 @@ def count(text: str) -> int:
     return _whole(text, least=1)
 
 
-def count_or_none(text: str) -> int:
+def count_from_0(text: str) -> int:
     """How many, as an argument. Raises ArgumentTypeError if it is not from 0 to MOST."""
     return _whole(text, least=0)
 
@@ -79,8 +78,6 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        from components.cli import stop  # needs what benchmarks.gpu does not
-
         stop(error, exit_code=1)
 
 
@@ -88,7 +85,7 @@ def errors_in_one_line() -> Iterator[None]:
 def run_command(
     parser: argparse.ArgumentParser,
     path: Path,
-    run: "Callable[[Params, argparse.Namespace], None]",
+    run: Callable[[Params, argparse.Namespace], None],
     *,
     table: Callable[[Results], str],
     figures: Callable[[Results], Mapping[str, Any]],
@@ -110,8 +107,6 @@ def run_command(
     arguments = parser.parse_args()
     quiet()
     if arguments.run:
-        from components.params import load_params  # as above
-
         run(load_params(Path("params.yaml")), arguments)
     if not path.exists():
         sys.exit(f"error: there is no {path} yet: run `dvc repro`, then this with --run")

@@ -28,7 +28,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from benchmarks.cache_cost import architecture_bytes
-from benchmarks.command import amount, command_parser, count, count_or_none, errors_in_one_line
+from benchmarks.command import amount, command_parser, count, count_from_0, errors_in_one_line
 from benchmarks.cost import peak_memory, unet_config
 from components.dataset import read_records
 from components.device import load_base
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--memory", type=amount, help="GB of one GPU; refuses what does not fit")
     parser.add_argument("--tflops", type=amount, default=100, help="sustained, of one GPU")
     parser.add_argument("--images", type=count, default=IMAGES, help="of the data, with captions")
-    parser.add_argument("--prompts", type=count_or_none, default=0, help="further ones")
+    parser.add_argument("--prompts", type=count_from_0, default=0, help="further ones")
     parser.add_argument("--dry-run", action="store_true", help="take one real training step too")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     arguments = parser.parse_args()

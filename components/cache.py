@@ -345,5 +345,5 @@ def fetch_first_phase(builder: "CacheBuilder", store: ShardStore) -> None:
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("cache", __doc__)
     main(run)

@@ -74,15 +74,15 @@ def main(run: Callable[[Params], None], *, reads_inputs: bool = True) -> None:
         sys.exit(130)
 
 
-def without_arguments(module: str, doc: str) -> None:
+def without_arguments(name: str, doc: str) -> None:
     """Refuse what a command that takes no arguments is given; tell what it does where asked.
 
     Args:
-        module: its name.
+        name: of its module, in `components`.
         doc: its docstring.
     """
     argparse.ArgumentParser(
-        prog=f"python -m {module}",
+        prog=f"python -m components.{name}",
         description=doc.partition("\n\n")[0],
         epilog="It takes no arguments. Stages go by params.yaml, in the working directory.",
     ).parse_args()

@@ -84,5 +84,5 @@ def check_memory(
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("distill", __doc__)
     main(run)

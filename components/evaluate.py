@@ -22,7 +22,7 @@ from components.curves import few, write_curves
 from components.disk import check_room, mean_bytes
 from components.evaluation import Evaluation
 from components.images import Gallery, KeptImages, Recipe, Setting, Task, alone_with, batches
-from components.inputs import check_places
+from components.inputs import places_of
 from components.methods import label_of
 from components.params import Params
 from components.paths import BUNDLE, EVALUATED, PREPARED
@@ -54,7 +54,7 @@ def run(params: Params, model: str, *, guide: Path = BUNDLE, into: Path = EVALUA
         raise ValueError(
             f"params.yaml has no model {model!r}; its models are {', '.join(params.models)}"
         )
-    check_places(model, guide, into)
+    guide, into = places_of(model, guide, into)
     from components.device import left_to_workers
 
     with alone_with(model, params.cluster.wait_minutes):

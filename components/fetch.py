@@ -11,7 +11,7 @@ from pathlib import Path
 
 from components.cli import main
 from components.params import Params
-from components.promote import version
+from components.promote import version as number_of
 from pnp_core.files import atomic_folder
 
 NO_CHAMPION = 4
@@ -50,7 +50,7 @@ def wanted(text: str) -> str:
     """A version's number, or the champion's name."""
     if text != "champion":
         try:
-            return str(version(text))
+            return str(number_of(text))
         except ValueError:
             raise argparse.ArgumentTypeError(f"a number, or champion, not {text!r}") from None
     return text

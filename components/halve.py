@@ -132,5 +132,5 @@ def match_config(params: Params, num_steps: int) -> "MatchConfig":
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("halve", __doc__)
     main(run)

@@ -45,24 +45,28 @@ def check_model(path: str, base: str, *, teaches: bool = False) -> None:
         check_prediction(path, base, teaches=teaches)
 
 
-def check_places(model: str, guide: Path, into: Path) -> None:
-    """Raise ValueError if a stage before this one has not run, or something else would be lost."""
+def places_of(model: str, guide: Path, into: Path) -> tuple[Path, Path]:
+    """A guide, and where a model's evaluation goes; the pipeline's own as it names them.
+
+    Raises ValueError if a stage before has not run, or what is there would be lost.
+    """
     is_own = guide.resolve() == BUNDLE.resolve()
     if not (guide.is_dir() or old_of(guide).is_dir()):
         said = "run the stage halve first" if is_own else "python -m components.fetch brings one"
         raise ValueError(f"--guide {guide}: there is no such folder: {said}")
     if not (PREPARED / "manifest.json").exists():
-        raise ValueError(f"there is no {PREPARED / 'manifest.json'}: run the stage prepare first")
+        raise ValueError(f"there is no {PREPARED / 'manifest.json'}: dvc repro prepare makes it")
     if into.exists() and not into.is_dir():
         raise ValueError(f"--into {into}: it is a file; name a folder")
     if into.resolve() == EVALUATED.resolve():
         if not is_own:
             raise ValueError(f"--guide {guide}: {EVALUATED} is of {BUNDLE}: name another --into")
-        return
+        return BUNDLE, EVALUATED
     place = into / model
     holds_results = place.is_dir() and ((place / FILE).exists() or not any(place.iterdir()))
     if place.exists() and not holds_results:
         raise ValueError(f"--into {into}: {place} has no {FILE}, and would be replaced")
+    return (BUNDLE if is_own else guide), into
 
 
 def check_dataset(config: "Prepare") -> None:

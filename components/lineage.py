@@ -149,7 +149,7 @@ def _dvc_process() -> psutil.Process | None:
 if __name__ == "__main__":
     from components.cli import without_arguments
 
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("lineage", __doc__)
     if not Path("params.yaml").exists():
         sys.exit(f"error: no params.yaml in {Path.cwd()}: run this from the repository's root")
     try:

@@ -254,7 +254,7 @@ def checked(values: Mapping[str, Any], source: str) -> Params:
     except TypeError:
         found = next(not_json(values), None)
         if found is None:
-            raise ParamsError(f"{source}: a list or a mapping can't be a key") from None
+            raise ParamsError(f"{source}: a key is no text: put it in quotes") from None
         name, value = found
         raise ParamsError(
             f"{source}: {name}: {value} is of a kind not used here ({type(value).__name__}): "

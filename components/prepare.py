@@ -215,5 +215,5 @@ def falls_out(prompt: str, fraction: float) -> bool:
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("prepare", __doc__)
     main(run)

@@ -357,7 +357,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def version(text: str) -> int:
     """A number that a registry can be asked for."""
     number = int(text)
-    if number >= 2**63:
+    if not 1 <= number < 2**63:
         raise argparse.ArgumentTypeError(f"no version has the number {text}")
     return number
 

@@ -394,5 +394,5 @@ def data_hash() -> str:
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("register", __doc__)
     main(run)

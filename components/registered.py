@@ -38,5 +38,5 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    without_arguments(__spec__.name, __doc__)
+    without_arguments("registered", __doc__)
     main(run, reads_inputs=False)

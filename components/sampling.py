@@ -61,7 +61,7 @@ def choose_tasks(config: Evaluate, row: Model | None = None) -> list[Task]:
     for split in ("train", "heldout"):
         path = PREPARED / f"{split}.parquet"
         if not path.exists():
-            raise ValueError(f"there is no {path}: `dvc repro prepare` makes it")
+            raise ValueError(f"there is no {path}: dvc repro prepare makes it")
         found[split] = set(read_prompts(path))
         if not found[split]:
             raise ValueError(

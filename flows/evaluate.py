@@ -64,8 +64,9 @@ def evaluate_finetune_flow(path: str, reference: str, name: str = "") -> None:
         if not BUNDLE.exists():
             line = f"error: there is no guide in {BUNDLE}: run distill first, or dvc pull"
             raise StageFailed("start", 1, [line])
-        check_given(path, reference)
-        overrides = row_of(name, {"path": _placed(path), "reference": _placed(reference)})
+        given = {"path": _placed(path), "reference": _placed(reference)}
+        check_given(**given)
+        overrides = row_of(name, given)
         with experiment(overrides, flow_run.name or "run", log), begin() as params:
             check_files(params)
             evaluate(name, look(params, (f"evaluate@{name}",)))

@@ -78,7 +78,7 @@ class Encoded(NamedTuple):
 
     def is_reversed_in(self, text: Tensor) -> bool:
         """Whether a doubled batch has these prompts' states before those of the negative ones."""
-        if len(text) != 2 * len(self.positive) or self.is_run_under(text):
+        if len(text) != 2 * len(self.positive) or text.shape[1:] != self.positive.shape[1:]:
             return False
         halves = zip(text.chunk(2), (self.positive, self.negative), strict=True)
         return all(torch.equal(half, own.to(half).expand_as(half)) for half, own in halves)
@@ -110,6 +110,8 @@ class Encodings:
 
     def check_order(self, name: str, text: Tensor) -> None:
         """Raise ValueError if a doubled batch has prompts first, and negative ones behind them."""
+        if any(each.is_run_under(text) for each in self.all):
+            return
         if any(each.is_reversed_in(text) for each in self.all):
             raise ValueError(PROMPTS_FIRST.format(name))
 

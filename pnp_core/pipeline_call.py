@@ -259,8 +259,9 @@ class PipelineCall(Call):
         if self.plug.exact_steps == 0 or (self.exact is None and self.guidance_scale <= 1):
             return False
         if self.exact is None:
-            check_face_embeddings(self.unet, len(arguments["sample"]), with_exact_steps=True)
             num_forwards = forwards_left(self.pipe, timestep_of(arguments)[:1], self.denoising_end)
+            if self.plug.exact_steps < num_forwards:
+                check_face_embeddings(self.unet, len(arguments["sample"]), with_exact_steps=True)
             self.exact = ExactSteps(spread(self.plug.exact_steps, num_forwards))
         return self.exact.begin()
 

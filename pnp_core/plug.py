@@ -107,8 +107,9 @@ def check_numbers(strength: Any, exact_steps: Any) -> None:
     is_one = isinstance(strength, Tensor) and strength.ndim == 0
     if not (is_one or isinstance(strength, Real)):
         raise TypeError(f"strength is a number from 0 on, and not a {type(strength).__name__}.")
-    if not 0 <= strength <= torch.finfo(torch.float32).max:
-        raise ValueError(f"strength is a number from 0 on, and not {strength!r}.")
+    most = torch.finfo(torch.float32).max
+    if not 0 <= strength <= most:
+        raise ValueError(f"strength is a number from 0 to {most:.2g}, and not {strength!r}.")
     if isinstance(exact_steps, bool) or not isinstance(exact_steps, Integral) or exact_steps < 0:
         is_short = isinstance(exact_steps, Real | str | None)
         given = repr(exact_steps) if is_short else f"a {type(exact_steps).__name__}"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from components.fetch import wanted
-from components.inputs import check_places
+from components.inputs import places_of
 from components.params import ParamsError
 from components.paths import BUNDLE, EVALUATED
 from components.registered import run as tell_version
 from flows.__main__ import check, parser
-from flows.evaluate import check_given
+from flows.evaluate import _placed, check_given
 from pnp_core.files import write_json, write_text
 
 pytest_plugins = ["tests.toy"]
@@ -59,29 +59,29 @@ def test_an_evaluation_replaces_results_alone(evaluated: None) -> None:
     other = Path("other")
     other.mkdir()
     with pytest.raises(ValueError, match="models/tuned has no evaluation.json, and would be repl"):
-        check_places("tuned", other, Path("models"))
+        places_of("tuned", other, Path("models"))
     write_json(Path("mine/tuned/evaluation.json"), {})
     Path("empty/tuned").mkdir(parents=True)
     for into in ("mine", "empty", "new"):
-        check_places("tuned", other, Path(into))
+        places_of("tuned", other, Path(into))
 
 
 def test_another_guides_results_do_not_take_the_place_of_the_pipelines(evaluated: None) -> None:
     Path("other").mkdir()
     with pytest.raises(ValueError, match="results/evaluate is of guides/bundle: name another"):
-        check_places("tuned", Path("other"), EVALUATED)
-    check_places("tuned", BUNDLE.absolute(), EVALUATED)
+        places_of("tuned", Path("other"), EVALUATED)
+    assert places_of("tuned", BUNDLE.absolute(), EVALUATED.absolute()) == (BUNDLE, EVALUATED)
 
 
 def test_what_an_evaluation_lacks_is_told_by_the_stage_that_makes_it(evaluated: None) -> None:
     with pytest.raises(ValueError, match="--guide nope: there is no such folder: .*fetch"):
-        check_places("tuned", Path("nope"), Path("mine"))
+        places_of("tuned", Path("nope"), Path("mine"))
     Path("data/prepared/manifest.json").unlink()
-    with pytest.raises(ValueError, match="manifest.json: run the stage prepare first"):
-        check_places("tuned", BUNDLE, EVALUATED)
+    with pytest.raises(ValueError, match="manifest.json: dvc repro prepare makes it"):
+        places_of("tuned", BUNDLE, EVALUATED)
     BUNDLE.rmdir()
     with pytest.raises(ValueError, match="run the stage halve first"):
-        check_places("tuned", BUNDLE, EVALUATED)
+        places_of("tuned", BUNDLE, EVALUATED)
 
 
 def test_a_version_of_no_report_is_told_by_the_stage_that_makes_it(
@@ -93,9 +93,13 @@ def test_a_version_of_no_report_is_told_by_the_stage_that_makes_it(
         tell_version(params)
 
 
-@pytest.mark.parametrize("text", ["abc", "Champion", "1.5", str(2**63)])
-def test_what_is_no_version_is_refused_before_mlflow_is_asked(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="version|a number, or champion"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(text, "a number, or champion") for text in ("abc", "Champion", "1.5", "")]
+    + [(text, "no version has the number") for text in ("0", "-1", str(2**63))],
+)
+def test_what_is_no_version_is_refused_before_mlflow_is_asked(text: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=said):
         wanted(text)
     assert wanted("champion") == "champion" and wanted("7") == "7"
 
@@ -104,6 +108,13 @@ def test_a_forced_promotion_without_a_reason_is_refused_before_a_server_is_start
     with pytest.raises(ValueError, match="--force needs --reason"):
         check(parser().parse_args(["promote", "--force"]))
     check(parser().parse_args(["promote", "--version", "2", "--dry-run"]))
+
+
+def test_a_fine_tune_of_a_home_folder_is_found(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(world))
+    check_given(_placed("~/models/tuned"), _placed("~/art/tuned.parquet"))
 
 
 def test_a_fine_tune_that_is_not_there_is_told_before_a_workspace_is_made(world: Path) -> None:

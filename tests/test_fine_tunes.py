@@ -270,7 +270,7 @@ def test_prompts_and_the_negative_prompt_of_a_model_make_its_tasks(prepared: Par
 
 def test_without_prepared_data_it_is_said_what_makes_it(prepared: Params) -> None:
     Path("data/prepared/heldout.parquet").unlink()
-    with pytest.raises(ValueError, match="no data/prepared/heldout.parquet: `dvc repro prepare`"):
+    with pytest.raises(ValueError, match="no data/prepared/heldout.parquet: dvc repro prepare"):
         choose_tasks(prepared.evaluate)
 
 

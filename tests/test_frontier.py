@@ -719,7 +719,7 @@ def test_the_tables_in_the_repository_are_of_the_results_there() -> None:
 def test_each_way_to_take_the_guide_has_a_label_and_runs_of_its_own() -> None:
     assert len(set(LABELS.values())) == len(LABELS)
     found = results(["base"])
-    ways = ("exact", "halved-exact", "mixed")
+    ways = ("exact", "mixed")
     found["cells"]["base"]["8"] |= {method: cell(method, 3.9) for method in ways}
     found["records"] = {
         row_name("base", "8", method): [

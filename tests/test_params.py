@@ -260,7 +260,8 @@ def test_missing_key_is_named(tmp_path: Path) -> None:
         ("just words", "expected `key: value`"),
         ("base: 2020-01-01", "of a kind not used here"),
         ("base: &a [*a]\n", "an alias stands within what it names"),
-        ("? [1, 2]\n: 3\n", "a list or a mapping can't be a key"),
+        ("? [1, 2]\n: 3\n", "a key is no text: put it in quotes"),
+        ("cache:\n  2020-01-01: 3\n", "a key is no text: put it in quotes"),
         ("models:\n  2024: {}", "models: 2024 is read as no text: put it in quotes"),
     ],
 )

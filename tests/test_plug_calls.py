@@ -429,7 +429,7 @@ def test_a_preview_of_fewer_steps_in_a_callback_may_share_the_scheduler(
 def test_a_strength_that_can_t_be_is_refused(
     pipe: StableDiffusionPipeline, tiny: Guide, strength: float
 ) -> None:
-    with pytest.raises(ValueError, match="from 0 on"):
+    with pytest.raises(ValueError, match="from 0 to"):
         plug(pipe, tiny, strength=strength)
 
 

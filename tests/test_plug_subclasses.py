@@ -106,6 +106,19 @@ def test_a_doubled_batch_with_prompts_first_is_refused_where_it_would_be_guided_
     assert np.array_equal(same, generate(pipe, "a cat", negative_prompt="a cat"))
 
 
+def test_text_that_a_loop_makes_longer_than_it_was_encoded_runs_with_exact_steps(
+    pipe: StableDiffusionPipeline, guide: Guide
+) -> None:
+    longer = "prompt_embeds, negative_prompt_embeds = (torch.cat([x, x[:, -1:]], 1) for x in "
+    own = of_class(with_loop("pass", f"{longer}(prompt_embeds, negative_prompt_embeds))"), pipe)
+    stock = generate(own, negative_prompt="leaf")
+    plug(own, guide, exact_steps=100)
+    assert np.array_equal(generate(own, negative_prompt="leaf"), stock)
+    unplug(own)
+    plug(own, guide, exact_steps=1)
+    assert np.isfinite(generate(own, negative_prompt="leaf")).all()
+
+
 @pytest.mark.parametrize("asked", ["False", "True", "self.do_classifier_free_guidance"])
 @pytest.mark.parametrize("exact_steps", [0, 2])
 def test_blended_prompts_are_guided_away_from_the_negative_one_that_was_given(

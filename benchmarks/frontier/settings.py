@@ -29,7 +29,6 @@ LABELS = {
 }
 FORMER_LABELS = {
     "exact": "this guide, and CFG in some steps, which correct the others",
-    "halved-exact": "this guide, halved, and CFG in some steps, which correct the others",
 }
 LABELS |= FORMER_LABELS
 TRAINED_LABELS = {

@@ -17,5 +17,5 @@ def run(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    without_arguments("components.tracking", __doc__)
+    without_arguments("tracking", __doc__)
     main(run, reads_inputs=False)
