@@ -60,9 +60,10 @@ def main() -> None:
     if not RESULTS.exists():
         sys.exit(f"error: no {RESULTS}: python -m benchmarks.overhead --run makes it")
     numbers = summary(read_json(RESULTS))
-    if not arguments.json:
+    if arguments.json:
+        print(json.dumps(numbers))
+    else:
         print("\n".join(f"{name:<18} {value}" for name, value in numbers.items()))
-    print(json.dumps(numbers))
 
 
 def measure(size: str, scratch: Path) -> None:

@@ -54,9 +54,10 @@ def main() -> None:
         print(f"{name}: {json.dumps(keys)}", flush=True)
     if not results:
         sys.exit(f"error: no {RESULTS}: python -m benchmarks.review --run makes it")
-    if not arguments.json:
+    if arguments.json:
+        print(json.dumps(summary(results)))
+    else:
         print(json.dumps(results, indent=1))
-    print(json.dumps(summary(results)))
 
 
 def summary(results: Mapping[str, Any]) -> dict[str, float]:

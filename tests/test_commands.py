@@ -1,6 +1,8 @@
 """What commands refuse at once, before anything is computed, started or replaced."""
 
 import argparse
+import importlib
+import json
 import os
 import subprocess
 import sys
@@ -134,3 +136,20 @@ def test_what_writes_a_tracked_file_writes_nothing_when_asked_for_help(module: s
         [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and f"usage: python -m {module}" in done.stdout
+
+
+@pytest.mark.parametrize("benchmark", ["demo", "faults.__main__", "overhead", "review"])
+def test_a_benchmark_that_reads_its_results_prints_json_when_asked_alone(
+    benchmark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    main = importlib.import_module(f"benchmarks.{benchmark}").main
+
+    def last_line(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [benchmark, *options])
+        main()
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert isinstance(json.loads(last_line("--json")), dict)
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(last_line())

@@ -58,9 +58,10 @@ def main() -> None:
     if not RESULTS.exists():
         sys.exit(f"error: no {RESULTS}: python -m benchmarks.faults --run makes it")
     results = read_json(RESULTS)
-    if not arguments.json:
+    if arguments.json:
+        print(json.dumps(summary(results)))
+    else:
         print(table(results))
-    print(json.dumps(summary(results)))
 
 
 def run(names: list[str], scratch: Path) -> None:
