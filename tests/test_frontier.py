@@ -857,6 +857,21 @@ def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
     assert "FID over the best free rival's 0.800" in of_large and "too dear" not in of_large
 
 
+def test_the_page_begins_with_the_guide_beside_the_best_free_rival_of_the_most_images() -> None:
+    found = with_large()
+    del found["cells"]["b"]["large 8"]["linear"]
+    found["cells"]["b"]["8"] |= {"guided": cell("guided", 4.5, 41.0)}
+    first = as_markdown(found).split("\n## ")[1]
+    assert first.startswith("Beside the best free rival\n")
+    rows = [line.split(" | ") for line in first.splitlines() if " | " in line]
+    lines = {row[0][2:]: row[2] for row in rows}
+    told = {name: lines[name] for name in ("a", "b", "mean of the development fine-tunes")}
+    assert told["a"] == "0.800 (0.800 to 0.800); 0.800; +1.0; 2304, `guided`"
+    assert told["b"] == "0.900 (0.900 to 0.900); 0.900; +0.5; 576, `guided`"
+    of_mean = told["mean of the development fine-tunes"]
+    assert of_mean.startswith("0.850 (") and of_mean.endswith("; +0.5; 576"), "of few alone"
+
+
 def test_the_page_says_how_each_method_with_the_guide_stands_to_the_rival() -> None:
     found = results(["base"])
     cells = found["cells"]["base"]["8"]

@@ -15,6 +15,7 @@ from benchmarks.frontier.settings import (
     TRAINED_LABELS,
     Setting,
     forwards_of,
+    large,
     row_name,
 )
 from benchmarks.frontier.table import (
@@ -22,6 +23,7 @@ from benchmarks.frontier.table import (
     TRAININGS,
     Cells,
     Found,
+    has_large,
     mean,
     over_trained,
     with_interval,
@@ -31,7 +33,7 @@ from components.evaluation import Estimate
 
 
 def as_markdown(results: Mapping[str, Any]) -> str:
-    """The results as a page: a table for each model and cost."""
+    """The results as a page: what they come to, then a table for each model and cost."""
     setting = results["setting"]
     lines = [
         "# The guide at equal cost",
@@ -48,6 +50,11 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "upwards by few images: compare within a table. The last column is the run that made "
         "a row, [below](#runs).",
     ]
+    lines += beside_free(results)
+    lines += beside_one_another(results)
+    lines += beside_cfg100(results)
+    lines += trained_again(results)
+    lines += beside_trained(results)
     runs = runs_of(results.get("records", {}))
     for model in sorted(results["cells"], key=lambda name: (name != "base", name)):
         places = results["cells"][model]
@@ -58,10 +65,6 @@ def as_markdown(results: Mapping[str, Any]) -> str:
             lines += compared(found, model, place)
             if place == "100":
                 lines += of_other_precision(results, model)
-    lines += beside_one_another(results)
-    lines += beside_cfg100(results)
-    lines += trained_again(results)
-    lines += beside_trained(results)
     lines += ["", "## Runs", ""]
     lines += [f"{number}. {line}" for line, number in dict.fromkeys(runs.values())]
     return "\n".join(lines) + "\n"
@@ -132,6 +135,41 @@ def of_other_precision(results: Mapping[str, Any], model: str) -> list[str]:
         return []
     said = f"This row is in {own}, the guide's of {', of '.join(apart)}"
     return ["", f"{said}: what compares the two compares precisions besides."]
+
+
+def beside_free(results: Mapping[str, Any]) -> list[str]:
+    """A table of all models: the guide, as it is taken, beside the best free rival.
+
+    Of large rows where all are there that a line needs.
+    """
+    found = Found(results, results["cells"])
+    models = [name for name in found.models if any(found.ratio(name, at) for at in COSTS)]
+    if not models:
+        return []
+    lines = [
+        "",
+        "## Beside the best free rival",
+        "",
+        "What comes out, in one table. FID of the guide, in the way that is taken by the images "
+        "for choosing, over that of the rival of least FID among those that train nothing; the "
+        "same by the foreign judge; its CLIP score less the first rival's; how many images that "
+        "is of, and the way (see below).",
+        "",
+    ]
+
+    def told(some: Sequence[str], at: str) -> str:
+        is_large = has_large(found, some, [at])
+        place = large(at) if is_large else at
+        ratio = mean([found.ratio(name, place) for name in some])
+        foreign = mean([found.ratio(name, place, "foreign") for name in some])
+        lead = mean([found.clip_lead(name, place) for name in some])
+        if not (ratio and foreign and lead):
+            return ""
+        words = f"{with_interval(ratio, 3)}; {foreign.value:.3f}; {lead.value:+.1f}"
+        words += f"; {NUM_LARGE if is_large else results['setting']['num_images']}"
+        return words if len(some) > 1 else f"{words}, `{found.own(some[0], place)}`"
+
+    return lines + means(found, models, COSTS, told)
 
 
 def beside_one_another(results: Mapping[str, Any]) -> list[str]:
@@ -282,7 +320,7 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
         "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
         f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
         f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
-        "none); the guide of the tables above has seen more." + of_other_trainings(found, tuned),
+        "none); the guide of the other tables has seen more." + of_other_trainings(found, tuned),
         "",
         f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
         "|---" * (2 + len(COSTS)) + "|",
