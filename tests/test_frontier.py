@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from ruamel.yaml import YAML
 from torch import Tensor
 
-from benchmarks.frontier import final, run, table, workbench
+from benchmarks.frontier import final, run, table, training, workbench
 from benchmarks.frontier.judges import ForeignJudge, as_json, from_json
 from benchmarks.frontier.page import as_markdown
 from benchmarks.frontier.rivals import LinearAG, PartialCFG, ReusedGuidance, fit_linear
@@ -34,7 +35,7 @@ from components.dataset import read_records
 from components.evaluation import Estimate
 from components.fitting import fit
 from components.images import Task
-from components.params import load_params
+from components.params import checked, load_params
 from pnp_core.bundle import GuideBundle
 from pnp_core.conditions import Conditions
 from pnp_core.denoiser import CFGDenoiser, GuidedDenoiser, PlainDenoiser
@@ -855,6 +856,25 @@ def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
     ]
     of_large = page.split(headings[1])[1].split("\n## ")[0]
     assert "FID over the best free rival's 0.800" in of_large and "too dear" not in of_large
+
+
+def test_rivals_are_trained_alike_if_all_settings_are_that_bear_on_their_training() -> None:
+    values = YAML(typ="safe").load(Path("params.yaml"))
+
+    def settings(section: str, **changed: Any) -> str:
+        params = checked({**values, section: {**values[section], **changed}}, "params.yaml")
+        return str(training.settings_of(params)["settings"])
+
+    same = settings("halve")
+    for name, value in (("match_images", 1280), ("end_steps", 4), ("micro_batch_size", 8)):
+        assert settings("halve", **{name: value}) == same, f"{name} is not theirs, or memory alone"
+    for section, name, value in (
+        ("halve", "guidance_gain", 1.0),
+        ("distill", "num_images", 2000),
+        ("cache", "num_trajectory", 1000),
+        ("prepare", "heldout_fraction", 0.2),
+    ):
+        assert settings(section, **{name: value}) != same
 
 
 def test_the_page_begins_with_the_guide_beside_the_best_free_rival_of_the_most_images() -> None:

@@ -318,8 +318,9 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
         "",
         f"FID of this guide's form over theirs, mean of {', '.join(tuned)}: below 1 it is ahead; "
         "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
-        f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
-        f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
+        f"base. All have seen {own['num_images']:,} samples of the same pairs (for some the "
+        "cache was made anew, which rounds otherwise) at their best learning rate, and "
+        f"{own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
         "none); the guide of the other tables has seen more." + of_other_trainings(found, tuned),
         "",
         f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",

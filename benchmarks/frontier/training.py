@@ -26,6 +26,7 @@ from pnp_core.settings import MEMORY_ONLY
 from pnp_core.train import RECIPE, config_hash
 
 END_STEPS = 4
+NOT_THEIRS = {"end_steps", "match_steps", "match_images", "match_learning_rate"}  # of `halve`
 TRIAL_SHARE = 0.1  # of the images, for each learning rate that is tried
 DIVERGED = 1e9  # in place of a loss
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -61,7 +62,7 @@ def train_all(names: Sequence[str], params: Params) -> None:
 def train_method(name: str, params: Params) -> None:
     """Train a method at its best learning rate, and halve it, unless that has been done."""
     trainer = Trainer(params, open_cache(params, None), FOLDER / "checkpoints")
-    settings = settings_of(trainer)
+    settings = settings_of(params)
     folder = FOLDER / name
     if (folder / INDEX).exists() and settings.items() <= read_json(folder / INDEX).items():
         return
@@ -77,14 +78,15 @@ def train_method(name: str, params: Params) -> None:
     save(folder, peers, about)
 
 
-def settings_of(trainer: Trainer) -> dict[str, Any]:
-    """What rivals must have in common to be compared."""
-    params = trainer.params
-    sections = (params.distill, params.halve, params.teacher)
-    as_text = (section.model_dump_json(exclude=MEMORY_ONLY) for section in sections)
-    identity = (trainer.cache.content_hash, *as_text, RECIPE)
-    # Without no more than that, as in the tables that there are.
-    settings = config_hash(train_config(params.distill), *identity, without=MEMORY_ONLY)
+def settings_of(params: Params) -> dict[str, Any]:
+    """What rivals must have in common to be compared.
+
+    Not the cache's bytes: made anew, by the same settings, they differ in rounding.
+    """
+    sections = (params.prepare, params.cache, params.teacher, params.distill, params.halve)
+    left_out = MEMORY_ONLY | NOT_THEIRS
+    as_text = (section.model_dump_json(exclude=left_out) for section in sections)
+    settings = config_hash(train_config(params.distill), *as_text, RECIPE, without=MEMORY_ONLY)
     return {
         "base_hash": weights_hash(params.base)[:16],
         "settings": settings,
