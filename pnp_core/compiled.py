@@ -20,6 +20,13 @@ def is_compiled(unet: nn.Module) -> bool:
     )
 
 
+def compiles_its_own(module: nn.Module) -> bool:
+    """Whether this module's forward is that of its class, or of the module within, compiled."""
+    own = getattr(module.forward, "_torchdynamo_orig_callable", None)
+    is_of_class = getattr(own, "__func__", None) is type(module).forward
+    return isinstance(module, OptimizedModule) or is_of_class
+
+
 def forget_compiled(unet: nn.Module) -> None:
     """Compiled code does not look at hooks: have it compiled again if there is any."""
     if not is_compiled(unet):

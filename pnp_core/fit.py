@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pnp_core.bundle import GuideBundle
+from pnp_core.compiled import compiles_its_own
 from pnp_core.guide.unet import MODULATED, NORMS, text_attentions
 from pnp_core.pipelines import check_class
 
@@ -172,7 +173,8 @@ def check_keeps_nothing(unet: Any) -> None:
                     "exact_steps=0."
                 )
         is_offloaded = not {"_hf_hook", "_diffusers_hook"}.isdisjoint(vars(part))
-        if part is unet or is_offloaded or "forward" not in vars(part):
+        is_own = "forward" not in vars(part) or compiles_its_own(part)
+        if part is unet or is_offloaded or is_own:
             continue
         raise ValueError(
             f"A forward within this UNet has been replaced, of {type(part).__name__}, as DeepCache "

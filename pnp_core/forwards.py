@@ -177,8 +177,7 @@ def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
     if (noted := getattr(pipe, "_num_timesteps", None)) is not None:
         counts.append(int(noted))
     if (timesteps := getattr(pipe.scheduler, "timesteps", None)) is not None:
-        found = (timesteps == timestep.to(timesteps.device)).nonzero()
-        left = timesteps[int(found[0]) :] if len(found) else timesteps[:0]
+        left = timesteps[place_among(timesteps, timestep) :]
         if isinstance(end, float) and 0 < end < 1:  # the rule of diffusers
             num_train_timesteps = pipe.scheduler.config.num_train_timesteps
             left = left[left >= round((1 - end) * num_train_timesteps)]
@@ -190,6 +189,20 @@ def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
         f"{type(pipe).__name__} does not say how many steps it takes, among which exact_steps are "
         "to be spread: plug it with exact_steps=0."
     )
+
+
+def place_among(timesteps: Tensor, timestep: Tensor) -> int:
+    """Which of a scheduler's timesteps this is; their number if it is none of them.
+
+    By where it lies in memory, if that is among them: some schedulers have a timestep twice.
+    """
+    is_view = timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    if is_view and timestep.dtype == timesteps.dtype and timesteps.is_contiguous():
+        number = int(timestep.storage_offset() - timesteps.storage_offset())
+        if 0 <= number < len(timesteps):
+            return number
+    found = (timesteps == timestep.to(timesteps.device)).nonzero()
+    return int(found[0]) if len(found) else len(timesteps)
 
 
 def steps_of(scheduler: Any) -> int | None:

@@ -204,7 +204,10 @@ REFUSED: dict[str, str] = {
 
 # The same of diffusers' community pipelines, in whatever module.
 COMMUNITY: dict[str, str] = dict.fromkeys(
-    ("StyleAlignedSDXLPipeline", "StableDiffusionHDPainterPipeline", "FrescoV2VPipeline"),
+    (
+        *("StyleAlignedSDXLPipeline", "StableDiffusionHDPainterPipeline", "FrescoV2VPipeline"),
+        "RegionalPromptingStableDiffusionPipeline",
+    ),
     "its attention processors look for the two halves of CFG's batch: " + UNPLUGGED,
 )
 

@@ -445,8 +445,13 @@ def test_another_method_that_runs_the_pipelines_loop_is_told_that_no_guide_acts(
     assert "StableDiffusionPipeline.gated runs the UNet" in said.getMessage()
 
 
-def test_community_pipelines_that_need_both_halves_are_refused_in_whatever_module() -> None:
-    cls = type("StyleAlignedSDXLPipeline", (StableDiffusionPipeline,), {"__module__": "mine"})
+@pytest.mark.parametrize(
+    "name", ["StyleAlignedSDXLPipeline", "RegionalPromptingStableDiffusionPipeline"]
+)
+def test_community_pipelines_that_need_both_halves_are_refused_in_whatever_module(
+    name: str,
+) -> None:
+    cls = type(name, (StableDiffusionPipeline,), {"__module__": "mine"})
     with pytest.raises(ValueError, match="two halves of CFG's batch"):
         check_class(cls)
     with pytest.raises(ValueError, match="two halves of CFG's batch"):

@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import (
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+)
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
 from pnp_core.guide import Guide
@@ -103,6 +108,25 @@ def test_as_many_exact_steps_as_steps_are_the_stock_pipeline_with_cfg(
     assert np.array_equal(run(pipe, call), stock)
 
 
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+def test_a_run_that_begins_at_the_second_of_two_equal_timesteps_has_its_forwards_counted(
+    scheduler: Any, parts: Parts
+) -> None:
+    name = "StableDiffusionInpaintPipelineLegacy"  # does not note how many timesteps it takes
+    pipe = made(name, parts)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    call = asked(pipe, name) | {"num_inference_steps": 6, "strength": 0.7}
+    rows = rows_run(pipe.unet)
+    stock, num_forwards = run(pipe, call), len(rows)
+    plug(pipe, guide_for(pipe.unet), exact_steps=num_forwards)
+    assert np.array_equal(run(pipe, call), stock)
+    unplug(pipe)
+    plug(pipe, guide_for(pipe.unet), exact_steps=num_forwards - 1)
+    rows.clear()
+    run(pipe, call)
+    assert sorted(rows) == [1] + [2] * (num_forwards - 1)
+
+
 @pytest.mark.parametrize(
     "name", ["StableDiffusionPanoramaPipeline", "StableDiffusionParadigmsPipeline"]
 )
@@ -161,6 +185,35 @@ def test_a_part_that_may_keep_features_from_step_to_step_is_refused(
     module.forward = module.forward
     with pytest.raises(ValueError, match=r"as DeepCache and T-GATE do.*exact_steps=0"):
         run(pipe, call)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["module", "forward"])
+def test_compiled_blocks_keep_nothing_from_step_to_step(form: str, parts: Parts) -> None:
+    pipe = made("StableDiffusionPipeline", parts)
+    call, guide = asked(pipe, "StableDiffusionPipeline"), guide_for(pipe.unet)
+    plug(pipe, guide, exact_steps=2)
+    expected = run(pipe, call)
+    unplug(pipe)
+    block = pipe.unet.up_blocks[0]
+    if form == "module":
+        pipe.unet.up_blocks[0] = torch.compile(block, backend="eager")
+    else:
+        block.forward = torch.compile(block.forward, backend="eager")
+    plug(pipe, guide, exact_steps=2)
+    np.testing.assert_allclose(run(pipe, call), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_part_that_may_keep_features_is_refused_when_compiled_too(parts: Parts) -> None:
+    pipe = made("StableDiffusionPipeline", parts)
+    block = pipe.unet.mid_block
+    own = block.forward
+    block.forward = lambda *args, **more: own(*args, **more)
+    block.forward = torch.compile(block.forward, backend="eager")
+    plug(pipe, guide_for(pipe.unet), exact_steps=1)
+    with pytest.raises(ValueError, match=r"as DeepCache and T-GATE do.*exact_steps=0"):
+        run(pipe, asked(pipe, "StableDiffusionPipeline"))
 
 
 @torch.no_grad()
