@@ -21,8 +21,14 @@ def is_compiled(unet: nn.Module) -> bool:
 
 
 def compiles_its_own(module: nn.Module) -> bool:
-    """Whether this module's forward is that of its class, or of the module within, compiled."""
-    own = getattr(module.forward, "_torchdynamo_orig_callable", None)
+    """Whether this module's forward is that of its class, or of the module within, compiled.
+
+    Not one that was replaced before it was compiled, or since.
+    """
+    forward = module.forward
+    own = getattr(forward, "_torchdynamo_orig_callable", None)
+    if own is None or getattr(forward, "__wrapped__", None) is not own:
+        return False  # functools.wraps copies the first name, and has the second lead elsewhere
     is_of_class = getattr(own, "__func__", None) is type(module).forward
     return isinstance(module, OptimizedModule) or is_of_class
 

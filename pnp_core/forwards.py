@@ -177,6 +177,7 @@ def forwards_left(pipe: Any, timestep: Tensor, end: Any = None) -> int:
     if (noted := getattr(pipe, "_num_timesteps", None)) is not None:
         counts.append(int(noted))
     if (timesteps := getattr(pipe.scheduler, "timesteps", None)) is not None:
+        timesteps = torch.as_tensor(timesteps)  # a user's own scheduler may have NumPy's
         left = timesteps[place_among(timesteps, timestep) :]
         if isinstance(end, float) and 0 < end < 1:  # the rule of diffusers
             num_train_timesteps = pipe.scheduler.config.num_train_timesteps

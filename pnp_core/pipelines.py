@@ -208,7 +208,7 @@ COMMUNITY: dict[str, str] = dict.fromkeys(
         *("StyleAlignedSDXLPipeline", "StableDiffusionHDPainterPipeline", "FrescoV2VPipeline"),
         "RegionalPromptingStableDiffusionPipeline",
     ),
-    "its attention processors look for the two halves of CFG's batch: " + UNPLUGGED,
+    "its attention looks for the two halves of CFG's batch: " + UNPLUGGED,
 )
 
 # Why there is nothing for a guide to do.

@@ -861,13 +861,19 @@ def test_large_rows_have_a_table_of_their_own_beneath_the_other() -> None:
 def test_rivals_are_trained_alike_if_all_settings_are_that_bear_on_their_training() -> None:
     values = YAML(typ="safe").load(Path("params.yaml"))
 
-    def settings(section: str, **changed: Any) -> str:
+    class Cache:
+        companions = ("one", "another")
+        prompts = ("red apple",)
+
+    def settings(section: str, cache: Any = Cache, **changed: Any) -> str:
         params = checked({**values, section: {**values[section], **changed}}, "params.yaml")
-        return str(training.settings_of(params)["settings"])
+        return str(training.settings_of(params, cache)["settings"])
 
     same = settings("halve")
-    for name, value in (("match_images", 1280), ("end_steps", 4), ("micro_batch_size", 8)):
-        assert settings("halve", **{name: value}) == same, f"{name} is not theirs, or memory alone"
+    for name, value in (("match_images", 1280), ("end_steps", 4), ("report_every_images", 8)):
+        assert settings("halve", **{name: value}) == same, f"{name} does not bear on it"
+    for name in ("companions", "prompts"):
+        assert settings("halve", type("Other", (Cache,), {name: ("one",)})) != same
     for section, name, value in (
         ("halve", "guidance_gain", 1.0),
         ("distill", "num_images", 2000),

@@ -47,8 +47,8 @@ def as_markdown(results: Mapping[str, Any]) -> str:
         "too wide: rows of one table are resampled alike, and a ratio of two is surer. PSNR is to "
         "CFG of 64 DDIM steps at the row's own scale; ms is processor time of one thread, "
         "denoising alone, beside other jobs: compare rows of one precision. FID is biased "
-        "upwards by few images: compare within a table. The last column is the run that made "
-        "a row, [below](#runs).",
+        "upwards by few images: compare within a table. In tables of rows the last column is the "
+        "run that made one, [below](#runs).",
     ]
     lines += beside_free(results)
     lines += beside_one_another(results)
@@ -152,8 +152,8 @@ def beside_free(results: Mapping[str, Any]) -> list[str]:
         "",
         "What comes out, in one table. FID of the guide, in the way that is taken by the images "
         "for choosing, over that of the rival of least FID among those that train nothing; the "
-        "same by the foreign judge; its CLIP score less the first rival's; how many images that "
-        "is of, and the way (see below).",
+        "same by the foreign judge, over the rival that is best by it; its CLIP score less that "
+        "of the first rival; how many images that is of, and the way (see below).",
         "",
     ]
 
@@ -318,9 +318,8 @@ def beside_trained(results: Mapping[str, Any]) -> list[str]:
         "",
         f"FID of this guide's form over theirs, mean of {', '.join(tuned)}: below 1 it is ahead; "
         "the same by the foreign judge, and its CLIP score less theirs; at last the FID on the "
-        f"base. All have seen {own['num_images']:,} samples of the same pairs (for some the "
-        "cache was made anew, which rounds otherwise) at their best learning rate, and "
-        f"{own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
+        f"base. All have seen {own['num_images']:,} samples of the same pairs at their best "
+        f"learning rate, and {own['num_images_in_a_round']:,} in each round of halving (LCM-LoRA: "
         "none); the guide of the other tables has seen more." + of_other_trainings(found, tuned),
         "",
         f"| rival | parameters, of the UNet's | {' | '.join(f'{at} forwards' for at in COSTS)} |",
@@ -343,7 +342,7 @@ def of_other_trainings(found: Found, tuned: Sequence[str]) -> str:
         return ""
     return (
         f" Weights are not kept: what stands at {' and '.join(others)} forwards is of another "
-        f"training, by the same settings, than what stands at {made[-1]}."
+        f"training, on a cache made anew by the same settings, than what stands at {made[-1]}."
     )
 
 

@@ -19,10 +19,11 @@ from components.judging import Judge
 from components.params import Params
 from components.training import open_cache, train_config
 from pnp_core.bundle import GuideBundle
+from pnp_core.cache import TeacherCache
 from pnp_core.files import read_json, write_json
 from pnp_core.losses import DivergedError
 from pnp_core.model_files import weights_hash
-from pnp_core.settings import MEMORY_ONLY
+from pnp_core.settings import UNSEEN
 from pnp_core.train import RECIPE, config_hash
 
 END_STEPS = 4
@@ -62,7 +63,7 @@ def train_all(names: Sequence[str], params: Params) -> None:
 def train_method(name: str, params: Params) -> None:
     """Train a method at its best learning rate, and halve it, unless that has been done."""
     trainer = Trainer(params, open_cache(params, None), FOLDER / "checkpoints")
-    settings = settings_of(params)
+    settings = settings_of(params, trainer.cache)
     folder = FOLDER / name
     if (folder / INDEX).exists() and settings.items() <= read_json(folder / INDEX).items():
         return
@@ -78,15 +79,15 @@ def train_method(name: str, params: Params) -> None:
     save(folder, peers, about)
 
 
-def settings_of(params: Params) -> dict[str, Any]:
-    """What rivals must have in common to be compared.
+def settings_of(params: Params, cache: TeacherCache) -> dict[str, Any]:
+    """What rivals must have in common to be compared: settings, base, companions and prompts.
 
     Not the cache's bytes: made anew, by the same settings, they differ in rounding.
     """
     sections = (params.prepare, params.cache, params.teacher, params.distill, params.halve)
-    left_out = MEMORY_ONLY | NOT_THEIRS
-    as_text = (section.model_dump_json(exclude=left_out) for section in sections)
-    settings = config_hash(train_config(params.distill), *as_text, RECIPE, without=MEMORY_ONLY)
+    as_text = (section.model_dump_json(exclude=UNSEEN | NOT_THEIRS) for section in sections)
+    identity = (*as_text, *cache.companions, *cache.prompts, RECIPE)
+    settings = config_hash(train_config(params.distill), *identity)
     return {
         "base_hash": weights_hash(params.base)[:16],
         "settings": settings,

@@ -1,5 +1,6 @@
 """Exact CFG steps in a guided run, in stock pipelines of several kinds."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_a_part_that_may_keep_features_from_step_to_step_is_refused(
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["module", "forward"])
-def test_compiled_blocks_keep_nothing_from_step_to_step(form: str, parts: Parts) -> None:
+def test_compiled_blocks_serve_with_exact_steps_as_eager_ones_do(form: str, parts: Parts) -> None:
     pipe = made("StableDiffusionPipeline", parts)
     call, guide = asked(pipe, "StableDiffusionPipeline"), guide_for(pipe.unet)
     plug(pipe, guide, exact_steps=2)
@@ -205,12 +206,22 @@ def test_compiled_blocks_keep_nothing_from_step_to_step(form: str, parts: Parts)
 
 
 @torch.no_grad()
-def test_a_part_that_may_keep_features_is_refused_when_compiled_too(parts: Parts) -> None:
+@pytest.mark.parametrize("how", ["before", "since", "since, by wraps"])
+def test_a_forward_that_was_replaced_before_it_was_compiled_or_since_is_refused(
+    how: str, parts: Parts
+) -> None:
     pipe = made("StableDiffusionPipeline", parts)
     block = pipe.unet.mid_block
+    if how == "since":
+        block = pipe.unet.mid_block = torch.compile(block, backend="eager")
+    elif how == "since, by wraps":
+        block.forward = torch.compile(block.forward, backend="eager")
     own = block.forward
     block.forward = lambda *args, **more: own(*args, **more)
-    block.forward = torch.compile(block.forward, backend="eager")
+    if how == "before":
+        block.forward = torch.compile(block.forward, backend="eager")
+    elif how == "since, by wraps":
+        block.forward = functools.wraps(own)(block.forward)
     plug(pipe, guide_for(pipe.unet), exact_steps=1)
     with pytest.raises(ValueError, match=r"as DeepCache and T-GATE do.*exact_steps=0"):
         run(pipe, asked(pipe, "StableDiffusionPipeline"))
